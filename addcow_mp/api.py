@@ -1,0 +1,117 @@
+"""The public functions, as ``addcow_mp`` shows them: small, typed, one call each.
+
+Paths may be given as ``str`` or path objects. ``jobs`` is the number of worker processes:
+None for as many as there are usable processors, 0 for none (the work is done in the calling
+process). Workers are spawned, so a script that starts some must guard its main part with
+``if __name__ == "__main__"``, as everything that uses :mod:`multiprocessing` must.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from addcow_mp.device.chain import READ, WRITE, open_chain
+from addcow_mp.device.extent import Extent
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.format.header import ADD_COW, DEFAULT_CLUSTER_BITS, RAW
+
+if TYPE_CHECKING:
+    from addcow_mp.jobs.create import Created
+    from addcow_mp.jobs.findings import CheckReport
+    from addcow_mp.jobs.info import Info
+    from addcow_mp.jobs.report import Report
+
+Path = str | os.PathLike[str]
+
+
+def open(path: Path, *, writable: bool = False) -> Overlay:  # noqa: A001
+    """Open the overlay at ``path`` as the guest's disk: read, write, flush, extents.
+
+    A cluster is read from the image file when its bit is set, else from the backing, else
+    as zeros. A context manager: leaving it flushes and closes.
+    """
+    return open_chain(os.fspath(path), WRITE if writable else READ)
+
+
+def create(
+    path: Path,
+    *,
+    size: int | None = None,
+    backing: Path | None = None,
+    backing_format: str | None = None,
+    image: Path | None = None,
+    image_format: str = RAW,
+    cluster_size: int = 1 << DEFAULT_CLUSTER_BITS,
+) -> Created:
+    """Create an overlay; see :func:`addcow_mp.jobs.create.create`.
+
+    Without a backing ALL_ALLOCATED is set: the image file alone is the disk.
+    """
+    from addcow_mp.jobs.create import create as job
+
+    return job(
+        os.fspath(path),
+        size=size,
+        backing=None if backing is None else os.fspath(backing),
+        backing_format=backing_format,
+        image=None if image is None else os.fspath(image),
+        image_format=image_format,
+        cluster_size=cluster_size,
+    )
+
+
+def commit(path: Path, *, keep: bool = False, jobs: int | None = None) -> Report:
+    """Move all local clusters into the backing file, clear their bits, free their space.
+
+    ``keep`` leaves overlay and image as they were. Backing data is durable before bits are
+    cleared, and cleared bits are durable before space is freed.
+    """
+    from addcow_mp.jobs.commit import commit as job
+    from addcow_mp.jobs.report import Conduct
+
+    return job(os.fspath(path), keep=keep, conduct=Conduct(jobs))
+
+
+def flatten(path: Path, *, discard: bool = False, jobs: int | None = None) -> Report:
+    """Make every cluster local, set ALL_ALLOCATED last; ``discard`` removes the overlay file."""
+    from addcow_mp.jobs.flatten import flatten as job
+    from addcow_mp.jobs.report import Conduct
+
+    return job(os.fspath(path), discard=discard, conduct=Conduct(jobs))
+
+
+def convert(
+    source: Path, destination: Path, *, source_format: str = ADD_COW, jobs: int | None = None
+) -> Report:
+    """Copy the guest's view of ``source`` into the new sparse raw file ``destination``."""
+    from addcow_mp.jobs.convert import convert as job
+    from addcow_mp.jobs.report import Conduct
+
+    return job(
+        os.fspath(source),
+        os.fspath(destination),
+        source_format=source_format,
+        conduct=Conduct(jobs),
+    )
+
+
+def check(path: Path) -> CheckReport:
+    """Run every check of the format's rules; damage is reported, not raised."""
+    from addcow_mp.jobs.check import check as job
+
+    return job(os.fspath(path))
+
+
+def info(path: Path) -> Info:
+    """Describe the overlay: header, names, sizes, clusters."""
+    from addcow_mp.jobs.info import info as job
+
+    return job(os.fspath(path))
+
+
+def extents(path: Path) -> Iterator[Extent]:
+    """What the guest's view is made of, from its beginning to its end."""
+    with open(path) as disk:
+        yield from disk.extents()

@@ -1,0 +1,1 @@
+"""The command line. Options in, human text or JSON out; decides nothing."""

@@ -1,0 +1,200 @@
+"""Opening a chain: the header's rules, then every file once, then the layers.
+
+Nothing is guessed: formats are what the header says, and a name with a protocol
+prefix is refused. All files of a chain are different files by device and inode,
+which catches an image that is its own backing under any spelling, and cycles.
+What can be refused is refused here, before anything has been changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from addcow_mp.device.files import File
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.magic import contradicts
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.raw import RawLayer
+from addcow_mp.errors import FormatError, ImageError, NotAddcowError, UnsupportedError
+from addcow_mp.format.header import (
+    ADD_COW,
+    BACKING_NAME_LIMIT,
+    FIXED_SIZE,
+    IMAGE_NAME_LIMIT,
+    MAGIC,
+    RAW,
+    Header,
+    format_name,
+    violations,
+)
+from addcow_mp.format.names import path_combine, path_has_protocol, read_string
+
+#: A chain that is longer is a mistake or an attack; every layer costs descriptors.
+MAX_DEPTH = 30
+
+#: Which layers of a chain are opened for writing, by depth.
+READ: frozenset[int] = frozenset()
+WRITE = frozenset({0})
+
+
+def open_chain(path: str, writable: frozenset[int] = READ) -> Overlay:
+    """Open the add-cow overlay at ``path`` and all files below it.
+
+    ``writable`` holds the depths whose files are opened for writing: 0 is the overlay
+    itself, 1 its backing. Raises :class:`AddcowError` with nothing left open.
+    """
+    return _Opening(writable).overlay(path, 0)
+
+
+def open_layer(path: str, format_: str, writable: frozenset[int] = READ) -> Layer:
+    """Open ``path`` as ``raw`` or ``add-cow``; any other format is refused by name."""
+    return _Opening(writable).layer(path, format_, 0)
+
+
+@dataclass
+class Names:
+    """What a header says of other files: names as stored, formats as words."""
+
+    image: str
+    image_format: str
+    backing: str | None
+    backing_format: str | None
+
+
+def load_header(cow: File) -> Header:
+    """Read the header and refuse it at the first rule that it breaks.
+
+    Raises :class:`NotAddcowError` without the magic, else :class:`FormatError`.
+    """
+    header = peek_header(cow)
+    for rule, problem in violations(header):
+        raise FormatError(path=cow.path, problem=problem, rule=rule)
+    if cow.length < header.header_size:
+        raise _too_short(cow, header.header_size)
+    return header
+
+
+def peek_header(cow: File) -> Header:
+    """Read the fixed header of a file that has the magic, legal or not."""
+    head = bytearray(min(FIXED_SIZE, cow.length))
+    cow.read_into(memoryview(head), 0)
+    if bytes(head[: len(MAGIC)]) != MAGIC:
+        detail = ", it is empty" if not head else ""
+        raise NotAddcowError(path=cow.path, detail=detail)
+    if len(head) < FIXED_SIZE:
+        raise _too_short(cow, FIXED_SIZE)
+    return Header.unpack(bytes(head))
+
+
+def _too_short(cow: File, wanted: int) -> FormatError:
+    problem = f"the file is {cow.length} bytes long, its header needs {wanted}"
+    return FormatError(path=cow.path, problem=problem, rule="header")
+
+
+def load_names(cow: File, header: Header) -> Names:
+    """Read the names and formats of a header that :func:`load_header` accepted."""
+    return Names(
+        image=read_name(cow, header.image_offset, header.image_size, IMAGE_NAME_LIMIT),
+        image_format=format_name(header.image_format),
+        backing=read_name(cow, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
+        if header.has_backing
+        else None,
+        backing_format=format_name(header.backing_format) if header.has_backing else None,
+    )
+
+
+def read_name(cow: File, offset: int, size: int, limit: int) -> str:
+    """Read one name; any reason against it is told of the ``.add-cow`` file."""
+    try:
+        with cow.doing("read its names"):
+            return read_string(cow.fd, offset, size, limit)
+    except ImageError as error:
+        raise FormatError(
+            path=cow.path,
+            problem=f"{error.fields['path']}: {error.fields['problem']}",
+            rule="names",
+        ) from error
+
+
+def resolve(cow_path: str, name: str) -> str:
+    """The path that ``name``, stored in ``cow_path``, stands for; protocols are refused."""
+    if path_has_protocol(name):
+        raise UnsupportedError(
+            path=cow_path,
+            problem=f"'{name}' names a protocol, not a file; only local files are opened "
+            "(a file of that name is written './...')",
+        )
+    return path_combine(cow_path, name)
+
+
+def refuse_image_format(cow_path: str, names: Names) -> None:
+    """Raise unless the image file is raw: only raw images are read and written."""
+    if names.image_format != RAW:
+        raise UnsupportedError(
+            path=cow_path,
+            problem=f"the image file '{names.image}' is {names.image_format}, and only raw image "
+            "files are used; convert it to raw first",
+        )
+
+
+@dataclass
+class _Opening:
+    """The state of one opening: what may be written, and what is open already."""
+
+    writable: frozenset[int]
+    seen: dict[tuple[int, int], str] = field(default_factory=dict)
+    opened: list[File] = field(default_factory=list)
+
+    def overlay(self, path: str, depth: int) -> Overlay:
+        try:
+            return self._overlay(path, depth)
+        except BaseException:
+            for file in self.opened:
+                file.close()
+            raise
+
+    def layer(self, path: str, format_: str, depth: int) -> Layer:
+        if format_ == ADD_COW:
+            return self.overlay(path, depth)
+        if format_ != RAW:
+            raise UnsupportedError(
+                path=path,
+                problem=f"format '{format_}' is not opened here; convert it to raw first",
+            )
+        return RawLayer(self._open(path, depth))
+
+    def _overlay(self, path: str, depth: int) -> Overlay:
+        if depth >= MAX_DEPTH:
+            raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
+        cow = self._open(path, depth)
+        header = load_header(cow)
+        names = load_names(cow, header)
+        refuse_image_format(path, names)
+        image = self._open(resolve(path, names.image), depth)
+        return Overlay(cow, image, self._backing(path, header, names, depth))
+
+    def _backing(self, path: str, header: Header, names: Names, depth: int) -> Layer | None:
+        if names.backing is None or names.backing_format is None:
+            return None
+        # With ALL_ALLOCATED the backing may be gone: only a job that writes it needs it.
+        if header.all_allocated and depth + 1 not in self.writable:
+            return None
+        return self.layer(resolve(path, names.backing), names.backing_format, depth + 1)
+
+    def _open(self, path: str, depth: int) -> File:
+        file = File.open(path, writable=depth in self.writable)
+        self.opened.append(file)
+        other = self.seen.setdefault(file.identity, path)
+        if other != path or len(self.seen) < len(self.opened):
+            raise ImageError(
+                path=path,
+                problem=f"the chain uses this file twice (also as '{other}'); "
+                "overlay, image file and backing file must be different files",
+            )
+        return file
+
+
+def refuse_mismatch(file: File, format_: str) -> None:
+    """Raise when ``file`` cannot be of the format that a header gives it."""
+    if contradicts(file, format_):
+        raise ImageError(path=file.path, problem=f"it is declared as {format_}, which it is not")

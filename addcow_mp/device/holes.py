@@ -1,0 +1,59 @@
+"""Where a file has data, where it has holes, and how a hole is made.
+
+``SEEK_DATA`` is a hint in one direction only: a hole certainly reads as zeros,
+but data may be zeros too. Where a file system knows no holes, all is data.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+
+#: The answers of a file system that cannot punch.
+_CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
+
+
+def next_data(fd: int, position: int) -> int | None:
+    """The first byte at or behind ``position`` that is not in a hole; None when none is."""
+    try:
+        return os.lseek(fd, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+
+
+def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of ``[start, stop)`` that are not in a hole, in order."""
+    while start < stop:
+        data = next_data(fd, start)
+        if data is None or data >= stop:
+            return
+        start = min(os.lseek(fd, data, os.SEEK_HOLE), stop)
+        yield data, start
+
+
+def punch(fd: int, start: int, stop: int) -> bool:
+    """Turn ``[start, stop)`` into a hole; False where the file system cannot."""
+    libc, get_errno = _libc()
+    if libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, start, stop - start) == 0:
+        return True
+    error: int = get_errno()
+    if error in _CANNOT_PUNCH:
+        return False
+    raise OSError(error, os.strerror(error))
+
+
+@cache
+def _libc() -> tuple[Any, Any]:
+    # Python has no call for it. Loaded at first use: most commands never punch.
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return libc, ctypes.get_errno

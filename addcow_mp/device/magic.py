@@ -1,0 +1,38 @@
+"""First bytes by which formats are known, to contradict a header, never to choose a format.
+
+A raw file may begin with any bytes, because its guest writes them; what it begins with
+decides nothing. But an image that is declared to be of some format and lacks that
+format's magic is not what its header says.
+"""
+
+from __future__ import annotations
+
+from addcow_mp.device.files import File
+
+#: Format names, with the bytes that a file of that format begins with.
+MAGICS = {
+    "add-cow": b"ACOW",
+    "qcow2": b"QFI\xfb\x00\x00\x00",
+    "qcow": b"QFI\xfb\x00\x00\x00\x01",
+    "qed": b"QED\x00",
+    "vmdk": b"KDMV",
+    "vhdx": b"vhdxfile",
+    "luks": b"LUKS\xba\xbe",
+    "parallels": b"WithoutFreeSpace",
+    "cow": b"OOOM",
+}
+
+_LONGEST = max(map(len, MAGICS.values()))
+
+
+def head(file: File) -> bytes:
+    """As many of the first bytes as any magic needs."""
+    view = memoryview(bytearray(min(_LONGEST, file.length)))
+    file.read_into(view, 0)
+    return bytes(view)
+
+
+def contradicts(file: File, format_: str) -> bool:
+    """Whether ``format_`` has a magic that ``file`` does not begin with."""
+    magic = MAGICS.get(format_)
+    return magic is not None and not head(file).startswith(magic)

@@ -1,0 +1,340 @@
+"""An add-cow overlay as a layer: header, bitmap, image file, and what lies below.
+
+A cluster is local when its bit is set, in the file or in the private *pending*
+bitmap; local clusters are read from the image file, all others from the backing
+file, and as zeros where there is none or it has ended. What the image file holds
+in a cluster that is not local is undefined and never shown.
+
+A write makes its clusters local: the rest of a partly written cluster is copied up
+from below, then the data is written, then the bits are set in *pending*. Nothing
+reaches the bitmap file before :meth:`Overlay.flush`, which takes a copy of pending,
+makes the image's data durable, publishes that copy, makes it durable, and only then
+drops those bits from pending. So a bit in the file always has its data on disk. A
+flush that fails leaves the overlay refusing every further change.
+
+With ALL_ALLOCATED set, bitmap and backing are not consulted at all.
+
+What this layer does not do: share a bitmap with another process. One process writes
+an overlay, its threads side by side; requests on the same cluster wait for each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from addcow_mp.device.extent import Extent
+from addcow_mp.device.files import BUFFER_SIZE, File, copy
+from addcow_mp.device.layer import Kind, Layer, Piece, joined
+from addcow_mp.device.raw import RawLayer
+from addcow_mp.device.requests import Requests
+from addcow_mp.errors import FileError, ImageError, RangeError
+from addcow_mp.format.bitmap import CowBitmap, Run, SparseBits, merged, runs
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.header import FIXED_SIZE, Header
+from addcow_mp.units import KiB
+
+#: Clusters whose bits are copied at a time to look at them together with pending ones.
+LOOK_BITS = 1024 * KiB
+
+
+class Overlay:
+    """An open add-cow overlay: ``cow`` is the ``.add-cow`` file, ``image`` its image file.
+
+    Takes over the files and layers given to it and closes them. Use
+    :func:`addcow_mp.device.chain.open_chain` to open one with all its checks.
+    """
+
+    def __init__(self, cow: File, image: File, backing: Layer | None) -> None:
+        self.cow = cow
+        self.image = RawLayer(image)
+        self.backing = backing
+        self.header = read_header(cow)
+        self.geometry = Geometry(self.image.size, self.header.cluster_size)
+        self.bitmap = CowBitmap(cow.fd, self.header.header_size, self.geometry)
+        self.pending = SparseBits()
+        self._requests = Requests()
+        self._pending_lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._failed: BaseException | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Overlay, (self.cow, self.image.file, self.backing))
+
+    def __enter__(self) -> Overlay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._close_files()
+
+    # What it is
+
+    @property
+    def path(self) -> str:
+        """The ``.add-cow`` file's path."""
+        return self.cow.path
+
+    @property
+    def size(self) -> int:
+        """The virtual size in bytes."""
+        return self.geometry.size
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes in a cluster."""
+        return self.geometry.cluster_size
+
+    @property
+    def all_allocated(self) -> bool:
+        """Whether every cluster is local by decree, whatever the bitmap says."""
+        return self.header.all_allocated
+
+    @property
+    def allocated_clusters(self) -> int:
+        """How many clusters are local."""
+        if self.all_allocated:
+            return self.geometry.clusters
+        return sum(stop - first for first, stop in self.allocated_runs())
+
+    def files(self) -> Iterator[File]:
+        """The raw file of each depth."""
+        yield self.image.file
+        if self.backing is not None:
+            yield from self.backing.files()
+
+    # Looking
+
+    def local_runs(self, value: int, start: int, stop: int) -> Iterator[Run]:
+        """The runs of clusters in ``[start, stop)`` that are local (1) or not (0)."""
+        if self.all_allocated:
+            return iter([(start, stop)] if value and start < stop else [])
+        if not self.pending:
+            return self.bitmap.runs(value, start, stop)
+        return merged(self._runs_with_pending(value, start, stop))
+
+    def _runs_with_pending(self, value: int, start: int, stop: int) -> Iterator[Run]:
+        for base in range(start, stop, LOOK_BITS):
+            with self._pending_lock:
+                bits = self.bitmap.slice(base, min(base + LOOK_BITS, stop))
+                self.pending.add_to(bits, base)
+            for first, last in runs(bits, value, 0, len(bits)):
+                yield base + first, base + last
+
+    def allocated_runs(self) -> Iterator[Run]:
+        """The runs ``[first, stop)`` of local clusters, in order."""
+        if self.all_allocated or self.pending:
+            return self.local_runs(1, 0, self.geometry.clusters)
+        inhabited = self.bitmap.inhabited()
+        return merged(run for part in inhabited for run in self.bitmap.runs(1, *part))
+
+    def _layout(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """``[start, stop)`` in bytes, cut where clusters begin or cease to be local."""
+        first, last = self.geometry.touched(start, stop)
+        position = start
+        for here, there in self.local_runs(1, first, last):
+            local_start, local_stop = self.geometry.span(here, there)
+            if position < local_start:
+                yield position, local_start, False
+            position = min(local_stop, stop)
+            yield max(local_start, start), position, True
+        if position < stop:
+            yield position, stop, False
+
+    def pieces(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
+        """What ``[start, stop)`` is made of, layer by layer."""
+        for first, last, local in self._layout(start, stop):
+            if local:
+                yield from self.image.pieces(first, last, depth)
+            else:
+                yield from self.pieces_below(first, last, depth)
+
+    def pieces_below(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
+        """What ``[start, stop)`` would be made of if none of it were local."""
+        held = start
+        if self.backing is not None and start < self.backing.size:
+            held = min(stop, self.backing.size)
+            yield from self.backing.pieces(start, held, depth + 1)
+        if held < stop:
+            yield Piece(held, stop, depth, Kind.ABSENT)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` with the guest's bytes from ``offset`` on, within the size."""
+        for first, last, local in self._layout(offset, offset + len(view)):
+            part = view[first - offset : last - offset]
+            if local:
+                self.image.read_into(part, first)
+            else:
+                self._read_below(part, first)
+
+    def _read_below(self, view: memoryview, offset: int) -> None:
+        below = 0 if self.backing is None else max(0, self.backing.size - offset)
+        if below and self.backing is not None:
+            self.backing.read_into(view[:below], offset)
+        if below < len(view):
+            view[below:] = bytes(len(view) - below)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The guest's ``length`` bytes at ``offset``. Raises :class:`RangeError`."""
+        self._check_range(offset, length)
+        buffer = bytearray(length)
+        if length:
+            self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """What the bytes ``[start, stop)`` are made of, adjacent equal extents joined."""
+        stop = self.size if stop is None else stop
+        self._check_range(start, stop - start)
+        return map(Extent.of, joined(self.pieces(start, stop)))
+
+    def warnings(self) -> list[str]:
+        """What a reader of this chain should be told: one line each."""
+        told = []
+        if self.bitmap.short:
+            told.append(
+                f"{self.path}: the file ends inside its bitmap, missing bits read as 0; "
+                "it can be read but not written"
+            )
+        if isinstance(self.backing, Overlay):
+            told += self.backing.warnings()
+        return told
+
+    # Changing
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write ``data`` at ``offset``; its clusters become local. Raises :class:`RangeError`."""
+        view = memoryview(data).cast("B")
+        self._change(offset, len(view), lambda: self.image.file.write(view, offset))
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Make ``length`` bytes at ``offset`` read as zeros, without space where possible."""
+        self._change(offset, length, lambda: self.image.file.make_zero(offset, offset + length))
+
+    def _change(self, offset: int, length: int, store: Callable[[], None]) -> None:
+        self._check_range(offset, length)
+        self.check_writable()
+        if length == 0:
+            return
+        first, stop = self.geometry.touched(offset, offset + length)
+        with self._requests.holding(first, stop):
+            if not self.all_allocated:
+                self._copy_up_around(offset, offset + length)
+            store()
+            self._make_local(first, stop)
+
+    def _make_local(self, first: int, stop: int) -> None:
+        if self.all_allocated or (not self.pending and self.bitmap.all(first, stop)):
+            return
+        with self._pending_lock:
+            for start, end in list(self.bitmap.runs(0, first, stop)):
+                self.pending.set(start, end)
+
+    def _copy_up_around(self, start: int, stop: int) -> None:
+        """Bring up what lies in the clusters of ``[start, stop)`` but not in that range."""
+        first, last = self.geometry.touched(start, stop)
+        head, tail = self.geometry.span(first, last)
+        for edge_start, edge_stop, cluster in ((head, start, first), (stop, tail, last - 1)):
+            if edge_start < edge_stop and next(self.local_runs(0, cluster, cluster + 1), None):
+                self.copy_up(edge_start, edge_stop, memoryview(bytearray(BUFFER_SIZE)))
+
+    def copy_up(self, start: int, stop: int, buffer: memoryview) -> None:
+        """Copy ``[start, stop)`` from below into the image, whatever the image held there."""
+        files = list(self.files())
+        for piece in self.pieces_below(start, stop):
+            if piece.kind is Kind.DATA:
+                copy(files[piece.depth], self.image.file, piece.start, piece.stop, buffer)
+            else:
+                self.image.file.make_zero(piece.start, piece.stop)
+
+    def flush(self) -> None:
+        """Return when all that was written before is durable: data first, then its bits.
+
+        Raises :class:`SyncError` or :class:`FileError`; the overlay then refuses
+        every further change, since what reached the disk is unknown.
+        """
+        if not self.cow.writable:
+            return
+        with self._flushing:
+            self._refuse_after_failure()
+            try:
+                self._flush()
+            except BaseException as error:
+                self._failed = error
+                raise
+
+    def _flush(self) -> None:
+        with self._pending_lock:
+            announced = self.pending.copy()
+        self.image.file.sync()
+        if not announced:
+            return
+        with self.cow.doing("write its bitmap"):
+            for first, stop in announced.runs():
+                self.bitmap.fill(first, stop, 1)
+            self.bitmap.clear_stray()
+        self.cow.sync()
+        with self._pending_lock:
+            self.pending.drop(announced)
+
+    def set_all_allocated(self, value: bool) -> None:
+        """Write the header with ALL_ALLOCATED set or cleared, and make it durable."""
+        header = self.header.with_all_allocated(value)
+        self.cow.write(header.pack(), 0)
+        self.cow.sync()
+        self.header = header
+
+    def close(self) -> None:
+        """Flush and close all files, those below included."""
+        try:
+            if self.cow.fd >= 0 and self._failed is None:
+                self.flush()
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self.cow.close()
+        self.image.close()
+        if self.backing is not None:
+            self.backing.close()
+
+    # Refusing
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise RangeError(path=self.path, offset=offset, length=length, size=self.size)
+
+    def check_writable(self) -> None:
+        """Raise unless this overlay may be changed: open for it, whole, and not failed."""
+        if not self.cow.writable:
+            raise ImageError(path=self.path, problem="it is open for reading only")
+        self._refuse_after_failure()
+        refuse_short(self)
+
+    def _refuse_after_failure(self) -> None:
+        if self._failed is not None:
+            raise FileError(
+                path=self.path,
+                action="change it",
+                reason=f"an earlier flush failed ({self._failed}); close it and check the disk",
+            )
+
+
+def refuse_short(overlay: Overlay) -> None:
+    """Raise when the file ends inside its bitmap: such an image is read, not written."""
+    if overlay.bitmap.short:
+        raise ImageError(
+            path=overlay.path,
+            problem="the file ends inside its bitmap; it can be read, not written, "
+            "until the bitmap is repaired",
+        )
+
+
+def read_header(cow: File) -> Header:
+    """Read the fixed header; the file must be long enough to have one."""
+    buffer = bytearray(FIXED_SIZE)
+    cow.read_into(memoryview(buffer), 0)
+    return Header.unpack(bytes(buffer))

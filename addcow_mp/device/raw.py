@@ -1,0 +1,48 @@
+"""A raw file as a layer: its bytes are the disk, in whole sectors.
+
+Bytes after the last whole sector belong to nobody's view and are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from addcow_mp.device.files import File
+from addcow_mp.device.holes import data_runs
+from addcow_mp.device.layer import Kind, Piece
+from addcow_mp.format.geometry import virtual_size
+
+
+class RawLayer:
+    """A raw file, open."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.size = virtual_size(file.length)
+
+    @property
+    def path(self) -> str:
+        """The file's path."""
+        return self.file.path
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` on."""
+        self.file.read_into(view, offset)
+
+    def pieces(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
+        """Data and holes of ``[start, stop)``."""
+        for first, last in data_runs(self.file.fd, start, stop):
+            if start < first:
+                yield Piece(start, first, depth, Kind.ZERO)
+            yield Piece(first, last, depth, Kind.DATA)
+            start = last
+        if start < stop:
+            yield Piece(start, stop, depth, Kind.ZERO)
+
+    def files(self) -> Iterator[File]:
+        """The file itself."""
+        yield self.file
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()

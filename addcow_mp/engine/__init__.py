@@ -1,0 +1,1 @@
+"""Plan, pool, worker, publisher: how clusters are moved by several processes."""

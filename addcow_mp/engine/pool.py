@@ -1,0 +1,239 @@
+"""The pool: processes that do tasks, and what happens when one of them dies.
+
+The parent owns the processes: one pipe and one sentinel each. A worker that dies (a
+file that shrinks under a mapping, the memory killer, a kill) closes its pipe, which
+wakes the parent; the task it was at is tried once more alone in a fresh process, and
+fails for good when that one dies too. Nobody waits for an answer that cannot come, and
+one task's failure is that task's. The parent's death closes the pipes as well, on which
+the workers end.
+
+Processes are spawned, never forked: a worker starts from nothing and receives what it
+needs, descriptors included, once. The pool knows tasks by their numbers and no images.
+
+With ``jobs`` 0 the same calls are made in this process, one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from addcow_mp.engine.plan import Task
+from addcow_mp.engine.transfer import Amount
+from addcow_mp.errors import AddcowError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnProcess
+
+#: Tasks given to a worker ahead of time, the one it is at included: it never waits for
+#: the parent while the parent syncs, and a death costs no more than one of them.
+AHEAD = 2
+
+#: Times that a task may meet the death of its worker before it has failed.
+TRIES = 2
+
+#: Seconds between looks at the progress counters while no result arrives.
+TICK = 0.2
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task that was finished, and what it moved."""
+
+    task: Task
+    amount: Amount
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task that was not finished, and why."""
+
+    task: Task
+    error: AddcowError
+
+
+class DiedError(AddcowError):
+    """The process that worked on a task ended without an answer, every time."""
+
+    template = "a worker process ended with {status} at this place"
+
+
+class UnexpectedError(AddcowError):
+    """A fault in this program, met by a worker."""
+
+    template = "unexpected {error}; please report it"
+
+
+class Work(Protocol):
+    """What a worker does with a task; ``slot`` numbers the worker."""
+
+    def __call__(self, task: Task, slot: int) -> Amount:
+        """Do ``task``."""
+
+
+def usable_cpus() -> int:
+    """The processors that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
+    """Do one task and say how it went; never raises for what a file or a user can cause."""
+    try:
+        return Done(task, work(task, slot))
+    except AddcowError as error:
+        return Failed(task, error)
+    except Exception as error:
+        return Failed(task, UnexpectedError(error=repr(error)))
+
+
+def serve(pipe: Connection, work: Work, slot: int) -> None:
+    """A worker's life: do the tasks that come through the pipe until it closes."""
+    import signal
+
+    # An interrupt goes to the whole group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            # No tidying up: the parent is gone or done, and the board is its to release.
+            os._exit(0)
+        pipe.send(attempt(work, task, slot))
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    pipe: Connection
+    slot: int
+    tasks: deque[Task] = field(default_factory=deque)
+    alone: bool = False
+
+    def give(self, task: Task) -> None:
+        self.tasks.append(task)
+        self.pipe.send(task)
+
+
+class Pool:
+    """``jobs`` worker processes doing ``work``. A context manager: leaving it ends them."""
+
+    def __init__(self, work: Work, jobs: int) -> None:
+        self._work = work
+        self._jobs = jobs
+        self._workers: list[_Worker] = []
+        self._tries: dict[int, int] = {}
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.pipe.close()
+            # Idle workers end on the closed pipe; one that hangs in the kernel must not
+            # keep the parent, and its work was not asked for any more.
+            worker.process.kill()
+            worker.process.join()
+        self._workers.clear()
+
+    def run(
+        self, tasks: Sequence[Task], stopping: Callable[[], bool] = lambda: False
+    ) -> Iterator[Done | Failed | None]:
+        """Do the tasks, yielding each result as it comes, and None at every tick.
+
+        When ``stopping()`` turns true, no new task is begun; those begun are finished.
+        """
+        if self._jobs == 0:
+            yield from self._in_this_process(tasks, stopping)
+            return
+        waiting = deque(tasks)
+        for slot in range(min(self._jobs, len(tasks))):
+            self._workers.append(self._start(slot))
+        while waiting or any(worker.tasks for worker in self._workers):
+            if stopping():
+                waiting.clear()
+            self._hand_out(waiting)
+            yield from self._collect(waiting)
+
+    def _in_this_process(
+        self, tasks: Sequence[Task], stopping: Callable[[], bool]
+    ) -> Iterator[Done | Failed | None]:
+        for task in tasks:
+            if stopping():
+                return
+            yield attempt(self._work, task, 0)
+
+    def _start(self, slot: int) -> _Worker:
+        from multiprocessing import get_context
+
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, self._work, slot), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, slot)
+
+    def _hand_out(self, waiting: deque[Task]) -> None:
+        for depth in range(AHEAD):
+            for worker in self._workers:
+                if waiting and len(worker.tasks) == depth and not (worker.alone and worker.tasks):
+                    self._give(worker, waiting)
+
+    def _give(self, worker: _Worker, waiting: deque[Task]) -> None:
+        suspect = waiting[0].number in self._tries
+        if suspect and worker.tasks:
+            return  # what killed a worker is tried again with nothing else at stake
+        worker.alone = suspect
+        try:
+            worker.give(waiting[0])
+        except OSError:
+            worker.tasks.pop()  # it has died; its sentinel will say so
+            return
+        waiting.popleft()
+
+    def _collect(self, waiting: deque[Task]) -> Iterator[Done | Failed | None]:
+        from multiprocessing.connection import wait
+
+        sources: dict[Any, _Worker] = {}
+        for worker in self._workers:
+            sources[worker.pipe] = sources[worker.process.sentinel] = worker
+        ready = wait(list(sources), timeout=TICK)
+        for worker in {sources[source].slot: sources[source] for source in ready}.values():
+            yield from self._answers(worker, waiting)
+        yield None
+
+    def _answers(self, worker: _Worker, waiting: deque[Task]) -> Iterator[Done | Failed]:
+        try:
+            while worker.pipe.poll():
+                result: Done | Failed = worker.pipe.recv()
+                worker.tasks.popleft()
+                yield result
+        except (EOFError, OSError):
+            yield from self._bury(worker, waiting)
+
+    def _bury(self, worker: _Worker, waiting: deque[Task]) -> Iterator[Failed]:
+        """A worker has died: begin its task again, or give that up; replace the worker."""
+        worker.process.join()
+        worker.pipe.close()
+        self._workers.remove(worker)
+        if worker.tasks:
+            suspect = worker.tasks.popleft()
+            waiting.extendleft(reversed(worker.tasks))
+            tries = self._tries[suspect.number] = self._tries.get(suspect.number, 0) + 1
+            if tries < TRIES:
+                waiting.appendleft(suspect)
+            else:
+                yield Failed(suspect, DiedError(status=_status(worker.process.exitcode)))
+        if waiting:
+            self._workers.append(self._start(worker.slot))
+
+
+def _status(code: int | None) -> str:
+    if code is not None and code < 0:
+        import signal
+
+        return f"signal {signal.Signals(-code).name}"
+    return f"status {code}"

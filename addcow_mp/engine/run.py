@@ -1,0 +1,159 @@
+"""Carrying out a plan: tasks to the pool, results to the publisher, one report back.
+
+Checkpoints run in a thread of their own while workers go on with later tasks: a disk
+that is syncing must not keep processors waiting, and workers with nothing to do must
+not keep the disk waiting. There is one checkpoint at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from addcow_mp.engine.board import Board
+from addcow_mp.engine.plan import TASK_BYTES, Task
+from addcow_mp.engine.pool import Failed, Pool, Work, usable_cpus
+from addcow_mp.engine.publisher import Publisher
+from addcow_mp.engine.transfer import TOP, Amount
+from addcow_mp.errors import AddcowError, WorkerError
+from addcow_mp.format.bitmap import Run, runs
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.units import MiB
+
+#: A checkpoint is due after so many bytes or so many seconds: what a crash costs in
+#: repeated work. Smaller ones would make the disk commit its journal all the time.
+CHECKPOINT_BYTES = 512 * MiB
+CHECKPOINT_SECONDS = 5.0
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all, now and then."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
+def workers_for(jobs: int | None, tasks: Sequence[Task]) -> int:
+    """How many processes to start: as asked, by default the usable processors.
+
+    A single small task is done in this process: starting another costs more than it.
+    """
+    if jobs is not None:
+        return min(jobs, len(tasks))
+    if sum(task.weight for task in tasks) <= TASK_BYTES:
+        return 0
+    return min(usable_cpus(), len(tasks))
+
+
+class _Checkpoints:
+    """Collects what is done and publishes it, one checkpoint at a time."""
+
+    def __init__(self, publisher: Publisher, geometry: Geometry) -> None:
+        self._publisher = publisher
+        self._geometry = geometry
+        self._done: list[Run] = []
+        self._bytes = 0
+        self._last = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def add(self, done: list[Run], size: int) -> None:
+        """Take note of finished clusters; publish when that is due."""
+        self._done += done
+        self._bytes += size
+        if self._is_due() and (self._thread is None or not self._thread.is_alive()):
+            self._begin()
+
+    def _is_due(self) -> bool:
+        late = time.monotonic() - self._last >= CHECKPOINT_SECONDS
+        return bool(self._done) and (late or self._bytes >= CHECKPOINT_BYTES)
+
+    def _begin(self) -> None:
+        self._end()
+        done, self._done = self._done, []
+        self._bytes, self._last = 0, time.monotonic()
+        self._thread = threading.Thread(target=self._publish, args=(done,))
+        self._thread.start()
+
+    def _publish(self, done: list[Run]) -> None:
+        try:
+            self._publisher.checkpoint(done, self._geometry)
+        except BaseException as error:
+            self._error = error
+
+    def _end(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def failed(self) -> bool:
+        """Whether publishing has failed, so that going on is in vain."""
+        return self._error is not None
+
+    def finish(self) -> None:
+        """Publish all the rest. Raises what publishing met, now or before."""
+        self._end()
+        if self._done:
+            self._begin()
+            self._end()
+
+
+@dataclass
+class Assignment:
+    """What one job hands to :func:`carry_out`."""
+
+    work: Work
+    tasks: list[Task]
+    geometry: Geometry
+    board: Board
+    publisher: Publisher
+    path: str
+
+
+def carry_out(
+    job: Assignment,
+    workers: int,
+    progress: Progress = no_progress,
+    stopping: Callable[[], bool] | None = None,
+) -> Amount:
+    """Do all tasks of ``job`` with ``workers`` processes and publish what they finish.
+
+    When a task fails, no new one is begun, what was finished is published, and the
+    first failure is raised as :class:`WorkerError` or the error itself.
+    """
+    checkpoints = _Checkpoints(job.publisher, job.geometry)
+    total = sum(task.weight for task in job.tasks)
+    amount, failure = Amount(), None
+
+    def enough() -> bool:
+        return failure is not None or checkpoints.failed or bool(stopping and stopping())
+
+    with Pool(job.work, workers) as pool:
+        for result in pool.run(job.tasks, enough):
+            progress(min(job.board.total, total), total)
+            if isinstance(result, Failed):
+                failure = failure or result
+                checkpoints.add(_finished_part(job.board, result.task), 0)
+            elif result is not None:
+                amount += result.amount
+                checkpoints.add([(result.task.first, result.task.stop)], result.amount.bytes_moved)
+    checkpoints.finish()
+    if failure is not None:
+        raise _told(job.path, failure)
+    progress(total, total)
+    return amount
+
+
+def _finished_part(board: Board, task: Task) -> list[Run]:
+    return list(runs(board.bits(TOP), 1, task.first, task.stop))
+
+
+def _told(path: str, failure: Failed) -> AddcowError:
+    return WorkerError(
+        path=path, first=failure.task.first, last=failure.task.stop - 1, cause=str(failure.error)
+    )

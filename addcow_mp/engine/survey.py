@@ -1,0 +1,92 @@
+"""Where there is something to do: the stretches that a plan is cut from.
+
+What is looked at costs what the data costs, not what the virtual size costs: holes of
+the bitmap and of the files are skipped in one step each. Weights are estimates for
+spreading work; nothing depends on them but balance and the progress bar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from addcow_mp.device.files import File
+from addcow_mp.device.holes import data_runs, next_data
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.engine.plan import TASK_BYTES, Stretch
+from addcow_mp.format.bitmap import Run
+from addcow_mp.format.geometry import BITS_PER_BYTE, Geometry
+from addcow_mp.units import round_down, round_up
+
+#: Runs of data looked at in one stretch before it counts as full of data: finely
+#: broken data would otherwise be walked twice, here and by the worker.
+MAX_PROBES = 16
+
+
+def alignment(cluster_size: int, other_cluster_size: int = 0) -> int:
+    """Clusters between possible task borders, for a layer and the other that is written.
+
+    Eight clusters of each share a byte of its bitmap, and no byte is shared.
+    """
+    return BITS_PER_BYTE * max(cluster_size, other_cluster_size) // cluster_size
+
+
+def _step(geometry: Geometry, aligned: int) -> int:
+    return round_up(max(1, TASK_BYTES // geometry.cluster_size), aligned)
+
+
+def local_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
+    """Stretches with local clusters, weighed by how many there are."""
+    geometry = overlay.geometry
+    if overlay.all_allocated:
+        yield from data_stretches([overlay.image.file], geometry, aligned)
+        return
+    for first, stop in steps(overlay.bitmap.inhabited(), _step(geometry, aligned)):
+        count = overlay.bitmap.count(first, min(stop, geometry.clusters))
+        if count:
+            yield Stretch(first, stop, count * geometry.cluster_size)
+
+
+def steps(parts: Iterable[Run], step: int) -> Iterator[Run]:
+    """The multiples of ``step`` that ``parts`` touch, each once, as ranges."""
+    done = 0
+    for first, stop in parts:
+        for start in range(max(done, round_down(first, step)), stop, step):
+            yield start, start + step
+            done = start + step
+
+
+def missing_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
+    """Stretches with data somewhere in the chain and clusters that are not local."""
+    geometry = overlay.geometry
+    for stretch in data_stretches(list(overlay.files()), geometry, aligned):
+        stop = min(stretch.stop, geometry.clusters)
+        missing = stop - stretch.first - overlay.bitmap.count(stretch.first, stop)
+        if missing:
+            weight = min(stretch.weight, missing * geometry.cluster_size)
+            yield Stretch(stretch.first, stretch.stop, weight)
+
+
+def data_stretches(files: list[File], geometry: Geometry, aligned: int) -> Iterator[Stretch]:
+    """Stretches where some file has data, weighed by the sum of it."""
+    step = _step(geometry, aligned)
+    position = 0
+    while (data := _next_data(files, position)) is not None and data < geometry.size:
+        first = round_down(geometry.cluster_of(data), step)
+        start, stop = geometry.span(first, first + step)
+        yield Stretch(
+            first, first + step, min(sum(_weight(f, start, stop) for f in files), stop - start)
+        )
+        position = stop
+
+
+def _next_data(files: list[File], position: int) -> int | None:
+    found = (next_data(file.fd, position) for file in files)
+    return min((place for place in found if place is not None), default=None)
+
+
+def _weight(file: File, start: int, stop: int) -> int:
+    known = list(islice(data_runs(file.fd, start, stop), MAX_PROBES))
+    if len(known) == MAX_PROBES:
+        return stop - start
+    return sum(last - first for first, last in known)

@@ -1,0 +1,193 @@
+"""One task of moving: get clusters from where they are now to where they shall be.
+
+A transfer says in three words what a job moves: *which* clusters of the overlay,
+*from* what they are read, and into which *target*. For each run of such clusters
+it walks what the source is made of: data is copied, holes and absent parts are made
+zero in the target, and then the run is marked on the board. It knows neither other
+tasks nor other processes, and publishes nothing.
+
+Commit moves the local clusters from the image into the backing file; flatten moves
+the missing ones from below into the image; convert moves everything into a new file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from addcow_mp.device.files import BUFFER_SIZE, File, copy
+from addcow_mp.device.layer import Kind, Layer, Piece
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.engine.board import Board
+from addcow_mp.engine.plan import Task
+from addcow_mp.format.bitmap import Run
+from addcow_mp.format.geometry import Geometry
+
+#: The layers of a board: the overlay whose clusters move, and a backing that receives them.
+TOP, BELOW = 0, 1
+
+
+class Which(Enum):
+    """The clusters that a transfer moves, and with them where they are read from."""
+
+    LOCAL = "local clusters, from the image file"
+    MISSING = "clusters that are not local, from below"
+    ALL = "every cluster, from the guest's view"
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Bytes and clusters that were copied, and that were made zero instead."""
+
+    bytes_moved: int = 0
+    clusters_moved: int = 0
+    bytes_zeroed: int = 0
+    clusters_zeroed: int = 0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(
+            self.bytes_moved + other.bytes_moved,
+            self.clusters_moved + other.clusters_moved,
+            self.bytes_zeroed + other.bytes_zeroed,
+            self.clusters_zeroed + other.clusters_zeroed,
+        )
+
+
+class Target(Protocol):
+    """Where a transfer writes."""
+
+    @property
+    def file(self) -> File:
+        """The raw file that receives the bytes."""
+
+    def prepare(self, start: int, stop: int, buffer: memoryview, board: Board) -> None:
+        """Make ready to receive ``[start, stop)``."""
+
+    def finish(self, start: int, stop: int, board: Board) -> None:
+        """Take note that ``[start, stop)`` has been written."""
+
+    def make_zero(self, start: int, stop: int) -> None:
+        """Make ``[start, stop)`` read as zeros."""
+
+
+class RawTarget(NamedTuple):
+    """A raw file; ``fresh`` when it is new and all of it already reads as zeros."""
+
+    file: File
+    fresh: bool = False
+
+    def prepare(self, start: int, stop: int, buffer: memoryview, board: Board) -> None:
+        """Nothing: a raw file takes any range."""
+
+    def finish(self, start: int, stop: int, board: Board) -> None:
+        """Nothing: a raw file has no bits."""
+
+    def make_zero(self, start: int, stop: int) -> None:
+        """Make a hole, unless there is nothing but a hole."""
+        if not self.fresh:
+            self.file.make_zero(start, stop)
+
+
+class OverlayTarget(NamedTuple):
+    """An add-cow backing: its clusters become local, partly covered ones by copying up.
+
+    What is local is what its bitmap says or the board has marked: the marks of a worker
+    that died count, so that a second try does not copy up over what the first one wrote.
+    """
+
+    overlay: Overlay
+
+    @property
+    def file(self) -> File:
+        """The backing's own image file."""
+        return self.overlay.image.file
+
+    def prepare(self, start: int, stop: int, buffer: memoryview, board: Board) -> None:
+        """Copy up the rest of the clusters that ``[start, stop)`` covers only in part."""
+        if self.overlay.all_allocated:
+            return
+        geometry = self.overlay.geometry
+        first, last = geometry.touched(start, stop)
+        head, tail = geometry.span(first, last)
+        for edge_start, edge_stop, cluster in ((head, start, first), (stop, tail, last - 1)):
+            if edge_start < edge_stop and not self._is_local(cluster, board):
+                self.overlay.copy_up(edge_start, edge_stop, buffer)
+
+    def _is_local(self, cluster: int, board: Board) -> bool:
+        return bool(board.bits(BELOW)[cluster] or self.overlay.bitmap.any(cluster, cluster + 1))
+
+    def finish(self, start: int, stop: int, board: Board) -> None:
+        """Mark the clusters as local, to be published."""
+        if not self.overlay.all_allocated:
+            first, last = self.overlay.geometry.touched(start, stop)
+            board.bits(BELOW)[first:last] = 1
+
+    def make_zero(self, start: int, stop: int) -> None:
+        """Make a hole in the image file; the cluster is local all the same."""
+        self.file.make_zero(start, stop)
+
+
+class Transfer:
+    """Moves the clusters of one task at a time. Picklable to a worker that is starting."""
+
+    def __init__(
+        self, layer: Layer, geometry: Geometry, which: Which, target: Target, board: Board
+    ) -> None:
+        self.layer = layer
+        self.geometry = geometry
+        self.which = which
+        self.target = target
+        self.board = board
+        self._buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._files = list(layer.files())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Transfer, (self.layer, self.geometry, self.which, self.target, self.board))
+
+    def __call__(self, task: Task, slot: int) -> Amount:
+        """Move the clusters of ``task``, counting bytes in ``slot`` of the board."""
+        amount = Amount()
+        for first, stop in self._selected(task):
+            start, end = self.geometry.span(first, stop)
+            self.target.prepare(start, end, self._buffer, self.board)
+            amount += self._move(first, stop, self._pieces(start, end), slot)
+            self.target.finish(start, end, self.board)
+            self.board.bits(TOP)[first:stop] = 1
+        return amount
+
+    def _selected(self, task: Task) -> Iterator[Run]:
+        if self.which is Which.ALL or not isinstance(self.layer, Overlay):
+            return iter([(task.first, task.stop)])
+        return self.layer.local_runs(int(self.which is Which.LOCAL), task.first, task.stop)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        if self.which is Which.ALL or not isinstance(self.layer, Overlay):
+            return self.layer.pieces(start, stop)
+        if self.which is Which.LOCAL:
+            return self.layer.image.pieces(start, stop)
+        return self.layer.pieces_below(start, stop)
+
+    def _move(self, first: int, stop: int, pieces: Iterator[Piece], slot: int) -> Amount:
+        moved = zeroed = clusters = 0
+        counted = first  # clusters before this one are known to have had data
+        for piece in pieces:
+            size = piece.stop - piece.start
+            if piece.kind is Kind.DATA:
+                copy(
+                    self._files[piece.depth],
+                    self.target.file,
+                    piece.start,
+                    piece.stop,
+                    self._buffer,
+                )
+                moved += size
+                here, there = self.geometry.touched(piece.start, piece.stop)
+                clusters += there - max(here, counted)
+                counted = there
+                self.board.count(slot, size)
+            else:
+                self.target.make_zero(piece.start, piece.stop)
+                zeroed += size
+        return Amount(moved, clusters, zeroed, stop - first - clusters)

@@ -1,0 +1,98 @@
+"""What can go wrong, in words a person can act on.
+
+Every error that a user can cause is one of these classes. An error carries
+fields, a template that names the file and the mend, and the exit status of the
+command that meets it; the message is built from the fields, so that an error
+survives being sent from a worker to its parent and means the same there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class AddcowError(Exception):
+    """Base of every error this package raises on purpose.
+
+    ``template`` is filled from the keyword arguments given to the class;
+    ``exit_code`` is the exit status of a command that ends with this error.
+    """
+
+    template: ClassVar[str] = "{message}"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+        super().__init__(self.template.format(**fields))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from class and fields: keyword arguments survive pickling."""
+        return (_rebuild, (type(self), self.fields))
+
+
+def _rebuild(kind: type[AddcowError], fields: dict[str, Any]) -> AddcowError:
+    return kind(**fields)
+
+
+class UsageError(AddcowError):
+    """The command line or the arguments of a call cannot mean anything."""
+
+    exit_code = 64
+
+
+class ImageError(AddcowError):
+    """A file is not fit for what was asked of it; nothing was changed."""
+
+    template = "{path}: {problem}"
+
+
+class NotAddcowError(ImageError):
+    """The file does not start with the add-cow magic."""
+
+    template = "{path}: not an add-cow file{detail}; name a file that 'addcow create' made"
+
+
+class FormatError(ImageError):
+    """The header breaks a rule of the format; ``rule`` names it."""
+
+    template = "{path}: {problem} ({rule}); run 'addcow check' for every finding"
+
+
+class UnsupportedError(ImageError):
+    """A legal image that this tool does not handle in this operation."""
+
+
+class FileError(AddcowError):
+    """The system refused an operation on a file."""
+
+    template = "{path}: cannot {action}: {reason}"
+
+    @classmethod
+    def of(cls, path: str, action: str, error: OSError) -> FileError:
+        """Describe ``error``, met while trying to ``action`` the file at ``path``."""
+        return cls(path=path, action=action, reason=error.strerror or str(error), errno=error.errno)
+
+
+class SyncError(FileError):
+    """Data could not be made durable; nothing that depends on it was published.
+
+    After one failed sync the kernel forgets which pages failed, so the same
+    sync must never be tried again: the next one would succeed and prove nothing.
+    """
+
+    template = (
+        "{path}: cannot {action}: {reason}; nothing of this step was published, "
+        "check the disk before running the command again"
+    )
+
+
+class RangeError(AddcowError):
+    """A request reaches outside the virtual size."""
+
+    template = "{path}: request at {offset} of {length} bytes is outside the virtual size {size}"
+
+
+class WorkerError(AddcowError):
+    """A task failed, or its worker died twice; what other tasks finished is kept."""
+
+    template = "{path}: clusters {first} to {last}: {cause}"

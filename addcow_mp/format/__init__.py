@@ -1,0 +1,1 @@
+"""The add-cow format: bytes in, bytes out. Knows no devices, jobs or processes."""

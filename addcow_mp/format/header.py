@@ -1,0 +1,193 @@
+"""The 76 fixed bytes at the start of an ``.add-cow`` file.
+
+One table of fields drives reading, writing and printing. Reading is separate
+from judging: :meth:`Header.unpack` takes any 76 bytes, :func:`violations` says
+which rules they break, each under a name that ``check`` reports, and callers
+that want to use the image refuse at the first one. All integers are
+little-endian; formats are ASCII, NUL-terminated within 16 bytes and zero-padded.
+
+The header region is ``header_size`` bytes long: the fixed bytes, the names at
+any place behind them, zeros everywhere else. Then follows the bitmap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from addcow_mp.units import KiB
+
+MAGIC = b"ACOW"
+ALL_ALLOCATED = 1 << 0
+
+MIN_CLUSTER_BITS, DEFAULT_CLUSTER_BITS, MAX_CLUSTER_BITS = 12, 16, 21
+
+#: The header region is never smaller than a page, so that the bitmap can be mapped.
+MIN_HEADER_SIZE = 4 * KiB
+
+#: Sizes of the reference's buffers, which also hold the terminating NUL.
+BACKING_NAME_LIMIT, IMAGE_NAME_LIMIT = 1024, 4096
+
+RAW, ADD_COW = "raw", "add-cow"
+
+#: Formats that an image may say it has. Only the first two are opened natively.
+KNOWN_FORMATS = (
+    *(RAW, ADD_COW),
+    *("bochs", "cloop", "cow", "dmg", "luks", "parallels", "qcow", "qcow2", "qed"),
+    *("vdi", "vhdx", "vmdk", "vpc"),
+)
+
+
+class Field(NamedTuple):
+    """One field: attribute name, ``struct`` code, and what it says."""
+
+    name: str
+    code: str
+    meaning: str
+
+
+FIELDS = (
+    Field("magic", "4s", "the letters ACOW"),
+    Field("backing_offset", "I", "where the backing file's name starts; 0 = no backing"),
+    Field("backing_size", "I", "length of that name in bytes"),
+    Field("image_offset", "I", "where the image file's name starts"),
+    Field("image_size", "I", "length of that name in bytes"),
+    Field("cluster_bits", "I", "cluster size as a power of two, 12 to 21"),
+    Field("features", "Q", "bits that a reader must know; none is defined"),
+    Field("compatible_features", "Q", "bits that a reader may ignore; bit 0 = ALL_ALLOCATED"),
+    Field("header_size", "I", "length of this region, and where the bitmap starts"),
+    Field("backing_format", "16s", "format of the backing file"),
+    Field("image_format", "16s", "format of the image file"),
+)
+
+_LAYOUT = struct.Struct("<" + "".join(field.code for field in FIELDS))
+FIXED_SIZE = _LAYOUT.size
+
+
+def header_size(cluster_size: int) -> int:
+    """The only length of the header region that the reference accepts."""
+    return max(MIN_HEADER_SIZE, cluster_size)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The fixed header, field by field as in :data:`FIELDS`; offsets and sizes in bytes."""
+
+    magic: bytes = MAGIC
+    backing_offset: int = 0
+    backing_size: int = 0
+    image_offset: int = FIXED_SIZE
+    image_size: int = 0
+    cluster_bits: int = DEFAULT_CLUSTER_BITS
+    features: int = 0
+    compatible_features: int = 0
+    header_size: int = 64 * KiB
+    backing_format: bytes = b""
+    image_format: bytes = RAW.encode()
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Header:
+        """Read any :data:`FIXED_SIZE` bytes, legal or not."""
+        return cls(*_LAYOUT.unpack(raw))
+
+    def pack(self) -> bytes:
+        """The :data:`FIXED_SIZE` bytes that stand in the file."""
+        return _LAYOUT.pack(*dataclasses.astuple(self))
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes in a cluster."""
+        return 1 << self.cluster_bits
+
+    @property
+    def has_backing(self) -> bool:
+        """Whether a backing file is named."""
+        return self.backing_offset != 0
+
+    @property
+    def all_allocated(self) -> bool:
+        """Whether backing and bitmap are not to be consulted at all."""
+        return bool(self.compatible_features & ALL_ALLOCATED)
+
+    def with_all_allocated(self, value: bool) -> Header:
+        """The same header with that bit set or cleared, unknown bits preserved."""
+        kept = self.compatible_features & ~ALL_ALLOCATED
+        return dataclasses.replace(self, compatible_features=kept | (ALL_ALLOCATED * value))
+
+    def name_ranges(self) -> list[tuple[int, int]]:
+        """The bytes ``[start, stop)`` of each name, where there is one."""
+        ranges = [(self.image_offset, self.image_offset + self.image_size)]
+        if self.has_backing:
+            ranges.append((self.backing_offset, self.backing_offset + self.backing_size))
+        return sorted(ranges)
+
+
+def format_name(raw: bytes) -> str:
+    """The format that 16 bytes hold, for people: up to the first NUL, never failing."""
+    return raw.split(b"\0", 1)[0].decode("ascii", "backslashreplace")
+
+
+class Violation(NamedTuple):
+    """A broken rule: the name of its check, and what is wrong."""
+
+    rule: str
+    problem: str
+
+
+def violations(header: Header) -> Iterator[Violation]:
+    """Every rule of the format that ``header`` breaks, in the order of the fields."""
+    for rule, judge in (("header", _numbers), ("names", _names), ("formats", _formats)):
+        for problem in judge(header):
+            yield Violation(rule, problem)
+
+
+def _numbers(header: Header) -> Iterator[str]:
+    bits = header.cluster_bits
+    if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
+        yield f"cluster_bits is {bits}, must be {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS}"
+    elif header.header_size != header_size(header.cluster_size):
+        yield f"header_size is {header.header_size}, must be {header_size(header.cluster_size)}"
+    if header.features:
+        yield f"unknown feature bits {header.features:#x} are set, the image needs a newer reader"
+
+
+def _names(header: Header) -> Iterator[str]:
+    if (header.backing_offset == 0) != (header.backing_size == 0):
+        yield (
+            f"backing name offset {header.backing_offset} and size {header.backing_size}: "
+            "one is 0, the other is not"
+        )
+    elif header.has_backing:
+        yield from _name("backing", header.backing_offset, header.backing_size, header)
+    yield from _name("image", header.image_offset, header.image_size, header)
+
+
+def _name(which: str, offset: int, size: int, header: Header) -> Iterator[str]:
+    limit = {"backing": BACKING_NAME_LIMIT, "image": IMAGE_NAME_LIMIT}[which]
+    if not 1 <= size < limit:
+        yield f"{which} name size is {size}, must be 1 to {limit - 1}"
+    elif offset < FIXED_SIZE:
+        yield f"{which} name offset is {offset}, must be at least {FIXED_SIZE}"
+    elif offset + size > header.header_size:
+        yield f"{which} name ends at {offset + size}, behind header_size {header.header_size}"
+
+
+def _formats(header: Header) -> Iterator[str]:
+    if header.has_backing:
+        yield from _format("backing", header.backing_format)
+    elif header.backing_format.strip(b"\0"):
+        yield "backing format is set without a backing file"
+    yield from _format("image", header.image_format)
+
+
+def _format(which: str, raw: bytes) -> Iterator[str]:
+    name, terminator, padding = raw.partition(b"\0")
+    if not name:
+        yield f"{which} format is empty, and formats are never guessed"
+    elif not terminator or padding.strip(b"\0"):
+        yield f"{which} format is not NUL-terminated and zero-padded: {raw!r}"
+    elif format_name(raw) not in KNOWN_FORMATS:
+        yield f"{which} format '{format_name(raw)}' is unknown, and formats are never guessed"

@@ -1,0 +1,1 @@
+"""The job files: what is moved, what is published, what is refused beforehand."""

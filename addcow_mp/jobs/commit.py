@@ -1,0 +1,89 @@
+"""Commit: move the overlay's local clusters down into its backing file.
+
+Afterwards the backing alone shows what the overlay showed, no cluster of the overlay
+is local, and its image file takes no space. A shorter raw backing grows first; a longer
+one keeps its length; an add-cow backing receives the clusters as local ones and is never
+grown. With ``keep`` the overlay and its image stay as they were.
+
+With ALL_ALLOCATED set the bits may be stale, so they are all set, then the flag is
+cleared, and only then does the commit begin: at each of these instants every cluster
+is local.
+"""
+
+from __future__ import annotations
+
+from addcow_mp.device.chain import open_chain
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.overlay import Overlay, refuse_short
+from addcow_mp.device.raw import RawLayer
+from addcow_mp.engine.plan import cut
+from addcow_mp.engine.survey import alignment, local_stretches
+from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
+from addcow_mp.errors import ImageError
+from addcow_mp.jobs.moving import move
+from addcow_mp.jobs.report import Conduct, Report, reporting
+
+
+def commit(path: str, *, keep: bool = False, conduct: Conduct | None = None) -> Report:
+    """Commit the overlay at ``path`` into its backing file.
+
+    Raises :class:`AddcowError`; refusals come before the first byte is written.
+    """
+    writable = frozenset({1} if keep else {0, 1})
+    with reporting("commit", path) as report, open_chain(path, writable) as overlay:
+        backing = _accepted_backing(overlay)
+        target = _target(overlay, backing)
+        if overlay.all_allocated and not keep:
+            _replace_flag_by_bits(overlay)
+        other = backing.cluster_size if isinstance(backing, Overlay) else 0
+        aligned = alignment(overlay.cluster_size, other)
+        tasks = cut(local_stretches(overlay, aligned), overlay.geometry.clusters)
+        move(
+            overlay,
+            overlay.geometry,
+            Which.LOCAL,
+            target,
+            tasks,
+            conduct or Conduct(),
+            report,
+            publish=None if keep else (overlay, 0),
+            frees=not keep,
+        )
+        if not keep:
+            # Also what an earlier commit, cut off between clearing and freeing, left behind.
+            overlay.image.file.punch(0, overlay.size)
+    return report
+
+
+def _accepted_backing(overlay: Overlay) -> Layer:
+    backing = overlay.backing
+    if backing is None:
+        raise ImageError(
+            path=overlay.path, problem="it has no backing file, there is nothing to commit into"
+        )
+    refuse_short(overlay)
+    if isinstance(backing, Overlay):
+        refuse_short(backing)
+        if backing.size < overlay.size:
+            raise ImageError(
+                path=backing.path,
+                problem=f"it is shorter ({backing.size} bytes) than the overlay "
+                f"({overlay.size} bytes); resize it first",
+            )
+    return backing
+
+
+def _target(overlay: Overlay, backing: Layer) -> Target:
+    if isinstance(backing, Overlay):
+        return OverlayTarget(backing)
+    assert isinstance(backing, RawLayer)  # noqa: S101 - the two layers that open_chain makes
+    if backing.size < overlay.size:
+        backing.file.grow(overlay.size, seen=backing.size)
+    return RawTarget(backing.file)
+
+
+def _replace_flag_by_bits(overlay: Overlay) -> None:
+    with overlay.cow.doing("write its bitmap"):
+        overlay.bitmap.fill(0, overlay.geometry.clusters, 1)
+    overlay.cow.sync()
+    overlay.set_all_allocated(False)

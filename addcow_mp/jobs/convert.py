@@ -1,0 +1,75 @@
+"""Convert: the guest's view, as a new sparse raw file of its own.
+
+The new file has holes wherever the chain has no data. It is never written over an
+existing file, and is removed again when the job fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from addcow_mp.device.chain import open_layer
+from addcow_mp.device.files import File, sync_directory
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.engine.plan import cut
+from addcow_mp.engine.survey import alignment, data_stretches
+from addcow_mp.engine.transfer import RawTarget, Which
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.header import ADD_COW
+from addcow_mp.jobs.moving import move
+from addcow_mp.jobs.report import Conduct, Report, reporting
+from addcow_mp.units import KiB
+
+#: A raw source has no clusters; tasks and reports are then in units of this size.
+RAW_UNIT = 64 * KiB
+
+
+def convert(
+    source: str,
+    destination: str,
+    *,
+    source_format: str = ADD_COW,
+    conduct: Conduct | None = None,
+) -> Report:
+    """Copy the guest's view of ``source`` into the new raw file ``destination``.
+
+    Raises :class:`AddcowError`; ``destination`` then does not exist.
+    """
+    with reporting("convert", source) as report:
+        layer = open_layer(source, source_format)
+        try:
+            with _new_file(destination) as target:
+                _copy(layer, target, conduct or Conduct(), report)
+        finally:
+            layer.close()
+    return report
+
+
+@contextlib.contextmanager
+def _new_file(path: str) -> Iterator[File]:
+    file = File.create(path)
+    try:
+        yield file
+        file.sync()
+        sync_directory(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    finally:
+        file.close()
+
+
+def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
+    target.grow(layer.size, seen=0)
+    geometry = Geometry(layer.size, _unit(layer))
+    stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
+    tasks = cut(stretches, geometry.clusters)
+    move(layer, geometry, Which.ALL, RawTarget(target, fresh=True), tasks, conduct, report)
+
+
+def _unit(layer: Layer) -> int:
+    return layer.cluster_size if isinstance(layer, Overlay) else RAW_UNIT

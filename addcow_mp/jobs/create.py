@@ -1,0 +1,340 @@
+"""Create: a new overlay over an image file and, usually, a backing file.
+
+Names are given as in qemu-img: relative to the directory of the new file. Because a hand
+also types them relative to where it is, that is tried next, when nothing is found there.
+They are stored relative to the new file's directory when they lie below it, so that the
+directory can be moved as a whole, and as absolute paths otherwise.
+
+Nothing existing is overwritten: the ``.add-cow`` file must be new, an image file that
+exists keeps its bytes and is never cut, a missing one is made, sparse. Durable in this
+order: image file, ``.add-cow`` file, directory. When anything fails, what was made goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+from addcow_mp.device.chain import open_layer, resolve
+from addcow_mp.device.files import File, kind_of, sync_directory
+from addcow_mp.device.holes import next_data
+from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
+from addcow_mp.format.geometry import Geometry, virtual_size
+from addcow_mp.format.header import (
+    ADD_COW,
+    ALL_ALLOCATED,
+    BACKING_NAME_LIMIT,
+    FIXED_SIZE,
+    IMAGE_NAME_LIMIT,
+    MAX_CLUSTER_BITS,
+    MIN_CLUSTER_BITS,
+    RAW,
+    Header,
+    header_size,
+)
+from addcow_mp.format.names import path_has_protocol
+from addcow_mp.units import MAX_SIZE, SECTOR, KiB, round_up
+
+DEFAULT_CLUSTER_SIZE = 64 * KiB
+
+
+@dataclass(frozen=True)
+class Created:
+    """A new overlay: its ``size`` in bytes, and what the user should be told."""
+
+    size: int
+    warnings: list[str]
+
+
+def create_raw(path: str, size: int) -> int:
+    """Create a new sparse raw file; the size is rounded up to whole sectors and returned."""
+    size = _whole_sectors(size)
+    with _Making() as making:
+        file = making.new(path)
+        file.grow(size, seen=0)
+        file.sync()
+        sync_directory(path)
+    return size
+
+
+def create(
+    path: str,
+    *,
+    size: int | None = None,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    image: str | None = None,
+    image_format: str = RAW,
+    cluster_size: int = DEFAULT_CLUSTER_SIZE,
+) -> Created:
+    """Create the overlay ``path``. Sizes are in bytes.
+
+    ``size`` defaults to the image file's length, else to the backing's virtual size.
+    ``image`` defaults to ``path`` with ``.raw`` for its suffix. Without a backing the
+    overlay starts with ALL_ALLOCATED set. Raises :class:`AddcowError`, with nothing
+    left behind.
+    """
+    _check_options(path, cluster_size, image_format, backing, backing_format)
+    image_path = _located(path, image if image is not None else default_image(path))
+    backing_path = _located(path, backing) if backing is not None else None
+    _refuse_same(path, image_path, backing_path)
+    backing_size = _backing_size(backing_path, backing_format, image_path)
+    size = _chosen_size(path, size, image_path, backing_size)
+    names = _Names.of(path, cluster_size, image_path, backing_path, backing_format)
+    with _Making() as making:
+        told = _make_image(image_path, size, making, hidden=backing_path is not None)
+        _make_cow(path, names, Geometry(size, cluster_size), making)
+        sync_directory(path)
+    return Created(size, told)
+
+
+def default_image(path: str) -> str:
+    """The image file's path when none is given: ``.raw`` for the suffix of ``path``."""
+    return os.path.abspath(os.path.splitext(path)[0] + ".raw")
+
+
+# Options
+
+
+def _check_options(
+    path: str, cluster_size: int, image_format: str, backing: str | None, backing_format: str | None
+) -> None:
+    smallest, largest = 1 << MIN_CLUSTER_BITS, 1 << MAX_CLUSTER_BITS
+    if not smallest <= cluster_size <= largest or cluster_size & (cluster_size - 1):
+        raise UsageError(
+            message=f"invalid cluster_size {cluster_size}: give a power of two from "
+            f"{smallest // KiB}k to {largest // KiB}k"
+        )
+    if image_format != RAW:
+        raise UnsupportedError(
+            path=path, problem=f"image_fmt '{image_format}' is not supported, the image file is raw"
+        )
+    if backing is None and backing_format is not None:
+        raise UsageError(message=f"a backing format ('{backing_format}') needs a backing file: -b")
+    if backing is not None and backing_format is None:
+        raise UsageError(
+            message=f"backing file '{backing}' needs its format, which is never guessed: "
+            "-F raw or -F add-cow"
+        )
+    if backing_format not in (None, RAW, ADD_COW):
+        raise UnsupportedError(
+            path=path,
+            problem=f"backing format '{backing_format}' is not supported; convert it to raw first",
+        )
+
+
+def _whole_sectors(size: int) -> int:
+    if not 0 <= size <= MAX_SIZE:
+        raise UsageError(message=f"invalid size {size}: give 0 to 8 EiB")
+    return round_up(size, SECTOR)
+
+
+def _located(path: str, name: str) -> str:
+    """The absolute path that ``name`` means for the new file ``path``."""
+    if not name or "\0" in name:
+        raise UsageError(message=f"{path}: an empty file name or one with a NUL byte names no file")
+    resolve(path, name)  # refuses protocols
+    places = [os.path.join(os.path.dirname(os.path.abspath(path)), name), os.path.abspath(name)]
+    for exists in (os.path.lexists, lambda place: os.path.isdir(os.path.dirname(place))):
+        found = next((place for place in places if exists(place)), None)
+        if found is not None:
+            return _plain(found)
+    return _plain(places[0])
+
+
+def _plain(path: str) -> str:
+    """``path`` without ``..`` and links in its directories; a link as last part stays."""
+    directory, name = os.path.split(path)
+    return os.path.join(os.path.realpath(directory), name)
+
+
+def _refuse_same(path: str, image: str, backing: str | None) -> None:
+    files = [("overlay", _plain(os.path.abspath(path))), ("image file", image)]
+    if backing is not None:
+        files.append(("backing file", backing))
+    for number, (what, one) in enumerate(files):
+        for other_what, other in files[:number]:
+            if one == other or (os.path.exists(one) and _same(one, other)):
+                raise ImageError(
+                    path=path,
+                    problem=f"{what} and {other_what} are the same file ('{one}'); "
+                    "they must be different files",
+                )
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.exists(other) and os.path.samefile(one, other)
+
+
+# Sizes
+
+
+def _backing_size(backing: str | None, format_: str | None, image: str) -> int | None:
+    if backing is None or format_ is None:
+        return None
+    layer = open_layer(backing, format_)
+    try:
+        if os.path.exists(image):
+            _refuse_in_chain(image, [file.identity for file in layer.files()])
+        return layer.size
+    finally:
+        layer.close()
+
+
+def _refuse_in_chain(image: str, used: list[tuple[int, int]]) -> None:
+    status = os.stat(image)
+    if (status.st_dev, status.st_ino) in used:
+        raise ImageError(path=image, problem="the backing chain uses this file; name another image")
+
+
+def _chosen_size(path: str, size: int | None, image: str, backing_size: int | None) -> int:
+    existing = _existing_length(image)
+    if size is not None:
+        size = _whole_sectors(size)
+        if existing is not None and size < virtual_size(existing):
+            raise ImageError(
+                path=image,
+                problem=f"it is larger ({existing} bytes) than the size asked for ({size}), and "
+                "is never cut; leave the size out or give a larger one",
+            )
+        return size
+    if existing is not None:
+        return virtual_size(existing)
+    if backing_size is not None:
+        return backing_size
+    raise UsageError(
+        message=f"{path}: give a size, for there is neither an image file nor a backing file"
+    )
+
+
+def _existing_length(image: str) -> int | None:
+    try:
+        status = os.stat(image)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise FileError.of(image, "look at it", error) from error
+    if kind_of(status.st_mode) != "a regular file":
+        raise ImageError(path=image, problem=f"it is {kind_of(status.st_mode)}, not a regular file")
+    return status.st_size
+
+
+# Names
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The header of the new file and the names that stand right behind it."""
+
+    header: Header
+    names: bytes
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        cluster_size: int,
+        image: str,
+        backing: str | None,
+        backing_format: str | None,
+    ) -> _Names:
+        image_name = _stored(path, image, "image", IMAGE_NAME_LIMIT)
+        backing_name = (
+            b"" if backing is None else _stored(path, backing, "backing", BACKING_NAME_LIMIT)
+        )
+        size = header_size(cluster_size)
+        if FIXED_SIZE + len(backing_name) + len(image_name) > size:
+            raise ImageError(
+                path=path,
+                problem=f"the names of its files do not fit into {size - FIXED_SIZE} bytes; "
+                "use shorter names or larger clusters",
+            )
+        header = Header(
+            backing_offset=FIXED_SIZE if backing_name else 0,
+            backing_size=len(backing_name),
+            image_offset=FIXED_SIZE + len(backing_name),
+            image_size=len(image_name),
+            cluster_bits=cluster_size.bit_length() - 1,
+            compatible_features=0 if backing_name else ALL_ALLOCATED,
+            header_size=size,
+            backing_format=(backing_format or "").encode(),
+        )
+        return cls(header, backing_name + image_name)
+
+
+def _stored(path: str, target: str, what: str, limit: int) -> bytes:
+    directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    inside = target.startswith(directory.rstrip("/") + "/")
+    name = os.path.relpath(target, directory) if inside else target
+    if path_has_protocol(name):
+        name = f"./{name}"
+    raw = os.fsencode(name)
+    if len(raw) >= limit:
+        raise ImageError(
+            path=path,
+            problem=f"the {what} file's name has {len(raw)} bytes, the limit is {limit - 1}",
+        )
+    return raw
+
+
+# Making
+
+
+class _Making:
+    """The files being made or grown: on failure all is as it was, in the end all are closed."""
+
+    def __init__(self) -> None:
+        self._new: list[File] = []
+        self._grown: list[tuple[File, int]] = []
+
+    def __enter__(self) -> _Making:
+        return self
+
+    def new(self, path: str) -> File:
+        """Create the file, which goes again on failure."""
+        self._new.append(File.create(path))
+        return self._new[-1]
+
+    def grown(self, path: str) -> File:
+        """Open a file that exists; it gets its old length back on failure."""
+        file = File.open(path, writable=True)
+        self._grown.append((file, file.length))
+        return file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._undo()
+        for file in (*self._new, *(file for file, _ in self._grown)):
+            file.close()
+
+    def _undo(self) -> None:
+        with contextlib.suppress(OSError):
+            for file, length in self._grown:
+                if file.length != length:
+                    os.ftruncate(file.fd, length)
+        for file in self._new:
+            with contextlib.suppress(OSError):
+                os.unlink(file.path)
+
+
+def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[str]:
+    """Make sure that the image file has ``size`` bytes; say what the overlay will hide."""
+    told = []
+    if os.path.lexists(path):
+        image = making.grown(path)
+        if hidden and next_data(image.fd, 0) is not None:
+            told.append(f"{path}: the image file holds data that the new overlay hides")
+    else:
+        image = making.new(path)
+    image.grow(size, seen=virtual_size(image.length))
+    image.sync()
+    sync_directory(path)
+    return told
+
+
+def _make_cow(path: str, names: _Names, geometry: Geometry, making: _Making) -> None:
+    cow = making.new(path)
+    cow.grow(names.header.header_size + geometry.bitmap_length, seen=0)
+    cow.write(names.header.pack() + names.names, 0)
+    cow.sync()

@@ -1,0 +1,81 @@
+"""What a check says: findings by name and severity, and the exit status they add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Severity(Enum):
+    """How bad a finding is."""
+
+    CHECK_ERROR = "check-error"
+    CORRUPTION = "corruption"
+    LEAK = "leak"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the check ``name`` found; ``count`` is how many of it there are."""
+
+    name: str
+    severity: Severity
+    message: str
+    count: int = 1
+
+    def as_json(self) -> dict[str, object]:
+        """The finding with its public keys."""
+        return {"name": self.name, "severity": self.severity.value, "message": self.message}
+
+
+@dataclass
+class CheckReport:
+    """All findings on one image, and their number by severity."""
+
+    filename: str
+    findings: list[Finding] = field(default_factory=list)
+    total_clusters: int | None = None
+    allocated_clusters: int | None = None
+    is_addcow: bool = True
+
+    def _count(self, severity: Severity) -> int:
+        return sum(one.count for one in self.findings if one.severity is severity)
+
+    @property
+    def check_errors(self) -> int:
+        """How many things could not be looked at."""
+        return self._count(Severity.CHECK_ERROR)
+
+    @property
+    def corruptions(self) -> int:
+        """How many rules are broken."""
+        return self._count(Severity.CORRUPTION)
+
+    @property
+    def leaks(self) -> int:
+        """How many clusters hold data although they are not local."""
+        return self._count(Severity.LEAK)
+
+    @property
+    def exit_code(self) -> int:
+        """0 clean, 1 could not check, 2 corruptions, 3 leaks only, 63 not an add-cow file."""
+        if not self.is_addcow:
+            return 63
+        if self.corruptions:
+            return 2
+        if self.check_errors:
+            return 1
+        return 3 if self.leaks else 0
+
+    def as_json(self) -> dict[str, object]:
+        """The report with qemu-img check's keys, and the findings."""
+        return {
+            "filename": self.filename,
+            "format": "add-cow",
+            "check-errors": self.check_errors,
+            "corruptions": self.corruptions,
+            "leaks": self.leaks,
+            "total-clusters": self.total_clusters,
+            "allocated-clusters": self.allocated_clusters,
+            "findings": [finding.as_json() for finding in self.findings],
+        }

@@ -1,0 +1,139 @@
+"""Info: what the header says, and what the files it names are.
+
+Only the ``.add-cow`` file and its image file are needed: a backing that is missing or
+of a format that is not opened here is still described by its name and format.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from addcow_mp.device.chain import (
+    MAX_DEPTH,
+    Names,
+    load_header,
+    load_names,
+    refuse_mismatch,
+    resolve,
+)
+from addcow_mp.device.files import File
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.errors import ImageError
+from addcow_mp.format.geometry import virtual_size
+from addcow_mp.format.header import ADD_COW, RAW, Header
+from addcow_mp.format.names import path_combine
+
+
+@dataclass(frozen=True)
+class RawInfo:
+    """A file at the end of a chain; ``virtual_size`` is None when its format is not read here."""
+
+    filename: str
+    format: str
+    virtual_size: int | None
+    actual_size: int
+
+
+@dataclass(frozen=True)
+class Info:
+    """An add-cow overlay. Sizes in bytes; ``virtual_size`` None when the image is not raw."""
+
+    filename: str
+    virtual_size: int | None
+    actual_size: int
+    header: Header
+    names: Names
+    total_clusters: int | None
+    allocated_clusters: int | None
+    warnings: list[str]
+
+    @property
+    def full_image(self) -> str:
+        """The image file's path as seen from here."""
+        return path_combine(self.filename, self.names.image)
+
+    @property
+    def full_backing(self) -> str | None:
+        """The backing file's path as seen from here."""
+        name = self.names.backing
+        return None if name is None else path_combine(self.filename, name)
+
+
+def info(path: str) -> Info:
+    """Describe the overlay at ``path``. Raises :class:`AddcowError`."""
+    cow = File.open(path)
+    try:
+        header = load_header(cow)
+        names = load_names(cow, header)
+        image = File.open(resolve(path, names.image))
+        try:
+            _refuse_same(path, image, names)
+            refuse_mismatch(image, names.image_format)
+            return _info(path, cow, image, header, names)
+        finally:
+            image.close()
+    finally:
+        cow.close()
+
+
+def _info(path: str, cow: File, image: File, header: Header, names: Names) -> Info:
+    size = total = allocated = None
+    told: list[str] = []
+    if names.image_format == RAW:
+        overlay = Overlay(cow, image, None)
+        size, total = overlay.size, overlay.geometry.clusters
+        allocated = overlay.allocated_clusters
+        told = overlay.warnings()
+    return Info(path, size, cow.allocated, header, names, total, allocated, told)
+
+
+def _refuse_same(path: str, image: File, names: Names) -> None:
+    if names.backing is None:
+        return
+    try:
+        status = os.stat(path_combine(path, names.backing))
+    except OSError:
+        return  # a missing backing is no reason not to describe the overlay
+    if (status.st_dev, status.st_ino) == image.identity:
+        raise ImageError(
+            path=path,
+            problem=f"backing file '{names.backing}' and image file '{names.image}' are the same "
+            "file; they must be different files",
+        )
+
+
+def chain_info(path: str) -> list[Info | RawInfo]:
+    """Describe the overlay at ``path`` and every file below it, in order."""
+    found: list[Info | RawInfo] = []
+    seen: set[tuple[int, int]] = set()
+    next_path, format_ = path, ADD_COW
+    while len(found) <= MAX_DEPTH:
+        _refuse_again(next_path, seen)
+        if format_ != ADD_COW:
+            return [*found, _raw_info(next_path, format_)]
+        one = info(next_path)
+        found.append(one)
+        if one.names.backing is None or one.names.backing_format is None:
+            return found
+        next_path, format_ = resolve(next_path, one.names.backing), one.names.backing_format
+    raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
+
+
+def _refuse_again(path: str, seen: set[tuple[int, int]]) -> None:
+    file = File.open(path)
+    try:
+        if file.identity in seen:
+            raise ImageError(path=path, problem="the chain comes back to this file")
+        seen.add(file.identity)
+    finally:
+        file.close()
+
+
+def _raw_info(path: str, format_: str) -> RawInfo:
+    file = File.open(path)
+    try:
+        size = virtual_size(file.length) if format_ == RAW else None
+        return RawInfo(path, format_, size, file.allocated)
+    finally:
+        file.close()

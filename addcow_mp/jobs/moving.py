@@ -1,0 +1,54 @@
+"""What commit, flatten and convert share: from a plan to an assignment carried out."""
+
+from __future__ import annotations
+
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.engine.board import Board
+from addcow_mp.engine.plan import Task
+from addcow_mp.engine.publisher import Publisher
+from addcow_mp.engine.run import Assignment, carry_out, workers_for
+from addcow_mp.engine.transfer import OverlayTarget, Target, Transfer, Which
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.jobs.report import Conduct, Report
+
+
+def move(
+    source: Layer,
+    geometry: Geometry,
+    which: Which,
+    target: Target,
+    tasks: list[Task],
+    conduct: Conduct,
+    report: Report,
+    *,
+    publish: tuple[Overlay, int] | None = None,
+    frees: bool = False,
+) -> None:
+    """Move the clusters of ``tasks`` from ``source`` into ``target`` and publish them.
+
+    ``publish`` is the overlay whose bits become the given value for what was moved;
+    an add-cow target's own bits are published before them. ``frees`` then gives back
+    the space of what was moved.
+    """
+    below = _published_target(target)
+    report.jobs = workers_for(conduct.jobs, tasks)
+    layers = (geometry.clusters, below.geometry.clusters if below is not None else 0)
+    board = Board.create(layers, report.jobs)
+    try:
+        overlay, value = publish if publish is not None else (None, 0)
+        publisher = Publisher(
+            target.file, board, overlay=overlay, value=value, backing=below, frees=frees
+        )
+        work = Transfer(source, geometry, which, target, board)
+        job = Assignment(work, tasks, geometry, board, publisher, source.path)
+        report.amount = carry_out(job, report.jobs, conduct.progress, conduct.stopping)
+    finally:
+        board.close()
+
+
+def _published_target(target: Target) -> Overlay | None:
+    """The add-cow backing whose bits change, if the target is one that has bits."""
+    if isinstance(target, OverlayTarget) and not target.overlay.all_allocated:
+        return target.overlay
+    return None

@@ -1,0 +1,63 @@
+"""What a job tells when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from addcow_mp.engine.run import Progress, no_progress
+from addcow_mp.engine.transfer import Amount
+
+
+def never() -> bool:
+    """No reason to stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a job is carried out, whatever it does.
+
+    ``jobs``: worker processes; 0 = in this process, None = the usable processors.
+    ``progress`` is called with bytes done and bytes in all; ``stopping`` is asked
+    between tasks, and once it is true no new one is begun.
+    """
+
+    jobs: int | None = None
+    progress: Progress = no_progress
+    stopping: Callable[[], bool] = never
+
+
+@dataclass
+class Report:
+    """Which job, on which file, how much was copied or made zero, and how long it took."""
+
+    operation: str
+    filename: str
+    amount: Amount = field(default_factory=Amount)
+    jobs: int = 0
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, object]:
+        """The report with qemu-img's manner of keys."""
+        return {
+            "operation": self.operation,
+            "filename": self.filename,
+            "bytes-moved": self.amount.bytes_moved,
+            "clusters-moved": self.amount.clusters_moved,
+            "bytes-zeroed": self.amount.bytes_zeroed,
+            "clusters-zeroed": self.amount.clusters_zeroed,
+            "seconds": round(self.seconds, 6),
+            "jobs": self.jobs,
+        }
+
+
+@contextmanager
+def reporting(operation: str, filename: str) -> Iterator[Report]:
+    """A report whose seconds are those of the block."""
+    report = Report(operation, filename)
+    start = time.monotonic()
+    yield report
+    report.seconds = time.monotonic() - start

@@ -1,0 +1,65 @@
+"""Sizes as people write and read them: ``64 * KiB``, ``10G``, ``1.5 MiB``."""
+
+from __future__ import annotations
+
+import re
+
+from addcow_mp.errors import UsageError
+
+KiB = 1024
+MiB = 1024 * KiB
+GiB = 1024 * MiB
+TiB = 1024 * GiB
+EiB = 1024 * 1024 * TiB
+
+#: The unit of every virtual size: a guest's disk is made of whole sectors.
+SECTOR = 512
+
+#: Offsets are signed 64-bit numbers in every system call.
+MAX_SIZE = 8 * EiB - 1
+
+_UNITS = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1024 * TiB, "e": EiB}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|0x[0-9a-f]+)([bkmgtpe]?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Read a size in bytes with qemu-img's suffixes (``k``, ``M``, ... powers of 1024).
+
+    Fractions are allowed before a suffix ("1.5G"). Raises :class:`UsageError`.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            message=f"invalid size '{text}': give bytes, or a number with k, M, G, T, P or E"
+        )
+    number, suffix = match.groups()
+    size = _scale(number, _UNITS[suffix.lower()])
+    if size > MAX_SIZE:
+        raise UsageError(message=f"invalid size '{text}': more than 8 EiB")
+    return size
+
+
+def _scale(number: str, unit: int) -> int:
+    if number.lower().startswith("0x"):
+        return int(number, 16) * unit
+    whole, _, fraction = number.partition(".")
+    tenths = int(10 ** len(fraction))
+    return int(whole) * unit + int(fraction or 0) * unit // tenths
+
+
+def human_size(size: float) -> str:
+    """Write a size as qemu-img does: three digits that count, and a binary unit."""
+    for power, unit in reversed(list(enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")))):
+        if size >= 1024**power or power == 0:
+            return f"{size / 1024**power:0.3g} {unit}"
+    raise AssertionError("unreachable: power 0 always matches")
+
+
+def round_down(value: int, unit: int) -> int:
+    """The greatest multiple of ``unit`` that is not above ``value``."""
+    return value - value % unit
+
+
+def round_up(value: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` that is not below ``value``."""
+    return round_down(value + unit - 1, unit)
