@@ -96,3 +96,9 @@ class WorkerError(AddcowError):
     """A task failed, or its worker died twice; what other tasks finished is kept."""
 
     template = "{path}: clusters {first} to {last}: {cause}"
+
+
+class StoppedError(AddcowError):
+    """The job was asked to stop before its end."""
+
+    template = "{path}: stopped; what was finished is kept, the same command goes on from there"

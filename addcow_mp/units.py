@@ -18,6 +18,9 @@ SECTOR = 512
 #: Offsets are signed 64-bit numbers in every system call.
 MAX_SIZE = 8 * EiB - 1
 
+#: Numbers from here on have their three digits before the point.
+THREE_DIGITS = 100
+
 _UNITS = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1024 * TiB, "e": EiB}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|0x[0-9a-f]+)([bkmgtpe]?)", re.IGNORECASE)
 
@@ -51,7 +54,8 @@ def human_size(size: float) -> str:
     """Write a size as qemu-img does: three digits that count, and a binary unit."""
     for power, unit in reversed(list(enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")))):
         if size >= 1024**power or power == 0:
-            return f"{size / 1024**power:0.3g} {unit}"
+            number = size / 1024**power
+            return f"{number:.0f} {unit}" if number >= THREE_DIGITS else f"{number:.3g} {unit}"
     raise AssertionError("unreachable: power 0 always matches")
 
 

@@ -54,6 +54,9 @@ class Layer(Protocol):
     def files(self) -> Iterator[File]:
         """The raw file of each depth, from this layer down."""
 
+    def warnings(self) -> list[str]:
+        """What a reader of this chain should be told: one line each."""
+
     def close(self) -> None:
         """Close this layer and all below."""
 

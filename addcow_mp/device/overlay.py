@@ -131,7 +131,7 @@ class Overlay:
         inhabited = self.bitmap.inhabited()
         return merged(run for part in inhabited for run in self.bitmap.runs(1, *part))
 
-    def _layout(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+    def layout(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """``[start, stop)`` in bytes, cut where clusters begin or cease to be local."""
         first, last = self.geometry.touched(start, stop)
         position = start
@@ -146,7 +146,7 @@ class Overlay:
 
     def pieces(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
         """What ``[start, stop)`` is made of, layer by layer."""
-        for first, last, local in self._layout(start, stop):
+        for first, last, local in self.layout(start, stop):
             if local:
                 yield from self.image.pieces(first, last, depth)
             else:
@@ -163,7 +163,7 @@ class Overlay:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` with the guest's bytes from ``offset`` on, within the size."""
-        for first, last, local in self._layout(offset, offset + len(view)):
+        for first, last, local in self.layout(offset, offset + len(view)):
             part = view[first - offset : last - offset]
             if local:
                 self.image.read_into(part, first)
@@ -199,9 +199,7 @@ class Overlay:
                 f"{self.path}: the file ends inside its bitmap, missing bits read as 0; "
                 "it can be read but not written"
             )
-        if isinstance(self.backing, Overlay):
-            told += self.backing.warnings()
-        return told
+        return told + (self.backing.warnings() if self.backing is not None else [])
 
     # Changing
 

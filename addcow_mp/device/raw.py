@@ -43,6 +43,10 @@ class RawLayer:
         """The file itself."""
         yield self.file
 
+    def warnings(self) -> list[str]:
+        """Nothing: bytes after the last whole sector are nobody's in a chain."""
+        return []
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()

@@ -17,7 +17,7 @@ from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.engine.pool import Failed, Pool, Work, usable_cpus
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.transfer import TOP, Amount
-from addcow_mp.errors import AddcowError, WorkerError
+from addcow_mp.errors import AddcowError, StoppedError, WorkerError
 from addcow_mp.format.bitmap import Run, runs
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import MiB
@@ -124,11 +124,12 @@ def carry_out(
     """Do all tasks of ``job`` with ``workers`` processes and publish what they finish.
 
     When a task fails, no new one is begun, what was finished is published, and the
-    first failure is raised as :class:`WorkerError` or the error itself.
+    first failure is raised as :class:`WorkerError`. When ``stopping`` keeps tasks from
+    being begun, :class:`StoppedError` is raised, after publishing as well.
     """
     checkpoints = _Checkpoints(job.publisher, job.geometry)
     total = sum(task.weight for task in job.tasks)
-    amount, failure = Amount(), None
+    amount, failure, finished = Amount(), None, 0
 
     def enough() -> bool:
         return failure is not None or checkpoints.failed or bool(stopping and stopping())
@@ -141,10 +142,13 @@ def carry_out(
                 checkpoints.add(_finished_part(job.board, result.task), 0)
             elif result is not None:
                 amount += result.amount
+                finished += 1
                 checkpoints.add([(result.task.first, result.task.stop)], result.amount.bytes_moved)
     checkpoints.finish()
     if failure is not None:
         raise _told(job.path, failure)
+    if finished < len(job.tasks):
+        raise StoppedError(path=job.path)
     progress(total, total)
     return amount
 

@@ -69,6 +69,14 @@ def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
     stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
     tasks = cut(stretches, geometry.clusters)
     move(layer, geometry, Which.ALL, RawTarget(target, fresh=True), tasks, conduct, report)
+    report.warnings += _cut_off(layer)
+
+
+def _cut_off(layer: Layer) -> list[str]:
+    """What is said of a raw source that does not end with a whole sector."""
+    rest = 0 if isinstance(layer, Overlay) else next(layer.files()).length - layer.size
+    told = f"{layer.path}: its last {rest} bytes are no whole sector and were not copied"
+    return [told] if rest else []
 
 
 def _unit(layer: Layer) -> int:

@@ -31,6 +31,7 @@ def move(
     an add-cow target's own bits are published before them. ``frees`` then gives back
     the space of what was moved.
     """
+    report.warnings = source.warnings()
     below = _published_target(target)
     report.jobs = workers_for(conduct.jobs, tasks)
     layers = (geometry.clusters, below.geometry.clusters if below is not None else 0)

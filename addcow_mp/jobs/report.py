@@ -39,6 +39,7 @@ class Report:
     amount: Amount = field(default_factory=Amount)
     jobs: int = 0
     seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, object]:
         """The report with qemu-img's manner of keys."""

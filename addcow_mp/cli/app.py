@@ -1,0 +1,232 @@
+"""The commands and their options, in qemu-img's words. One function each, no decisions.
+
+What a command needs is imported inside it: a command pays for nothing but itself at
+start-up, and several of them are run a thousand times in a row.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from addcow_mp.jobs.report import Report
+
+app = typer.Typer(
+    name="addcow",
+    help="Create, inspect, change, commit and flatten add-cow disk images.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Output(StrEnum):
+    """How results are printed."""
+
+    human = "human"
+    json = "json"
+
+
+class Format(StrEnum):
+    """The formats that are opened natively."""
+
+    addcow = "add-cow"
+    raw = "raw"
+
+
+class OnlyAddcow(StrEnum):
+    """The one format of commands that are about overlays."""
+
+    addcow = "add-cow"
+
+
+class OnlyRaw(StrEnum):
+    """The one format that is written by converting."""
+
+    raw = "raw"
+
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="the .add-cow file")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print nothing but errors")]
+ShowProgress = Annotated[bool, typer.Option("-p", "--progress", help="show progress on stderr")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", min=0, help="worker processes; 0 = in this process  [default: usable CPUs]"
+    ),
+]
+HowToPrint = Annotated[Output, typer.Option("--output", help="human or json")]
+OverlayFormat = Annotated[
+    OnlyAddcow, typer.Option("-f", "--format", help="format of FILE; never guessed")
+]
+
+
+@app.callback(invoke_without_command=True)
+def addcow(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """Create, inspect, change, commit and flatten add-cow disk images."""
+    from addcow_mp import __version__
+    from addcow_mp.errors import UsageError
+
+    if version:
+        print(f"addcow {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise UsageError(message="Missing command; see 'addcow --help'")
+
+
+@app.command()
+def create(
+    file: Annotated[str | None, typer.Argument(metavar="FILE", help="the file to create")] = None,
+    size: Annotated[
+        str | None,
+        typer.Argument(metavar="[SIZE]", help="virtual size; default: the image's, or backing's"),
+    ] = None,
+    format: Annotated[Format, typer.Option("-f", "--format", help="what FILE is")] = Format.addcow,
+    backing: Annotated[str | None, typer.Option("-b", metavar="FILE", help="backing file")] = None,
+    backing_format: Annotated[
+        str | None, typer.Option("-F", metavar="FMT", help="the backing file's format")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("-o", metavar="KEY=VALUE,...", help="'-o help' lists them")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
+    from addcow_mp.cli.creating import create as command
+
+    command(format.value, file, size, backing, backing_format, options or [], quiet=quiet)
+
+
+@app.command()
+def info(
+    file: File,
+    output: HowToPrint = Output.human,
+    backing_chain: Annotated[
+        bool, typer.Option("--backing-chain", help="every file of the chain")
+    ] = False,
+    format: OverlayFormat = OnlyAddcow.addcow,
+) -> None:
+    """Describe an overlay."""
+    from addcow_mp.cli.describing import show_info
+
+    show_info(file, as_json=output is Output.json, chain=backing_chain)
+
+
+@app.command("map")
+def map_(
+    file: File, output: HowToPrint = Output.human, format: OverlayFormat = OnlyAddcow.addcow
+) -> None:
+    """Show which file of the chain holds what."""
+    from addcow_mp.cli.describing import show_map
+
+    show_map(file, as_json=output is Output.json)
+
+
+@app.command()
+def check(
+    file: File,
+    output: HowToPrint = Output.human,
+    quiet: Quiet = False,
+    format: OverlayFormat = OnlyAddcow.addcow,
+) -> None:
+    """Check an overlay against the format's rules.
+
+    Exit status: 0 clean, 1 could not check, 2 corruptions, 3 leaks only, 63 not add-cow.
+    """
+    from addcow_mp.cli.describing import show_check
+
+    raise typer.Exit(show_check(file, as_json=output is Output.json, quiet=quiet))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="a new file")],
+    target_format: Annotated[OnlyRaw, typer.Option("-O", help="the new file's format")],
+    format: Annotated[Format, typer.Option("-f", "--format", help="what SRC is")] = Format.addcow,
+    progress: ShowProgress = False,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToPrint = Output.human,
+) -> None:
+    """Write the guest's view of SRC into a new sparse raw file."""
+    from addcow_mp.cli.working import working
+    from addcow_mp.jobs.convert import convert as job
+
+    with working(jobs, progress=progress and not quiet) as conduct:
+        report = job(source, destination, source_format=format.value, conduct=conduct)
+    _tell(report, "", output, quiet=quiet)
+
+
+@app.command()
+def commit(
+    file: File,
+    keep: Annotated[bool, typer.Option("-d", help="leave overlay and image as they are")] = False,
+    progress: ShowProgress = False,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToPrint = Output.human,
+    format: OverlayFormat = OnlyAddcow.addcow,
+) -> None:
+    """Move the overlay's clusters into its backing file."""
+    from addcow_mp.cli.working import working
+    from addcow_mp.jobs.commit import commit as job
+
+    with working(jobs, progress=progress and not quiet) as conduct:
+        report = job(file, keep=keep, conduct=conduct)
+    _tell(report, "Image committed.", output, quiet=quiet)
+
+
+@app.command()
+def flatten(
+    file: File,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="then remove the .add-cow file")
+    ] = False,
+    progress: ShowProgress = False,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToPrint = Output.human,
+    format: OverlayFormat = OnlyAddcow.addcow,
+) -> None:
+    """Bring every cluster into the image file, which then is the whole disk."""
+    from addcow_mp.cli.working import working
+    from addcow_mp.jobs.flatten import flatten as job
+
+    with working(jobs, progress=progress and not quiet) as conduct:
+        report = job(file, discard=discard, conduct=conduct)
+    _tell(report, "Image flattened.", output, quiet=quiet)
+
+
+@app.command("io")
+def io_(
+    file: File,
+    commands: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--cmd", metavar="CMD", help="a command; default: from stdin"),
+    ] = None,
+    read_only: Annotated[bool, typer.Option("-r", "--read-only", help="refuse writes")] = False,
+    format: OverlayFormat = OnlyAddcow.addcow,
+) -> None:
+    """Read and write as a guest would, with qemu-io's commands."""
+    from addcow_mp.cli.exercising import exercise
+
+    raise typer.Exit(exercise(file, commands, read_only=read_only))
+
+
+def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None:
+    from addcow_mp.cli.main import warn
+
+    warn(report.warnings)
+    if output is Output.json:
+        import json
+
+        print(json.dumps(report.as_json(), indent=4))
+    elif sentence and not quiet:
+        print(sentence)

@@ -1,0 +1,365 @@
+"""The ``io`` command: qemu-io's words over the guest's view of an overlay.
+
+Each command line is split at blanks; its first word names the command, options follow in
+the manner of getopt. What is printed is what qemu-io (of the version that add-cow was
+proposed for) prints. A command that fails says so and makes the exit status 1; the next
+one runs all the same. Large requests are carried out in pieces of bounded memory.
+
+``aio_read`` and ``aio_write`` run in threads of their own, side by side with whatever
+comes next; their results are printed in the order in which they were asked for, at the
+latest by ``aio_flush``, by ``quit`` or at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import getopt
+import os
+import string
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from addcow_mp.device.chain import READ, WRITE, open_chain
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.errors import AddcowError, RangeError, UsageError
+from addcow_mp.units import MAX_SIZE, SECTOR, KiB, MiB, parse_size
+
+#: What is held in memory of one request: bounds a `write 0 100G`.
+PIECE = 4 * MiB
+
+#: Bytes that a dump shows as themselves.
+_SHOWN = (string.ascii_letters + string.digits).encode()
+
+#: What written bytes are without -P.
+DEFAULT_PATTERN = 0xCD
+
+
+def exercise(path: str, commands: list[str] | None, *, read_only: bool) -> int:
+    """Run the commands, or those on standard input, and return the exit status."""
+    with open_chain(path, READ if read_only else WRITE) as disk:
+        for message in disk.warnings():
+            print(f"addcow: warning: {message}", file=sys.stderr)
+        session = _Session(disk)
+        for line in commands if commands is not None else _lines():
+            if not session.run(line):
+                break
+        session.wait()
+    return session.status
+
+
+def _lines() -> Iterator[str]:
+    prompt = "addcow> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            return
+
+
+class _RefusedError(Exception):
+    """A command that cannot be carried out as it was written; the text says why."""
+
+
+@dataclass
+class _Request:
+    """One read or write, its options, and how it went."""
+
+    writes: bool
+    word: str
+    offset: int = 0
+    length: int = 0
+    pattern: int | None = None
+    check_from: int = 0
+    check_length: int = 0
+    zeroes: bool = False
+    dump: bool = False
+    quiet: bool = False
+    terse: bool = False
+    output: list[str] = field(default_factory=list)
+    failed: bool = False
+
+    def carry_out(self, disk: Overlay) -> None:
+        """Do it and note the report; a failure is told as the system's word for it."""
+        start = time.perf_counter()
+        try:
+            if self.writes:
+                self._write(disk)
+            else:
+                self._read(disk)
+        except AddcowError as error:
+            self.output.append(f"{self.word} failed: {_reason(error, disk)}")
+            self.failed = True
+            return
+        if not self.quiet:
+            self.output += self._report(time.perf_counter() - start)
+
+    def _write(self, disk: Overlay) -> None:
+        _check_range(disk, self.offset, self.length)
+        if self.zeroes:
+            disk.write_zeroes(self.offset, self.length)
+            return
+        pattern = DEFAULT_PATTERN if self.pattern is None else self.pattern
+        data = memoryview(bytes([pattern]) * min(PIECE, self.length))
+        for start in range(0, self.length, PIECE):
+            disk.write(self.offset + start, data[: self.length - start])
+
+    def _read(self, disk: Overlay) -> None:
+        _check_range(disk, self.offset, self.length)
+        intact = True
+        for start in range(0, self.length, PIECE):
+            data = disk.read(self.offset + start, min(PIECE, self.length - start))
+            intact &= self._matches(data, start)
+            if self.dump and not self.quiet:
+                self.output += _hexdump(data, self.offset + start)
+        if not intact:
+            self.failed = True
+            self.output.insert(
+                0,
+                f"Pattern verification failed at offset {self.offset + self.check_from}, "
+                f"{self.check_length} bytes",
+            )
+
+    def _matches(self, data: bytes, start: int) -> bool:
+        if self.pattern is None:
+            return True
+        first = max(0, self.check_from - start)
+        last = max(first, min(len(data), self.check_from + self.check_length - start))
+        return data.count(self.pattern, first, last) == last - first
+
+    def _report(self, seconds: float) -> list[str]:
+        seconds = max(seconds, 1e-6)
+        rate, operations = self.length / seconds, 1 / seconds
+        if self.terse:
+            return [f"{self.length},1,{_clock(seconds)},{rate:.3f},{operations:.3f}"]
+        word = "wrote" if self.writes else "read"
+        return [
+            f"{word} {self.length}/{self.length} bytes at offset {self.offset}",
+            f"{_amount(self.length)}, 1 ops; {_duration(seconds)} "
+            f"({_amount(rate)}/sec and {operations:.4f} ops/sec)",
+        ]
+
+
+class _Session:
+    """The commands, on one disk."""
+
+    def __init__(self, disk: Overlay) -> None:
+        self.disk = disk
+        self.status = 0
+        self._running: deque[tuple[threading.Thread, _Request]] = deque()
+        self._commands: dict[str, Callable[[str, list[str]], None]] = {
+            **dict.fromkeys(("read", "r", "write", "w"), self._single),
+            **dict.fromkeys(("readv", "writev"), self._vector),
+            **dict.fromkeys(("aio_read", "aio_write"), self._asynchronous),
+            "aio_flush": self._aio_flush,
+            **dict.fromkeys(("flush", "f"), self._flush),
+            **dict.fromkeys(("length", "l"), self._length),
+            "map": self._map,
+            **dict.fromkeys(("alloc", "a"), self._alloc),
+            **dict.fromkeys(("help", "?"), self._help),
+        }
+
+    def run(self, line: str) -> bool:
+        """Run one line; false when it was ``quit``."""
+        self._print_finished()
+        word, *arguments = line.split() or [""]
+        if word in ("quit", "q"):
+            return False
+        command = self._commands.get(word)
+        try:
+            if command is not None:
+                command(word, arguments)
+            elif word:
+                self._refuse(f'command "{word}" not found')
+        except _RefusedError as refusal:
+            self._refuse(str(refusal))
+        except getopt.GetoptError as error:
+            self._refuse(f"{word}: {error.msg}")
+        return True
+
+    def wait(self) -> None:
+        """Wait for all that runs in the background, and print how it went."""
+        while self._running:
+            thread, request = self._running.popleft()
+            thread.join()
+            self._print(request)
+
+    def _refuse(self, text: str) -> None:
+        sys.stdout.flush()
+        print(text, file=sys.stderr)
+        self.status = 1
+
+    def _print_finished(self) -> None:
+        while self._running and not self._running[0][0].is_alive():
+            self._print(self._running.popleft()[1])
+
+    def _print(self, request: _Request) -> None:
+        for line in request.output:
+            print(line)
+        self.status |= request.failed
+
+    # Reading and writing
+
+    def _single(self, word: str, arguments: list[str]) -> None:
+        writes = word[0] == "w"
+        request = _request(
+            "write" if writes else "read", arguments, "CP:qz" if writes else "Cl:P:qs:v"
+        )
+        request.carry_out(self.disk)
+        self._print(request)
+
+    def _vector(self, word: str, arguments: list[str]) -> None:
+        request = _request(word, arguments, "CP:q" if word[0] == "w" else "CP:qv", vector=True)
+        request.carry_out(self.disk)
+        self._print(request)
+
+    def _asynchronous(self, word: str, arguments: list[str]) -> None:
+        options = "CP:qz" if word == "aio_write" else "CP:qv"
+        request = _request(word, arguments, options, vector=True)
+        thread = threading.Thread(target=request.carry_out, args=(self.disk,))
+        self._running.append((thread, request))
+        thread.start()
+
+    def _aio_flush(self, word: str, arguments: list[str]) -> None:
+        _count(word, arguments, 0, 0)
+        self.wait()
+
+    def _flush(self, word: str, arguments: list[str]) -> None:
+        _count(word, arguments, 0, 0)
+        self.disk.flush()
+
+    # Looking
+
+    def _length(self, word: str, arguments: list[str]) -> None:
+        _count(word, arguments, 0, 0)
+        print(_amount(self.disk.size))
+
+    def _map(self, word: str, arguments: list[str]) -> None:
+        _count(word, arguments, 0, 0)
+        total = self.disk.size // SECTOR
+        for start, stop, local in self.disk.layout(0, self.disk.size):
+            sectors, left = (stop - start) // SECTOR, total - start // SECTOR
+            state = "    allocated" if local else "not allocated"
+            print(
+                f"[{start: 24d}] {sectors: 8d}/{left: 8d} sectors {state} "
+                f"at offset {_amount(start)} ({int(local)})"
+            )
+
+    def _alloc(self, word: str, arguments: list[str]) -> None:
+        _count(word, arguments, 1, 2)
+        offset = _number(arguments[0], "offset")
+        if offset % SECTOR:
+            raise _RefusedError(f"offset {offset} is not sector aligned")
+        sectors = _number(arguments[1], "length") if len(arguments) > 1 else 1
+        stop = min(offset + sectors * SECTOR, self.disk.size)
+        parts = list(self.disk.layout(offset, stop)) if offset < stop else []
+        local = sum(last - first for first, last, is_local in parts if is_local)
+        seen = sum(last - first for first, last, _ in parts)
+        print(f"{local // SECTOR}/{seen // SECTOR} sectors allocated at offset {_amount(offset)}")
+
+    def _help(self, _: str, __: list[str]) -> None:
+        print("read [-Cqv] [-P pattern [-s off] [-l len]] off len")
+        print("write [-Cqz] [-P pattern] off len")
+        print("readv, writev, aio_read, aio_write [-Cqvz] [-P pattern] off len [len..]")
+        print("aio_flush, flush, length, map, alloc off [sectors], quit")
+
+
+# Reading a command's words
+
+
+def _request(word: str, arguments: list[str], options: str, *, vector: bool = False) -> _Request:
+    given, rest = getopt.gnu_getopt(arguments, options)
+    _count(word, rest, 2, None if vector else 2)
+    request = _Request("write" in word, word, offset=_number(rest[0], "length"))
+    request.length = sum(_number(text, "length") for text in rest[1:])
+    chosen = dict(given)
+    request.pattern = _pattern(chosen["-P"]) if "-P" in chosen else None
+    request.zeroes, request.dump = "-z" in chosen, "-v" in chosen
+    request.quiet, request.terse = "-q" in chosen, "-C" in chosen
+    _set_checked(request, chosen)
+    if request.zeroes and request.pattern is not None:
+        raise _RefusedError("-z and -P cannot be specified at the same time")
+    return request
+
+
+def _set_checked(request: _Request, chosen: dict[str, str]) -> None:
+    """Which part of what is read must show the pattern."""
+    if request.pattern is None and ("-s" in chosen or "-l" in chosen):
+        raise _RefusedError("-s and -l need a pattern: -P")
+    request.check_from = _number(chosen.get("-s", "0"), "length")
+    left = request.length - request.check_from
+    request.check_length = _number(chosen["-l"], "length") if "-l" in chosen else left
+    if not 0 <= request.check_length <= left:
+        raise _RefusedError("pattern verification range exceeds end of read data")
+
+
+def _count(word: str, arguments: list[str], least: int, most: int | None) -> None:
+    number = len(arguments)
+    if number >= least and (most is None or number <= most):
+        return
+    wanted = f"{least}" if most == least else f"between {least} and {most}"
+    wanted = f"at least {least}" if most is None else wanted
+    raise _RefusedError(f"bad argument count {number} to {word}, expected {wanted} arguments")
+
+
+def _number(text: str, what: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError:
+        raise _RefusedError(f"non-numeric {what} argument -- {text}") from None
+
+
+def _pattern(text: str) -> int:
+    try:
+        value = int(text, 0)
+    except ValueError:
+        value = -1
+    if value not in range(256):
+        raise _RefusedError(f"{text} is not a valid pattern byte")
+    return value
+
+
+# Doing and telling
+
+
+def _check_range(disk: Overlay, offset: int, length: int) -> None:
+    """Refuse as a whole what would fail after some of its pieces."""
+    if offset + length > min(disk.size, MAX_SIZE):
+        raise RangeError(path=disk.path, offset=offset, length=length, size=disk.size)
+
+
+def _reason(error: AddcowError, disk: Overlay) -> str:
+    if isinstance(error, RangeError):
+        return os.strerror(errno.EIO)
+    if not disk.cow.writable and "errno" not in error.fields:
+        return os.strerror(errno.EPERM)
+    reason = error.fields.get("reason")
+    return str(reason) if reason is not None else str(error)
+
+
+def _hexdump(data: bytes, offset: int) -> Iterable[str]:
+    for start in range(0, len(data), 16):
+        row = data[start : start + 16]
+        text = "".join(chr(byte) if byte in _SHOWN else "." for byte in row)
+        yield f"{offset + start:08x}:  {row.hex(' ')}  {text}"
+
+
+def _amount(value: float) -> str:
+    """Bytes with a binary unit and three decimals, none when they are zero."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    power = max((p for p in range(len(units)) if value >= KiB**p), default=0)
+    number = f"{value / KiB**power:.3f}" if power else f"{value:f}"
+    whole, _, fraction = number.partition(".")
+    return f"{whole if fraction.startswith('000') else number} {units[power]}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{int(seconds * 10000) / 10000:.4f} sec" if seconds < 1 else _clock(seconds)
+
+
+def _clock(seconds: float) -> str:
+    whole, hundredths = divmod(int(seconds * 100), 100)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}.{hundredths:02d}"

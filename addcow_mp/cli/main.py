@@ -1,0 +1,69 @@
+"""Run one command line: what it raises becomes one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from addcow_mp.errors import AddcowError, UsageError
+
+INTERRUPTED = 130
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``addcow`` with these arguments and return its exit status."""
+    try:
+        return _dispatch(arguments)
+    except AddcowError as error:
+        return complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone (a pager, `head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return complain("out of memory; give it more, or fewer --jobs", 1)
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        return complain(f"{named}{error.strerror or error}", 1)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    import typer
+    from typer.main import get_command
+
+    from addcow_mp.cli.app import app
+
+    # Every complaint about the command line derives from this class, whichever copy of
+    # click typer brings with it.
+    usage_problem: type[Exception] = typer.BadParameter.__bases__[0]
+    try:
+        status = get_command(app).main(list(arguments), "addcow", standalone_mode=False)
+    except usage_problem as problem:
+        return complain(_usage(problem), UsageError.exit_code)
+    sys.stdout.flush()
+    if status == INTERRUPTED:
+        return complain("interrupted", INTERRUPTED)
+    return status if isinstance(status, int) else 0
+
+
+def _usage(problem: Any) -> str:
+    command = problem.ctx.command_path if problem.ctx is not None else "addcow"
+    return f"{problem.format_message().rstrip('.')}; see '{command} --help'"
+
+
+def complain(message: str, status: int) -> int:
+    """Say what went wrong, in one line, and pass the exit status on."""
+    sys.stdout.flush()
+    one_line = " ".join(message.split("\n"))
+    print(f"addcow: {one_line}", file=sys.stderr)
+    return status
+
+
+def warn(messages: Sequence[str]) -> None:
+    """Say what the user should know although the command goes on."""
+    for message in messages:
+        print(f"addcow: warning: {message}", file=sys.stderr)

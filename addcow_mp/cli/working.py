@@ -1,0 +1,112 @@
+"""How long jobs are conducted from the command line: progress, and stopping cleanly."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from addcow_mp.engine.run import Progress, no_progress
+from addcow_mp.errors import AddcowError, StoppedError
+from addcow_mp.jobs.report import Conduct
+from addcow_mp.units import human_size
+
+#: Without a terminal a line is printed at every tenth part, not at every moment.
+STEPS = 10
+
+
+@contextmanager
+def working(jobs: int | None, *, progress: bool) -> Iterator[Conduct]:
+    """A conduct with progress on stderr, which SIGINT and SIGTERM end between tasks."""
+    with _stoppable() as stop, _shown(progress) as show:
+        try:
+            yield Conduct(jobs, show, lambda: bool(stop))
+        except StoppedError as error:
+            raise _SignalledError(stop[0], error) from error
+
+
+class _SignalledError(AddcowError):
+    """A job that a signal stopped; the exit status says which one."""
+
+    def __init__(self, number: int, error: StoppedError) -> None:
+        super().__init__(message=str(error))
+        self.exit_code = 128 + number  # type: ignore[misc]
+
+
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Signals met in the block; the first stops the job, a second one ends the process."""
+    met: list[int] = []
+
+    def meet(number: int, _: FrameType | None) -> None:
+        met.append(number)
+        signal.signal(number, old[number])
+
+    old = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in old:
+        signal.signal(number, meet)
+    try:
+        yield met
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _shown(progress: bool) -> Iterator[Progress]:
+    if not progress:
+        yield no_progress
+    elif sys.stderr.isatty():
+        with _bar() as show:
+            yield show
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    """Progress as plain text: one line for every tenth part."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._shown = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        step = STEPS if total == 0 else done * STEPS // total
+        if step == self._shown:
+            return
+        self._shown = step
+        rate = done / max(time.monotonic() - self._start, 1e-6)
+        percent = 100.0 if total == 0 else 100 * done / total
+        print(
+            f"    ({percent:.2f}/100%) {human_size(done)} of {human_size(total)}, "
+            f"{human_size(rate)}/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A bar with rate and time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        BarColumn(),
+        "{task.percentage:>3.0f}%",
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
