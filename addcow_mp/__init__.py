@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         info,
         open,  # noqa: A004 - addcow_mp.open() is the name that people try
     )
+    from addcow_mp.device.extent import Extent
+    from addcow_mp.device.overlay import Overlay
     from addcow_mp.errors import (
         AddcowError,
         FileError,
@@ -46,6 +48,8 @@ _HOMES = {
     "addcow_mp.api": (
         *("check", "commit", "convert", "create", "extents", "flatten", "info", "open"),
     ),
+    "addcow_mp.device.extent": ("Extent",),
+    "addcow_mp.device.overlay": ("Overlay",),
     "addcow_mp.errors": (
         *("AddcowError", "FileError", "FormatError", "ImageError", "NotAddcowError"),
         *("RangeError", "SyncError", "UnsupportedError", "UsageError", "WorkerError"),
@@ -55,10 +59,12 @@ _HOMES = {
 
 __all__ = [
     "AddcowError",
+    "Extent",
     "FileError",
     "FormatError",
     "ImageError",
     "NotAddcowError",
+    "Overlay",
     "RangeError",
     "SyncError",
     "UnsupportedError",

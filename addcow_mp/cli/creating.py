@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
 from addcow_mp.cli.main import warn
 from addcow_mp.errors import UsageError
-from addcow_mp.jobs.create import DEFAULT_CLUSTER_SIZE, create_raw
+from addcow_mp.jobs.create import DEFAULT_CLUSTER_SIZE, create_raw, default_image
 from addcow_mp.jobs.create import create as job
 from addcow_mp.units import parse_size
 
@@ -98,8 +99,9 @@ def _create_overlay(file: str, size: int | None, options: dict[str, str], *, qui
     )
     warn(made.warnings)
     if not quiet:
+        shown = {"image_file": os.path.basename(default_image(file)), **options}
         names = "".join(
-            f" {key}='{options[key]}'" for key in ("backing_file", "image_file") if key in options
+            f" {key}='{shown[key]}'" for key in ("backing_file", "image_file") if key in shown
         )
         print(
             f"Formatting '{file}', fmt=add-cow size={made.size}{names} cluster_size={cluster_size}"

@@ -272,7 +272,9 @@ class _Session:
 
 def _request(word: str, arguments: list[str], options: str, *, vector: bool = False) -> _Request:
     given, rest = getopt.gnu_getopt(arguments, options)
-    _count(word, rest, 2, None if vector else 2)
+    _count(word, rest, 2, None)
+    if len(rest) > 2 and not vector:  # noqa: PLR2004 - an offset and a length
+        raise _RefusedError(f"{word}: one offset and one length; see 'help'")
     request = _Request("write" in word, word, offset=_number(rest[0], "length"))
     request.length = sum(_number(text, "length") for text in rest[1:])
     chosen = dict(given)

@@ -8,6 +8,8 @@ What can be refused is refused here, before anything has been changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from addcow_mp.device.files import File
@@ -15,7 +17,7 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.magic import contradicts
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.errors import FormatError, ImageError, NotAddcowError, UnsupportedError
+from addcow_mp.errors import AddcowError, FormatError, ImageError, NotAddcowError, UnsupportedError
 from addcow_mp.format.header import (
     ADD_COW,
     BACKING_NAME_LIMIT,
@@ -127,6 +129,19 @@ def resolve(cow_path: str, name: str) -> str:
     return path_combine(cow_path, name)
 
 
+@contextmanager
+def telling(cow_path: str, name: str, what: str) -> Iterator[str]:
+    """Resolve ``name``; an error about that file says that ``cow_path`` names it as ``what``."""
+    target = resolve(cow_path, name)
+    try:
+        yield target
+    except AddcowError as error:
+        if error.fields.get("path") != target:
+            raise
+        told = {**error.fields, "path": f"{cow_path}: {what} '{name}'"}
+        raise type(error)(**told) from error
+
+
 def refuse_image_format(cow_path: str, names: Names) -> None:
     """Raise unless the image file is raw: only raw images are read and written."""
     if names.image_format != RAW:
@@ -170,7 +185,7 @@ class _Opening:
         header = load_header(cow)
         names = load_names(cow, header)
         refuse_image_format(path, names)
-        image = self._open(resolve(path, names.image), depth)
+        image = self._named(path, names.image, "image file", depth)
         return Overlay(cow, image, self._backing(path, header, names, depth))
 
     def _backing(self, path: str, header: Header, names: Names, depth: int) -> Layer | None:
@@ -179,7 +194,12 @@ class _Opening:
         # With ALL_ALLOCATED the backing may be gone: only a job that writes it needs it.
         if header.all_allocated and depth + 1 not in self.writable:
             return None
-        return self.layer(resolve(path, names.backing), names.backing_format, depth + 1)
+        with telling(path, names.backing, "backing file") as target:
+            return self.layer(target, names.backing_format, depth + 1)
+
+    def _named(self, cow_path: str, name: str, what: str, depth: int) -> File:
+        with telling(cow_path, name, what) as target:
+            return self._open(target, depth)
 
     def _open(self, path: str, depth: int) -> File:
         file = File.open(path, writable=depth in self.writable)
@@ -188,8 +208,8 @@ class _Opening:
         if other != path or len(self.seen) < len(self.opened):
             raise ImageError(
                 path=path,
-                problem=f"the chain uses this file twice (also as '{other}'); "
-                "overlay, image file and backing file must be different files",
+                problem=f"it is in the chain already, as '{other}'; overlay, image file and "
+                "backing file must be different files",
             )
         return file
 

@@ -16,6 +16,7 @@ from addcow_mp.device.chain import (
     load_names,
     refuse_mismatch,
     resolve,
+    telling,
 )
 from addcow_mp.device.files import File
 from addcow_mp.device.overlay import Overlay
@@ -66,10 +67,12 @@ def info(path: str) -> Info:
     try:
         header = load_header(cow)
         names = load_names(cow, header)
-        image = File.open(resolve(path, names.image))
+        with telling(path, names.image, "image file") as target:
+            image = File.open(target)
         try:
             _refuse_same(path, image, names)
-            refuse_mismatch(image, names.image_format)
+            with telling(path, names.image, "image file"):
+                refuse_mismatch(image, names.image_format)
             return _info(path, cow, image, header, names)
         finally:
             image.close()

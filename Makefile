@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Both first run tools/setup.sh, which makes .venv and installs what is missing.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    the main job on real input: commit and flatten an ext4 disk"
+	@echo "make test    all tests"
+	@echo "make lint    ruff, mypy --strict, import contract"
+	@echo "make format  let ruff rewrite the sources"
+	@echo "make clean   remove the virtual environment and caches"
+
+$(READY): pyproject.toml tools/setup.sh
+	@tools/setup.sh $(VENV)
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python tools/demo.py
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
