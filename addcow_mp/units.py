@@ -25,20 +25,21 @@ _UNITS = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1024 * TiB
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|0x[0-9a-f]+)([bkmgtpe]?)", re.IGNORECASE)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, what: str = "size") -> int:
     """Read a size in bytes with qemu-img's suffixes (``k``, ``M``, ... powers of 1024).
 
-    Fractions are allowed before a suffix ("1.5G"). Raises :class:`UsageError`.
+    Fractions are allowed before a suffix ("1.5G"). Raises :class:`UsageError`,
+    which calls the number ``what``.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise UsageError(
-            message=f"invalid size '{text}': give bytes, or a number with k, M, G, T, P or E"
+            message=f"invalid {what} '{text}': give bytes, or a number with k, M, G, T, P or E"
         )
     number, suffix = match.groups()
     size = _scale(number, _UNITS[suffix.lower()])
     if size > MAX_SIZE:
-        raise UsageError(message=f"invalid size '{text}': more than 8 EiB")
+        raise UsageError(message=f"invalid {what} '{text}': more than 8 EiB")
     return size
 
 

@@ -14,10 +14,14 @@ The module keeps no state but the loaded facts, and asserts nothing about the
 package except that the commands of a replay succeed.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
+import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -33,6 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = ROOT.parent / "shared" / "golden" / "golden.tar.xz"
 LONG_AGO_NS = 1_000_000_000 * 10**9
 """A file time in 2001: whatever is written during a test gets another one."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 
 Facts = dict[str, Any]
 FACTS: Facts = json.loads(Path(__file__).with_name("golden_facts.json").read_text("utf-8"))
@@ -71,6 +77,24 @@ def addcow(*words: str | Path, cwd: Path | None = None) -> Result:
         timeout=120,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def addcow_here(*words: str | Path) -> Result:
+    """Run the command line inside this process: the same code, without the start."""
+    out, err = io.StringIO(), io.StringIO()
+    arguments, handlers = sys.argv, {number: signal.getsignal(number) for number in SIGNALS}
+    sys.argv = ["addcow", *map(str, words)]
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_module("addcow_mp", run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = arguments
+        for number, handler in handlers.items():  # a command may set its own for its life
+            signal.signal(number, handler)
+    return Result(status, out.getvalue(), err.getvalue())
 
 
 def succeed(*words: str | Path, cwd: Path) -> str:

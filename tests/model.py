@@ -360,7 +360,8 @@ def all_bits(path: str) -> frozenset[int]:
 
 def read_bits(path: str) -> frozenset[int]:
     """Return the clusters whose bit is set in the file."""
-    return frozenset(bit for bit in all_bits(path) if bit < cluster_count(path))
+    clusters = cluster_count(path)
+    return frozenset(bit for bit in all_bits(path) if bit < clusters)
 
 
 def stray_bits(path: str) -> frozenset[int]:

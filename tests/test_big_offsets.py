@@ -60,17 +60,17 @@ def big(
 
 def bits_set(path: str) -> Iterator[int]:
     """Yield the bits that are set, looking only where the file holds data."""
-    start = read_header(path).header_size
+    bitmap = start = read_header(path).header_size
     with open(path, "rb") as file:
+        fd = file.fileno()
         while True:
             try:
-                data = os.lseek(file.fileno(), start, os.SEEK_DATA)
+                start = os.lseek(fd, start, os.SEEK_DATA)
             except OSError:  # ENXIO: no data behind start
                 return
-            file.seek(data)
-            block = file.read(os.lseek(file.fileno(), data, os.SEEK_HOLE) - data)
-            yield from _bits_of(block, (data - read_header(path).header_size) * 8)
-            start = data + len(block)
+            stop = os.lseek(fd, start, os.SEEK_HOLE)
+            yield from _bits_of(os.pread(fd, stop - start, start), (start - bitmap) * 8)
+            start = stop
 
 
 def _bits_of(block: bytes, first: int) -> Iterator[int]:

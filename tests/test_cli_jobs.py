@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from command import (
     io,
     local_clusters,
     look,
+    overlay_bytes,
     pair,
     put,
     read_header,
@@ -549,16 +551,20 @@ def _from_terminal(descriptor: int) -> bytes:
 @pytest.mark.parametrize("jobs", ["0", "2"])
 def test_commit_reports_what_it_moved(tmp_path: Path, jobs: str) -> None:
     pair(tmp_path, "ABCDEF", "-XY0--")
+    # A local cluster that is a hole in the image file: the backing's data has to go.
+    draw_raw(tmp_path / "top.raw", "-XY---")
     report = commit(tmp_path, "--output", "json", "--jobs", jobs).json
-    seconds = report.pop("seconds")
-    assert isinstance(seconds, float)
-    assert seconds >= 0
-    assert report == {
+    assert isinstance(report["seconds"], float)
+    assert report["seconds"] >= 0
+    moved = {
+        "filename": "top.add-cow",
         "bytes-moved": 2 * CLUSTER,
         "clusters-moved": 2,
         "bytes-zeroed": CLUSTER,
         "clusters-zeroed": 1,
     }
+    assert {key: report[key] for key in moved} == moved
+    assert look(tmp_path / "base.img") == "AXY0EF"
 
 
 def test_flatten_reports_what_it_moved(tmp_path: Path) -> None:
@@ -612,6 +618,30 @@ def test_jobs_do_not_change_the_outcome(tmp_path: Path) -> None:
         commit(here, "--jobs", number)
         outcomes.append(snapshot(here))
     assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+def numbered(clusters: range) -> bytes:
+    """Return clusters that are each full of their own number."""
+    return b"".join(struct.pack("<I", number) * (CLUSTER // 4) for number in clusters)
+
+
+def test_two_workers_share_a_large_commit(tmp_path: Path) -> None:
+    count = 2400
+    with (tmp_path / "base.img").open("wb") as file:
+        file.truncate(count * CLUSTER)
+    (tmp_path / "top.raw").write_bytes(numbered(range(count)))
+    local = [number for number in range(count) if number % 100 != 99]
+    (tmp_path / "top.add-cow").write_bytes(
+        overlay_bytes(image="top.raw", size=count * CLUSTER, backing="base.img", local=local)
+    )
+    report = commit(tmp_path, "--jobs", "2", "--output", "json").json
+    assert report["jobs"] == 2
+    assert report["clusters-moved"] == len(local)
+    for start in range(0, count, 100):
+        content = guest(tmp_path / "base.img", start * CLUSTER, 100 * CLUSTER, "raw")
+        assert content == numbered(range(start, start + 99)) + bytes(CLUSTER)
+    assert local_clusters(tmp_path / "top.add-cow") == []
+    assert stored_bytes(tmp_path / "top.raw") < CLUSTER
 
 
 def test_interrupt_exits_130(tmp_path: Path) -> None:

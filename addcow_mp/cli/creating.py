@@ -87,7 +87,7 @@ def _create_raw(file: str, size: int | None, options: dict[str, str], *, quiet: 
 
 def _create_overlay(file: str, size: int | None, options: dict[str, str], *, quiet: bool) -> None:
     cluster = options.get("cluster_size")
-    cluster_size = DEFAULT_CLUSTER_SIZE if cluster is None else parse_size(cluster)
+    cluster_size = DEFAULT_CLUSTER_SIZE if cluster is None else parse_size(cluster, "cluster_size")
     made = job(
         file,
         size=size,
