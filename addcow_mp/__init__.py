@@ -28,16 +28,23 @@ if TYPE_CHECKING:
         info,
         open,  # noqa: A004 - addcow_mp.open() is the name that people try
     )
+    from addcow_mp.device.access import Access
     from addcow_mp.device.extent import Extent
     from addcow_mp.device.overlay import Overlay
     from addcow_mp.errors import (
         AddcowError,
+        DependantsError,
         FileError,
         FormatError,
         ImageError,
+        LockedError,
         NotAddcowError,
+        OutsideError,
         RangeError,
+        SpaceError,
+        StoppedError,
         SyncError,
+        UnfinishedError,
         UnsupportedError,
         UsageError,
         WorkerError,
@@ -48,25 +55,35 @@ _HOMES = {
     "addcow_mp.api": (
         *("check", "commit", "convert", "create", "extents", "flatten", "info", "open"),
     ),
+    "addcow_mp.device.access": ("Access",),
     "addcow_mp.device.extent": ("Extent",),
     "addcow_mp.device.overlay": ("Overlay",),
     "addcow_mp.errors": (
-        *("AddcowError", "FileError", "FormatError", "ImageError", "NotAddcowError"),
-        *("RangeError", "SyncError", "UnsupportedError", "UsageError", "WorkerError"),
+        *("AddcowError", "DependantsError", "FileError", "FormatError", "ImageError"),
+        *("LockedError", "NotAddcowError", "OutsideError", "RangeError", "SpaceError"),
+        *("StoppedError", "SyncError", "UnfinishedError", "UnsupportedError", "UsageError"),
+        "WorkerError",
     ),
     "addcow_mp.format.names": ("path_combine", "path_has_protocol", "read_string"),
 }
 
 __all__ = [
+    "Access",
     "AddcowError",
+    "DependantsError",
     "Extent",
     "FileError",
     "FormatError",
     "ImageError",
+    "LockedError",
     "NotAddcowError",
+    "OutsideError",
     "Overlay",
     "RangeError",
+    "SpaceError",
+    "StoppedError",
     "SyncError",
+    "UnfinishedError",
     "UnsupportedError",
     "UsageError",
     "WorkerError",

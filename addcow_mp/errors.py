@@ -86,6 +86,32 @@ class SyncError(FileError):
     )
 
 
+class OutsideError(ImageError):
+    """A name inside an image leads to where nobody allowed it to lead."""
+
+    template = "{path}: it lies outside {roots}; if it is meant, allow it with --root {directory}"
+
+
+class LockedError(ImageError):
+    """Another process uses the file in a way that this operation does not get along with."""
+
+    template = "{path}: in use: {holder} {verb} the permission '{permission}'; try again later"
+
+
+class DependantsError(ImageError):
+    """Other overlays need a file that the job would change."""
+
+    template = "{path}: other overlays depend on it: {dependants}; {mend}"
+
+
+class SpaceError(ImageError):
+    """The file system has not enough room for what the job would write."""
+
+    template = (
+        "{path}: {needed} bytes of free space are needed and {free} are free; make room first"
+    )
+
+
 class RangeError(AddcowError):
     """A request reaches outside the virtual size."""
 
@@ -102,3 +128,9 @@ class StoppedError(AddcowError):
     """The job was asked to stop before its end."""
 
     template = "{path}: stopped; what was finished is kept, the same command goes on from there"
+
+
+class UnfinishedError(StoppedError):
+    """A job whose result is a new file was stopped; the file is gone again."""
+
+    template = "{path}: stopped; the unfinished file was removed, run the command again"

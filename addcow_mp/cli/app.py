@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from addcow_mp.device.access import Access
     from addcow_mp.jobs.report import Report
 
 app = typer.Typer(
@@ -49,6 +50,20 @@ class OnlyRaw(StrEnum):
     raw = "raw"
 
 
+class CacheMode(StrEnum):
+    """How far written data is pushed."""
+
+    writeback = "writeback"
+    unsafe = "unsafe"
+
+
+class Repair(StrEnum):
+    """What check may repair."""
+
+    leaks = "leaks"
+    all = "all"
+
+
 File = Annotated[str, typer.Argument(metavar="FILE", help="the .add-cow file")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print nothing but errors")]
 ShowProgress = Annotated[bool, typer.Option("-p", "--progress", help="show progress on stderr")]
@@ -57,6 +72,22 @@ Jobs = Annotated[
     typer.Option(
         "--jobs", min=0, help="worker processes; 0 = in this process  [default: usable CPUs]"
     ),
+]
+Roots = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="names inside images may lead beneath DIR too; also ADDCOW_ROOTS=DIR:DIR",
+    ),
+]
+Devices = Annotated[bool, typer.Option("--allow-device", help="open block devices too")]
+Share = Annotated[
+    bool, typer.Option("-U", "--force-share", help="read although others may be writing")
+]
+Force = Annotated[bool, typer.Option("--force", help="change files that other overlays need")]
+Cache = Annotated[
+    CacheMode, typer.Option("-t", "--cache", help="writeback: sync at checkpoints; unsafe: never")
 ]
 HowToPrint = Annotated[Output, typer.Option("--output", help="human or json")]
 OverlayFormat = Annotated[
@@ -96,11 +127,14 @@ def create(
         list[str] | None, typer.Option("-o", metavar="KEY=VALUE,...", help="'-o help' lists them")
     ] = None,
     quiet: Quiet = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
 ) -> None:
     """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
     from addcow_mp.cli.creating import create as command
 
-    command(format.value, file, size, backing, backing_format, options or [], quiet=quiet)
+    access = _access(roots, allow_device)
+    command(format.value, file, size, backing, backing_format, options or [], access, quiet=quiet)
 
 
 @app.command()
@@ -110,22 +144,31 @@ def info(
     backing_chain: Annotated[
         bool, typer.Option("--backing-chain", help="every file of the chain")
     ] = False,
+    share: Share = False,
     format: OverlayFormat = OnlyAddcow.addcow,
+    roots: Roots = None,
+    allow_device: Devices = False,
 ) -> None:
     """Describe an overlay."""
     from addcow_mp.cli.describing import show_info
 
-    show_info(file, as_json=output is Output.json, chain=backing_chain)
+    access = _access(roots, allow_device, share=share)
+    show_info(file, access, as_json=output is Output.json, chain=backing_chain)
 
 
 @app.command("map")
 def map_(
-    file: File, output: HowToPrint = Output.human, format: OverlayFormat = OnlyAddcow.addcow
+    file: File,
+    output: HowToPrint = Output.human,
+    format: OverlayFormat = OnlyAddcow.addcow,
+    share: Share = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
 ) -> None:
     """Show which file of the chain holds what."""
     from addcow_mp.cli.describing import show_map
 
-    show_map(file, as_json=output is Output.json)
+    show_map(file, _access(roots, allow_device, share=share), as_json=output is Output.json)
 
 
 @app.command()
@@ -133,7 +176,14 @@ def check(
     file: File,
     output: HowToPrint = Output.human,
     quiet: Quiet = False,
+    repair: Annotated[
+        Repair | None,
+        typer.Option("-r", help="leaks: free them; all: also stray bits, bitmap, header zeros"),
+    ] = None,
+    share: Share = False,
     format: OverlayFormat = OnlyAddcow.addcow,
+    roots: Roots = None,
+    allow_device: Devices = False,
 ) -> None:
     """Check an overlay against the format's rules.
 
@@ -141,7 +191,9 @@ def check(
     """
     from addcow_mp.cli.describing import show_check
 
-    raise typer.Exit(show_check(file, as_json=output is Output.json, quiet=quiet))
+    access = _access(roots, allow_device, share=share)
+    as_json, mend = output is Output.json, None if repair is None else repair.value
+    raise typer.Exit(show_check(file, access, mend, as_json=as_json, quiet=quiet))
 
 
 @app.command()
@@ -154,12 +206,17 @@ def convert(
     quiet: Quiet = False,
     jobs: Jobs = None,
     output: HowToPrint = Output.human,
+    cache: Cache = CacheMode.writeback,
+    share: Share = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
 ) -> None:
     """Write the guest's view of SRC into a new sparse raw file."""
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.convert import convert as job
 
-    with working(jobs, progress=progress and not quiet) as conduct:
+    access = _access(roots, allow_device, share=share, cache=cache)
+    with working(jobs, access, progress=progress and not quiet) as conduct:
         report = job(source, destination, source_format=format.value, conduct=conduct)
     _tell(report, "", output, quiet=quiet)
 
@@ -173,12 +230,17 @@ def commit(
     jobs: Jobs = None,
     output: HowToPrint = Output.human,
     format: OverlayFormat = OnlyAddcow.addcow,
+    cache: Cache = CacheMode.writeback,
+    force: Force = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
 ) -> None:
     """Move the overlay's clusters into its backing file."""
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.commit import commit as job
 
-    with working(jobs, progress=progress and not quiet) as conduct:
+    access = _access(roots, allow_device, cache=cache, force=force)
+    with working(jobs, access, progress=progress and not quiet) as conduct:
         report = job(file, keep=keep, conduct=conduct)
     _tell(report, "Image committed.", output, quiet=quiet)
 
@@ -194,12 +256,17 @@ def flatten(
     jobs: Jobs = None,
     output: HowToPrint = Output.human,
     format: OverlayFormat = OnlyAddcow.addcow,
+    cache: Cache = CacheMode.writeback,
+    force: Force = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
 ) -> None:
     """Bring every cluster into the image file, which then is the whole disk."""
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.flatten import flatten as job
 
-    with working(jobs, progress=progress and not quiet) as conduct:
+    access = _access(roots, allow_device, cache=cache, force=force)
+    with working(jobs, access, progress=progress and not quiet) as conduct:
         report = job(file, discard=discard, conduct=conduct)
     _tell(report, "Image flattened.", output, quiet=quiet)
 
@@ -212,12 +279,45 @@ def io_(
         typer.Option("-c", "--cmd", metavar="CMD", help="a command; default: from stdin"),
     ] = None,
     read_only: Annotated[bool, typer.Option("-r", "--read-only", help="refuse writes")] = False,
+    share: Share = False,
     format: OverlayFormat = OnlyAddcow.addcow,
+    roots: Roots = None,
+    allow_device: Devices = False,
 ) -> None:
     """Read and write as a guest would, with qemu-io's commands."""
     from addcow_mp.cli.exercising import exercise
+    from addcow_mp.errors import UsageError
 
-    raise typer.Exit(exercise(file, commands, read_only=read_only))
+    if share and not read_only:
+        raise UsageError(message="-U is for reading only: give -r as well")
+    access = _access(roots, allow_device, share=share)
+    raise typer.Exit(exercise(file, commands, access, read_only=read_only))
+
+
+def _access(
+    roots: list[str] | None,
+    allow_device: bool,
+    *,
+    share: bool = False,
+    cache: CacheMode = CacheMode.writeback,
+    force: bool = False,
+) -> Access:
+    """What the options and the environment allow."""
+    import os
+
+    from addcow_mp.cli.main import warn
+    from addcow_mp.device.access import Access
+
+    if cache is CacheMode.unsafe:
+        warn(["-t unsafe: nothing is synced, a power cut may lose data whose bits are set"])
+    everywhere = [root for root in os.environ.get("ADDCOW_ROOTS", "").split(":") if root]
+    return Access(
+        roots=(*(roots or ()), *everywhere),
+        allow_device=allow_device,
+        share=share,
+        durable=cache is not CacheMode.unsafe,
+        force=force,
+    )
 
 
 def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None:

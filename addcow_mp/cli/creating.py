@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from addcow_mp.cli.main import warn
+from addcow_mp.device.access import Access
 from addcow_mp.errors import UsageError
 from addcow_mp.jobs.create import DEFAULT_CLUSTER_SIZE, create_raw, default_image
 from addcow_mp.jobs.create import create as job
@@ -28,6 +29,7 @@ def create(
     backing: str | None,
     backing_format: str | None,
     options: list[str],
+    access: Access,
     *,
     quiet: bool,
 ) -> None:
@@ -43,7 +45,7 @@ def create(
     if format_ == "raw":
         _create_raw(file, bytes_, chosen, quiet=quiet)
     else:
-        _create_overlay(file, bytes_, chosen, quiet=quiet)
+        _create_overlay(file, bytes_, chosen, access, quiet=quiet)
 
 
 def _print_options() -> None:
@@ -85,7 +87,9 @@ def _create_raw(file: str, size: int | None, options: dict[str, str], *, quiet: 
         print(f"Formatting '{file}', fmt=raw size={size}")
 
 
-def _create_overlay(file: str, size: int | None, options: dict[str, str], *, quiet: bool) -> None:
+def _create_overlay(
+    file: str, size: int | None, options: dict[str, str], access: Access, *, quiet: bool
+) -> None:
     cluster = options.get("cluster_size")
     cluster_size = DEFAULT_CLUSTER_SIZE if cluster is None else parse_size(cluster, "cluster_size")
     made = job(
@@ -96,6 +100,7 @@ def _create_overlay(file: str, size: int | None, options: dict[str, str], *, qui
         image=options.get("image_file"),
         image_format=options.get("image_fmt", "raw"),
         cluster_size=cluster_size,
+        access=access,
     )
     warn(made.warnings)
     if not quiet:

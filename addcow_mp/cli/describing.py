@@ -7,16 +7,17 @@ import sys
 from collections.abc import Iterable
 
 from addcow_mp.cli.main import complain, warn
-from addcow_mp.device.chain import open_chain
+from addcow_mp.device.access import Access
+from addcow_mp.device.chain import READ, open_chain
 from addcow_mp.device.extent import Extent
 from addcow_mp.jobs.findings import CheckReport, Severity
 from addcow_mp.jobs.info import Info, RawInfo, chain_info, info
 from addcow_mp.units import human_size
 
 
-def show_info(file: str, *, as_json: bool, chain: bool) -> None:
+def show_info(file: str, access: Access, *, as_json: bool, chain: bool) -> None:
     """Print what is known of ``file``, or of every file of its chain."""
-    found = chain_info(file) if chain else [info(file)]
+    found = chain_info(file, access) if chain else [info(file, access)]
     for one in found:
         warn(one.warnings if isinstance(one, Info) else [])
     if as_json:
@@ -85,9 +86,9 @@ def _lines(one: Info | RawInfo) -> Iterable[str]:
         yield f"    {key.replace('-', ' ')}: {'unknown' if shown is None else shown}"
 
 
-def show_map(file: str, *, as_json: bool) -> None:
+def show_map(file: str, access: Access, *, as_json: bool) -> None:
     """Print the extents of the guest's view of ``file``."""
-    with open_chain(file) as overlay:
+    with open_chain(file, READ, access) as overlay:
         warn(overlay.warnings())
         if as_json:
             print("[" + ",\n".join(_extent(one) for one in overlay.extents()) + "]")
@@ -123,16 +124,21 @@ def _hex(number: int) -> str:
     return f"{number:#x}" if number else "0"
 
 
-def show_check(file: str, *, as_json: bool, quiet: bool) -> int:
-    """Print what the checks found and return the exit status."""
+def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, quiet: bool) -> int:
+    """Print what the checks found and mended, and return the exit status."""
     from addcow_mp.jobs.check import check
+    from addcow_mp.jobs.repair import repair as mend
 
-    report = check(file)
+    report = (
+        check(file, access) if repair is None else mend(file, access, everything=repair == "all")
+    )
     if as_json:
         print(json.dumps(report.as_json(), indent=4))
     elif not report.is_addcow:
         return complain(report.findings[0].message, report.exit_code)
     else:
+        for line in report.repairs:
+            print(f"REPAIRED {line}")
         _print_findings(report)
         if not quiet:
             _print_summary(report)

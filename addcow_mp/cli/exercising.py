@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, WRITE, open_chain
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import AddcowError, RangeError, UsageError
@@ -38,9 +39,9 @@ _SHOWN = (string.ascii_letters + string.digits).encode()
 DEFAULT_PATTERN = 0xCD
 
 
-def exercise(path: str, commands: list[str] | None, *, read_only: bool) -> int:
+def exercise(path: str, commands: list[str] | None, access: Access, *, read_only: bool) -> int:
     """Run the commands, or those on standard input, and return the exit status."""
-    with open_chain(path, READ if read_only else WRITE) as disk:
+    with open_chain(path, READ if read_only else WRITE, access) as disk:
         for message in disk.warnings():
             print(f"addcow: warning: {message}", file=sys.stderr)
         session = _Session(disk)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from addcow_mp.device.access import Access
 from addcow_mp.engine.run import Progress, no_progress
 from addcow_mp.errors import AddcowError, StoppedError
 from addcow_mp.jobs.report import Conduct
@@ -19,11 +20,11 @@ STEPS = 10
 
 
 @contextmanager
-def working(jobs: int | None, *, progress: bool) -> Iterator[Conduct]:
+def working(jobs: int | None, access: Access, *, progress: bool) -> Iterator[Conduct]:
     """A conduct with progress on stderr, which SIGINT and SIGTERM end between tasks."""
     with _stoppable() as stop, _shown(progress) as show:
         try:
-            yield Conduct(jobs, show, lambda: bool(stop))
+            yield Conduct(jobs, show, lambda: bool(stop), access)
         except StoppedError as error:
             raise _SignalledError(stop[0], error) from error
 
@@ -57,6 +58,25 @@ def _stoppable() -> Iterator[list[int]]:
 
 @contextmanager
 def _shown(progress: bool) -> Iterator[Progress]:
+    """Progress as asked for, and once more whenever SIGUSR1 comes."""
+    asked: list[int] = []
+    old = signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+    try:
+        with _renderer(progress) as show:
+            yield lambda done, total: _show(show, asked, done, total)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+def _show(show: Progress, asked: list[int], done: int, total: int) -> None:
+    show(done, total)
+    if asked:
+        asked.clear()
+        print(_line(done, total), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _renderer(progress: bool) -> Iterator[Progress]:
     if not progress:
         yield no_progress
     elif sys.stderr.isatty():
@@ -64,6 +84,11 @@ def _shown(progress: bool) -> Iterator[Progress]:
             yield show
     else:
         yield _Lines()
+
+
+def _line(done: int, total: int) -> str:
+    percent = 100.0 if total == 0 else 100 * done / total
+    return f"    ({percent:.2f}/100%) {human_size(done)} of {human_size(total)}"
 
 
 class _Lines:
@@ -79,13 +104,7 @@ class _Lines:
             return
         self._shown = step
         rate = done / max(time.monotonic() - self._start, 1e-6)
-        percent = 100.0 if total == 0 else 100 * done / total
-        print(
-            f"    ({percent:.2f}/100%) {human_size(done)} of {human_size(total)}, "
-            f"{human_size(rate)}/s",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{_line(done, total)}, {human_size(rate)}/s", file=sys.stderr, flush=True)
 
 
 @contextmanager

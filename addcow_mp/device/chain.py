@@ -3,17 +3,29 @@
 Nothing is guessed: formats are what the header says, and a name with a protocol
 prefix is refused. All files of a chain are different files by device and inode,
 which catches an image that is its own backing under any spelling, and cycles.
-What can be refused is refused here, before anything has been changed.
+Every file is locked as it is opened, in the way that the operation will use it. What can be
+refused is refused here, before anything has been changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from addcow_mp.device.files import File
+from addcow_mp.device.access import Access
+from addcow_mp.device.files import BACKING, COW, IMAGE, File
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.locks import (
+    READING,
+    RESIZING,
+    SHARING,
+    WRITING,
+    Claim,
+    Permission,
+    lock,
+)
 from addcow_mp.device.magic import contradicts
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
@@ -34,23 +46,40 @@ from addcow_mp.format.names import path_combine, path_has_protocol, read_string
 #: A chain that is longer is a mistake or an attack; every layer costs descriptors.
 MAX_DEPTH = 30
 
-#: Which layers of a chain are opened for writing, by depth.
-READ: frozenset[int] = frozenset()
-WRITE = frozenset({0})
+
+class Use(NamedTuple):
+    """How one layer's files are used: ``cow``, also a raw layer's only file, and ``image``."""
+
+    cow: Claim
+    image: Claim
 
 
-def open_chain(path: str, writable: frozenset[int] = READ) -> Overlay:
-    """Open the add-cow overlay at ``path`` and all files below it.
+Uses = Mapping[int, Use]
+"""How the layers of a chain are used, by depth; layers not in it are read."""
 
-    ``writable`` holds the depths whose files are opened for writing: 0 is the overlay
-    itself, 1 its backing. Raises :class:`AddcowError` with nothing left open.
+READ: Uses = {}
+#: The overlay itself is written (write, flatten).
+WRITE: Uses = {0: Use(WRITING, WRITING)}
+#: Overlay and backing are written, and the backing may grow.
+COMMIT: Uses = {0: Use(RESIZING, WRITING), 1: Use(RESIZING, RESIZING)}
+#: Only the backing is written.
+COMMIT_KEEPING: Uses = {1: Use(RESIZING, RESIZING)}
+
+
+def open_chain(path: str, uses: Uses = READ, access: Access | None = None) -> Overlay:
+    """Open and lock the add-cow overlay at ``path`` and all files below it.
+
+    Raises :class:`AddcowError` with nothing left open.
     """
-    return _Opening(writable).overlay(path, 0)
+    overlay = open_layer(path, ADD_COW, uses, access)
+    assert isinstance(overlay, Overlay)  # noqa: S101 - what that format is opened as
+    return overlay
 
 
-def open_layer(path: str, format_: str, writable: frozenset[int] = READ) -> Layer:
+def open_layer(path: str, format_: str, uses: Uses = READ, access: Access | None = None) -> Layer:
     """Open ``path`` as ``raw`` or ``add-cow``; any other format is refused by name."""
-    return _Opening(writable).layer(path, format_, 0)
+    access = (access or Access()).beside(path)
+    return _Opening(uses, access).layer(path, format_, 0)
 
 
 @dataclass
@@ -154,21 +183,22 @@ def refuse_image_format(cow_path: str, names: Names) -> None:
 
 @dataclass
 class _Opening:
-    """The state of one opening: what may be written, and what is open already."""
+    """The state of one opening: how files are used, and what is open already."""
 
-    writable: frozenset[int]
+    uses: Uses
+    access: Access
     seen: dict[tuple[int, int], str] = field(default_factory=dict)
     opened: list[File] = field(default_factory=list)
 
-    def overlay(self, path: str, depth: int) -> Overlay:
+    def layer(self, path: str, format_: str, depth: int) -> Layer:
         try:
-            return self._overlay(path, depth)
+            return self._layer(path, format_, depth)
         except BaseException:
             for file in self.opened:
                 file.close()
             raise
 
-    def layer(self, path: str, format_: str, depth: int) -> Layer:
+    def _layer(self, path: str, format_: str, depth: int) -> Layer:
         if format_ == ADD_COW:
             return self.overlay(path, depth)
         if format_ != RAW:
@@ -176,33 +206,33 @@ class _Opening:
                 path=path,
                 problem=f"format '{format_}' is not opened here; convert it to raw first",
             )
-        return RawLayer(self._open(path, depth))
+        return RawLayer(self._open(path, self._use(depth).cow, BACKING))
 
-    def _overlay(self, path: str, depth: int) -> Overlay:
+    def overlay(self, path: str, depth: int) -> Overlay:
         if depth >= MAX_DEPTH:
             raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
-        cow = self._open(path, depth)
+        cow = self._open(path, self._use(depth).cow, COW)
         header = load_header(cow)
         names = load_names(cow, header)
         refuse_image_format(path, names)
-        image = self._named(path, names.image, "image file", depth)
+        with telling(path, names.image, "image file") as target:
+            image = self._open(target, self._use(depth).image, IMAGE if depth == 0 else BACKING)
         return Overlay(cow, image, self._backing(path, header, names, depth))
 
     def _backing(self, path: str, header: Header, names: Names, depth: int) -> Layer | None:
         if names.backing is None or names.backing_format is None:
             return None
         # With ALL_ALLOCATED the backing may be gone: only a job that writes it needs it.
-        if header.all_allocated and depth + 1 not in self.writable:
+        if header.all_allocated and depth + 1 not in self.uses:
             return None
         with telling(path, names.backing, "backing file") as target:
-            return self.layer(target, names.backing_format, depth + 1)
+            return self._layer(target, names.backing_format, depth + 1)
 
-    def _named(self, cow_path: str, name: str, what: str, depth: int) -> File:
-        with telling(cow_path, name, what) as target:
-            return self._open(target, depth)
+    def _use(self, depth: int) -> Use:
+        return self.uses.get(depth, Use(READING, READING))
 
-    def _open(self, path: str, depth: int) -> File:
-        file = File.open(path, writable=depth in self.writable)
+    def _open(self, path: str, claim: Claim, role: str) -> File:
+        file = open_claimed(self.access, path, claim, role, named=not self.opened)
         self.opened.append(file)
         other = self.seen.setdefault(file.identity, path)
         if other != path or len(self.seen) < len(self.opened):
@@ -212,6 +242,23 @@ class _Opening:
                 "backing file must be different files",
             )
         return file
+
+
+def open_claimed(access: Access, path: str, claim: Claim, role: str, *, named: bool) -> File:
+    """Open one file as ``access`` allows and take its locks.
+
+    ``named`` by the user, it may lie anywhere; named by an image, only beneath a root.
+    """
+    writable = Permission.WRITE in claim.used
+    opener = access.open_named if named else access.open_beneath
+    file = opener(path, writable=writable)
+    try:
+        file.role = role
+        lock(file, SHARING if access.share and not writable else claim)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def refuse_mismatch(file: File, format_: str) -> None:

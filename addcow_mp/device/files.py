@@ -1,13 +1,14 @@
 """Open files, and the few ways in which bytes reach them.
 
-Every image file is opened here, once, without ever hanging or following a device,
-and is used by its descriptor from then on: what was checked is what is written.
-Data is read and written by position (pread, pwrite), never through a writable
-mapping: a store into a mapping of a full disk is a SIGBUS, a pwrite is an ENOSPC.
+A file is used by its descriptor from its opening on: what was checked is what is written.
+Data is read and written by position (pread, pwrite), never through a writable mapping: a
+store into a mapping of a full disk is a SIGBUS, a pwrite is an ENOSPC.
 
-A file remembers when a sync of it failed. After one failure the kernel forgets
-which pages did not reach the disk, so a second sync would succeed and prove
-nothing: :meth:`File.sync` then refuses for good.
+A file remembers when a sync of it failed. After one failure the kernel forgets which pages
+did not reach the disk, so a second sync would succeed and prove nothing: :meth:`File.sync`
+then refuses for good.
+
+Every operation is a fault point, named by the file's role.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from addcow_mp.device import holes
+from addcow_mp.device import faults, holes
 from addcow_mp.errors import FileError, ImageError, SyncError
 from addcow_mp.format.bitmap import write_all
 from addcow_mp.units import KiB
@@ -29,82 +30,91 @@ BUFFER_SIZE = 256 * KiB
 
 _ZEROS = bytes(64 * KiB)
 
+#: What a file is in its chain: names its fault points.
+COW, IMAGE, BACKING, TARGET = "cow", "image", "backing", "target"
+
 
 class File:
-    """An open regular file. Offsets and lengths are in bytes.
+    """An open file. Offsets and lengths are in bytes.
 
-    Picklable to a process that is being started, which receives a duplicate of
-    the descriptor, not the path to open again: locks stay held until the last
-    process that could write has ended.
+    Picklable to a process that is being started, which receives a duplicate of the
+    descriptor, not the path to open again: locks stay held until the last process that
+    could write has ended.
     """
 
     def __init__(self, path: str, fd: int, *, writable: bool) -> None:
         self.path = path
         self.fd = fd
         self.writable = writable
+        self.role = BACKING
+        #: Whether syncs are carried out.
+        self.durable = True
+        #: Locks that go when this object is closed; a duplicate in a worker has none to let go.
+        self.locked = False
+        #: Of the overlay that is worked on: fault rules count in its clusters.
+        self.cluster_size = 64 * KiB
         self._sync_error: OSError | None = None
-
-    @classmethod
-    def open(cls, path: str, *, writable: bool = False) -> File:
-        """Open an existing regular file; anything else is refused without waiting on it."""
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-        try:
-            # O_NONBLOCK: opening a FIFO must not wait for its other end.
-            fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
-        except OSError as error:
-            raise FileError.of(path, "open it", error) from error
-        file = cls(path, fd, writable=writable)
-        try:
-            file._refuse_unless_regular()
-        except BaseException:
-            file.close()
-            raise
-        return file
 
     @classmethod
     def create(cls, path: str) -> File:
         """Create a file that must not exist yet, and open it for writing."""
         try:
+            if faults.armed:
+                faults.hit("create")
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError as error:
             raise ImageError(
                 path=path, problem="it exists already, and is never overwritten; name a new file"
             ) from error
-        except OSError as error:
-            raise FileError.of(path, "create it", error) from error
+        except (OSError, ValueError) as error:
+            raise cannot_open(path, "create it", error) from error
         return cls(path, fd, writable=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         from multiprocessing.reduction import DupFd
 
-        return (_received, (self.path, DupFd(self.fd), self.writable))
+        state = {"role": self.role, "durable": self.durable, "cluster_size": self.cluster_size}
+        return (_received, (self.path, DupFd(self.fd), self.writable), state)
 
-    def _refuse_unless_regular(self) -> None:
-        mode = os.fstat(self.fd).st_mode
-        if not stat.S_ISREG(mode):
-            raise ImageError(path=self.path, problem=f"it is {kind_of(mode)}, not a regular file")
+    # What it is
 
     @property
     def length(self) -> int:
-        """The file's length at this moment."""
-        return os.fstat(self.fd).st_size
+        """The file's length, or the device's size, at this moment."""
+        status = os.fstat(self.fd)
+        if stat.S_ISBLK(status.st_mode):
+            return os.lseek(self.fd, 0, os.SEEK_END)
+        return status.st_size
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Device and inode: the same for every name of one file."""
-        status = os.fstat(self.fd)
-        return status.st_dev, status.st_ino
+        """The same for every name of one file: device and inode, or the device itself."""
+        return identity_of(os.fstat(self.fd))
 
     @property
     def allocated(self) -> int:
         """Bytes of disk that the file takes."""
         return os.fstat(self.fd).st_blocks * 512
 
+    @property
+    def free_space(self) -> int:
+        """Bytes that can still be written to the file system of this file."""
+        status = os.fstatvfs(self.fd)
+        blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
+        return blocks * status.f_frsize
+
     def close(self) -> None:
-        """Close the descriptor; calling it twice does no harm."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+        """Let go of locks and close the descriptor; calling it twice does no harm."""
+        if self.fd < 0:
+            return
+        if self.locked:
+            from addcow_mp.device.locks import unlock
+
+            # A mapping of the file has a duplicate of the descriptor, which would hold them.
+            with contextlib.suppress(OSError):
+                unlock(self)
+        fd, self.fd = self.fd, -1
+        os.close(fd)
 
     @contextlib.contextmanager
     def doing(self, action: str) -> Iterator[None]:
@@ -114,19 +124,35 @@ class File:
         except OSError as error:
             raise FileError.of(self.path, action, error) from error
 
+    def _clusters(self, offset: int, length: int) -> tuple[int, int]:
+        return offset // self.cluster_size, -(-(offset + length) // self.cluster_size)
+
+    # Reading and writing
+
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` on; the file must be that long."""
         with self.doing(f"read {len(view)} bytes at {offset}"):
+            self.meet("read", offset, len(view))
             while view:
                 done = os.preadv(self.fd, [view], offset)
                 if done == 0:
-                    raise OSError(errno.EIO, "the file ends early; was it cut short meanwhile?")
+                    raise ended_early()
                 view, offset = view[done:], offset + done
+
+    def meet(self, verb: str, offset: int, length: int) -> int:
+        """Pass the fault point of this role and ``verb``; returns how much may be done."""
+        if not faults.armed:
+            return length
+        role = "header" if self.role == COW else self.role
+        return faults.cut(f"{role}_{verb}", length, self._clusters(offset, length))
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of ``data`` at ``offset``."""
         with self.doing(f"write {len(data)} bytes at {offset}"):
-            write_all(self.fd, data, offset)
+            allowed = self.meet("write", offset, len(data))
+            write_all(self.fd, memoryview(data)[:allowed], offset)
+            if allowed < len(data):
+                raise faults.failure()
 
     def make_zero(self, start: int, stop: int) -> None:
         """Make the bytes ``[start, stop)`` read as zeros, freeing their space where possible.
@@ -144,6 +170,8 @@ class File:
 
     def _punched(self, start: int, stop: int) -> bool:
         with self.doing(f"free {stop - start} bytes at {start}"):
+            if faults.armed:
+                faults.hit("punch", self._clusters(start, stop - start))
             return holes.punch(self.fd, start, stop)
 
     def _write_zeros(self, start: int, stop: int) -> None:
@@ -163,9 +191,13 @@ class File:
 
     def sync(self) -> None:
         """Make the file's data durable. Final when it fails: see :class:`SyncError`."""
+        if not self.durable:
+            return
         try:
             if self._sync_error is not None:
                 raise self._sync_error
+            if faults.armed:
+                faults.hit("bitmap_sync" if self.role == COW else "data_sync")
             os.fdatasync(self.fd)
         except OSError as error:
             self._sync_error = error
@@ -177,6 +209,24 @@ class File:
 
 def _received(path: str, duplicate: Any, writable: bool) -> File:
     return File(path, duplicate.detach(), writable=writable)
+
+
+def ended_early() -> OSError:
+    """The error for a file that is shorter than it was when it was opened."""
+    return OSError(errno.EIO, "the file ends early; was it cut short meanwhile?")
+
+
+def cannot_open(path: str, action: str, error: OSError | ValueError) -> FileError:
+    """The error for a path that could not be opened; a NUL byte in it is a ValueError."""
+    known = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
+    return FileError.of(path, action, known)
+
+
+def identity_of(status: os.stat_result) -> tuple[int, int]:
+    """Device and inode of a file; for a block device, under any name, the device itself."""
+    if stat.S_ISBLK(status.st_mode):
+        return -1, status.st_rdev
+    return status.st_dev, status.st_ino
 
 
 def kind_of(mode: int) -> str:
@@ -196,6 +246,8 @@ def sync_directory(path: str) -> None:
     """Make the directory entry of the file at ``path`` durable."""
     directory = os.path.dirname(path) or "."
     try:
+        if faults.armed:
+            faults.hit("directory_sync")
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -212,15 +264,25 @@ def copy(source: File, target: File, start: int, stop: int, buffer: memoryview) 
     while start < stop:
         part = buffer if stop - start >= size else buffer[: stop - start]
         try:
+            if faults.armed:
+                source.meet("read", start, len(part))
             done = preadv(here, [part], start)
+            if done == 0:
+                raise ended_early()
         except OSError as error:
             raise FileError.of(source.path, f"read at {start}", error) from error
-        if done == 0:
-            shrunk = OSError(errno.EIO, "the file ends early; was it cut short meanwhile?")
-            raise FileError.of(source.path, f"read at {start}", shrunk)
-        try:
-            if pwrite(there, part[:done] if done < len(part) else part, start) != done:
-                write_all(there, part[:done], start)
-        except OSError as error:
-            raise FileError.of(target.path, f"write at {start}", error) from error
+        if done < len(part):
+            part = part[:done]
+        if faults.armed:
+            target.write(part, start)
+        else:
+            _write_part(target, pwrite, there, part, start)
         start += done
+
+
+def _write_part(target: File, pwrite: Any, fd: int, part: memoryview, start: int) -> None:
+    try:
+        if pwrite(fd, part, start) != len(part):
+            write_all(fd, part, start)
+    except OSError as error:
+        raise FileError.of(target.path, f"write at {start}", error) from error

@@ -25,7 +25,19 @@ def next_data(fd: int, position: int) -> int | None:
     except OSError as error:
         if error.errno == errno.ENXIO:
             return None
-        raise
+        if error.errno != errno.EINVAL:  # a device, or a file system that knows no holes
+            raise
+        return position if position < os.lseek(fd, 0, os.SEEK_END) else None
+
+
+def next_hole(fd: int, position: int) -> int:
+    """The first byte at or behind ``position``, which is data, that is in a hole or the end."""
+    try:
+        return os.lseek(fd, position, os.SEEK_HOLE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.lseek(fd, 0, os.SEEK_END)
 
 
 def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -34,7 +46,7 @@ def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
         data = next_data(fd, start)
         if data is None or data >= stop:
             return
-        start = min(os.lseek(fd, data, os.SEEK_HOLE), stop)
+        start = min(next_hole(fd, data), stop)
         yield data, start
 
 

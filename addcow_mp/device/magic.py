@@ -32,6 +32,12 @@ def head(file: File) -> bytes:
     return bytes(view)
 
 
+def resembles(file: File) -> str | None:
+    """The format whose magic ``file`` begins with, if any."""
+    first = head(file)
+    return next((name for name, magic in MAGICS.items() if first.startswith(magic)), None)
+
+
 def contradicts(file: File, format_: str) -> bool:
     """Whether ``format_`` has a magic that ``file`` does not begin with."""
     magic = MAGICS.get(format_)

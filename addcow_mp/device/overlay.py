@@ -21,9 +21,10 @@ an overlay, its threads side by side; requests on the same cluster wait for each
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from addcow_mp.device import faults
 from addcow_mp.device.extent import Extent
 from addcow_mp.device.files import BUFFER_SIZE, File, copy
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
@@ -52,7 +53,12 @@ class Overlay:
         self.backing = backing
         self.header = read_header(cow)
         self.geometry = Geometry(self.image.size, self.header.cluster_size)
-        self.bitmap = CowBitmap(cow.fd, self.header.header_size, self.geometry)
+        for file in self.files():
+            file.cluster_size = self.geometry.cluster_size
+        with cow.doing("map its bitmap"):
+            if faults.armed:
+                faults.hit("bitmap_load")
+            self.bitmap = CowBitmap(cow.fd, self.header.header_size, self.geometry)
         self.pending = SparseBits()
         self._requests = Requests()
         self._pending_lock = threading.Lock()
@@ -243,10 +249,18 @@ class Overlay:
         """Copy ``[start, stop)`` from below into the image, whatever the image held there."""
         files = list(self.files())
         for piece in self.pieces_below(start, stop):
+            if faults.armed:
+                self._meet_copy_up(piece, files[min(piece.depth, len(files) - 1)])
             if piece.kind is Kind.DATA:
                 copy(files[piece.depth], self.image.file, piece.start, piece.stop, buffer)
             else:
                 self.image.file.make_zero(piece.start, piece.stop)
+
+    def _meet_copy_up(self, piece: Piece, source: File) -> None:
+        clusters = self.geometry.touched(piece.start, piece.stop)
+        for event, file in (("cow_read", source), ("cow_write", self.image.file)):
+            with file.doing(f"copy up at {piece.start}"):
+                faults.hit(event, clusters)
 
     def flush(self) -> None:
         """Return when all that was written before is durable: data first, then its bits.
@@ -270,13 +284,23 @@ class Overlay:
         self.image.file.sync()
         if not announced:
             return
-        with self.cow.doing("write its bitmap"):
-            for first, stop in announced.runs():
-                self.bitmap.fill(first, stop, 1)
-            self.bitmap.clear_stray()
-        self.cow.sync()
+        self.publish(announced.runs(), 1)
         with self._pending_lock:
             self.pending.drop(announced)
+
+    def publish(self, done: Iterable[Run], value: int) -> None:
+        """Set the bits of the clusters ``done`` to ``value`` in the file, durably.
+
+        The data that this announces, or the copies that make it dispensable, must be
+        durable already. Bits past the last cluster are left 0.
+        """
+        with self.cow.doing("write its bitmap"):
+            for first, stop in done:
+                if faults.armed:
+                    faults.hit("bitmap_update", (first, stop))
+                self.bitmap.fill(first, stop, value)
+            self.bitmap.clear_stray()
+        self.cow.sync()
 
     def set_all_allocated(self, value: bool) -> None:
         """Write the header with ALL_ALLOCATED set or cleared, and make it durable."""

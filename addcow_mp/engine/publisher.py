@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bitarray import bitarray
 
+from addcow_mp.device import faults
 from addcow_mp.device.files import File
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.board import Board
@@ -51,10 +52,13 @@ class Publisher:
         finished = list(merged(sorted(done)))
         marked = [] if self._backing is None else self._marked(finished, source, self._backing)
         self._data.sync()
+        if faults.armed:
+            with self._data.doing("publish"):
+                faults.hit("publish")
         if self._backing is not None:
             self._publish_marks(self._backing, marked)
         if self._overlay is not None:
-            self._publish_value(self._overlay, finished)
+            self._overlay.publish(finished, self._value)
             if self._frees:
                 self._free(self._overlay, finished)
 
@@ -71,19 +75,14 @@ class Publisher:
 
     @staticmethod
     def _publish_marks(backing: Overlay, marked: list[tuple[int, bitarray]]) -> None:
-        with backing.cow.doing("write its bitmap"):
-            for base, bits in marked:
-                for first, stop in runs(bits, 1, 0, len(bits)):
-                    backing.bitmap.fill(base + first, base + stop, 1)
-            backing.bitmap.clear_stray()
-        backing.cow.sync()
-
-    def _publish_value(self, overlay: Overlay, done: list[Run]) -> None:
-        with overlay.cow.doing("write its bitmap"):
-            for first, stop in done:
-                overlay.bitmap.fill(first, stop, self._value)
-            overlay.bitmap.clear_stray()
-        overlay.cow.sync()
+        backing.publish(
+            (
+                (base + first, base + stop)
+                for base, bits in marked
+                for first, stop in runs(bits, 1, 0, len(bits))
+            ),
+            1,
+        )
 
     @staticmethod
     def _free(overlay: Overlay, done: list[Run]) -> None:

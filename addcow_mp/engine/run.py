@@ -60,10 +60,15 @@ class _Checkpoints:
         self._error: BaseException | None = None
 
     def add(self, done: list[Run], size: int) -> None:
-        """Take note of finished clusters; publish when that is due."""
+        """Take note of finished clusters; publish when that is due.
+
+        With a checkpoint still under way, the next one waits until it has its full size;
+        then the caller waits, so that what is not published never exceeds two of them.
+        """
         self._done += done
         self._bytes += size
-        if self._is_due() and (self._thread is None or not self._thread.is_alive()):
+        busy = self._thread is not None and self._thread.is_alive()
+        if self._is_due() and (not busy or self._bytes >= CHECKPOINT_BYTES):
             self._begin()
 
     def _is_due(self) -> bool:

@@ -12,6 +12,7 @@ the missing ones from below into the image; convert moves everything into a new 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -129,6 +130,15 @@ class OverlayTarget(NamedTuple):
         self.file.make_zero(start, stop)
 
 
+def end_orphan(parent: int | None) -> None:
+    """End this process, at once, when the one that started it is gone.
+
+    Nobody will publish what an orphan writes, while its locks keep the next try away.
+    """
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
 class Transfer:
     """Moves the clusters of one task at a time. Picklable to a worker that is starting."""
 
@@ -142,20 +152,29 @@ class Transfer:
         self.board = board
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._files = list(layer.files())
+        #: In a worker, the process that started it.
+        self.parent: int | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (Transfer, (self.layer, self.geometry, self.which, self.target, self.board))
+        parts = (self.layer, self.geometry, self.which, self.target, self.board)
+        return (Transfer, parts, {"parent": os.getpid()})
 
     def __call__(self, task: Task, slot: int) -> Amount:
         """Move the clusters of ``task``, counting bytes in ``slot`` of the board."""
         amount = Amount()
         for first, stop in self._selected(task):
+            end_orphan(self.parent)
             start, end = self.geometry.span(first, stop)
             self.target.prepare(start, end, self._buffer, self.board)
             amount += self._move(first, stop, self._pieces(start, end), slot)
             self.target.finish(start, end, self.board)
             self.board.bits(TOP)[first:stop] = 1
         return amount
+
+    def pieces_of(self, task: Task) -> Iterator[Piece]:
+        """What the source of ``task`` is made of, run by run."""
+        for run in self._selected(task):
+            yield from self._pieces(*self.geometry.span(*run))
 
     def _selected(self, task: Task) -> Iterator[Run]:
         if self.which is Which.ALL or not isinstance(self.layer, Overlay):
@@ -174,6 +193,7 @@ class Transfer:
         counted = first  # clusters before this one are known to have had data
         for piece in pieces:
             size = piece.stop - piece.start
+            end_orphan(self.parent)
             if piece.kind is Kind.DATA:
                 copy(
                     self._files[piece.depth],

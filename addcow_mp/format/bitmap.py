@@ -12,6 +12,7 @@ that exist once one of their bits is set.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +71,8 @@ class CowBitmap:
         self.short = length < geometry.bitmap_length
         self._fd = fd
         self._bits = self._map(min(length, geometry.bitmap_length))
-        self._known = min(len(self._bits), self.clusters)
+        #: Clusters, from the first, whose bits are in the file.
+        self.known = min(len(self._bits), self.clusters)
 
     def _map(self, length: int) -> bitarray:
         if length == 0:
@@ -81,27 +83,27 @@ class CowBitmap:
 
     def runs(self, value: int, start: int, stop: int) -> Iterator[Run]:
         """The runs of clusters in ``[start, stop)`` whose bit is ``value``."""
-        known = runs(self._bits, value, start, min(stop, self._known))
-        if value or stop <= self._known:
+        known = runs(self._bits, value, start, min(stop, self.known))
+        if value or stop <= self.known:
             return known
-        return merged((*known, (max(start, self._known), stop)))
+        return merged((*known, (max(start, self.known), stop)))
 
     def any(self, start: int, stop: int) -> bool:
         """Whether some cluster in ``[start, stop)`` is local."""
-        return self._bits.find(1, start, min(stop, self._known)) >= 0
+        return self._bits.find(1, start, min(stop, self.known)) >= 0
 
     def all(self, start: int, stop: int) -> bool:
         """Whether every cluster in ``[start, stop)`` is local."""
-        return stop <= self._known and self._bits.find(0, start, stop) < 0
+        return stop <= self.known and self._bits.find(0, start, stop) < 0
 
     def count(self, start: int = 0, stop: int | None = None) -> int:
         """How many clusters in ``[start, stop)`` are local."""
-        stop = self._known if stop is None else min(stop, self._known)
+        stop = self.known if stop is None else min(stop, self.known)
         return self._bits.count(1, start, stop) if start < stop else 0
 
     def slice(self, start: int, stop: int) -> bitarray:
         """A private copy of the bits ``[start, stop)``."""
-        bits = self._bits[start : min(stop, self._known)]
+        bits = self._bits[start : min(stop, self.known)]
         bits.extend(bitarray(stop - start - len(bits)))
         return bits
 
@@ -109,21 +111,26 @@ class CowBitmap:
         """How many bits past the last cluster are set."""
         return self._bits.count(1, self.clusters) if len(self._bits) > self.clusters else 0
 
-    def inhabited(self) -> Iterator[Run]:
-        """The parts of the bitmap that are not holes in the file, as runs of clusters.
+    def inhabited(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
+        """The parts of ``[start, stop)`` that are not holes in the file, as runs of clusters.
 
         A hint that spares looking: outside these runs every bit is 0.
         """
-        position, end = self.offset, self.offset + self._known // BITS_PER_BYTE + 1
-        while position < end:
-            try:
-                data = os.lseek(self._fd, position, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole is left
-                return
-            if data >= end:
-                return
-            position = os.lseek(self._fd, data, os.SEEK_HOLE)
-            yield self._clusters_at(data), min(self._clusters_at(position), self._known)
+        last = self.known if stop is None else min(stop, self.known)
+        position = self.offset + start // BITS_PER_BYTE
+        end = self.offset + -(-last // BITS_PER_BYTE)
+        while position < end and (data := self._seek(position, os.SEEK_DATA, end)) < end:
+            position = self._seek(data, os.SEEK_HOLE, end)
+            yield max(start, self._clusters_at(data)), min(self._clusters_at(position), last)
+
+    def _seek(self, position: int, whence: int, end: int) -> int:
+        try:
+            return os.lseek(self._fd, position, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return end
+            # A file system that knows no holes: everything is data.
+            return position if whence == os.SEEK_DATA else end
 
     def _clusters_at(self, position: int) -> int:
         return max(0, position - self.offset) * BITS_PER_BYTE
@@ -159,8 +166,13 @@ class CowBitmap:
         write_all(self._fd, new[start:stop], self.offset + first_byte + start)
 
     def fill(self, start: int, stop: int, value: int) -> None:
-        """Publish ``value`` for every cluster in ``[start, stop)``."""
-        self.publish(start, stop, lambda bits, _: bits.setall(value))
+        """Publish ``value`` for every cluster in ``[start, stop)``.
+
+        Clearing costs what is set: holes of the bitmap are 0 already.
+        """
+        parts = [(start, stop)] if value else self.inhabited(start, stop)
+        for first, last in parts:
+            self.publish(first, last, lambda bits, _: bits.setall(value))
 
     def clear_stray(self) -> None:
         """Write 0 to the bits past the last cluster, where one is set."""

@@ -17,17 +17,20 @@ from collections.abc import Callable, Iterator
 
 from bitarray import bitarray
 
+from addcow_mp.device.access import Access
 from addcow_mp.device.chain import (
     MAX_DEPTH,
     load_header,
     load_names,
+    open_claimed,
     peek_header,
     read_name,
     resolve,
 )
-from addcow_mp.device.files import BUFFER_SIZE, File
+from addcow_mp.device.files import BACKING, BUFFER_SIZE, COW, File
 from addcow_mp.device.holes import data_runs
-from addcow_mp.device.magic import contradicts
+from addcow_mp.device.locks import READING
+from addcow_mp.device.magic import contradicts, resembles
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import AddcowError, FormatError, NotAddcowError
 from addcow_mp.format.header import (
@@ -45,11 +48,11 @@ from addcow_mp.jobs.findings import CheckReport, Finding, Severity
 from addcow_mp.units import human_size
 
 
-def check(path: str) -> CheckReport:
+def check(path: str, access: Access | None = None) -> CheckReport:
     """Run every check on the overlay at ``path``; raises nothing for a damaged one."""
     report = CheckReport(path)
     with contextlib.ExitStack() as opened:
-        run = _Check(path, report, opened)
+        run = _Check(path, report, opened, (access or Access()).beside(path))
         try:
             for name, look in run.checks():
                 run.guarded(name, look)
@@ -62,8 +65,11 @@ def check(path: str) -> CheckReport:
 class _Check:
     """One run: what the checks so far have opened and read, for those that come later."""
 
-    def __init__(self, path: str, report: CheckReport, opened: contextlib.ExitStack) -> None:
+    def __init__(
+        self, path: str, report: CheckReport, opened: contextlib.ExitStack, access: Access
+    ) -> None:
         self.path = path
+        self.access = access
         self.report = report
         self._opened = opened
         self.cow: File | None = None
@@ -109,7 +115,8 @@ class _Check:
 
     def open_cow(self) -> None:
         """The ``.add-cow`` file can be opened."""
-        self.cow = self._opened.enter_context(contextlib.closing(File.open(self.path)))
+        cow = open_claimed(self.access, self.path, READING, COW, named=True)
+        self.cow = self._opened.enter_context(contextlib.closing(cow))
         self.seen[self.cow.identity] = f"the overlay {self.path}"
 
     def check_header(self) -> None:
@@ -183,11 +190,9 @@ class _Check:
         image = self._open(self.path, name, "image file")
         if image is None:
             return
-        declared = format_name(header.image_format)
-        if self._is_new(image, "same-file", f"image file '{name}'"):
-            if contradicts(image, declared):
-                self.corrupt("formats", f"image file '{name}' is declared {declared}, but is not")
-            elif declared == RAW:
+        declared, what = format_name(header.image_format), f"image file '{name}'"
+        if self._is_new(image, "same-file", what) and self._is_plausible(image, declared, what):
+            if declared == RAW:
                 self._open_overlay(image)
             elif not self.broken:
                 self.note(
@@ -195,6 +200,18 @@ class _Check:
                     Severity.CHECK_ERROR,
                     f"image file '{name}' is {declared}; only raw images can be looked into",
                 )
+
+    def _is_plausible(self, file: File, declared: str, what: str) -> bool:
+        """Whether the first bytes agree with the format; a raw file is used all the same."""
+        if contradicts(file, declared):
+            self.corrupt("formats", f"{what} is declared {declared}, but is not")
+            return False
+        seems = resembles(file) if declared == RAW else None
+        if seems is not None:
+            self.corrupt(
+                "formats", f"{what} is declared raw and read as raw, but begins as {seems} does"
+            )
+        return True
 
     def _open_overlay(self, image: File) -> None:
         if self.cow is not None and not self._is_broken("header"):
@@ -205,7 +222,8 @@ class _Check:
     def _open(self, holder: str, name: str, what: str, *, optional: bool = False) -> File | None:
         """Open what ``holder`` names, or note why not."""
         try:
-            file = File.open(resolve(holder, name))
+            target = resolve(holder, name)
+            file = open_claimed(self.access, target, READING, BACKING, named=False)
         except AddcowError as error:
             if error.fields.get("errno") not in (errno.ENOENT, errno.ENOTDIR):
                 self.note(what.replace(" ", "-"), Severity.CHECK_ERROR, str(error))
@@ -251,8 +269,7 @@ class _Check:
         """Look at one file below; its header and its backing's name if it is an overlay."""
         try:
             if format_ != ADD_COW:
-                if contradicts(file, format_):
-                    self.corrupt("formats", f"{what} is declared {format_}, but is not")
+                self._is_plausible(file, format_, what)
                 return None, None
             header = load_header(file)
             names = load_names(file, header)
@@ -298,10 +315,15 @@ class _Check:
 
 
 def leaked_clusters(overlay: Overlay) -> Iterator[int]:
-    """The clusters that are not local although the image file holds other bytes than 0 there."""
+    """The clusters that are not local although the image file holds other bytes than 0 there.
+
+    Where the file ends inside its bitmap the missing bits may have been set: the data of
+    those clusters is perhaps all that is left of them, and no leak.
+    """
     image, geometry = overlay.image.file, overlay.geometry
     last = -1
-    for start, stop in data_runs(image.fd, 0, geometry.size):
+    _, known = geometry.span(0, overlay.bitmap.known)
+    for start, stop in data_runs(image.fd, 0, known):
         for run in overlay.local_runs(0, *geometry.touched(start, stop)):
             for cluster in range(max(run[0], last + 1), run[1]):
                 if _has_data(image, *geometry.span(cluster, cluster + 1)):

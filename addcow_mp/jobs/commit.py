@@ -12,14 +12,18 @@ is local.
 
 from __future__ import annotations
 
-from addcow_mp.device.chain import open_chain
+from itertools import islice
+
+from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, open_chain
+from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.engine.plan import cut
+from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.survey import alignment, local_stretches
 from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
 from addcow_mp.errors import ImageError
+from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import move
 from addcow_mp.jobs.report import Conduct, Report, reporting
 
@@ -29,25 +33,23 @@ def commit(path: str, *, keep: bool = False, conduct: Conduct | None = None) -> 
 
     Raises :class:`AddcowError`; refusals come before the first byte is written.
     """
-    writable = frozenset({1} if keep else {0, 1})
-    with reporting("commit", path) as report, open_chain(path, writable) as overlay:
+    conduct = conduct or Conduct()
+    uses = COMMIT_KEEPING if keep else COMMIT
+    with reporting("commit", path) as report, open_chain(path, uses, conduct.access) as overlay:
         backing = _accepted_backing(overlay)
-        target = _target(overlay, backing)
-        if overlay.all_allocated and not keep:
-            _replace_flag_by_bits(overlay)
-        other = backing.cluster_size if isinstance(backing, Overlay) else 0
-        aligned = alignment(overlay.cluster_size, other)
-        tasks = cut(local_stretches(overlay, aligned), overlay.geometry.clusters)
+        changed = list(islice(backing.files(), 1)) + ([] if keep else [overlay.image.file])
+        refuse_dependants(overlay, [*_cow_of(backing), *changed], conduct.access)
         move(
             overlay,
             overlay.geometry,
             Which.LOCAL,
-            target,
-            tasks,
-            conduct or Conduct(),
+            _target(backing),
+            _tasks(overlay, backing),
+            conduct,
             report,
             publish=None if keep else (overlay, 0),
             frees=not keep,
+            prepare=lambda: _prepare(overlay, backing, keep=keep),
         )
         if not keep:
             # Also what an earlier commit, cut off between clearing and freeing, left behind.
@@ -73,17 +75,30 @@ def _accepted_backing(overlay: Overlay) -> Layer:
     return backing
 
 
-def _target(overlay: Overlay, backing: Layer) -> Target:
+def _cow_of(backing: Layer) -> list[File]:
+    return [backing.cow] if isinstance(backing, Overlay) else []
+
+
+def _target(backing: Layer) -> Target:
     if isinstance(backing, Overlay):
         return OverlayTarget(backing)
-    assert isinstance(backing, RawLayer)  # noqa: S101 - the two layers that open_chain makes
-    if backing.size < overlay.size:
+    return RawTarget(next(backing.files()))
+
+
+def _tasks(overlay: Overlay, backing: Layer) -> list[Task]:
+    other = backing.cluster_size if isinstance(backing, Overlay) else 0
+    aligned = alignment(overlay.cluster_size, other)
+    return cut(local_stretches(overlay, aligned), overlay.geometry.clusters)
+
+
+def _prepare(overlay: Overlay, backing: Layer, *, keep: bool) -> None:
+    """What changes first, once nothing can be refused any more."""
+    if isinstance(backing, RawLayer) and backing.size < overlay.size:
         backing.file.grow(overlay.size, seen=backing.size)
-    return RawTarget(backing.file)
+    if overlay.all_allocated and not keep:
+        _replace_flag_by_bits(overlay)
 
 
 def _replace_flag_by_bits(overlay: Overlay) -> None:
-    with overlay.cow.doing("write its bitmap"):
-        overlay.bitmap.fill(0, overlay.geometry.clusters, 1)
-    overlay.cow.sync()
+    overlay.publish([(0, overlay.geometry.clusters)], 1)
     overlay.set_all_allocated(False)

@@ -11,12 +11,14 @@ import os
 from collections.abc import Iterator
 
 from addcow_mp.device.chain import open_layer
-from addcow_mp.device.files import File, sync_directory
+from addcow_mp.device.files import TARGET, File, sync_directory
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.locks import RESIZING, lock
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.survey import alignment, data_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
+from addcow_mp.errors import StoppedError, UnfinishedError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.moving import move
@@ -38,23 +40,29 @@ def convert(
 
     Raises :class:`AddcowError`; ``destination`` then does not exist.
     """
+    conduct = conduct or Conduct()
     with reporting("convert", source) as report:
-        layer = open_layer(source, source_format)
+        layer = open_layer(source, source_format, access=conduct.access)
         try:
-            with _new_file(destination) as target:
-                _copy(layer, target, conduct or Conduct(), report)
+            with _new_file(destination, durable=conduct.access.durable) as target:
+                _copy(layer, target, conduct, report)
+        except StoppedError:
+            raise UnfinishedError(path=destination) from None
         finally:
             layer.close()
     return report
 
 
 @contextlib.contextmanager
-def _new_file(path: str) -> Iterator[File]:
+def _new_file(path: str, *, durable: bool) -> Iterator[File]:
     file = File.create(path)
     try:
+        file.role, file.durable = TARGET, durable
+        lock(file, RESIZING)
         yield file
         file.sync()
-        sync_directory(path)
+        if durable:
+            sync_directory(path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
@@ -64,11 +72,19 @@ def _new_file(path: str) -> Iterator[File]:
 
 
 def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
-    target.grow(layer.size, seen=0)
     geometry = Geometry(layer.size, _unit(layer))
     stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
     tasks = cut(stretches, geometry.clusters)
-    move(layer, geometry, Which.ALL, RawTarget(target, fresh=True), tasks, conduct, report)
+    move(
+        layer,
+        geometry,
+        Which.ALL,
+        RawTarget(target, fresh=True),
+        tasks,
+        conduct,
+        report,
+        prepare=lambda: target.grow(layer.size, seen=0),
+    )
     report.warnings += _cut_off(layer)
 
 

@@ -16,9 +16,11 @@ import contextlib
 import os
 from dataclasses import dataclass
 
-from addcow_mp.device.chain import open_layer, resolve
-from addcow_mp.device.files import File, kind_of, sync_directory
+from addcow_mp.device.access import Access
+from addcow_mp.device.chain import open_claimed, open_layer, resolve
+from addcow_mp.device.files import COW, IMAGE, File, identity_of, kind_of, sync_directory
 from addcow_mp.device.holes import next_data
+from addcow_mp.device.locks import RESIZING
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
 from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import (
@@ -34,6 +36,7 @@ from addcow_mp.format.header import (
     header_size,
 )
 from addcow_mp.format.names import path_has_protocol
+from addcow_mp.jobs.dependants import overlays_near, refuse_shared_image
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, round_up
 
 DEFAULT_CLUSTER_SIZE = 64 * KiB
@@ -50,7 +53,7 @@ class Created:
 def create_raw(path: str, size: int) -> int:
     """Create a new sparse raw file; the size is rounded up to whole sectors and returned."""
     size = _whole_sectors(size)
-    with _Making() as making:
+    with _Making(Access()) as making:
         file = making.new(path)
         file.grow(size, seen=0)
         file.sync()
@@ -67,6 +70,7 @@ def create(
     image: str | None = None,
     image_format: str = RAW,
     cluster_size: int = DEFAULT_CLUSTER_SIZE,
+    access: Access | None = None,
 ) -> Created:
     """Create the overlay ``path``. Sizes are in bytes.
 
@@ -75,17 +79,20 @@ def create(
     overlay starts with ALL_ALLOCATED set. Raises :class:`AddcowError`, with nothing
     left behind.
     """
+    access = access or Access()
     _check_options(path, cluster_size, image_format, backing, backing_format)
     image_path = _located(path, image if image is not None else default_image(path))
     backing_path = _located(path, backing) if backing is not None else None
     _refuse_same(path, image_path, backing_path)
-    backing_size = _backing_size(backing_path, backing_format, image_path)
+    backing_size = _backing_size(backing_path, backing_format, image_path, access)
+    _refuse_used_image(path, image_path, access)
     size = _chosen_size(path, size, image_path, backing_size)
     names = _Names.of(path, cluster_size, image_path, backing_path, backing_format)
-    with _Making() as making:
+    with _Making(access) as making:
         told = _make_image(image_path, size, making, hidden=backing_path is not None)
         _make_cow(path, names, Geometry(size, cluster_size), making)
         sync_directory(path)
+    told += _roots_needed(path, image_path, backing_path)
     return Created(size, told)
 
 
@@ -170,16 +177,40 @@ def _same(one: str, other: str) -> bool:
 # Sizes
 
 
-def _backing_size(backing: str | None, format_: str | None, image: str) -> int | None:
+def _backing_size(
+    backing: str | None, format_: str | None, image: str, access: Access
+) -> int | None:
     if backing is None or format_ is None:
         return None
-    layer = open_layer(backing, format_)
+    layer = open_layer(backing, format_, access=access)
     try:
         if os.path.exists(image):
             _refuse_in_chain(image, [file.identity for file in layer.files()])
         return layer.size
     finally:
         layer.close()
+
+
+def _refuse_used_image(path: str, image: str, access: Access) -> None:
+    """An image file belongs to one overlay."""
+    if not os.path.exists(image):
+        return
+    identity = identity_of(os.stat(image))
+    others = [one for one in overlays_near([path, image], access.roots) if one.image == identity]
+    if others:
+        with contextlib.closing(access.open_named(image)) as file:
+            refuse_shared_image(file, others)
+
+
+def _roots_needed(path: str, image: str, backing: str | None) -> list[str]:
+    """What users of the new overlay must allow: directories outside its own."""
+    own = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    named = (os.path.realpath(one) for one in (image, backing) if one is not None)
+    outside = [os.path.dirname(one) for one in named if not one.startswith(own.rstrip("/") + "/")]
+    if not outside:
+        return []
+    roots = " ".join(f"--root {one}" for one in dict.fromkeys(outside))
+    return [f"{path}: it names files outside its directory; its users will need {roots}"]
 
 
 def _refuse_in_chain(image: str, used: list[tuple[int, int]]) -> None:
@@ -284,21 +315,24 @@ def _stored(path: str, target: str, what: str, limit: int) -> bytes:
 class _Making:
     """The files being made or grown: on failure all is as it was, in the end all are closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, access: Access) -> None:
+        self._access = access
         self._new: list[File] = []
         self._grown: list[tuple[File, int]] = []
 
     def __enter__(self) -> _Making:
         return self
 
-    def new(self, path: str) -> File:
+    def new(self, path: str, role: str = IMAGE) -> File:
         """Create the file, which goes again on failure."""
-        self._new.append(File.create(path))
-        return self._new[-1]
+        file = File.create(path)
+        self._new.append(file)
+        file.role = role
+        return file
 
     def grown(self, path: str) -> File:
         """Open a file that exists; it gets its old length back on failure."""
-        file = File.open(path, writable=True)
+        file = open_claimed(self._access, path, RESIZING, IMAGE, named=True)
         self._grown.append((file, file.length))
         return file
 
@@ -334,7 +368,7 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
 
 
 def _make_cow(path: str, names: _Names, geometry: Geometry, making: _Making) -> None:
-    cow = making.new(path)
+    cow = making.new(path, COW)
     cow.grow(names.header.header_size + geometry.bitmap_length, seen=0)
     cow.write(names.header.pack() + names.names, 0)
     cow.sync()

@@ -37,6 +37,11 @@ class CheckReport:
     total_clusters: int | None = None
     allocated_clusters: int | None = None
     is_addcow: bool = True
+    #: What was mended, and the file that holds header and bitmap as they were before.
+    repairs: list[str] = field(default_factory=list)
+    backup: str | None = None
+    leaks_fixed: int = 0
+    corruptions_fixed: int = 0
 
     def _count(self, severity: Severity) -> int:
         return sum(one.count for one in self.findings if one.severity is severity)
@@ -78,4 +83,13 @@ class CheckReport:
             "total-clusters": self.total_clusters,
             "allocated-clusters": self.allocated_clusters,
             "findings": [finding.as_json() for finding in self.findings],
+            **(self._repaired() if self.repairs else {}),
+        }
+
+    def _repaired(self) -> dict[str, object]:
+        return {
+            "corruptions-fixed": self.corruptions_fixed,
+            "leaks-fixed": self.leaks_fixed,
+            "repairs": self.repairs,
+            "backup": self.backup,
         }

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 
+from addcow_mp.device import faults
 from addcow_mp.device.chain import WRITE, open_chain
-from addcow_mp.device.files import sync_directory
+from addcow_mp.device.files import identity_of, sync_directory
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.survey import alignment, missing_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
-from addcow_mp.errors import FileError, ImageError
+from addcow_mp.errors import ImageError
+from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import move
 from addcow_mp.jobs.report import Conduct, Report, reporting
 
@@ -27,9 +29,13 @@ def flatten(path: str, *, discard: bool = False, conduct: Conduct | None = None)
     An image that is there already is left as it is. Raises :class:`AddcowError`;
     refusals come before the first byte is written.
     """
-    with reporting("flatten", path) as report, open_chain(path, WRITE) as overlay:
+    conduct = conduct or Conduct()
+    with reporting("flatten", path) as report, open_chain(path, WRITE, conduct.access) as overlay:
+        changed = [overlay.image.file] if not overlay.all_allocated else []
+        changed += [overlay.cow] if discard else []
+        refuse_dependants(overlay, changed, conduct.access)
         if not overlay.all_allocated:
-            _bring_up(overlay, conduct or Conduct(), report)
+            _bring_up(overlay, conduct, report)
         if discard:
             _discard(overlay)
     return report
@@ -55,11 +61,11 @@ def _discard(overlay: Overlay) -> None:
     """Remove the ``.add-cow`` file itself, also when it was named by a symbolic link."""
     path = os.path.realpath(overlay.path)
     overlay.image.file.sync()
-    try:
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) != overlay.cow.identity:
+    with overlay.cow.doing("remove it"):
+        if identity_of(os.stat(path)) != overlay.cow.identity:
             raise ImageError(path=path, problem="it was replaced meanwhile, and is not removed")
+        if faults.armed:
+            faults.hit("discard")
         os.unlink(path)
-    except OSError as error:
-        raise FileError.of(path, "remove it", error) from error
-    sync_directory(path)
+    if overlay.cow.durable:
+        sync_directory(path)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from addcow_mp.device.access import Access
 from addcow_mp.device.chain import (
     MAX_DEPTH,
     Names,
     load_header,
     load_names,
+    open_claimed,
     refuse_mismatch,
     resolve,
     telling,
 )
-from addcow_mp.device.files import File
+from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_of
+from addcow_mp.device.locks import READING
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import ImageError
 from addcow_mp.format.geometry import virtual_size
@@ -43,6 +46,7 @@ class Info:
     filename: str
     virtual_size: int | None
     actual_size: int
+    identity: tuple[int, int]
     header: Header
     names: Names
     total_clusters: int | None
@@ -61,14 +65,19 @@ class Info:
         return None if name is None else path_combine(self.filename, name)
 
 
-def info(path: str) -> Info:
-    """Describe the overlay at ``path``. Raises :class:`AddcowError`."""
-    cow = File.open(path)
+def info(path: str, access: Access | None = None, *, named: bool = True) -> Info:
+    """Describe the overlay at ``path``. Raises :class:`AddcowError`.
+
+    ``named`` by the user, it may lie anywhere.
+    """
+    access = access or Access()
+    access = access.beside(path) if named else access
+    cow = open_claimed(access, path, READING, COW, named=named)
     try:
         header = load_header(cow)
         names = load_names(cow, header)
         with telling(path, names.image, "image file") as target:
-            image = File.open(target)
+            image = open_claimed(access, target, READING, IMAGE, named=False)
         try:
             _refuse_same(path, image, names)
             with telling(path, names.image, "image file"):
@@ -88,17 +97,17 @@ def _info(path: str, cow: File, image: File, header: Header, names: Names) -> In
         size, total = overlay.size, overlay.geometry.clusters
         allocated = overlay.allocated_clusters
         told = overlay.warnings()
-    return Info(path, size, cow.allocated, header, names, total, allocated, told)
+    return Info(path, size, cow.allocated, cow.identity, header, names, total, allocated, told)
 
 
 def _refuse_same(path: str, image: File, names: Names) -> None:
     if names.backing is None:
         return
     try:
-        status = os.stat(path_combine(path, names.backing))
-    except OSError:
+        identity = identity_of(os.stat(path_combine(path, names.backing)))
+    except (OSError, ValueError):
         return  # a missing backing is no reason not to describe the overlay
-    if (status.st_dev, status.st_ino) == image.identity:
+    if identity == image.identity:
         raise ImageError(
             path=path,
             problem=f"backing file '{names.backing}' and image file '{names.image}' are the same "
@@ -106,35 +115,28 @@ def _refuse_same(path: str, image: File, names: Names) -> None:
         )
 
 
-def chain_info(path: str) -> list[Info | RawInfo]:
+def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
     """Describe the overlay at ``path`` and every file below it, in order."""
+    access = (access or Access()).beside(path)
     found: list[Info | RawInfo] = []
     seen: set[tuple[int, int]] = set()
-    next_path, format_ = path, ADD_COW
+    here, format_ = path, ADD_COW
     while len(found) <= MAX_DEPTH:
-        _refuse_again(next_path, seen)
         if format_ != ADD_COW:
-            return [*found, _raw_info(next_path, format_)]
-        one = info(next_path)
+            return [*found, _raw_info(here, format_, access)]
+        one = info(here, access, named=not found)
+        if one.identity in seen:
+            raise ImageError(path=here, problem="the chain comes back to this file")
+        seen.add(one.identity)
         found.append(one)
         if one.names.backing is None or one.names.backing_format is None:
             return found
-        next_path, format_ = resolve(next_path, one.names.backing), one.names.backing_format
+        here, format_ = resolve(here, one.names.backing), one.names.backing_format
     raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
 
 
-def _refuse_again(path: str, seen: set[tuple[int, int]]) -> None:
-    file = File.open(path)
-    try:
-        if file.identity in seen:
-            raise ImageError(path=path, problem="the chain comes back to this file")
-        seen.add(file.identity)
-    finally:
-        file.close()
-
-
-def _raw_info(path: str, format_: str) -> RawInfo:
-    file = File.open(path)
+def _raw_info(path: str, format_: str, access: Access) -> RawInfo:
+    file = open_claimed(access, path, READING, BACKING, named=False)
     try:
         size = virtual_size(file.length) if format_ == RAW else None
         return RawInfo(path, format_, size, file.allocated)

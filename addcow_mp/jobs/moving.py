@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.run import Assignment, carry_out, workers_for
+from addcow_mp.engine.space import refuse_without_space
 from addcow_mp.engine.transfer import OverlayTarget, Target, Transfer, Which
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct, Report
@@ -24,12 +27,13 @@ def move(
     *,
     publish: tuple[Overlay, int] | None = None,
     frees: bool = False,
+    prepare: Callable[[], None] = lambda: None,
 ) -> None:
     """Move the clusters of ``tasks`` from ``source`` into ``target`` and publish them.
 
     ``publish`` is the overlay whose bits become the given value for what was moved;
     an add-cow target's own bits are published before them. ``frees`` then gives back
-    the space of what was moved.
+    the space of what was moved. ``prepare`` is called when nothing is left to refuse.
     """
     report.warnings = source.warnings()
     below = _published_target(target)
@@ -42,6 +46,8 @@ def move(
             target.file, board, overlay=overlay, value=value, backing=below, frees=frees
         )
         work = Transfer(source, geometry, which, target, board)
+        refuse_without_space(work, tasks, report.jobs, frees=frees)
+        prepare()
         job = Assignment(work, tasks, geometry, board, publisher, source.path)
         report.amount = carry_out(job, report.jobs, conduct.progress, conduct.stopping)
     finally:

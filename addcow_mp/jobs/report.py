@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from addcow_mp.device.access import Access
 from addcow_mp.engine.run import Progress, no_progress
 from addcow_mp.engine.transfer import Amount
 
@@ -22,12 +23,14 @@ class Conduct:
 
     ``jobs``: worker processes; 0 = in this process, None = the usable processors.
     ``progress`` is called with bytes done and bytes in all; ``stopping`` is asked
-    between tasks, and once it is true no new one is begun.
+    between tasks, and once it is true no new one is begun. ``access`` says what may be
+    opened and how.
     """
 
     jobs: int | None = None
     progress: Progress = no_progress
     stopping: Callable[[], bool] = never
+    access: Access = field(default_factory=Access)
 
 
 @dataclass

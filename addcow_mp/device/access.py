@@ -1,0 +1,177 @@
+"""Opening files safely: where names may lead, and what may be opened at all.
+
+The file named on the command line is the user's choice. Every name *inside* an image is
+somebody else's text, and is opened only beneath the directory of the first ``.add-cow``
+file or beneath a root that the user gave. The path is resolved first, links and ``..``
+included; if the result lies beneath no root it is refused, with the directory that the
+user may allow. It is then opened relative to that root in one call that refuses to
+follow any link or to leave the root (openat2), so that nothing can be exchanged between
+looking and opening; where the kernel has no such call, the opened file's own path is
+compared afterwards.
+
+Only regular files are opened, and block devices when allowed. Opening never waits: a
+FIFO is refused, not read. Files of /proc and /sys look regular but are not data.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from addcow_mp.device.files import File, cannot_open, kind_of
+from addcow_mp.errors import ImageError, OutsideError
+
+#: Never wait (O_NONBLOCK, for FIFOs), never become a controlling terminal, never inherit.
+_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a command may open and how.
+
+    ``roots``: directories beneath which names inside images may lead, besides the first
+    file's own. ``allow_device``: block devices too. ``share``: do not insist that nobody
+    else writes (``-U``). ``durable``: syncs are carried out; without them a power cut can
+    lose data that was announced (``-t unsafe``). ``force``: dependants do not matter.
+    """
+
+    roots: tuple[str, ...] = ()
+    allow_device: bool = False
+    share: bool = False
+    durable: bool = True
+    force: bool = False
+
+    def beside(self, path: str) -> Access:
+        """The same, with the directory of ``path`` as a further root."""
+        return replace(self, roots=(os.path.dirname(os.path.abspath(path)), *self.roots))
+
+    def open_named(self, path: str, *, writable: bool = False) -> File:
+        """Open what the user named: any regular file or allowed device."""
+        return self._checked(File(path, _open(path, writable), writable=writable))
+
+    def open_beneath(self, path: str, *, writable: bool = False) -> File:
+        """Open what an image named: only beneath a root. Raises :class:`OutsideError`."""
+        real = os.path.realpath(path)
+        root = next(
+            (root for root in map(os.path.realpath, self.roots) if _beneath(real, root)), None
+        )
+        if root is None:
+            raise OutsideError(
+                path=path, directory=os.path.dirname(real), roots=_listed(self.roots)
+            )
+        return self._checked(File(path, _open_in(root, real, path, writable), writable=writable))
+
+    def _checked(self, file: File) -> File:
+        try:
+            _refuse_kind(file, self.allow_device)
+        except BaseException:
+            file.close()
+            raise
+        file.durable = self.durable
+        return file
+
+
+def _beneath(path: str, root: str) -> bool:
+    return path.startswith(root.rstrip("/") + "/")
+
+
+def _listed(roots: Sequence[str]) -> str:
+    return ", ".join(roots)
+
+
+def _mode(writable: bool) -> int:
+    return (os.O_RDWR if writable else os.O_RDONLY) | _FLAGS
+
+
+def _open(path: str, writable: bool) -> int:
+    try:
+        return os.open(path, _mode(writable))
+    except (OSError, ValueError) as error:
+        raise cannot_open(path, "open it", error) from error
+
+
+def _open_in(root: str, real: str, path: str, writable: bool) -> int:
+    """Open ``path``, resolved to ``real``, beneath ``root``, following no link on the way."""
+    relative = os.path.relpath(real, root)
+    try:
+        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = _openat2(directory, relative, _mode(writable))
+        finally:
+            os.close(directory)
+        return _open_and_compare(real, writable) if fd is None else fd
+    except (OSError, ValueError) as error:
+        raise cannot_open(path, "open it", error) from error
+
+
+def _open_and_compare(real: str, writable: bool) -> int:
+    """For kernels without openat2: open, then see whether it is what was resolved."""
+    fd = os.open(real, _mode(writable) | os.O_NOFOLLOW)
+    if os.readlink(f"/proc/self/fd/{fd}") != real:
+        os.close(fd)
+        raise OSError(errno.EXDEV, "the path was changed while it was being opened")
+    return fd
+
+
+_OPENAT2 = 437  # the same number on every architecture
+_RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
+
+
+def _openat2(directory: int, relative: str, flags: int) -> int | None:
+    """Open beneath ``directory`` without following any link; None without such a call."""
+    libc, how_type, get_errno = _libc()
+    how = how_type(flags, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH)
+    fd: int = libc.syscall(_OPENAT2, directory, os.fsencode(relative), how, 24)
+    if fd >= 0:
+        return fd
+    number: int = get_errno()
+    if number in (errno.ENOSYS, errno.EPERM) and not _exists_openat2():
+        return None
+    raise OSError(number, os.strerror(number))
+
+
+@cache
+def _exists_openat2() -> bool:
+    """Whether the call works at all: sandboxes answer EPERM for calls they do not know."""
+    libc, how_type, _ = _libc()
+    how = how_type(os.O_PATH | os.O_CLOEXEC, 0, 0)
+    fd: int = libc.syscall(_OPENAT2, os.open("/", os.O_PATH | os.O_CLOEXEC), b".", how, 24)
+    return fd >= 0
+
+
+@cache
+def _libc() -> tuple[Any, Any, Any]:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    how = ctypes.c_uint64 * 3
+    libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, how, ctypes.c_size_t)
+    libc.syscall.restype = ctypes.c_long
+    return libc, how, ctypes.get_errno
+
+
+def _refuse_kind(file: File, allow_device: bool) -> None:
+    status = os.fstat(file.fd)
+    kind = kind_of(status.st_mode)
+    if stat.S_ISBLK(status.st_mode):
+        if not allow_device:
+            raise ImageError(path=file.path, problem=f"it is {kind}; allow it with --allow-device")
+    elif not stat.S_ISREG(status.st_mode):
+        raise ImageError(path=file.path, problem=f"it is {kind}, not a regular file")
+    elif status.st_dev in _pseudo_devices():
+        raise ImageError(path=file.path, problem="it is a file of the kernel's, not of a disk")
+
+
+@cache
+def _pseudo_devices() -> frozenset[int]:
+    """The file systems in which regular files are not data."""
+    found = set()
+    for place in ("/proc", "/sys"):
+        if os.path.ismount(place):
+            found.add(os.stat(place).st_dev)
+    return frozenset(found)

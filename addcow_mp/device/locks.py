@@ -1,0 +1,174 @@
+"""QEMU's image locks: a running guest and this tool refuse each other's files.
+
+A user of a file holds read locks of its open file description on single bytes: 100 + i
+says "I use permission i", 200 + i says "I do not share permission i". Nobody takes write
+locks; others are noticed by *testing* for one. So: first take all own bytes, then test
+200 + i for each permission used and 100 + i for each not shared; on a conflict everything
+is released. Two that race may both fail, never both succeed, so a conflict is tried again
+a few times with random pauses.
+
+The locks belong to the open file description: duplicates of the descriptor, in workers
+too, hold them until the last is closed. POSIX locks are never used on these files.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import time
+from enum import IntEnum
+from typing import NamedTuple
+
+from addcow_mp.device.files import File
+from addcow_mp.errors import FileError, LockedError
+
+_USED, _UNSHARED = 100, 200
+
+#: Tries before a conflict is believed, and the longest pause between two, in seconds:
+#: a racer that also failed has let go by then.
+TRIES, PAUSE = 5, 0.02
+
+
+class Permission(IntEnum):
+    """What a user of a file may do with it."""
+
+    CONSISTENT_READ = 0
+    WRITE = 1
+    WRITE_UNCHANGED = 2
+    RESIZE = 3
+
+
+_ALL = frozenset(Permission)
+_READ = frozenset({Permission.CONSISTENT_READ})
+
+
+class Claim(NamedTuple):
+    """The permissions that one operation uses on a file and those it shares with others."""
+
+    used: frozenset[Permission]
+    shared: frozenset[Permission]
+
+
+#: Reading: nobody may change the file meanwhile.
+READING = Claim(_READ, _ALL - {Permission.WRITE, Permission.RESIZE})
+#: Reading with -U: whatever others do.
+SHARING = Claim(_READ, _ALL)
+#: Writing: alone.
+WRITING = Claim(_READ | {Permission.WRITE}, frozenset())
+#: Writing and changing the length or what the length means: alone.
+RESIZING = Claim(_READ | {Permission.WRITE, Permission.RESIZE}, frozenset())
+
+
+def lock(file: File, claim: Claim) -> None:
+    """Take the locks of ``claim`` on ``file``. Raises :class:`LockedError` on a conflict."""
+    file.locked = True
+    conflict = _try(file, claim)
+    for _ in range(TRIES - 1):
+        if conflict is not None:
+            time.sleep(PAUSE * os.urandom(1)[0] / 255)
+            conflict = _try(file, claim)
+    if conflict is None:
+        return
+    permission, byte = conflict
+    holder = holder_of(file, byte)
+    verb = "does not share" if byte >= _UNSHARED else "uses"
+    raise LockedError(
+        path=file.path,
+        holder=holder or "another process",
+        verb=verb,
+        permission=permission.name.lower().replace("_", " "),
+    )
+
+
+def unlock(file: File) -> None:
+    """Let go of all locks; the descriptor's duplicates, if any, let go with it."""
+    _set(file.fd, fcntl.F_UNLCK, _USED, 2 * _USED)
+
+
+def _try(file: File, claim: Claim) -> tuple[Permission, int] | None:
+    """Take the locks, or take none and say which permission and byte stand against them."""
+    unshared = _ALL - claim.shared
+    try:
+        for permission in claim.used:
+            _set(file.fd, fcntl.F_RDLCK, _USED + permission)
+        for permission in unshared:
+            _set(file.fd, fcntl.F_RDLCK, _UNSHARED + permission)
+        if claim == SHARING:
+            return None
+        conflict = _conflict(file.fd, claim.used, unshared)
+    except OSError as error:
+        unlock(file)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return Permission.CONSISTENT_READ, _USED
+        raise FileError.of(file.path, "lock it", error) from error
+    if conflict is not None:
+        unlock(file)
+    return conflict
+
+
+def _conflict(
+    fd: int, used: frozenset[Permission], unshared: frozenset[Permission]
+) -> tuple[Permission, int] | None:
+    for base, permissions in ((_UNSHARED, used), (_USED, unshared)):
+        for permission in sorted(permissions):
+            if _is_held(fd, base + permission):
+                return permission, base + permission
+    return None
+
+
+def _set(fd: int, kind: int, start: int, length: int = 1) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind, start, length))
+
+
+def _is_held(fd: int, start: int) -> bool:
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, start))
+    kind: int = struct.unpack(_FLOCK, answer)[0]
+    return kind != fcntl.F_UNLCK
+
+
+_FLOCK = "hhqqi4x"
+
+
+def _flock(kind: int, start: int, length: int = 1) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0)
+
+
+def holder_of(file: File, byte: int) -> str | None:
+    """Name and pid of a process that holds a lock on ``byte``, where /proc tells."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) != os.getpid() and _holds(pid, file, byte):
+            return f"{_name(pid)} (pid {pid})"
+    return None
+
+
+def _holds(pid: str, file: File, byte: int) -> bool:
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            status = os.stat(f"/proc/{pid}/fd/{fd}")
+            if (status.st_dev, status.st_ino) == file.identity and _covers(pid, fd, byte):
+                return True
+    except OSError:
+        pass  # it has ended meanwhile, or is not ours to look at
+    return False
+
+
+def _covers(pid: str, fd: str, byte: int) -> bool:
+    """Whether the lock lines of this descriptor (".. OFDLCK .. first last") cover ``byte``."""
+    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            words = line.split()
+            if words[:1] == ["lock:"] and "OFDLCK" in words:
+                first, last = words[-2:]
+                if int(first) <= byte and (last == "EOF" or byte <= int(last)):
+                    return True
+    return False
+
+
+def _name(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+            return name.read().strip()
+    except OSError:
+        return "a process"

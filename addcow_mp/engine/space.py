@@ -1,0 +1,83 @@
+"""How much free space a transfer needs, known before its first byte.
+
+Bytes that go into holes of the target need space; commit gives space back behind itself,
+checkpoint by checkpoint, when image and target share a file system. What counts is the
+peak in between. The sum of what tasks weigh is an upper bound that costs nothing; only
+when that does not fit is every extent looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable
+
+from addcow_mp.device.files import File
+from addcow_mp.device.holes import data_runs
+from addcow_mp.device.layer import Kind
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.engine.plan import TASK_BYTES, Task
+from addcow_mp.engine.pool import AHEAD
+from addcow_mp.engine.run import CHECKPOINT_BYTES
+from addcow_mp.engine.transfer import Transfer
+from addcow_mp.errors import SpaceError
+
+
+def refuse_without_space(work: Transfer, tasks: list[Task], jobs: int, *, frees: bool) -> None:
+    """Raise :class:`SpaceError` when the target's file system cannot take what is moved.
+
+    ``frees`` says that what was moved is freed at its old place.
+    """
+    target = work.target.file
+    free = target.free_space
+    if sum(task.weight for task in tasks) <= free:
+        return
+    gives_back = frees and isinstance(work.layer, Overlay)
+    gives_back = gives_back and _device(work.layer.image.file) == _device(target)  # type: ignore[attr-defined]
+    steps = (
+        (task.weight, growth(work, task), freed(work, task) if gives_back else 0) for task in tasks
+    )
+    needed = peak(steps, 2 * CHECKPOINT_BYTES + max(1, jobs) * AHEAD * TASK_BYTES)
+    if needed > free:
+        raise SpaceError(path=target.path, needed=needed, free=free)
+
+
+def _device(file: File) -> int:
+    return os.fstat(file.fd).st_dev
+
+
+def peak(steps: Iterable[tuple[int, int, int]], lag: int) -> int:
+    """The most that is taken at any time by ``steps`` of (weight, taken, given back).
+
+    What a step gives back comes only when ``lag`` bytes of weight have followed it.
+    """
+    taken = highest = waiting_weight = 0
+    waiting: deque[tuple[int, int]] = deque()
+    for weight, takes, gives in steps:
+        taken += takes
+        highest = max(highest, taken)
+        waiting.append((weight, gives))
+        waiting_weight += weight
+        while waiting and waiting_weight - waiting[0][0] >= lag:
+            old_weight, given = waiting.popleft()
+            waiting_weight -= old_weight
+            taken -= given
+    return highest
+
+
+def growth(work: Transfer, task: Task) -> int:
+    """Bytes of ``task`` that go into holes of the target."""
+    fd = work.target.file.fd
+    total = 0
+    for piece in work.pieces_of(task):
+        if piece.kind is Kind.DATA:
+            held = sum(last - first for first, last in data_runs(fd, piece.start, piece.stop))
+            total += piece.stop - piece.start - held
+    return total
+
+
+def freed(work: Transfer, task: Task) -> int:
+    """Bytes of ``task`` that its old place gives back."""
+    fd = next(work.layer.files()).fd
+    start, stop = work.geometry.span(task.first, task.stop)
+    return sum(last - first for first, last in data_runs(fd, start, stop))

@@ -1,0 +1,148 @@
+"""Dependants: other overlays that need a file which a job is about to change.
+
+They are found by content, whatever they are called: files that begin with the add-cow
+magic, in the directories of the files concerned and anywhere beneath the roots that the
+user gave. What such a file names as backing or image is compared by inode. Members of the
+job's own chain do not count. Files that cannot be read, or whose header is damaged beyond
+its names, name nothing.
+
+An image file named by two overlays has no meaning: each takes the other's clusters for
+garbage. That is refused always; other dependants can be overridden by force.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from addcow_mp.device.access import Access
+from addcow_mp.device.files import File, identity_of
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.errors import DependantsError, ImageError
+from addcow_mp.format.header import (
+    BACKING_NAME_LIMIT,
+    FIXED_SIZE,
+    IMAGE_NAME_LIMIT,
+    MAGIC,
+    Header,
+)
+from addcow_mp.format.names import path_combine, path_has_protocol, read_string
+
+Identity = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Named:
+    """An overlay somewhere, and the files that it names, by identity."""
+
+    path: str
+    identity: Identity
+    image: Identity | None
+    backing: Identity | None
+
+
+def refuse_dependants(overlay: Overlay, changed: list[File], access: Access) -> None:
+    """Raise :class:`DependantsError` when other overlays need a file of ``changed``.
+
+    ``overlay`` is the job's own chain. With ``access.force`` only a shared image counts.
+    """
+    if not changed:
+        return
+    members = set(_members(overlay))
+    others = [
+        one
+        for one in overlays_near([file.path for file in changed], access.roots)
+        if one.identity not in members
+    ]
+    for file in changed:
+        refuse_shared_image(file, [one for one in others if one.image == file.identity])
+        dependants = [one.path for one in others if one.backing == file.identity]
+        if dependants and not access.force:
+            raise DependantsError(
+                path=file.path,
+                dependants=", ".join(sorted(dependants)),
+                mend="commit or flatten them first, or use --force to change it under them",
+            )
+
+
+def refuse_shared_image(image: File, others: list[Named]) -> None:
+    """Raise when ``others`` use ``image`` as their image file too."""
+    if others:
+        raise DependantsError(
+            path=image.path,
+            dependants=", ".join(sorted(one.path for one in others)),
+            mend="two overlays cannot share an image file; give one of them a copy",
+        )
+
+
+def _members(layer: Layer | None) -> Iterator[Identity]:
+    while isinstance(layer, Overlay):
+        yield layer.cow.identity
+        layer = layer.backing
+
+
+def overlays_near(paths: list[str], roots: tuple[str, ...]) -> list[Named]:
+    """The overlays in the directories of ``paths`` and beneath ``roots``, each once."""
+    found: dict[Identity, Named] = {}
+    directories = dict.fromkeys(os.path.dirname(os.path.realpath(path)) for path in paths)
+    places = [(directory, False) for directory in directories]
+    places += [(os.path.realpath(root), True) for root in roots]
+    for directory, deep in places:
+        for path in _files_in(directory, deep=deep):
+            one = named_by(path)
+            if one is not None:
+                found.setdefault(one.identity, one)
+    return list(found.values())
+
+
+def _files_in(directory: str, *, deep: bool) -> Iterator[str]:
+    """The regular files in ``directory``, and with ``deep`` in those below; no links followed."""
+    below = []
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False):
+                    yield entry.path
+                elif deep and entry.is_dir(follow_symlinks=False):
+                    below.append(entry.path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ImageError(
+            path=directory, problem=f"cannot look for dependants there: {error.strerror}"
+        ) from error
+    for path in below:
+        yield from _files_in(path, deep=True)
+
+
+def named_by(path: str) -> Named | None:
+    """What the file at ``path`` names; None when it is no overlay or cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        head = os.pread(fd, FIXED_SIZE, 0)
+        if len(head) < FIXED_SIZE or not head.startswith(MAGIC):
+            return None
+        header = Header.unpack(head)
+        image = _file(path, fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
+        backing = _file(path, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
+        return Named(path, identity_of(os.fstat(fd)), image, backing)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _file(path: str, fd: int, offset: int, size: int, limit: int) -> Identity | None:
+    """The identity of the file whose name lies there; None when there is none."""
+    if not offset or not size:
+        return None
+    try:
+        name = read_string(fd, offset, size, limit)
+        return None if path_has_protocol(name) else identity_of(os.stat(path_combine(path, name)))
+    except (ImageError, OSError):
+        return None
