@@ -57,7 +57,7 @@ def picture(data: bytes, grain: int = 4 * KiB) -> str:
 
 
 def _cell(data: bytes, start: int) -> str:
-    if not any(data):
+    if data.count(0) == len(data):
         return "0"
     letter = chr(data[0])
     return letter if data == paint(letter, start, len(data)) else "?"
@@ -77,11 +77,11 @@ class Content:
 
     @cached_property
     def data(self) -> bytes:
-        cells = (
-            bytes(self.grain) if cell in "-0" else paint(cell, index * self.grain, self.grain)
-            for index, cell in enumerate(self.cells)
-        )
-        return b"".join(cells)[: self.length]
+        return b"".join(self._cell(index) for index in range(len(self.cells)))[: self.length]
+
+    def _cell(self, index: int) -> bytes:
+        cell = self.cells[index]
+        return bytes(self.grain) if cell in "-0" else paint(cell, index * self.grain, self.grain)
 
     def write(self, path: str) -> None:
         """Write the file, leaving holes where the picture has them."""
@@ -89,7 +89,7 @@ class Content:
             for index, cell in enumerate(self.cells):
                 if cell != "-":
                     file.seek(index * self.grain)
-                    file.write(self.data[index * self.grain : (index + 1) * self.grain])
+                    file.write(self._cell(index))
             file.truncate(self.length)
 
 
@@ -349,6 +349,12 @@ def read_file(path: str) -> bytes:
     """Return the bytes of a whole file."""
     with open(path, "rb") as file:
         return file.read()
+
+
+def file_picture(path: str, grain: int) -> str:
+    """Return the picture of a whole file, read cell by cell: any size, little memory."""
+    with open(path, "rb") as file:
+        return "".join(_cell(file.read(grain), at) for at in range(0, os.path.getsize(path), grain))
 
 
 def all_bits(path: str) -> frozenset[int]:

@@ -277,5 +277,5 @@ def test_dump_never_overwrites(tmp_path: Path) -> None:
 
 
 def test_pictures_and_kept_clusters_agree() -> None:
-    # The helper that builds images for these tests, seen once by itself.
+    # What builds the images of these tests, seen once by itself.
     assert keep_clusters(paint("ABC"), {1}, CLUSTER) == paint(".B.")

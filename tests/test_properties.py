@@ -24,6 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model import (
+    LONG_AGO,
     SECTOR,
     Content,
     Files,
@@ -35,6 +36,7 @@ from model import (
     build,
     ceil_div,
     contents,
+    file_picture,
     overlay,
     owners,
     picture,
@@ -250,7 +252,11 @@ def run(path: str, todo: list[Step], guest: bytearray) -> set[int]:
                 device.write(step.start, step.payload)
             note(step, guest, path)
             assert device.read(0, device.size) == guest
-        return flat(device.allocated_runs())
+        local = flat(device.allocated_runs())
+        top = sum(each.length for each in device.extents() if each.present and each.depth == 0)
+        spans = (span(cluster, device.cluster_size, device.size) for cluster in local)
+        assert top == sum(stop - start for start, stop in spans)
+        return local
     finally:
         device.close()
 
@@ -350,8 +356,9 @@ Check = Callable[[Overlay, Files, int], None]
 
 def check_commit(chain: Overlay, files: Files, jobs: int) -> None:
     """The backing took the data, the overlay is empty, the guest saw nothing."""
-    before = contents(files.everything)
+    before, names = contents(files.everything), listing(files)
     addcow_mp.commit(files.path, jobs=jobs)
+    assert listing(files) == names
     check_backing_took_it(chain, files, before)
     check_overlay_is_empty(chain, files, before)
     assert read_view(files.path) == view(chain)
@@ -374,8 +381,9 @@ def check_commit_keep(chain: Overlay, files: Files, jobs: int) -> None:
 
 def check_flatten(chain: Overlay, files: Files, jobs: int) -> None:
     """The image alone holds the guest's view, all is marked local, the backing was only read."""
-    before, below = contents(files.own), snapshot(files.below)
+    before, below, names = contents(files.own), snapshot(files.below), listing(files)
     addcow_mp.flatten(files.path, jobs=jobs)
+    assert listing(files) == names
     assert read_file(files.image) == bytes(view(chain)) + before[files.image][chain.size :]
     check_all_local(chain, files, before[files.path])
     assert read_view(files.path) == view(chain)
@@ -388,16 +396,16 @@ def check_flatten(chain: Overlay, files: Files, jobs: int) -> None:
 def check_discard(chain: Overlay, files: Files, jobs: int) -> None:
     """The raw file is all that is left of the overlay, and it holds the guest's view."""
     before, below = contents(files.own), snapshot(files.below)
-    names = set(os.listdir(os.path.dirname(files.path)))
+    names = listing(files)
     addcow_mp.flatten(files.path, discard=True, jobs=jobs)
     assert read_file(files.image) == bytes(view(chain)) + before[files.image][chain.size :]
-    assert names - set(os.listdir(os.path.dirname(files.path))) == {os.path.basename(files.path)}
+    assert listing(files) == names - {os.path.basename(files.path)}
     assert snapshot(files.below) == below
 
 
 def check_convert(chain: Layer, files: Files, jobs: int) -> None:
     """The new file is the guest's view and no more; a second one is refused; none was touched."""
-    before = snapshot(files.everything)
+    before, names = snapshot(files.everything), listing(files)
     new = os.path.join(os.path.dirname(files.path), "new")
     source_format = "raw" if isinstance(chain, Raw) else "add-cow"
     addcow_mp.convert(files.path, new, source_format=source_format, jobs=jobs)
@@ -406,7 +414,13 @@ def check_convert(chain: Layer, files: Files, jobs: int) -> None:
     with pytest.raises(addcow_mp.AddcowError, match="new"):
         addcow_mp.convert(files.path, new, source_format=source_format, jobs=jobs)
     assert snapshot([new]) == made
+    assert listing(files) == names | {"new"}
     assert snapshot(files.everything) == before
+
+
+def listing(files: Files) -> set[str]:
+    """Return the names in the directory of the chain: no job leaves more behind than it says."""
+    return set(os.listdir(os.path.dirname(files.path)))
 
 
 def check_backing_took_it(chain: Overlay, files: Files, before: dict[str, bytes]) -> None:
@@ -434,7 +448,8 @@ def check_add_cow_backing(
     assert read_header(files.path).all_allocated == backing.all_allocated
     may_come = set() if backing.all_allocated else into
     assert backing.bits <= read_bits(files.path) <= backing.bits | may_come
-    assert contents(files.below) == {path: before[path] for path in files.below}
+    for path in files.below:
+        assert snapshot([path]) == {path: (before[path], LONG_AGO * 10**9)}
 
 
 def check_other_clusters(layer: Overlay, changed: set[int], old: bytes, new: bytes) -> None:
@@ -580,22 +595,83 @@ def test_worker_processes_do_the_same(
 @pytest.mark.parametrize("seed", [20130])
 @pytest.mark.parametrize("jobs", [0, 4])
 @pytest.mark.parametrize("check", CHECKS)
-def test_many_clusters_for_many_workers(
+def test_many_small_clusters_over_large_ones(
     tmp_path_factory: pytest.TempPathFactory, check: Check, jobs: int, seed: int
 ) -> None:
-    """Small clusters over 2 MiB ones: workers side by side meet in the backing's clusters."""
     chain = checkered(random.Random(seed))
     with files_of(chain, tmp_path_factory) as files:
         check(chain, files, jobs)
 
 
 def checkered(rng: random.Random) -> Overlay:
-    """Return a chain of 24 MiB that changes from cluster to cluster in every layer."""
-    base = Content("".join(rng.choices("-0XYZ", k=24 * 16)), 64 * KiB, cut=4567)
-    middle = Content("".join(rng.choices("-0PQr", k=24 * 2)), 512 * KiB, cut=1)
-    top = Content("".join(rng.choices("-0ABc", k=24 * 256)), 4 * KiB, cut=4 * KiB - 777)
-    below = Overlay(middle, frozenset(rng.sample(range(12), 5)), Raw(base), 2 * MiB)
-    return Overlay(top, frozenset(rng.sample(range(24 * 256), 2500)), below)
+    """Return a chain of 12 MiB that changes from cluster to cluster in every layer."""
+    base = Content("".join(rng.choices("-0XYZ", k=12 * 16)), 64 * KiB, cut=4567)
+    middle = Content("".join(rng.choices("-0PQr", k=12 * 2)), 512 * KiB, cut=1)
+    top = Content("".join(rng.choices("-0ABc", k=12 * 256)), 4 * KiB, cut=4 * KiB - 777)
+    below = Overlay(middle, frozenset(rng.sample(range(6), 3)), Raw(base), 2 * MiB)
+    return Overlay(top, frozenset(rng.sample(range(12 * 256), 1300)), below)
+
+
+# --- Much to do for several workers ---------------------------------------------------------
+
+CELL = 64 * KiB
+IN_ONE = 2 * MiB // CELL  # cells in a cluster of the middle layer
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A chain of 320 MiB, mostly holes, so that there is work for four workers at a time."""
+
+    chain: Overlay
+    middle: Overlay
+    merged: str  # what the guest sees
+
+
+def wide(rng: random.Random, mostly: str) -> Wide:
+    """Return small clusters over 2 MiB ones over a raw file; most of the top is as said."""
+    count = 320 * MiB // CELL
+    base = "".join(rng.choices("-X", [5, 1], k=count))
+    middle = "".join(rng.choices("-Pr", [8, 1, 1], k=count))
+    top = "".join(rng.choices(mostly + ".-AB0c", [40, 3, 3, 4, 4, 1, 4], k=count))
+    held = frozenset(rng.sample(range(count // IN_ONE), count // IN_ONE // 3))
+    below = Overlay(Content(middle, CELL), held, raw(base, CELL), 2 * MiB)
+    chain = overlay(top, below, cluster_size=CELL)
+    under = [middle[at] if at // IN_ONE in held else base[at] for at in range(count)]
+    merged = "".join(top[at] if at in chain.bits else under[at] for at in range(count))
+    return Wide(chain, below, merged.replace("-", "0").replace(".", "0"))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_workers_side_by_side_commit(tmp_path: Path, seed: int) -> None:
+    """Two workers must not meet in one of the backing's clusters: both would copy it up."""
+    it = wide(random.Random(seed), ".")
+    files = files_in(tmp_path, it.chain)
+    middle, base = files.below[0], files.below[-1]
+    addcow_mp.commit(files.path, jobs=4)
+    pictures = file_picture(files.below[1], CELL), file_picture(base, CELL)
+    bits = read_bits(middle)
+    got = (pictures[0 if at // IN_ONE in bits else 1][at] for at in range(len(it.merged)))
+    assert "".join(got) == it.merged
+    assert bits <= it.middle.bits | {cluster // IN_ONE for cluster in it.chain.bits}
+    assert not read_bits(files.path)
+    assert set(file_picture(files.image, CELL)) == {"0"}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_workers_side_by_side_flatten(tmp_path: Path, seed: int) -> None:
+    it = wide(random.Random(seed), "-")
+    files = files_in(tmp_path, it.chain)
+    addcow_mp.flatten(files.path, jobs=4)
+    assert file_picture(files.image, CELL) == it.merged
+    assert read_bits(files.path) == frozenset(range(it.chain.clusters))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_workers_side_by_side_convert(tmp_path: Path, seed: int) -> None:
+    it = wide(random.Random(seed), "-")
+    files = files_in(tmp_path, it.chain)
+    addcow_mp.convert(files.path, f"{tmp_path}/new", jobs=4)
+    assert file_picture(f"{tmp_path}/new", CELL) == it.merged
 
 
 # --- Pictures: the same rules, readable -----------------------------------------------------
@@ -661,8 +737,8 @@ def test_allocated_all_over_hides_the_bitmap_and_the_backing(tmp_path: Path) -> 
     assert read_bits(files.path) == frozenset()
 
 
-@pytest.mark.parametrize("jobs", [0, 2])
-def test_commit_in_a_picture(tmp_path: Path, jobs: int) -> None:
+@pytest.mark.parametrize("jobs", [0, 2, None])
+def test_commit_in_a_picture(tmp_path: Path, jobs: int | None) -> None:
     files = files_in(tmp_path, TOP)
     addcow_mp.commit(files.path, jobs=jobs)
     assert picture(read_file(files.below[0])) == MERGED
@@ -683,8 +759,8 @@ def test_commit_never_shortens_a_longer_backing(tmp_path: Path) -> None:
     assert picture(read_file(files.below[0])) == "AXYZ"
 
 
-@pytest.mark.parametrize("jobs", [0, 2])
-def test_flatten_in_a_picture(tmp_path: Path, jobs: int) -> None:
+@pytest.mark.parametrize("jobs", [0, 2, None])
+def test_flatten_in_a_picture(tmp_path: Path, jobs: int | None) -> None:
     files = files_in(tmp_path, TOP)
     addcow_mp.flatten(files.path, jobs=jobs)
     assert picture(read_file(files.image)) == MERGED

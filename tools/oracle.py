@@ -13,7 +13,8 @@ file when the cluster is local, else from the layer below, cut at that layer's
 own size; whatever no layer holds reads as zeros. Anything the format forbids is
 refused: a reader that guesses is no judge. Two things it knowingly does not do:
 it does not complain about a short bitmap (it reads as 0 there, as the format
-says) and it does not look at the bytes no name points at.
+says) and it does not look at what nothing points at: bytes between the names,
+the format of a backing that is not there.
 
 Command line: oracle.py size|digest|allocated|dump FILE [OUT]
 """
@@ -72,29 +73,28 @@ def read_header(path: str) -> Header:
         raw = file.read(FIXED_HEADER)
         if len(raw) < FIXED_HEADER or raw[:4] != b"ACOW":
             raise OracleError(f"{path}: not an add-cow file")
-        (_, b_at, b_len, i_at, i_len, bits, features, compatible, header_size, b_fmt, i_fmt) = (
-            LAYOUT.unpack(raw)
-        )
-        if features != 0:
-            raise OracleError(f"{path}: unknown features {features:#x}")
-        if not 12 <= bits <= 21:
-            raise OracleError(f"{path}: cluster bits {bits}")
-        if header_size != max(SMALLEST_HEADER, 1 << bits):
-            raise OracleError(f"{path}: header size {header_size}")
-        if os.fstat(file.fileno()).st_size < header_size:
-            raise OracleError(f"{path}: shorter than its header")
-        image = read_name(file, path, i_at, i_len, header_size, LONGEST_IMAGE_NAME)
+        fields = LAYOUT.unpack(raw)
+        (_, b_at, b_len, i_at, i_len, bits, features, compatible, end, b_fmt, i_fmt) = fields
+        check_numbers(path, bits, features, end, os.fstat(file.fileno()).st_size)
+        image = read_name(file, path, i_at, i_len, end, LONGEST_IMAGE_NAME)
         backing = None
         if b_at != 0 or b_len != 0:
-            backing = read_name(file, path, b_at, b_len, header_size, LONGEST_BACKING_NAME)
-    return Header(
-        backing=backing,
-        backing_format=read_format(path, b_fmt, may_be_empty=backing is None),
-        image=checked_image(path, image, i_fmt),
-        cluster_size=1 << bits,
-        all_allocated=compatible & ALL_ALLOCATED != 0,
-        header_size=header_size,
-    )
+            backing = read_name(file, path, b_at, b_len, end, LONGEST_BACKING_NAME)
+    b_format = read_format(path, b_fmt, may_be_empty=backing is None)
+    image = checked_image(path, image, i_fmt)
+    return Header(backing, b_format, image, 1 << bits, compatible & ALL_ALLOCATED != 0, end)
+
+
+def check_numbers(path: str, bits: int, features: int, end: int, length: int) -> None:
+    """Refuse what no add-cow file may say; END is the header size it gives."""
+    if features != 0:
+        raise OracleError(f"{path}: unknown features {features:#x}")
+    if not 12 <= bits <= 21:
+        raise OracleError(f"{path}: cluster bits {bits}")
+    if end != max(SMALLEST_HEADER, 1 << bits):
+        raise OracleError(f"{path}: header size {end}")
+    if length < end:
+        raise OracleError(f"{path}: shorter than its header")
 
 
 def read_name(file: BinaryIO, path: str, at: int, length: int, end: int, longest: int) -> str:
@@ -117,7 +117,6 @@ def read_format(path: str, field: bytes, *, may_be_empty: bool) -> str:
         raise OracleError(f"{path}: a format name without its zeros: {field!r}")
     if name == b"" and not may_be_empty:
         raise OracleError(f"{path}: an empty format name")
-    # (a format without a backing names nothing; it is not worth a refusal)
     return name.decode("ascii", "backslashreplace")
 
 
@@ -274,6 +273,18 @@ def dump_to(path: str, name: str | None) -> None:
         dump(path, out)
 
 
+def answer(what: str, path: str, out: str | None) -> None:
+    """Do one of the command line's words."""
+    if what == "size":
+        print(virtual_size(path))
+    elif what == "digest":
+        print(digest(path))
+    elif what == "allocated":
+        print(json.dumps(allocated(path)))
+    else:
+        dump_to(path, out)
+
+
 def main() -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="An independent reader of add-cow chains.")
@@ -284,12 +295,7 @@ def main() -> int:
     if args.out is not None and args.what != "dump":
         parser.error("only dump takes an OUT")
     try:
-        if args.what == "dump":
-            dump_to(args.file, args.out)
-        else:
-            words = {"size": virtual_size, "digest": digest, "allocated": allocated}
-            answer = words[args.what](args.file)
-            print(answer if isinstance(answer, str) else json.dumps(answer))
+        answer(args.what, args.file, args.out)
     except (OracleError, OSError) as error:
         print(f"oracle: {error}", file=sys.stderr)
         return 1

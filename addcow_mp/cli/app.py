@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from addcow_mp.device.access import Access
+    from addcow_mp.device.moving import Manner
     from addcow_mp.jobs.report import Report
 
 app = typer.Typer(
@@ -54,7 +55,17 @@ class CacheMode(StrEnum):
     """How far written data is pushed."""
 
     writeback = "writeback"
+    none = "none"
     unsafe = "unsafe"
+
+
+class CopyWay(StrEnum):
+    """Ways to move data."""
+
+    auto = "auto"
+    clone = "clone"
+    range = "range"
+    buffer = "buffer"
 
 
 class Repair(StrEnum):
@@ -87,8 +98,21 @@ Share = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="change files that other overlays need")]
 Cache = Annotated[
-    CacheMode, typer.Option("-t", "--cache", help="writeback: sync at checkpoints; unsafe: never")
+    CacheMode,
+    typer.Option("-t", "--cache", help="writeback; none: past the page cache; unsafe: no syncs"),
 ]
+CopyBy = Annotated[CopyWay, typer.Option("--copy", help="pin one way to move data")]
+Sparse = Annotated[
+    str | None,
+    typer.Option(
+        "-S", metavar="SIZE", help="blocks of so many zeros become holes; 0 = do not look"
+    ),
+]
+Rate = Annotated[
+    str | None,
+    typer.Option("-r", "--limit-rate", metavar="RATE", help="bytes per second, all workers"),
+]
+Idle = Annotated[bool, typer.Option("--idle", help="use the disk only when nobody else does")]
 HowToPrint = Annotated[Output, typer.Option("--output", help="human or json")]
 OverlayFormat = Annotated[
     OnlyAddcow, typer.Option("-f", "--format", help="format of FILE; never guessed")
@@ -207,6 +231,10 @@ def convert(
     jobs: Jobs = None,
     output: HowToPrint = Output.human,
     cache: Cache = CacheMode.writeback,
+    copy: CopyBy = CopyWay.auto,
+    sparse: Sparse = None,
+    rate: Rate = None,
+    idle: Idle = False,
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
@@ -216,9 +244,45 @@ def convert(
     from addcow_mp.jobs.convert import convert as job
 
     access = _access(roots, allow_device, share=share, cache=cache)
-    with working(jobs, access, progress=progress and not quiet) as conduct:
+    manner = _manner(copy, cache, "4k" if sparse is None else sparse, rate, idle=idle)
+    with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(source, destination, source_format=format.value, conduct=conduct)
     _tell(report, "", output, quiet=quiet)
+
+
+@app.command()
+def compare(
+    one: Annotated[str, typer.Argument(metavar="A")],
+    other: Annotated[str, typer.Argument(metavar="B")],
+    strict: Annotated[
+        bool, typer.Option("-s", help="sizes and allocation must be equal too")
+    ] = False,
+    format: Annotated[Format, typer.Option("-f", help="what A is")] = Format.addcow,
+    other_format: Annotated[Format, typer.Option("-F", help="what B is")] = Format.addcow,
+    progress: ShowProgress = False,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToPrint = Output.human,
+    idle: Idle = False,
+    share: Share = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
+) -> None:
+    """Compare what the guests of two images see.
+
+    Exit status: 0 the same, 1 they differ, 2 and more: they could not be compared.
+    """
+    from addcow_mp.cli.comparing import compare as command
+    from addcow_mp.cli.working import working
+
+    access = _access(roots, allow_device, share=share)
+    manner = _manner(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
+    with working(jobs, access, manner, progress=progress and not quiet) as conduct:
+        formats = (format.value, other_format.value)
+        status = command(
+            one, other, formats, conduct, strict=strict, as_json=output is Output.json, quiet=quiet
+        )
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -231,6 +295,10 @@ def commit(
     output: HowToPrint = Output.human,
     format: OverlayFormat = OnlyAddcow.addcow,
     cache: Cache = CacheMode.writeback,
+    copy: CopyBy = CopyWay.auto,
+    sparse: Sparse = None,
+    rate: Rate = None,
+    idle: Idle = False,
     force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
@@ -240,7 +308,8 @@ def commit(
     from addcow_mp.jobs.commit import commit as job
 
     access = _access(roots, allow_device, cache=cache, force=force)
-    with working(jobs, access, progress=progress and not quiet) as conduct:
+    manner = _manner(copy, cache, sparse, rate, idle=idle)
+    with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, keep=keep, conduct=conduct)
     _tell(report, "Image committed.", output, quiet=quiet)
 
@@ -257,6 +326,10 @@ def flatten(
     output: HowToPrint = Output.human,
     format: OverlayFormat = OnlyAddcow.addcow,
     cache: Cache = CacheMode.writeback,
+    copy: CopyBy = CopyWay.auto,
+    sparse: Sparse = None,
+    rate: Rate = None,
+    idle: Idle = False,
     force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
@@ -266,7 +339,8 @@ def flatten(
     from addcow_mp.jobs.flatten import flatten as job
 
     access = _access(roots, allow_device, cache=cache, force=force)
-    with working(jobs, access, progress=progress and not quiet) as conduct:
+    manner = _manner(copy, cache, sparse, rate, idle=idle)
+    with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, discard=discard, conduct=conduct)
     _tell(report, "Image flattened.", output, quiet=quiet)
 
@@ -330,3 +404,18 @@ def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None
         print(json.dumps(report.as_json(), indent=4))
     elif sentence and not quiet:
         print(sentence)
+
+
+def _manner(
+    copy: CopyWay, cache: CacheMode, sparse: str | None, rate: str | None, *, idle: bool
+) -> Manner:
+    """How the options want data to be moved."""
+    from addcow_mp.device.moving import Copy, Manner
+    from addcow_mp.errors import UsageError
+    from addcow_mp.units import SECTOR, parse_size
+
+    block = 0 if sparse is None else parse_size(sparse, "-S")
+    limit = 0 if rate is None else parse_size(rate, "--limit-rate")
+    if block % SECTOR:
+        raise UsageError(message=f"invalid -S '{sparse}': give a multiple of {SECTOR}, or 0")
+    return Manner(Copy(copy.value), cache is CacheMode.none, block, limit, idle)

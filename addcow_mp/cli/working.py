@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.moving import Manner
 from addcow_mp.engine.run import Progress, no_progress
 from addcow_mp.errors import AddcowError, StoppedError
 from addcow_mp.jobs.report import Conduct
@@ -20,11 +21,13 @@ STEPS = 10
 
 
 @contextmanager
-def working(jobs: int | None, access: Access, *, progress: bool) -> Iterator[Conduct]:
+def working(
+    jobs: int | None, access: Access, manner: Manner, *, progress: bool
+) -> Iterator[Conduct]:
     """A conduct with progress on stderr, which SIGINT and SIGTERM end between tasks."""
     with _stoppable() as stop, _shown(progress) as show:
         try:
-            yield Conduct(jobs, show, lambda: bool(stop), access)
+            yield Conduct(jobs, show, lambda: bool(stop), access, manner)
         except StoppedError as error:
             raise _SignalledError(stop[0], error) from error
 

@@ -14,8 +14,8 @@ from typing import Any
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
-#: The answers of a file system that cannot punch.
-_CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
+#: The answers of a file system that cannot do such things.
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 
 def next_data(fd: int, position: int) -> int | None:
@@ -50,13 +50,22 @@ def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield data, start
 
 
+def allocate(fd: int, start: int, stop: int) -> bool:
+    """Give ``[start, stop)``, a hole within the file, its blocks; False where it cannot be."""
+    return _fallocate(fd, 0, start, stop)
+
+
 def punch(fd: int, start: int, stop: int) -> bool:
     """Turn ``[start, stop)`` into a hole; False where the file system cannot."""
+    return _fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, start, stop)
+
+
+def _fallocate(fd: int, mode: int, start: int, stop: int) -> bool:
     libc, get_errno = _libc()
-    if libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, start, stop - start) == 0:
+    if libc.fallocate(fd, mode, start, stop - start) == 0:
         return True
     error: int = get_errno()
-    if error in _CANNOT_PUNCH:
+    if error in _CANNOT:
         return False
     raise OSError(error, os.strerror(error))
 

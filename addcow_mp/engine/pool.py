@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from addcow_mp.engine.pace import step_back
 from addcow_mp.engine.plan import Task
-from addcow_mp.engine.transfer import Amount
 from addcow_mp.errors import AddcowError
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ TICK = 0.2
 
 @dataclass(frozen=True)
 class Done:
-    """A task that was finished, and what it moved."""
+    """A task that was finished, and what came of it: a small frozen dataclass."""
 
     task: Task
-    amount: Amount
+    result: Any
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class UnexpectedError(AddcowError):
 class Work(Protocol):
     """What a worker does with a task; ``slot`` numbers the worker."""
 
-    def __call__(self, task: Task, slot: int) -> Amount:
-        """Do ``task``."""
+    def __call__(self, task: Task, slot: int) -> object:
+        """Do ``task``; what is returned crosses to the parent."""
 
 
 def usable_cpus() -> int:
@@ -90,12 +90,14 @@ def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
         return Failed(task, UnexpectedError(error=repr(error)))
 
 
-def serve(pipe: Connection, work: Work, slot: int) -> None:
+def serve(pipe: Connection, work: Work, slot: int, idle: bool) -> None:
     """A worker's life: do the tasks that come through the pipe until it closes."""
     import signal
 
     # An interrupt goes to the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if idle:
+        step_back()
     while True:
         try:
             task = pipe.recv()
@@ -119,10 +121,14 @@ class _Worker:
 
 
 class Pool:
-    """``jobs`` worker processes doing ``work``. A context manager: leaving it ends them."""
+    """``jobs`` worker processes doing ``work``. A context manager: leaving it ends them.
 
-    def __init__(self, work: Work, jobs: int) -> None:
+    With ``idle`` they take the disk only when nobody else wants it.
+    """
+
+    def __init__(self, work: Work, jobs: int, *, idle: bool = False) -> None:
         self._work = work
+        self._idle = idle
         self._jobs = jobs
         self._workers: list[_Worker] = []
         self._tries: dict[int, int] = {}
@@ -171,7 +177,9 @@ class Pool:
 
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self._work, slot), daemon=True)
+        process = context.Process(
+            target=serve, args=(theirs, self._work, slot, self._idle), daemon=True
+        )
         process.start()
         theirs.close()
         return _Worker(process, ours, slot)

@@ -118,6 +118,7 @@ class Assignment:
     board: Board
     publisher: Publisher
     path: str
+    idle: bool = False
 
 
 def carry_out(
@@ -139,16 +140,16 @@ def carry_out(
     def enough() -> bool:
         return failure is not None or checkpoints.failed or bool(stopping and stopping())
 
-    with Pool(job.work, workers) as pool:
+    with Pool(job.work, workers, idle=job.idle) as pool:
         for result in pool.run(job.tasks, enough):
             progress(min(job.board.total, total), total)
             if isinstance(result, Failed):
                 failure = failure or result
                 checkpoints.add(_finished_part(job.board, result.task), 0)
             elif result is not None:
-                amount += result.amount
+                amount += result.result
                 finished += 1
-                checkpoints.add([(result.task.first, result.task.stop)], result.amount.bytes_moved)
+                checkpoints.add([(result.task.first, result.task.stop)], result.result.bytes_moved)
     checkpoints.finish()
     if failure is not None:
         raise _told(job.path, failure)

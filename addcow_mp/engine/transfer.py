@@ -16,12 +16,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from operator import add
 from typing import NamedTuple, Protocol
 
-from addcow_mp.device.files import BUFFER_SIZE, File, copy
+from addcow_mp.device.files import File
 from addcow_mp.device.layer import Kind, Layer, Piece
+from addcow_mp.device.moving import Manner, Mover, Way
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.board import Board
+from addcow_mp.engine.pace import Pace
 from addcow_mp.engine.plan import Task
 from addcow_mp.format.bitmap import Run
 from addcow_mp.format.geometry import Geometry
@@ -40,12 +43,16 @@ class Which(Enum):
 
 @dataclass(frozen=True)
 class Amount:
-    """Bytes and clusters that were copied, and that were made zero instead."""
+    """Bytes and clusters that were moved, and that were made zero instead.
+
+    ``ways`` says how many bytes went which way, in the order of :class:`Way`.
+    """
 
     bytes_moved: int = 0
     clusters_moved: int = 0
     bytes_zeroed: int = 0
     clusters_zeroed: int = 0
+    ways: tuple[int, ...] = (0,) * len(Way)
 
     def __add__(self, other: Amount) -> Amount:
         return Amount(
@@ -53,6 +60,7 @@ class Amount:
             self.clusters_moved + other.clusters_moved,
             self.bytes_zeroed + other.bytes_zeroed,
             self.clusters_zeroed + other.clusters_zeroed,
+            tuple(map(add, self.ways, other.ways)),
         )
 
 
@@ -140,36 +148,52 @@ def end_orphan(parent: int | None) -> None:
 
 
 class Transfer:
-    """Moves the clusters of one task at a time. Picklable to a worker that is starting."""
+    """Moves the clusters of one task at a time. Picklable to a worker that is starting.
+
+    ``workers`` is how many do so side by side: they share the manner's rate.
+    """
 
     def __init__(
-        self, layer: Layer, geometry: Geometry, which: Which, target: Target, board: Board
+        self,
+        layer: Layer,
+        geometry: Geometry,
+        which: Which,
+        target: Target,
+        board: Board,
+        manner: Manner = Manner(),  # noqa: B008 - frozen
+        workers: int = 1,
     ) -> None:
         self.layer = layer
         self.geometry = geometry
         self.which = which
         self.target = target
         self.board = board
-        self._buffer = memoryview(bytearray(BUFFER_SIZE))
+        self.manner = manner
+        self.workers = workers
         self._files = list(layer.files())
+        self._mover = Mover(target.file, manner)
+        self._pace = Pace(manner.rate // max(1, workers))
         #: In a worker, the process that started it.
         self.parent: int | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         parts = (self.layer, self.geometry, self.which, self.target, self.board)
-        return (Transfer, parts, {"parent": os.getpid()})
+        return (Transfer, (*parts, self.manner, self.workers), {"parent": os.getpid()})
 
     def __call__(self, task: Task, slot: int) -> Amount:
         """Move the clusters of ``task``, counting bytes in ``slot`` of the board."""
-        amount = Amount()
+        self._mover.moved.clear()
+        totals = [0, 0, 0, 0]
+        marks, prepare, finish = self.board.bits(TOP), self.target.prepare, self.target.finish
         for first, stop in self._selected(task):
             end_orphan(self.parent)
             start, end = self.geometry.span(first, stop)
-            self.target.prepare(start, end, self._buffer, self.board)
-            amount += self._move(first, stop, self._pieces(start, end), slot)
-            self.target.finish(start, end, self.board)
-            self.board.bits(TOP)[first:stop] = 1
-        return amount
+            prepare(start, end, self._mover.buffer, self.board)
+            self._move(first, stop, self._pieces(start, end), slot, totals)
+            finish(start, end, self.board)
+            marks[first:stop] = 1
+        ways = tuple(self._mover.moved.get(way, 0) for way in Way)
+        return Amount(totals[0], totals[1], totals[2], totals[3], ways)
 
     def pieces_of(self, task: Task) -> Iterator[Piece]:
         """What the source of ``task`` is made of, run by run."""
@@ -188,26 +212,29 @@ class Transfer:
             return self.layer.image.pieces(start, stop)
         return self.layer.pieces_below(start, stop)
 
-    def _move(self, first: int, stop: int, pieces: Iterator[Piece], slot: int) -> Amount:
-        moved = zeroed = clusters = 0
+    def _move(
+        self, first: int, stop: int, pieces: Iterator[Piece], slot: int, totals: list[int]
+    ) -> None:
+        """Move one run of clusters, adding to ``totals`` in the order of an :class:`Amount`."""
+        clusters = 0
         counted = first  # clusters before this one are known to have had data
         for piece in pieces:
-            size = piece.stop - piece.start
-            end_orphan(self.parent)
             if piece.kind is Kind.DATA:
-                copy(
-                    self._files[piece.depth],
-                    self.target.file,
-                    piece.start,
-                    piece.stop,
-                    self._buffer,
-                )
-                moved += size
+                self._move_data(piece, slot)
                 here, there = self.geometry.touched(piece.start, piece.stop)
                 clusters += there - max(here, counted)
                 counted = there
-                self.board.count(slot, size)
+                totals[0] += piece.stop - piece.start
             else:
                 self.target.make_zero(piece.start, piece.stop)
-                zeroed += size
-        return Amount(moved, clusters, zeroed, stop - first - clusters)
+                totals[2] += piece.stop - piece.start
+        totals[1] += clusters
+        totals[3] += stop - first - clusters
+
+    def _move_data(self, piece: Piece, slot: int) -> None:
+        step = self._pace.step if self.manner.rate else piece.stop - piece.start
+        for start in range(piece.start, piece.stop, step):
+            stop = min(start + step, piece.stop)
+            self._mover.move(self._files[piece.depth], start, stop)
+            self.board.count(slot, stop - start)
+            self._pace.spend(stop - start)

@@ -45,10 +45,10 @@ def move(
         publisher = Publisher(
             target.file, board, overlay=overlay, value=value, backing=below, frees=frees
         )
-        work = Transfer(source, geometry, which, target, board)
+        work = Transfer(source, geometry, which, target, board, conduct.manner, max(1, report.jobs))
         refuse_without_space(work, tasks, report.jobs, frees=frees)
         prepare()
-        job = Assignment(work, tasks, geometry, board, publisher, source.path)
+        job = Assignment(work, tasks, geometry, board, publisher, source.path, conduct.manner.idle)
         report.amount = carry_out(job, report.jobs, conduct.progress, conduct.stopping)
     finally:
         board.close()

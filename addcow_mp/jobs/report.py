@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.moving import Manner, Way
 from addcow_mp.engine.run import Progress, no_progress
 from addcow_mp.engine.transfer import Amount
 
@@ -24,13 +25,14 @@ class Conduct:
     ``jobs``: worker processes; 0 = in this process, None = the usable processors.
     ``progress`` is called with bytes done and bytes in all; ``stopping`` is asked
     between tasks, and once it is true no new one is begun. ``access`` says what may be
-    opened and how.
+    opened and how, ``manner`` how bytes are moved.
     """
 
     jobs: int | None = None
     progress: Progress = no_progress
     stopping: Callable[[], bool] = never
     access: Access = field(default_factory=Access)
+    manner: Manner = field(default_factory=Manner)
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Report:
             "clusters-moved": self.amount.clusters_moved,
             "bytes-zeroed": self.amount.bytes_zeroed,
             "clusters-zeroed": self.amount.clusters_zeroed,
+            "moved-by": dict(zip(Way, self.amount.ways, strict=True)),
             "seconds": round(self.seconds, 6),
             "jobs": self.jobs,
         }

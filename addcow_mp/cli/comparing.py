@@ -1,0 +1,55 @@
+"""The ``compare`` command: qemu-img's sentences, or a list of differing extents."""
+
+from __future__ import annotations
+
+import json
+
+from addcow_mp.cli.main import warn
+from addcow_mp.jobs.compare import Compared
+from addcow_mp.jobs.compare import compare as job
+from addcow_mp.jobs.report import Conduct
+
+
+def compare(
+    one: str,
+    other: str,
+    formats: tuple[str, str],
+    conduct: Conduct,
+    *,
+    strict: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Compare two images, print the result, return the exit status: 0 the same, 1 not."""
+    result = job(one, other, formats, strict=strict, every=as_json, conduct=conduct)
+    warn(result.warnings)
+    if as_json:
+        print(json.dumps(_as_json(one, other, result), indent=4))
+    elif not quiet:
+        print("\n".join(_sentences(result)))
+    return 0 if result.same else 1
+
+
+def _as_json(one: str, other: str, result: Compared) -> dict[str, object]:
+    extents = [{"start": start, "length": stop - start} for start, stop in result.differing]
+    return {
+        "filenames": [one, other],
+        "virtual-sizes": list(result.sizes),
+        "identical": result.same,
+        "strict": result.strict,
+        "allocation-differs-at": result.allocation,
+        "complete": result.complete,
+        "differing-extents": extents,
+    }
+
+
+def _sentences(result: Compared) -> list[str]:
+    unequal = result.sizes[0] != result.sizes[1]
+    if result.strict and unequal:
+        return ["Strict mode: Image size mismatch!"]
+    said = ["Warning: Image size mismatch!"] if unequal else []
+    if result.strict and result.allocation is not None:
+        return [*said, f"Strict mode: Offset {result.allocation} allocation mismatch!"]
+    if result.differing:
+        return [*said, f"Content mismatch at offset {result.differing[0][0]}!"]
+    return [*said, "Images are identical."]

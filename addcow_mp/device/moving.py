@@ -1,0 +1,298 @@
+"""The ways to move a run of bytes from one file to another, at the same offset.
+
+- *clone*: the file system lets both files share the blocks (FICLONERANGE: XFS, btrfs,
+  bcachefs). Costs the same for a megabyte as for a gigabyte, so it pays for long runs.
+- *range*: copy_file_range, a copy inside the kernel.
+- *buffer*: read and write through a small buffer that stays in the processor's cache. The
+  fastest plain copy there is here; it alone can look for zeros on the way.
+- *direct*: the same past the page cache (O_DIRECT), which stays as it was.
+
+One :class:`Mover` picks a way for every run, by what was asked for, how long the run is and
+what these two files have answered before; where a way does not work between them, the next
+one is used from then on. What is counted is what was done.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from bitarray import bitarray
+
+from addcow_mp.device import faults, holes
+from addcow_mp.device.files import BUFFER_SIZE, File, copy
+from addcow_mp.errors import FileError
+from addcow_mp.units import KiB, MiB, round_down, round_up
+
+
+class Way(StrEnum):
+    """How bytes were moved."""
+
+    CLONE = "clone"
+    RANGE = "range"
+    BUFFER = "buffer"
+    DIRECT = "direct"
+
+
+class Copy(StrEnum):
+    """What a user may pin."""
+
+    AUTO = "auto"
+    CLONE = "clone"
+    RANGE = "range"
+    BUFFER = "buffer"
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How runs are to be moved.
+
+    ``copy``: the way, or auto. ``direct``: past the page cache. ``sparse``: blocks of so many
+    zero bytes become holes; 0 = do not look. ``rate``: bytes per second for all workers
+    together; 0 = no limit. ``idle``: workers step back for any other input and output.
+    """
+
+    copy: Copy = Copy.AUTO
+    direct: bool = False
+    sparse: int = 0
+    rate: int = 0
+    idle: bool = False
+
+
+#: Cloning takes 50 us a call and more whatever the length: shorter runs are copied sooner.
+CLONE_FROM = 512 * KiB
+
+#: Extents of files begin at multiples of this on every file system that clones.
+CLONE_BLOCK = 4 * KiB
+
+#: One request of copy_file_range; also the longest time that an interrupt has to wait.
+RANGE_STEP = 64 * MiB
+
+#: Direct requests: long enough for the disk, aligned as every disk wants it.
+DIRECT_STEP, DIRECT_BLOCK = 1 * MiB, 4 * KiB
+
+#: Runs from this length on are preallocated where that pays: below, the call costs more.
+PREALLOCATE_FROM = 1 * MiB
+
+#: Answers that mean "not between these two files", not "something is broken".
+_CANNOT = (
+    errno.EXDEV,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.ENOSYS,
+    errno.ETXTBSY,
+    errno.EPERM,
+)
+
+# _IOW(0x94, 13, struct file_clone_range)
+_FICLONERANGE = 0x4020940D
+
+
+@dataclass
+class Mover:
+    """Moves runs into ``target``. Counts in ``moved`` how many bytes went which way."""
+
+    target: File
+    manner: Manner = Manner()
+    moved: dict[Way, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._cannot: set[tuple[Way, int]] = set()
+        self._preallocates = filesystem_of(self.target.fd) == "ext4"
+        self._direct: dict[int, int] = {}
+
+    def move(self, source: File, start: int, stop: int) -> None:
+        """Move ``[start, stop)`` from ``source``. Raises :class:`FileError`."""
+        if self.manner.direct:
+            self._move_direct(source, start, stop)
+            return
+        if self._may(Way.CLONE, source) and self._wants_clone(stop - start):
+            start, stop = self._clone(source, start, stop)
+        if start < stop and self._may(Way.RANGE, source) and self.manner.copy is Copy.RANGE:
+            start = self._copy_range(source, start, stop)
+        if start < stop:
+            self._copy(source, start, stop)
+
+    def _may(self, way: Way, source: File) -> bool:
+        return (way, source.fd) not in self._cannot
+
+    def _wants_clone(self, length: int) -> bool:
+        if self.manner.copy is Copy.AUTO:
+            # Shared blocks cost nothing, zeros or not: no need to look at them.
+            return length >= CLONE_FROM
+        return self.manner.copy is Copy.CLONE
+
+    def _count(self, way: Way, length: int) -> None:
+        self.moved[way] = self.moved.get(way, 0) + length
+
+    # Clone
+
+    def _clone(self, source: File, start: int, stop: int) -> tuple[int, int]:
+        """Clone the whole blocks of a run; returns what is left, a tail or all of it."""
+        first, last = round_up(start, CLONE_BLOCK), round_down(stop, CLONE_BLOCK)
+        # A length of 0 would mean "to the end of the source".
+        if first >= last or not self._cloned(source, first, last):
+            return start, stop
+        self._count(Way.CLONE, last - first)
+        if start < first:
+            self._copy(source, start, first)
+        return last, stop
+
+    def _cloned(self, source: File, start: int, stop: int) -> bool:
+        self._pass_fault_points(source, start, stop)
+        request = struct.pack("qQQQ", source.fd, start, stop - start, start)
+        try:
+            fcntl.ioctl(self.target.fd, _FICLONERANGE, request)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise FileError.of(self.target.path, f"clone at {start}", error) from error
+            self._cannot.add((Way.CLONE, source.fd))
+            return False
+        return True
+
+    def _pass_fault_points(self, source: File, start: int, stop: int) -> None:
+        if faults.armed:
+            for file, verb in ((source, "read"), (self.target, "write")):
+                with file.doing(f"{verb} at {start}"):
+                    if file.meet(verb, start, stop - start) < stop - start:
+                        raise faults.failure()
+
+    # Copy inside the kernel
+
+    def _copy_range(self, source: File, start: int, stop: int) -> int:
+        """Copy until the end or until the kernel cannot; returns how far it came."""
+        self._pass_fault_points(source, start, stop)
+        position = start
+        while position < stop:
+            step = min(RANGE_STEP, stop - position)
+            try:
+                done = os.copy_file_range(source.fd, self.target.fd, step, position, position)
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise FileError.of(self.target.path, f"copy at {position}", error) from error
+                self._cannot.add((Way.RANGE, source.fd))
+                break
+            if done == 0:  # the source ends early: the plain copy says so
+                break
+            position += done
+        self._count(Way.RANGE, position - start)
+        return position
+
+    # Plain copy
+
+    def _copy(self, source: File, start: int, stop: int) -> None:
+        if self._preallocates and stop - start >= PREALLOCATE_FROM:
+            self._preallocate(start, stop)
+        if self.manner.sparse:
+            self._copy_sparse(source, start, stop)
+        else:
+            copy(source, self.target, start, stop, self.buffer)
+        self._count(Way.BUFFER, stop - start)
+
+    def _preallocate(self, start: int, stop: int) -> None:
+        """Let the file system place a run that goes into a hole at once, as one piece."""
+        data = holes.next_data(self.target.fd, start)
+        if data is None or data >= stop:
+            with self.target.doing(f"allocate {stop - start} bytes at {start}"):
+                self._preallocates = holes.allocate(self.target.fd, start, stop)
+
+    def _copy_sparse(self, source: File, start: int, stop: int) -> None:
+        for offset in range(start, stop, len(self.buffer)):
+            view = self.buffer[: stop - offset]
+            source.read_into(view, offset)
+            position = 0
+            for first, last in nonzero_runs(view, self.manner.sparse):
+                self.target.make_zero(offset + position, offset + first)
+                self.target.write(view[first:last], offset + first)
+                position = last
+            self.target.make_zero(offset + position, offset + len(view))
+
+    # Past the page cache
+
+    def _move_direct(self, source: File, start: int, stop: int) -> None:
+        first, last = round_up(start, DIRECT_BLOCK), round_down(stop, DIRECT_BLOCK)
+        if first >= last or not self._may(Way.DIRECT, source):
+            self._copy_and_forget(source, start, stop)
+            return
+        try:
+            self._copy_direct(source, first, last)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise FileError.of(self.target.path, f"copy at {start}", error) from error
+            self._cannot.add((Way.DIRECT, source.fd))
+            self._copy_and_forget(source, start, stop)
+            return
+        self._copy_and_forget(source, start, first)
+        self._copy_and_forget(source, last, stop)
+
+    def _copy_direct(self, source: File, start: int, stop: int) -> None:
+        here, there = self._direct_fd(source), self._direct_fd(self.target)
+        buffer = _aligned_buffer(DIRECT_STEP)
+        self._pass_fault_points(source, start, stop)
+        for offset in range(start, stop, DIRECT_STEP):
+            view = buffer[: stop - offset]
+            if os.preadv(here, [view], offset) != len(view):
+                raise OSError(errno.EINVAL, "short direct read")
+            if os.pwrite(there, view, offset) != len(view):
+                raise OSError(errno.EINVAL, "short direct write")
+            self._count(Way.DIRECT, len(view))
+
+    def _direct_fd(self, file: File) -> int:
+        """The same open file past the cache; the locks stay with the descriptor it came from."""
+        if file.fd not in self._direct:
+            mode = os.O_RDWR if file is self.target else os.O_RDONLY
+            flags = mode | os.O_DIRECT | os.O_CLOEXEC
+            self._direct[file.fd] = os.open(f"/proc/self/fd/{file.fd}", flags)
+        return self._direct[file.fd]
+
+    def _copy_and_forget(self, source: File, start: int, stop: int) -> None:
+        if start >= stop:
+            return
+        self._copy(source, start, stop)
+        if self.target.durable:
+            self.target.sync()
+        for file in (source, self.target):
+            with suppress(OSError):
+                os.posix_fadvise(file.fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
+def _aligned_buffer(size: int) -> memoryview:
+    import mmap
+
+    return memoryview(mmap.mmap(-1, size))
+
+
+def nonzero_runs(view: memoryview, block: int) -> Iterator[tuple[int, int]]:
+    """The runs of blocks of ``block`` bytes in ``view`` that hold other bytes than 0."""
+    bits = bitarray(buffer=view, endian="little")
+    end = len(view)
+    position = 0
+    while position < end and (bit := bits.find(1, position * 8)) >= 0:
+        first = round_down(bit // 8, block)
+        position = first + block
+        while position < end and bits.find(1, position * 8, (position + block) * 8) >= 0:
+            position += block
+        yield first, min(position, end)
+
+
+def filesystem_of(fd: int) -> str:
+    """The type of the file system that an open file lies on; empty when it cannot be told."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with (
+        suppress(OSError),
+        open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as lines,
+    ):
+        for line in lines:
+            before, _, after = line.partition(" - ")
+            if before.split()[2] == wanted:
+                return after.split()[0]
+    return ""

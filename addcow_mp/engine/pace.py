@@ -1,0 +1,42 @@
+"""Keeping back: no more bytes per second than allowed, and no more disk than others leave."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from addcow_mp.units import KiB
+
+#: How many steps a limited worker makes a second: what it moves between two pauses.
+STEPS_PER_SECOND = 8
+
+#: Steps are never smaller: a limit below it is kept by longer pauses.
+SMALLEST_STEP = 64 * KiB
+
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "ppc64le": 273, "s390x": 282, "riscv64": 30}
+_WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
+
+
+class Pace:
+    """A limit of ``rate`` bytes per second for one worker; 0 = none."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self.step = max(SMALLEST_STEP, rate // STEPS_PER_SECOND)
+        self._free_at = time.monotonic()
+
+    def spend(self, length: int) -> None:
+        """Wait until ``length`` bytes, already moved, have had their time."""
+        if self._rate:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now - 1 / STEPS_PER_SECOND) + length / self._rate
+            time.sleep(max(0.0, self._free_at - now))
+
+
+def step_back() -> None:
+    """Let this process wait for the disk until nobody else wants it, where that can be said."""
+    number = _IOPRIO_SET.get(os.uname().machine)
+    if number is not None:
+        import ctypes
+
+        ctypes.CDLL(None).syscall(number, _WHO_PROCESS, 0, _CLASS_IDLE)

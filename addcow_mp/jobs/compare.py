@@ -1,0 +1,156 @@
+"""Compare: whether two images show their guests the same disk.
+
+Sizes may differ: what one has beyond the other must be zeros. With ``strict``, sizes must be
+equal too, and both must hold data in the same places, so that one is a copy of the other in
+what it takes of the disk as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+
+from addcow_mp.device.chain import open_layer
+from addcow_mp.device.layer import Kind, Layer, Piece, joined
+from addcow_mp.engine.board import Board
+from addcow_mp.engine.plan import Task, cut
+from addcow_mp.engine.pool import Done, Failed, Pool
+from addcow_mp.engine.run import workers_for
+from addcow_mp.engine.scan import Comparison, overlapping
+from addcow_mp.engine.survey import alignment, data_stretches
+from addcow_mp.errors import AddcowError, StoppedError, WorkerError
+from addcow_mp.format.bitmap import Run, merged
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.jobs.report import Conduct
+from addcow_mp.units import KiB
+
+#: Tasks and surveys are in units of this size, whatever the clusters of either side.
+UNIT = 64 * KiB
+
+
+@dataclass
+class Compared:
+    """What came of it. ``differing``: runs of bytes; ``complete``: whether all were looked for.
+
+    ``sizes``: both virtual sizes. ``allocation``: with ``strict``, the first place where only
+    one side holds data.
+    """
+
+    sizes: tuple[int, int]
+    differing: list[Run] = field(default_factory=list)
+    complete: bool = True
+    strict: bool = False
+    allocation: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        """Whether they are equal in the sense asked for."""
+        if self.strict and (self.sizes[0] != self.sizes[1] or self.allocation is not None):
+            return False
+        return not self.differing
+
+
+class CompareError(AddcowError):
+    """The images could not be compared: qemu-img's status for it is not that of a difference."""
+
+    exit_code = 2
+
+
+def compare(
+    one: str,
+    other: str,
+    formats: tuple[str, str],
+    *,
+    strict: bool = False,
+    every: bool = False,
+    conduct: Conduct | None = None,
+) -> Compared:
+    """Compare the guest's views of two images of the given formats.
+
+    ``every``: find all differing extents, not only the first. Raises
+    :class:`CompareError` when either cannot be looked at.
+    """
+    conduct = conduct or Conduct()
+    with ExitStack() as opened:
+        try:
+            sides = [
+                opened.enter_context(closing(open_layer(path, format_, access=conduct.access)))
+                for path, format_ in zip((one, other), formats, strict=True)
+            ]
+            return _compare(sides[0], sides[1], conduct, strict=strict, every=every)
+        except StoppedError:
+            raise
+        except AddcowError as error:
+            raise CompareError(message=str(error)) from error
+
+
+def _compare(one: Layer, other: Layer, conduct: Conduct, *, strict: bool, every: bool) -> Compared:
+    result = Compared((one.size, other.size), strict=strict)
+    result.warnings = one.warnings() + other.warnings()
+    if strict:
+        result.allocation = _first_unequal_allocation(one, other)
+        if not result.same and not every:
+            return result
+    geometry = Geometry(max(one.size, other.size), UNIT)
+    files = [*one.files(), *other.files()]
+    tasks = cut(data_stretches(files, geometry, alignment(UNIT)), geometry.clusters)
+    _look(one, other, geometry, tasks, conduct, result, every=every)
+    return result
+
+
+def _look(
+    one: Layer,
+    other: Layer,
+    geometry: Geometry,
+    tasks: list[Task],
+    conduct: Conduct,
+    result: Compared,
+    *,
+    every: bool,
+) -> None:
+    workers = workers_for(conduct.jobs, tasks)
+    board = Board.create((), workers)
+    total = sum(task.weight for task in tasks)
+    found: list[Run] = []
+    finished = 0
+    try:
+        work = Comparison(one, other, geometry, board, first_only=not every)
+        with Pool(work, workers, idle=conduct.manner.idle) as pool:
+            enough = lambda: conduct.stopping() or bool(found and not every)  # noqa: E731
+            for answer in pool.run(tasks, enough):
+                conduct.progress(min(board.total, total), total)
+                if isinstance(answer, Failed):
+                    raise _failed(one, answer)
+                if isinstance(answer, Done):
+                    finished += 1
+                    found += answer.result.runs
+                    result.complete &= answer.result.complete
+    finally:
+        board.close()
+    result.differing = list(merged(sorted(found)))
+    result.complete &= finished == len(tasks)
+    if not found and finished < len(tasks):
+        raise StoppedError(path=one.path)
+    conduct.progress(total, total)
+
+
+def _failed(layer: Layer, answer: Failed) -> AddcowError:
+    return WorkerError(
+        path=layer.path, first=answer.task.first, last=answer.task.stop - 1, cause=str(answer.error)
+    )
+
+
+def _first_unequal_allocation(one: Layer, other: Layer) -> int | None:
+    """Where only one side holds data, within the size that both have."""
+    stop = min(one.size, other.size)
+    sides = (joined(_presence(side, stop)) for side in (one, other))
+    pairs = overlapping(*sides)
+    return next((here.start for here, there in pairs if here.kind is not there.kind), None)
+
+
+def _presence(side: Layer, stop: int) -> Iterator[Piece]:
+    """What holds data and what does not, whichever file it is in."""
+    for piece in side.pieces(0, stop):
+        yield piece._replace(depth=0, kind=Kind.DATA if piece.kind is Kind.DATA else Kind.ZERO)
