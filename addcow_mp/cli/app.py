@@ -6,6 +6,7 @@ start-up, and several of them are run a thousand times in a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,13 +17,39 @@ if TYPE_CHECKING:
     from addcow_mp.device.moving import Manner
     from addcow_mp.jobs.report import Report
 
-app = typer.Typer(
-    name="addcow",
-    help="Create, inspect, change, commit and flatten add-cow disk images.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+Command = Callable[..., None]
+
+_COMMANDS: dict[str, Command] = {}
+
+
+def command(name: str) -> Callable[[Command], Command]:
+    """Give a function its place among the commands."""
+
+    def add(function: Command) -> Command:
+        _COMMANDS[name] = function
+        return function
+
+    return add
+
+
+def build(arguments: Sequence[str]) -> typer.Typer:
+    """The application, with the command that ``arguments`` begin with, else with all.
+
+    Reading the options of nine commands takes as long as most of them run.
+    """
+    app = typer.Typer(
+        name="addcow",
+        help="Create, inspect, change, commit and flatten add-cow disk images.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback(invoke_without_command=True)(addcow)
+    first = arguments[0] if arguments else ""
+    for name, function in _COMMANDS.items():
+        if first not in _COMMANDS or name == first:
+            app.command(name)(function)
+    return app
 
 
 class Output(StrEnum):
@@ -119,7 +146,6 @@ OverlayFormat = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
 def addcow(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
@@ -135,7 +161,7 @@ def addcow(
         raise UsageError(message="Missing command; see 'addcow --help'")
 
 
-@app.command()
+@command("create")
 def create(
     file: Annotated[str | None, typer.Argument(metavar="FILE", help="the file to create")] = None,
     size: Annotated[
@@ -155,13 +181,13 @@ def create(
     allow_device: Devices = False,
 ) -> None:
     """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
-    from addcow_mp.cli.creating import create as command
+    from addcow_mp.cli.creating import create as carry_out
 
     access = _access(roots, allow_device)
-    command(format.value, file, size, backing, backing_format, options or [], access, quiet=quiet)
+    carry_out(format.value, file, size, backing, backing_format, options or [], access, quiet=quiet)
 
 
-@app.command()
+@command("info")
 def info(
     file: File,
     output: HowToPrint = Output.human,
@@ -180,7 +206,7 @@ def info(
     show_info(file, access, as_json=output is Output.json, chain=backing_chain)
 
 
-@app.command("map")
+@command("map")
 def map_(
     file: File,
     output: HowToPrint = Output.human,
@@ -195,7 +221,7 @@ def map_(
     show_map(file, _access(roots, allow_device, share=share), as_json=output is Output.json)
 
 
-@app.command()
+@command("check")
 def check(
     file: File,
     output: HowToPrint = Output.human,
@@ -220,7 +246,7 @@ def check(
     raise typer.Exit(show_check(file, access, mend, as_json=as_json, quiet=quiet))
 
 
-@app.command()
+@command("convert")
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="a new file")],
@@ -250,7 +276,7 @@ def convert(
     _tell(report, "", output, quiet=quiet)
 
 
-@app.command()
+@command("compare")
 def compare(
     one: Annotated[str, typer.Argument(metavar="A")],
     other: Annotated[str, typer.Argument(metavar="B")],
@@ -272,20 +298,20 @@ def compare(
 
     Exit status: 0 the same, 1 they differ, 2 and more: they could not be compared.
     """
-    from addcow_mp.cli.comparing import compare as command
+    from addcow_mp.cli.comparing import compare as carry_out
     from addcow_mp.cli.working import working
 
     access = _access(roots, allow_device, share=share)
     manner = _manner(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         formats = (format.value, other_format.value)
-        status = command(
+        status = carry_out(
             one, other, formats, conduct, strict=strict, as_json=output is Output.json, quiet=quiet
         )
     raise typer.Exit(status)
 
 
-@app.command()
+@command("commit")
 def commit(
     file: File,
     keep: Annotated[bool, typer.Option("-d", help="leave overlay and image as they are")] = False,
@@ -314,7 +340,7 @@ def commit(
     _tell(report, "Image committed.", output, quiet=quiet)
 
 
-@app.command()
+@command("flatten")
 def flatten(
     file: File,
     discard: Annotated[
@@ -345,7 +371,7 @@ def flatten(
     _tell(report, "Image flattened.", output, quiet=quiet)
 
 
-@app.command("io")
+@command("io")
 def io_(
     file: File,
     commands: Annotated[

@@ -35,13 +35,15 @@ def _dispatch(arguments: Sequence[str]) -> int:
     import typer
     from typer.main import get_command
 
-    from addcow_mp.cli.app import app
+    from addcow_mp.cli.app import build
 
     # Every complaint about the command line derives from this class, whichever copy of
     # click typer brings with it.
     usage_problem: type[Exception] = typer.BadParameter.__bases__[0]
     try:
-        status = get_command(app).main(list(arguments), "addcow", standalone_mode=False)
+        status = get_command(build(arguments)).main(
+            list(arguments), "addcow", standalone_mode=False
+        )
     except usage_problem as problem:
         return complain(_usage(problem), UsageError.exit_code)
     sys.stdout.flush()

@@ -38,8 +38,11 @@ class Board:
 
     @classmethod
     def create(cls, layers: tuple[int, ...], workers: int) -> Board:
-        """A new board; with no ``workers`` its memory is private to this process."""
-        slots = max(1, workers)
+        """A new board; with no ``workers`` its memory is private to this process.
+
+        There is a counter for each worker and one for this process.
+        """
+        slots = workers + 1
         size = slots * _SLOT + sum(-(-clusters // BITS_PER_BYTE) for clusters in layers)
         if workers == 0:
             return cls(layers, slots, mmap.mmap(-1, size), None)

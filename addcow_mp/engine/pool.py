@@ -36,6 +36,9 @@ AHEAD = 2
 #: Times that a task may meet the death of its worker before it has failed.
 TRIES = 2
 
+#: A worker's first message. Tasks are kept back until it comes.
+READY = "ready"
+
 #: Seconds between looks at the progress counters while no result arrives.
 TICK = 0.2
 
@@ -60,6 +63,12 @@ class DiedError(AddcowError):
     """The process that worked on a task ended without an answer, every time."""
 
     template = "a worker process ended with {status} at this place"
+
+
+class UnstartedError(AddcowError):
+    """A worker process ended before it was ready for its first task."""
+
+    template = "a worker process ended with {status} while starting; try --jobs 0"
 
 
 class UnexpectedError(AddcowError):
@@ -98,6 +107,7 @@ def serve(pipe: Connection, work: Work, slot: int, idle: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if idle:
         step_back()
+    pipe.send(READY)
     while True:
         try:
             task = pipe.recv()
@@ -113,24 +123,37 @@ class _Worker:
     pipe: Connection
     slot: int
     tasks: deque[Task] = field(default_factory=deque)
+    ready: bool = False
+    used: bool = False
     alone: bool = False
 
-    def give(self, task: Task) -> None:
+    def give(self, task: Task, *, alone: bool = False) -> bool:
+        """Hand over a task; false when the worker has died, as its sentinel will say."""
+        try:
+            self.pipe.send(task)
+        except OSError:
+            return False
         self.tasks.append(task)
-        self.pipe.send(task)
+        self.used, self.alone = True, alone
+        return True
 
 
 class Pool:
     """``jobs`` worker processes doing ``work``. A context manager: leaving it ends them.
 
-    With ``idle`` they take the disk only when nobody else wants it.
+    With ``idle`` they take the disk only when nobody else wants it. With ``helps`` this
+    process does tasks too, as long as workers are still starting: a small job is done by
+    then. Its counter is the one behind the workers'.
     """
 
-    def __init__(self, work: Work, jobs: int, *, idle: bool = False) -> None:
+    def __init__(self, work: Work, jobs: int, *, idle: bool = False, helps: bool = False) -> None:
         self._work = work
+        self._helps = helps
         self._idle = idle
         self._jobs = jobs
         self._workers: list[_Worker] = []
+        self._waiting: deque[Task] = deque()
+        self._suspects: deque[Task] = deque()
         self._tries: dict[int, int] = {}
 
     def __enter__(self) -> Pool:
@@ -138,11 +161,7 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
-            worker.pipe.close()
-            # Idle workers end on the closed pipe; one that hangs in the kernel must not
-            # keep the parent, and its work was not asked for any more.
-            worker.process.kill()
-            worker.process.join()
+            _end(worker)
         self._workers.clear()
 
     def run(
@@ -155,14 +174,19 @@ class Pool:
         if self._jobs == 0:
             yield from self._in_this_process(tasks, stopping)
             return
-        waiting = deque(tasks)
+        self._waiting.extend(tasks)
         for slot in range(min(self._jobs, len(tasks))):
             self._workers.append(self._start(slot))
-        while waiting or any(worker.tasks for worker in self._workers):
+        while self._waiting or self._suspects or any(worker.tasks for worker in self._workers):
             if stopping():
-                waiting.clear()
-            self._hand_out(waiting)
-            yield from self._collect(waiting)
+                self._waiting.clear()
+                self._suspects.clear()
+            self._hand_out()
+            if self._helps and self._waiting and not all(one.ready for one in self._workers):
+                yield attempt(self._work, self._waiting.popleft(), self._jobs)
+                yield from self._collect(patience=0)
+            else:
+                yield from self._collect(patience=TICK)
 
     def _in_this_process(
         self, tasks: Sequence[Task], stopping: Callable[[], bool]
@@ -184,59 +208,77 @@ class Pool:
         theirs.close()
         return _Worker(process, ours, slot)
 
-    def _hand_out(self, waiting: deque[Task]) -> None:
+    def _hand_out(self) -> None:
+        self._hand_out_suspects()
         for depth in range(AHEAD):
             for worker in self._workers:
-                if waiting and len(worker.tasks) == depth and not (worker.alone and worker.tasks):
-                    self._give(worker, waiting)
+                free = worker.ready and len(worker.tasks) == depth and not worker.alone
+                if self._waiting and free and worker.give(self._waiting[0]):
+                    self._waiting.popleft()
 
-    def _give(self, worker: _Worker, waiting: deque[Task]) -> None:
-        suspect = waiting[0].number in self._tries
-        if suspect and worker.tasks:
-            return  # what killed a worker is tried again with nothing else at stake
-        worker.alone = suspect
-        try:
-            worker.give(waiting[0])
-        except OSError:
-            worker.tasks.pop()  # it has died; its sentinel will say so
-            return
-        waiting.popleft()
+    def _hand_out_suspects(self) -> None:
+        """What killed a worker is tried again in a fresh process, with nothing else at stake."""
+        for worker in list(self._workers):
+            if self._suspects and worker.ready and not worker.tasks:
+                if worker.used:
+                    self._renew(worker)
+                elif worker.give(self._suspects[0], alone=True):
+                    self._suspects.popleft()
 
-    def _collect(self, waiting: deque[Task]) -> Iterator[Done | Failed | None]:
+    def _renew(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        _end(worker)
+        self._workers.append(self._start(worker.slot))
+
+    def _collect(self, patience: float) -> Iterator[Done | Failed | None]:
         from multiprocessing.connection import wait
 
         sources: dict[Any, _Worker] = {}
         for worker in self._workers:
             sources[worker.pipe] = sources[worker.process.sentinel] = worker
-        ready = wait(list(sources), timeout=TICK)
+        ready = wait(list(sources), timeout=patience)
         for worker in {sources[source].slot: sources[source] for source in ready}.values():
-            yield from self._answers(worker, waiting)
+            yield from self._answers(worker)
         yield None
 
-    def _answers(self, worker: _Worker, waiting: deque[Task]) -> Iterator[Done | Failed]:
+    def _answers(self, worker: _Worker) -> Iterator[Done | Failed]:
         try:
             while worker.pipe.poll():
-                result: Done | Failed = worker.pipe.recv()
+                result: Done | Failed | str = worker.pipe.recv()
+                if isinstance(result, str):
+                    worker.ready = True
+                    continue
                 worker.tasks.popleft()
+                worker.alone = False
                 yield result
         except (EOFError, OSError):
-            yield from self._bury(worker, waiting)
+            yield from self._bury(worker)
 
-    def _bury(self, worker: _Worker, waiting: deque[Task]) -> Iterator[Failed]:
-        """A worker has died: begin its task again, or give that up; replace the worker."""
+    def _bury(self, worker: _Worker) -> Iterator[Failed]:
+        """A worker has died: its task is suspect, or has failed; the worker is replaced."""
         worker.process.join()
         worker.pipe.close()
         self._workers.remove(worker)
+        if not worker.ready:
+            raise UnstartedError(status=_status(worker.process.exitcode))
         if worker.tasks:
             suspect = worker.tasks.popleft()
-            waiting.extendleft(reversed(worker.tasks))
-            tries = self._tries[suspect.number] = self._tries.get(suspect.number, 0) + 1
-            if tries < TRIES:
-                waiting.appendleft(suspect)
+            self._waiting.extendleft(reversed(worker.tasks))
+            self._tries[suspect.number] = self._tries.get(suspect.number, 0) + 1
+            if self._tries[suspect.number] < TRIES:
+                self._suspects.append(suspect)
             else:
                 yield Failed(suspect, DiedError(status=_status(worker.process.exitcode)))
-        if waiting:
+        if self._waiting or self._suspects:
             self._workers.append(self._start(worker.slot))
+
+
+def _end(worker: _Worker) -> None:
+    """End a worker that has nothing to do, or whose work was not asked for any more."""
+    worker.pipe.close()
+    # It would end on the closed pipe; one that hangs in the kernel must not keep the parent.
+    worker.process.kill()
+    worker.process.join()
 
 
 def _status(code: int | None) -> str:
@@ -244,4 +286,4 @@ def _status(code: int | None) -> str:
         import signal
 
         return f"signal {signal.Signals(-code).name}"
-    return f"status {code}"
+    return f"exit status {code}"

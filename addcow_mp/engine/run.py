@@ -119,6 +119,7 @@ class Assignment:
     publisher: Publisher
     path: str
     idle: bool = False
+    helps: bool = False
 
 
 def carry_out(
@@ -140,7 +141,7 @@ def carry_out(
     def enough() -> bool:
         return failure is not None or checkpoints.failed or bool(stopping and stopping())
 
-    with Pool(job.work, workers, idle=job.idle) as pool:
+    with Pool(job.work, workers, idle=job.idle, helps=job.helps) as pool:
         for result in pool.run(job.tasks, enough):
             progress(min(job.board.total, total), total)
             if isinstance(result, Failed):

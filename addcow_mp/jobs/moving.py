@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from addcow_mp.device import faults
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.board import Board
@@ -48,7 +49,10 @@ def move(
         work = Transfer(source, geometry, which, target, board, conduct.manner, max(1, report.jobs))
         refuse_without_space(work, tasks, report.jobs, frees=frees)
         prepare()
-        job = Assignment(work, tasks, geometry, board, publisher, source.path, conduct.manner.idle)
+        job = Assignment(work, tasks, geometry, board, publisher, source.path)
+        job.idle = conduct.manner.idle
+        # Fault rules are for workers, and so are limits: this process would exceed them.
+        job.helps = not (faults.armed or conduct.manner.idle or conduct.manner.rate)
         report.amount = carry_out(job, report.jobs, conduct.progress, conduct.stopping)
     finally:
         board.close()

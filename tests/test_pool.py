@@ -1,0 +1,605 @@
+"""The pool with real processes, some of which die.
+
+The works are small: they leave a file for each try at a task, named by task and process, so
+that a test sees who did what and how often, whatever became of the process. Where a test must
+act while a task is running, the task waits at a FIFO until the test opens its other end.
+
+Nothing here may hang: an alarm ends a test that does. After each test no process is left,
+neither running nor waiting to be reaped, but the helper that Python's own multiprocessing
+keeps for shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from command import PATIENCE, local_clusters
+
+import addcow_mp
+from addcow_mp import AddcowError, FileError, WorkerError
+from addcow_mp.engine.board import Board
+from addcow_mp.engine.plan import Task
+from addcow_mp.engine.pool import AHEAD, TRIES, Done, Failed, Pool, Work, usable_cpus
+from addcow_mp.engine.publisher import Publisher
+from addcow_mp.engine.run import Assignment, carry_out
+from addcow_mp.engine.transfer import TOP, Amount
+
+JOBS = [0, 1, 3]
+PROCESSES = [1, 3]
+
+Result = Done | Failed
+
+
+# ---- works ----
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Leaves a file for the try, named by task and process, and reports the weight as moved."""
+
+    directory: Path
+
+    def __call__(self, task: Task, slot: int) -> Amount:  # noqa: ARG002 - slot is for boards
+        (self.directory / f"{task.number}.{os.getpid()}").touch()
+        self.act(task)
+        return Amount(bytes_moved=task.weight, clusters_moved=task.stop - task.first)
+
+    def act(self, task: Task) -> None:
+        """What else there is to do."""
+
+
+@dataclass(frozen=True)
+class Bad(Plain):
+    """Does something bad at the tasks ``at``; ``how`` says what."""
+
+    at: frozenset[int]
+    how: str
+
+    def act(self, task: Task) -> None:
+        if task.number in self.at:
+            BADNESS[self.how]()
+
+
+def refuse() -> None:
+    raise FileError(path="base.img", action="read it", reason="Input/output error", errno=5)
+
+
+def divide() -> None:
+    raise ZeroDivisionError("division\nby zero")
+
+
+def kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_myself() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leave() -> None:
+    os._exit(3)
+
+
+BADNESS: dict[str, Callable[[], None]] = {
+    "refuse": refuse,
+    "divide": divide,
+    "kill": kill_myself,
+    "end": end_myself,
+    "leave": leave,
+}
+
+
+@dataclass(frozen=True)
+class DiesOnce(Plain):
+    """Is killed at the first try of each of the tasks ``at``."""
+
+    at: frozenset[int]
+
+    def act(self, task: Task) -> None:
+        if task.number in self.at:
+            try:
+                (self.directory / f"dead-{task.number}").touch(exist_ok=False)
+            except FileExistsError:
+                return
+            kill_myself()
+
+
+@dataclass(frozen=True)
+class Waits(Plain):
+    """Waits at the FIFO ``gate`` at the tasks ``at``, and then does ``how``, if anything."""
+
+    at: frozenset[int]
+    how: str = ""
+
+    @property
+    def gate(self) -> Path:
+        return self.directory / "gate"
+
+    def act(self, task: Task) -> None:
+        if task.number in self.at:
+            self.gate.read_bytes()
+            BADNESS.get(self.how, lambda: None)()
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Marks the first half of a task on the board and counts it; at ``fatal`` then dies."""
+
+    board: Board
+    fatal: int
+
+    def __call__(self, task: Task, slot: int) -> Amount:
+        half = (task.first + task.stop) // 2
+        self.board.bits(TOP)[task.first : half] = 1
+        self.board.count(slot, half - task.first)
+        if task.number == self.fatal:
+            kill_myself()
+        self.board.bits(TOP)[half : task.stop] = 1
+        self.board.count(slot, task.stop - half)
+        return Amount()
+
+
+def tasks_of(count: int) -> list[Task]:
+    return [Task(number, 16 * number, 16 * number + 16, 100 + number) for number in range(count)]
+
+
+# ---- watching ----
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hangs_and_nobody_is_left() -> Iterator[None]:
+    before = own_children()
+    with alarm():
+        yield
+    assert own_children() - before == set()
+
+
+class alarm:  # noqa: N801 - reads as a statement
+    """Ends a block that takes far too long."""
+
+    def __enter__(self) -> None:
+        def ring(number: int, frame: FrameType | None) -> None:
+            raise TimeoutError("the pool hangs")
+
+        self._usual: Any = signal.signal(signal.SIGALRM, ring)
+        signal.alarm(int(PATIENCE))
+
+    def __exit__(self, *_: object) -> None:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, self._usual)
+
+
+def own_children() -> set[int]:
+    """Children of this process, the unreaped too, less multiprocessing's own helper."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines())
+            command = status.with_name("cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue  # it has ended meanwhile
+        if int(fields["PPid"]) == os.getpid() and b"resource_tracker" not in command:
+            found.add(int(fields["Pid"]))
+    return found
+
+
+def tries(directory: Path) -> dict[int, list[int]]:
+    """The processes that tried each task."""
+    found: dict[int, list[int]] = {}
+    for path in directory.glob("[0-9]*.[0-9]*"):
+        number, process = path.name.split(".")
+        found.setdefault(int(number), []).append(int(process))
+    return found
+
+
+def run(
+    work: Work, jobs: int, tasks: list[Task], stopping: Callable[[], bool] = lambda: False
+) -> dict[int, Result]:
+    """Run the tasks and return the result of each, insisting that there is but one."""
+    results: dict[int, Result] = {}
+    with Pool(work, jobs) as pool:
+        for result in pool.run(tasks, stopping):
+            if result is not None:
+                assert result.task.number not in results
+                results[result.task.number] = result
+    return results
+
+
+def all_done(results: dict[int, Result], tasks: list[Task]) -> None:
+    for task in tasks:
+        assert results[task.number] == Done(task, Amount(task.weight, task.stop - task.first))
+
+
+def failure(result: Result) -> AddcowError:
+    assert isinstance(result, Failed)
+    return result.error
+
+
+# ---- everything goes well ----
+
+
+@pytest.mark.parametrize("jobs", JOBS)
+def test_every_task_is_done_once(tmp_path: Path, jobs: int) -> None:
+    tasks = tasks_of(20)
+    results = run(Plain(tmp_path), jobs, tasks)
+    all_done(results, tasks)
+    assert len(results) == 20
+    done = tries(tmp_path)
+    assert sorted(done) == list(range(20))
+    assert all(len(processes) == 1 for processes in done.values())
+    workers = {processes[0] for processes in done.values()}
+    assert workers == {os.getpid()} if jobs == 0 else os.getpid() not in workers
+    assert len(workers) <= max(1, jobs)
+
+
+@pytest.mark.parametrize("jobs", JOBS)
+def test_no_tasks_are_done_at_once(tmp_path: Path, jobs: int) -> None:
+    assert run(Plain(tmp_path), jobs, []) == {}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_more_processes_than_tasks(tmp_path: Path, count: int) -> None:
+    tasks = tasks_of(count)
+    all_done(run(Plain(tmp_path), 3, tasks), tasks)
+
+
+def test_a_slow_task_keeps_nobody_else(tmp_path: Path) -> None:
+    tasks = tasks_of(10)
+    work = Waits(tmp_path, frozenset({0}))
+    os.mkfifo(work.gate)
+    done = []
+    with Pool(work, 2) as pool:
+        for result in pool.run(tasks):
+            if result is not None:
+                done.append(result.task.number)
+            # What the slow worker was given ahead of time waits with it.
+            if len(done) == 10 - AHEAD and work.gate.exists():
+                work.gate.write_bytes(b"go")
+                work.gate.unlink()
+    assert sorted(done) == list(range(10))
+    assert 0 in done[10 - AHEAD :]
+
+
+def test_the_board_is_shared_by_parent_and_workers() -> None:
+    tasks = tasks_of(5)
+    board = Board.create((5 * 16,), 2)
+    try:
+        run(Marks(board, fatal=-1), 2, tasks)
+        assert board.bits(TOP).all()
+        assert board.total == 5 * 16
+    finally:
+        board.close()
+
+
+def test_without_workers_the_board_is_private() -> None:
+    board = Board.create((100, 0, 9), 0)
+    board.bits(0)[7] = 1
+    board.bits(2)[8] = 1
+    board.count(0, 5)
+    board.count(0, 6)
+    assert [board.bits(layer).count() for layer in range(3)] == [1, 0, 1]
+    assert board.total == 11
+    board.close()
+
+
+def test_usable_processors_are_those_of_this_process() -> None:
+    usual = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(usual)})
+    try:
+        assert usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, usual)
+
+
+# ---- a task fails ----
+
+
+@pytest.mark.parametrize("jobs", JOBS)
+def test_an_error_is_the_failure_of_its_task_alone(tmp_path: Path, jobs: int) -> None:
+    tasks = tasks_of(12)
+    results = run(Bad(tmp_path, frozenset({0, 5}), "refuse"), jobs, tasks)
+    for number in (0, 5):
+        error = failure(results.pop(number))
+        assert type(error) is FileError
+        assert str(error) == "base.img: cannot read it: Input/output error"
+        assert error.fields["errno"] == 5
+        assert len(tries(tmp_path)[number]) == 1
+    all_done(results, [task for task in tasks if task.number not in (0, 5)])
+
+
+@pytest.mark.parametrize("jobs", JOBS)
+def test_a_fault_of_the_program_is_told_and_no_traceback(
+    tmp_path: Path, jobs: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tasks = tasks_of(6)
+    results = run(Bad(tmp_path, frozenset({3}), "divide"), jobs, tasks)
+    error = failure(results.pop(3))
+    assert str(error) == r"unexpected ZeroDivisionError('division\nby zero'); please report it"
+    assert error.exit_code == 1
+    all_done(results, [task for task in tasks if task.number != 3])
+    assert capfd.readouterr().err == ""
+
+
+# ---- a worker dies ----
+
+
+@pytest.mark.parametrize("jobs", PROCESSES)
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("kill", "signal SIGKILL"), ("end", "signal SIGTERM"), ("leave", "status 3")],
+)
+def test_a_task_that_kills_its_worker_fails_alone(
+    tmp_path: Path, jobs: int, how: str, told: str
+) -> None:
+    tasks = tasks_of(12)
+    results = run(Bad(tmp_path, frozenset({4}), how), jobs, tasks)
+    error = failure(results.pop(4))
+    assert str(error) == f"a worker process ended with {told} at this place"
+    all_done(results, [task for task in tasks if task.number != 4])
+    processes = tries(tmp_path)[4]
+    assert len(set(processes)) == len(processes) == TRIES
+
+
+@pytest.mark.parametrize("jobs", PROCESSES)
+def test_a_task_that_kills_its_worker_once_is_done(tmp_path: Path, jobs: int) -> None:
+    tasks = tasks_of(12)
+    results = run(DiesOnce(tmp_path, frozenset({0, 4, 5, 11})), jobs, tasks)
+    all_done(results, tasks)
+    done = tries(tmp_path)
+    assert [number for number in sorted(done) if len(done[number]) > 1] == [0, 4, 5, 11]
+    assert all(len(set(done[number])) == 2 for number in (0, 4, 5, 11))
+
+
+def test_every_task_may_kill_its_worker(tmp_path: Path) -> None:
+    tasks = tasks_of(3)
+    results = run(Bad(tmp_path, frozenset(range(3)), "kill"), 2, tasks)
+    assert {str(failure(result)) for result in results.values()} == {
+        "a worker process ended with signal SIGKILL at this place"
+    }
+    assert sorted(results) == [0, 1, 2]
+
+
+def wait_until_others_are_done(work: Waits, jobs: int, count: int, last: int) -> list[Result]:
+    """Run the tasks, and open the gate when all but ``last`` are done."""
+    results: list[Result] = []
+    os.mkfifo(work.gate)
+    with Pool(work, jobs) as pool:
+        for result in pool.run(tasks_of(count)):
+            results += [result] if result is not None else []
+            if len(results) == count - 1 and work.gate.exists():
+                assert last not in [each.task.number for each in results]
+                work.gate.write_bytes(b"go")
+                work.gate.unlink()
+    return results
+
+
+def test_a_suspect_is_tried_again_in_a_fresh_process(tmp_path: Path) -> None:
+    work = Waits(tmp_path, frozenset({0}), "kill")
+    results = wait_until_others_are_done(work, 3, 3, last=0)
+    # At the second try there is no gate, and the task ends with an error of the system.
+    assert "unexpected FileNotFoundError" in str(failure(results[-1]))
+    done = tries(tmp_path)
+    first, second = done.pop(0)
+    others = {process for processes in done.values() for process in processes}
+    assert first != second
+    assert not {first, second} & others
+
+
+def test_what_a_dead_worker_had_marked_is_kept() -> None:
+    tasks = tasks_of(4)
+    board = Board.create((4 * 16,), 2)
+    try:
+        results = run(Marks(board, fatal=2), 2, tasks)
+        assert isinstance(results[2], Failed)
+        wanted = [cluster for cluster in range(64) if not 40 <= cluster < 48]
+        assert list(board.bits(TOP).search(1)) == wanted
+        assert board.total == 3 * 16 + TRIES * 8
+    finally:
+        board.close()
+
+
+def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
+    tasks = tasks_of(8)
+    killed = False
+    results = []
+    with Pool(Plain(tmp_path), 1) as pool:
+        for result in pool.run(tasks):
+            if result is not None:
+                results.append(result)
+                if not killed:
+                    os.kill(tries(tmp_path)[result.task.number][0], signal.SIGKILL)
+                    killed = True
+    all_done({result.task.number: result for result in results}, tasks)
+    assert len(results) == 8
+
+
+# ---- stopping ----
+
+
+@pytest.mark.parametrize("jobs", JOBS)
+def test_nothing_is_begun_when_asked_to_stop_before(tmp_path: Path, jobs: int) -> None:
+    assert run(Plain(tmp_path), jobs, tasks_of(6), lambda: True) == {}
+    assert tries(tmp_path) == {}
+
+
+@pytest.mark.parametrize("jobs", JOBS)
+def test_what_was_begun_is_finished_when_asked_to_stop(tmp_path: Path, jobs: int) -> None:
+    tasks = tasks_of(20 + jobs * AHEAD)
+    stop = threading.Event()
+    results: dict[int, Result] = {}
+    with Pool(Plain(tmp_path), jobs) as pool:
+        for result in pool.run(tasks, stop.is_set):
+            if result is not None:
+                results[result.task.number] = result
+            if len(results) >= 3:
+                stop.set()
+    all_done(results, [tasks[number] for number in results])
+    assert sorted(tries(tmp_path)) == sorted(results)
+    # Those that had been handed out at that moment, and no others.
+    assert 3 <= len(results) < len(tasks)
+
+
+def test_a_suspect_is_not_tried_again_when_asked_to_stop(tmp_path: Path) -> None:
+    work = Waits(tmp_path, frozenset({0}), "kill")
+    os.mkfifo(work.gate)
+    stop = threading.Event()
+    results = []
+    with Pool(work, 2) as pool:
+        for result in pool.run(tasks_of(4), stop.is_set):
+            results += [result] if result is not None else []
+            if results and not stop.is_set():
+                stop.set()
+                work.gate.write_bytes(b"go")
+    assert 0 not in [each.task.number for each in results]
+    assert len(tries(tmp_path)[0]) == 1
+
+
+def test_leaving_ends_workers_that_are_busy(tmp_path: Path) -> None:
+    work = Waits(tmp_path, frozenset({1}))
+    os.mkfifo(work.gate)
+    with Pool(work, 2) as pool:
+        results = pool.run(tasks_of(2))
+        first = next(result for result in results if result is not None)
+        assert first.task.number == 0
+        assert len(own_children()) == 2
+    assert own_children() == set()
+
+
+def test_an_exception_of_the_parent_ends_the_workers(tmp_path: Path) -> None:
+    work = Waits(tmp_path, frozenset({1}))
+    os.mkfifo(work.gate)
+
+    def begin_and_fail() -> None:
+        with Pool(work, 2) as pool:
+            for _ in pool.run(tasks_of(2)):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begin_and_fail()
+    assert own_children() == set()
+
+
+def test_an_interrupt_of_the_whole_group_is_the_parent_s_to_judge(tmp_path: Path) -> None:
+    tasks = tasks_of(4)
+    work = Waits(tmp_path, frozenset({1}))
+    os.mkfifo(work.gate)
+    results = {}
+    with Pool(work, 1) as pool:
+        for result in pool.run(tasks):
+            if result is not None:
+                results[result.task.number] = result
+                if result.task.number == 0:
+                    for child in own_children():
+                        os.kill(child, signal.SIGINT)
+                    work.gate.write_bytes(b"go")
+    all_done(results, tasks)
+
+
+# Does its tasks, says who did them, and then waits to be killed.
+PARENT = """
+    import sys
+    from pathlib import Path
+    from test_pool import Plain, tasks_of, tries
+    from addcow_mp.engine.pool import Pool
+
+    if __name__ == "__main__":
+        here = Path(sys.argv[1])
+        with Pool(Plain(here), 2) as pool:
+            done = 0
+            for result in pool.run(tasks_of(9)):
+                done += result is not None
+                if done == 8:
+                    print(*{process for each in tries(here).values() for process in each})
+                    sys.stdout.flush()
+                    sys.stdin.read()
+"""
+
+
+def ended(process: int) -> bool:
+    """Wait for the end of a process that is not our child."""
+    try:
+        fd = os.pidfd_open(process)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(PATIENCE * 1000))
+    finally:
+        os.close(fd)
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(textwrap.dedent(PARENT))
+    (tmp_path / "tries").mkdir()
+    here = os.path.dirname(os.path.abspath(__file__))
+    parent = subprocess.Popen(
+        [sys.executable, script, tmp_path / "tries"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])},
+    )
+    with parent:
+        assert parent.stdout is not None
+        workers = [int(word) for word in parent.stdout.readline().split()]
+        assert workers
+        parent.kill()
+    assert all(ended(worker) for worker in workers)
+
+
+# ---- as a job sees it ----
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[addcow_mp.Overlay]:
+    """An overlay of 64 clusters, none of them local."""
+    (tmp_path / "base.img").write_bytes(b"")
+    top = tmp_path / "top.add-cow"
+    addcow_mp.create(
+        top,
+        size=64 * 4096,
+        backing=tmp_path / "base.img",
+        backing_format="raw",
+        cluster_size=4096,
+    )
+    with addcow_mp.open(top, writable=True) as disk:
+        yield disk
+
+
+def test_what_others_and_the_dead_had_finished_is_published(overlay: addcow_mp.Overlay) -> None:
+    board = Board.create((64,), 2)
+    publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
+    work = Marks(board, fatal=3)
+    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    try:
+        with pytest.raises(WorkerError) as caught:
+            carry_out(job, 2)
+    finally:
+        board.close()
+    died = "a worker process ended with signal SIGKILL at this place"
+    assert str(caught.value) == f"{overlay.path}: clusters 48 to 63: {died}"
+    assert local_clusters(Path(overlay.path)) == list(range(56))
+
+
+def test_a_job_that_is_stopped_publishes_what_it_finished(overlay: addcow_mp.Overlay) -> None:
+    board = Board.create((64,), 0)
+    publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
+    work = Marks(board, fatal=-1)
+    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    with pytest.raises(AddcowError, match="stopped; what was finished is kept"):
+        carry_out(job, 0, stopping=lambda: board.total >= 32)
+    board.close()
+    assert local_clusters(Path(overlay.path)) == list(range(32))
