@@ -28,7 +28,7 @@ import pytest
 from command import PATIENCE, local_clusters
 
 import addcow_mp
-from addcow_mp import AddcowError, FileError, WorkerError
+from addcow_mp import AddcowError, FileError, SyncError, WorkerError
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import AHEAD, TRIES, Done, Failed, Pool, Work, usable_cpus
@@ -346,7 +346,8 @@ def test_a_task_that_kills_its_worker_fails_alone(
     tasks = tasks_of(12)
     results = run(Bad(tmp_path, frozenset({4}), how), jobs, tasks)
     error = failure(results.pop(4))
-    assert str(error) == f"a worker process ended with {told} at this place"
+    assert str(error).startswith("a worker process ended with ")
+    assert told in str(error)
     all_done(results, [task for task in tasks if task.number != 4])
     processes = tries(tmp_path)[4]
     assert len(set(processes)) == len(processes) == TRIES
@@ -507,7 +508,7 @@ def test_an_interrupt_of_the_whole_group_is_the_parent_s_to_judge(tmp_path: Path
     all_done(results, tasks)
 
 
-# Does its tasks, says who did them, and then waits to be killed.
+# Does its tasks, says who did them, and then waits for more to read, or to be killed.
 PARENT = """
     import sys
     from pathlib import Path
@@ -524,7 +525,23 @@ PARENT = """
                     print(*{process for each in tries(here).values() for process in each})
                     sys.stdout.flush()
                     sys.stdin.read()
+        print("done", done)
 """
+
+
+def start_parent(here: Path, *before: Path) -> subprocess.Popen[bytes]:
+    """Start the script above, with more places to look for modules ``before`` all others."""
+    script = here / "parent.py"
+    script.write_text(textwrap.dedent(PARENT))
+    (here / "tries").mkdir()
+    path = [*map(str, before), os.path.dirname(os.path.abspath(__file__)), *sys.path]
+    return subprocess.Popen(
+        [sys.executable, script, here / "tries"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+    )
 
 
 def ended(process: int) -> bool:
@@ -542,22 +559,31 @@ def ended(process: int) -> bool:
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
-    script = tmp_path / "parent.py"
-    script.write_text(textwrap.dedent(PARENT))
-    (tmp_path / "tries").mkdir()
-    here = os.path.dirname(os.path.abspath(__file__))
-    parent = subprocess.Popen(
-        [sys.executable, script, tmp_path / "tries"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])},
-    )
-    with parent:
+    with start_parent(tmp_path) as parent:
         assert parent.stdout is not None
         workers = [int(word) for word in parent.stdout.readline().split()]
         assert workers
         parent.kill()
     assert all(ended(worker) for worker in workers)
+
+
+# Interrupts each worker while it is starting, before any line of the package runs.
+SITE = """
+    import os, signal, sys
+    if "--multiprocessing-fork" in sys.orig_argv:
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="only what runs already ignores the interrupt")
+def test_an_interrupt_while_workers_start_is_the_parent_s_to_judge(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(textwrap.dedent(SITE))
+    with start_parent(tmp_path, site) as parent:
+        told, complaints = parent.communicate(timeout=PATIENCE)
+    assert complaints == b""
+    assert told.splitlines()[-1] == b"done 9"
 
 
 # ---- as a job sees it ----
@@ -592,6 +618,34 @@ def test_what_others_and_the_dead_had_finished_is_published(overlay: addcow_mp.O
     died = "a worker process ended with signal SIGKILL at this place"
     assert str(caught.value) == f"{overlay.path}: clusters 48 to 63: {died}"
     assert local_clusters(Path(overlay.path)) == list(range(56))
+
+
+@dataclass(frozen=True)
+class CannotSync(Marks):
+    """Does everything, and then hears that some of it may not have reached the disk."""
+
+    def __call__(self, task: Task, slot: int) -> Amount:
+        amount = super().__call__(task, slot)
+        if task.number == 1:
+            raise SyncError(path="top.raw", action="make its data durable", reason="EIO", errno=5)
+        return amount
+
+
+@pytest.mark.xfail(strict=True, reason="the parent syncs again, and believes the answer")
+@pytest.mark.parametrize("jobs", [0, 1])
+def test_after_a_sync_that_failed_in_a_worker_nothing_is_published(
+    overlay: addcow_mp.Overlay, jobs: int
+) -> None:
+    board = Board.create((64,), jobs)
+    publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
+    work = CannotSync(board, fatal=-1)
+    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    try:
+        with pytest.raises(AddcowError):
+            carry_out(job, jobs)
+    finally:
+        board.close()
+    assert local_clusters(Path(overlay.path)) == []
 
 
 def test_a_job_that_is_stopped_publishes_what_it_finished(overlay: addcow_mp.Overlay) -> None:

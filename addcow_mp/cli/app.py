@@ -216,7 +216,7 @@ def map_(
     allow_device: Devices = False,
 ) -> None:
     """Show which file of the chain holds what."""
-    from addcow_mp.cli.describing import show_map
+    from addcow_mp.cli.mapping import show_map
 
     show_map(file, _access(roots, allow_device, share=share), as_json=output is Output.json)
 
@@ -239,7 +239,7 @@ def check(
 
     Exit status: 0 clean, 1 could not check, 2 corruptions, 3 leaks only, 63 not add-cow.
     """
-    from addcow_mp.cli.describing import show_check
+    from addcow_mp.cli.checking import show_check
 
     access = _access(roots, allow_device, share=share)
     as_json, mend = output is Output.json, None if repair is None else repair.value

@@ -19,9 +19,8 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from addcow_mp.device.files import File, cannot_open, kind_of
 from addcow_mp.errors import ImageError, OutsideError
@@ -30,8 +29,7 @@ from addcow_mp.errors import ImageError, OutsideError
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(NamedTuple):
     """What a command may open and how.
 
     ``roots``: directories beneath which names inside images may lead, besides the first
@@ -48,7 +46,7 @@ class Access:
 
     def beside(self, path: str) -> Access:
         """The same, with the directory of ``path`` as a further root."""
-        return replace(self, roots=(os.path.dirname(os.path.abspath(path)), *self.roots))
+        return self._replace(roots=(os.path.dirname(os.path.abspath(path)), *self.roots))
 
     def open_named(self, path: str, *, writable: bool = False) -> File:
         """Open what the user named: any regular file or allowed device."""

@@ -1,50 +1,33 @@
-"""Opening a chain: the header's rules, then every file once, then the layers.
+"""Opening a chain: every file once, then the layers.
 
-Nothing is guessed: formats are what the header says, and a name with a protocol
-prefix is refused. All files of a chain are different files by device and inode,
-which catches an image that is its own backing under any spelling, and cycles.
-Every file is locked as it is opened, in the way that the operation will use it. What can be
-refused is refused here, before anything has been changed.
+All files of a chain are different files by device and inode, which catches an image that is
+its own backing under any spelling, and cycles. Every file is locked as it is opened, in the
+way that the operation will use it. What can be refused is refused here, before anything has
+been changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import BACKING, COW, IMAGE, File
-from addcow_mp.device.layer import Layer
-from addcow_mp.device.locks import (
-    READING,
-    RESIZING,
-    SHARING,
-    WRITING,
-    Claim,
-    Permission,
-    lock,
+from addcow_mp.device.headers import (
+    MAX_DEPTH,
+    Names,
+    load_header,
+    load_names,
+    open_claimed,
+    refuse_image_format,
+    telling,
 )
-from addcow_mp.device.magic import contradicts
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.locks import READING, RESIZING, WRITING, Claim
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.errors import AddcowError, FormatError, ImageError, NotAddcowError, UnsupportedError
-from addcow_mp.format.header import (
-    ADD_COW,
-    BACKING_NAME_LIMIT,
-    FIXED_SIZE,
-    IMAGE_NAME_LIMIT,
-    MAGIC,
-    RAW,
-    Header,
-    format_name,
-    violations,
-)
-from addcow_mp.format.names import path_combine, path_has_protocol, read_string
-
-#: A chain that is longer is a mistake or an attack; every layer costs descriptors.
-MAX_DEPTH = 30
+from addcow_mp.errors import ImageError, UnsupportedError
+from addcow_mp.format.header import ADD_COW, RAW, Header
 
 
 class Use(NamedTuple):
@@ -82,113 +65,14 @@ def open_layer(path: str, format_: str, uses: Uses = READ, access: Access | None
     return _Opening(uses, access).layer(path, format_, 0)
 
 
-@dataclass
-class Names:
-    """What a header says of other files: names as stored, formats as words."""
-
-    image: str
-    image_format: str
-    backing: str | None
-    backing_format: str | None
-
-
-def load_header(cow: File) -> Header:
-    """Read the header and refuse it at the first rule that it breaks.
-
-    Raises :class:`NotAddcowError` without the magic, else :class:`FormatError`.
-    """
-    header = peek_header(cow)
-    for rule, problem in violations(header):
-        raise FormatError(path=cow.path, problem=problem, rule=rule)
-    if cow.length < header.header_size:
-        raise _too_short(cow, header.header_size)
-    return header
-
-
-def peek_header(cow: File) -> Header:
-    """Read the fixed header of a file that has the magic, legal or not."""
-    head = bytearray(min(FIXED_SIZE, cow.length))
-    cow.read_into(memoryview(head), 0)
-    if bytes(head[: len(MAGIC)]) != MAGIC:
-        detail = ", it is empty" if not head else ""
-        raise NotAddcowError(path=cow.path, detail=detail)
-    if len(head) < FIXED_SIZE:
-        raise _too_short(cow, FIXED_SIZE)
-    return Header.unpack(bytes(head))
-
-
-def _too_short(cow: File, wanted: int) -> FormatError:
-    problem = f"the file is {cow.length} bytes long, its header needs {wanted}"
-    return FormatError(path=cow.path, problem=problem, rule="header")
-
-
-def load_names(cow: File, header: Header) -> Names:
-    """Read the names and formats of a header that :func:`load_header` accepted."""
-    return Names(
-        image=read_name(cow, header.image_offset, header.image_size, IMAGE_NAME_LIMIT),
-        image_format=format_name(header.image_format),
-        backing=read_name(cow, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
-        if header.has_backing
-        else None,
-        backing_format=format_name(header.backing_format) if header.has_backing else None,
-    )
-
-
-def read_name(cow: File, offset: int, size: int, limit: int) -> str:
-    """Read one name; any reason against it is told of the ``.add-cow`` file."""
-    try:
-        with cow.doing("read its names"):
-            return read_string(cow.fd, offset, size, limit)
-    except ImageError as error:
-        raise FormatError(
-            path=cow.path,
-            problem=f"{error.fields['path']}: {error.fields['problem']}",
-            rule="names",
-        ) from error
-
-
-def resolve(cow_path: str, name: str) -> str:
-    """The path that ``name``, stored in ``cow_path``, stands for; protocols are refused."""
-    if path_has_protocol(name):
-        raise UnsupportedError(
-            path=cow_path,
-            problem=f"'{name}' names a protocol, not a file; only local files are opened "
-            "(a file of that name is written './...')",
-        )
-    return path_combine(cow_path, name)
-
-
-@contextmanager
-def telling(cow_path: str, name: str, what: str) -> Iterator[str]:
-    """Resolve ``name``; an error about that file says that ``cow_path`` names it as ``what``."""
-    target = resolve(cow_path, name)
-    try:
-        yield target
-    except AddcowError as error:
-        if error.fields.get("path") != target:
-            raise
-        told = {**error.fields, "path": f"{cow_path}: {what} '{name}'"}
-        raise type(error)(**told) from error
-
-
-def refuse_image_format(cow_path: str, names: Names) -> None:
-    """Raise unless the image file is raw: only raw images are read and written."""
-    if names.image_format != RAW:
-        raise UnsupportedError(
-            path=cow_path,
-            problem=f"the image file '{names.image}' is {names.image_format}, and only raw image "
-            "files are used; convert it to raw first",
-        )
-
-
-@dataclass
 class _Opening:
     """The state of one opening: how files are used, and what is open already."""
 
-    uses: Uses
-    access: Access
-    seen: dict[tuple[int, int], str] = field(default_factory=dict)
-    opened: list[File] = field(default_factory=list)
+    def __init__(self, uses: Uses, access: Access) -> None:
+        self.uses = uses
+        self.access = access
+        self.seen: dict[tuple[int, int], str] = {}
+        self.opened: list[File] = []
 
     def layer(self, path: str, format_: str, depth: int) -> Layer:
         try:
@@ -242,26 +126,3 @@ class _Opening:
                 "backing file must be different files",
             )
         return file
-
-
-def open_claimed(access: Access, path: str, claim: Claim, role: str, *, named: bool) -> File:
-    """Open one file as ``access`` allows and take its locks.
-
-    ``named`` by the user, it may lie anywhere; named by an image, only beneath a root.
-    """
-    writable = Permission.WRITE in claim.used
-    opener = access.open_named if named else access.open_beneath
-    file = opener(path, writable=writable)
-    try:
-        file.role = role
-        lock(file, SHARING if access.share and not writable else claim)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def refuse_mismatch(file: File, format_: str) -> None:
-    """Raise when ``file`` cannot be of the format that a header gives it."""
-    if contradicts(file, format_):
-        raise ImageError(path=file.path, problem=f"it is declared as {format_}, which it is not")

@@ -27,6 +27,7 @@ from typing import Any
 from addcow_mp.device import faults
 from addcow_mp.device.extent import Extent
 from addcow_mp.device.files import BUFFER_SIZE, File, copy
+from addcow_mp.device.headers import short_bitmap_warning
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.requests import Requests
@@ -199,12 +200,7 @@ class Overlay:
 
     def warnings(self) -> list[str]:
         """What a reader of this chain should be told: one line each."""
-        told = []
-        if self.bitmap.short:
-            told.append(
-                f"{self.path}: the file ends inside its bitmap, missing bits read as 0; "
-                "it can be read but not written"
-            )
+        told = short_bitmap_warning(self.path) if self.bitmap.short else []
         return told + (self.backing.warnings() if self.backing is not None else [])
 
     # Changing

@@ -286,4 +286,4 @@ def _status(code: int | None) -> str:
         import signal
 
         return f"signal {signal.Signals(-code).name}"
-    return f"exit status {code}"
+    return f"status {code}"

@@ -101,6 +101,10 @@ class CowBitmap:
         stop = self.known if stop is None else min(stop, self.known)
         return self._bits.count(1, start, stop) if start < stop else 0
 
+    def count_local(self) -> int:
+        """How many clusters are local; costs what is set, not what there is."""
+        return sum(self.count(*part) for part in self.inhabited())
+
     def slice(self, start: int, stop: int) -> bitarray:
         """A private copy of the bits ``[start, stop)``."""
         bits = self._bits[start : min(stop, self.known)]

@@ -8,7 +8,7 @@ integers do not overflow, which is all that 64-bit arithmetic asks of us.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from addcow_mp.units import SECTOR, round_down, round_up
 
@@ -20,8 +20,7 @@ def virtual_size(length: int) -> int:
     return round_down(length, SECTOR)
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """The clusters of one virtual disk: ``size`` and ``cluster_size`` in bytes."""
 
     size: int

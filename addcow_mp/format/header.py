@@ -12,10 +12,8 @@ any place behind them, zeros everywhere else. Then follows the bitmap.
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from addcow_mp.units import KiB
@@ -72,8 +70,7 @@ def header_size(cluster_size: int) -> int:
     return max(MIN_HEADER_SIZE, cluster_size)
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The fixed header, field by field as in :data:`FIELDS`; offsets and sizes in bytes."""
 
     magic: bytes = MAGIC
@@ -95,7 +92,7 @@ class Header:
 
     def pack(self) -> bytes:
         """The :data:`FIXED_SIZE` bytes that stand in the file."""
-        return _LAYOUT.pack(*dataclasses.astuple(self))
+        return _LAYOUT.pack(*self)
 
     @property
     def cluster_size(self) -> int:
@@ -115,7 +112,7 @@ class Header:
     def with_all_allocated(self, value: bool) -> Header:
         """The same header with that bit set or cleared, unknown bits preserved."""
         kept = self.compatible_features & ~ALL_ALLOCATED
-        return dataclasses.replace(self, compatible_features=kept | (ALL_ALLOCATED * value))
+        return self._replace(compatible_features=kept | (ALL_ALLOCATED * value))
 
     def name_ranges(self) -> list[tuple[int, int]]:
         """The bytes ``[start, stop)`` of each name, where there is one."""

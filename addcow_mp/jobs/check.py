@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from bitarray import bitarray
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import (
+from addcow_mp.device.files import BACKING, BUFFER_SIZE, COW, File
+from addcow_mp.device.headers import (
     MAX_DEPTH,
     load_header,
     load_names,
@@ -27,7 +28,6 @@ from addcow_mp.device.chain import (
     read_name,
     resolve,
 )
-from addcow_mp.device.files import BACKING, BUFFER_SIZE, COW, File
 from addcow_mp.device.holes import data_runs
 from addcow_mp.device.locks import READING
 from addcow_mp.device.magic import contradicts, resembles

@@ -17,8 +17,9 @@ import os
 from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import open_claimed, open_layer, resolve
+from addcow_mp.device.chain import open_layer
 from addcow_mp.device.files import COW, IMAGE, File, identity_of, kind_of, sync_directory
+from addcow_mp.device.headers import open_claimed, resolve
 from addcow_mp.device.holes import next_data
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError

@@ -7,10 +7,11 @@ of a format that is not opened here is still described by its name and format.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import (
+from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_of
+from addcow_mp.device.headers import (
     MAX_DEPTH,
     Names,
     load_header,
@@ -18,19 +19,18 @@ from addcow_mp.device.chain import (
     open_claimed,
     refuse_mismatch,
     resolve,
+    short_bitmap_warning,
     telling,
 )
-from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_of
 from addcow_mp.device.locks import READING
-from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import ImageError
-from addcow_mp.format.geometry import virtual_size
+from addcow_mp.format.bitmap import CowBitmap
+from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import ADD_COW, RAW, Header
 from addcow_mp.format.names import path_combine
 
 
-@dataclass(frozen=True)
-class RawInfo:
+class RawInfo(NamedTuple):
     """A file at the end of a chain; ``virtual_size`` is None when its format is not read here."""
 
     filename: str
@@ -39,8 +39,7 @@ class RawInfo:
     actual_size: int
 
 
-@dataclass(frozen=True)
-class Info:
+class Info(NamedTuple):
     """An add-cow overlay. Sizes in bytes; ``virtual_size`` None when the image is not raw."""
 
     filename: str
@@ -93,10 +92,12 @@ def _info(path: str, cow: File, image: File, header: Header, names: Names) -> In
     size = total = allocated = None
     told: list[str] = []
     if names.image_format == RAW:
-        overlay = Overlay(cow, image, None)
-        size, total = overlay.size, overlay.geometry.clusters
-        allocated = overlay.allocated_clusters
-        told = overlay.warnings()
+        geometry = Geometry(virtual_size(image.length), header.cluster_size)
+        with cow.doing("map its bitmap"):
+            bitmap = CowBitmap(cow.fd, header.header_size, geometry)
+        size, total = geometry.size, geometry.clusters
+        allocated = total if header.all_allocated else bitmap.count_local()
+        told = short_bitmap_warning(path) if bitmap.short else []
     return Info(path, size, cow.allocated, cow.identity, header, names, total, allocated, told)
 
 

@@ -1,0 +1,54 @@
+"""The ``check`` command: findings and repairs, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from addcow_mp.cli.main import complain
+from addcow_mp.device.access import Access
+from addcow_mp.jobs.check import check
+from addcow_mp.jobs.findings import CheckReport, Severity
+from addcow_mp.jobs.repair import repair as mend
+
+
+def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, quiet: bool) -> int:
+    """Print what the checks found and mended, and return the exit status."""
+    report = (
+        check(file, access) if repair is None else mend(file, access, everything=repair == "all")
+    )
+    if as_json:
+        print(json.dumps(report.as_json(), indent=4))
+    elif not report.is_addcow:
+        return complain(report.findings[0].message, report.exit_code)
+    else:
+        for line in report.repairs:
+            print(f"REPAIRED {line}")
+        _print_findings(report)
+        if not quiet:
+            _print_summary(report)
+    return report.exit_code
+
+
+def _print_findings(report: CheckReport) -> None:
+    for finding in report.findings:
+        if finding.severity is Severity.CHECK_ERROR:
+            print(f"addcow: {finding.name}: {finding.message}", file=sys.stderr)
+        else:
+            print(f"{finding.severity.value.upper()} {finding.name}: {finding.message}")
+
+
+def _print_summary(report: CheckReport) -> None:
+    if report.exit_code == 0:
+        print("No errors were found on the image.")
+    if report.corruptions:
+        print(f"\n{report.corruptions} errors were found on the image.")
+        print("Data may be corrupted, or further writes to the image may corrupt it.")
+    if report.leaks:
+        print(f"\n{report.leaks} leaked clusters were found on the image.")
+        print("This means waste of disk space, but no harm to data.")
+    if report.check_errors:
+        print(f"\n{report.check_errors} internal errors have occurred during the check.")
+    total, allocated = report.total_clusters, report.allocated_clusters
+    if total and allocated is not None:
+        print(f"{allocated}/{total} = {100 * allocated / total:.2f}% allocated")

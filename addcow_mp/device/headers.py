@@ -1,0 +1,166 @@
+"""Headers of files that are open: read, judged, and the files that they name.
+
+Nothing is guessed: formats are what the header says, and a name with a protocol prefix is
+refused. An error about a file says which ``.add-cow`` file names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from addcow_mp.device.access import Access
+from addcow_mp.device.files import File
+from addcow_mp.device.locks import SHARING, Claim, Permission, lock
+from addcow_mp.device.magic import contradicts
+from addcow_mp.errors import (
+    AddcowError,
+    FormatError,
+    ImageError,
+    NotAddcowError,
+    UnsupportedError,
+)
+from addcow_mp.format.header import (
+    BACKING_NAME_LIMIT,
+    FIXED_SIZE,
+    IMAGE_NAME_LIMIT,
+    MAGIC,
+    RAW,
+    Header,
+    format_name,
+    violations,
+)
+from addcow_mp.format.names import path_combine, path_has_protocol, read_string
+
+#: A chain that is longer is a mistake or an attack; every layer costs descriptors.
+MAX_DEPTH = 30
+
+
+class Names(NamedTuple):
+    """What a header says of other files: names as stored, formats as words."""
+
+    image: str
+    image_format: str
+    backing: str | None
+    backing_format: str | None
+
+
+def load_header(cow: File) -> Header:
+    """Read the header and refuse it at the first rule that it breaks.
+
+    Raises :class:`NotAddcowError` without the magic, else :class:`FormatError`.
+    """
+    header = peek_header(cow)
+    for rule, problem in violations(header):
+        raise FormatError(path=cow.path, problem=problem, rule=rule)
+    if cow.length < header.header_size:
+        raise _too_short(cow, header.header_size)
+    return header
+
+
+def peek_header(cow: File) -> Header:
+    """Read the fixed header of a file that has the magic, legal or not."""
+    head = bytearray(min(FIXED_SIZE, cow.length))
+    cow.read_into(memoryview(head), 0)
+    if bytes(head[: len(MAGIC)]) != MAGIC:
+        detail = ", it is empty" if not head else ""
+        raise NotAddcowError(path=cow.path, detail=detail)
+    if len(head) < FIXED_SIZE:
+        raise _too_short(cow, FIXED_SIZE)
+    return Header.unpack(bytes(head))
+
+
+def _too_short(cow: File, wanted: int) -> FormatError:
+    problem = f"the file is {cow.length} bytes long, its header needs {wanted}"
+    return FormatError(path=cow.path, problem=problem, rule="header")
+
+
+def load_names(cow: File, header: Header) -> Names:
+    """Read the names and formats of a header that :func:`load_header` accepted."""
+    return Names(
+        image=read_name(cow, header.image_offset, header.image_size, IMAGE_NAME_LIMIT),
+        image_format=format_name(header.image_format),
+        backing=read_name(cow, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
+        if header.has_backing
+        else None,
+        backing_format=format_name(header.backing_format) if header.has_backing else None,
+    )
+
+
+def read_name(cow: File, offset: int, size: int, limit: int) -> str:
+    """Read one name; any reason against it is told of the ``.add-cow`` file."""
+    try:
+        with cow.doing("read its names"):
+            return read_string(cow.fd, offset, size, limit)
+    except ImageError as error:
+        raise FormatError(
+            path=cow.path,
+            problem=f"{error.fields['path']}: {error.fields['problem']}",
+            rule="names",
+        ) from error
+
+
+def resolve(cow_path: str, name: str) -> str:
+    """The path that ``name``, stored in ``cow_path``, stands for; protocols are refused."""
+    if path_has_protocol(name):
+        raise UnsupportedError(
+            path=cow_path,
+            problem=f"'{name}' names a protocol, not a file; only local files are opened "
+            "(a file of that name is written './...')",
+        )
+    return path_combine(cow_path, name)
+
+
+@contextmanager
+def telling(cow_path: str, name: str, what: str) -> Iterator[str]:
+    """Resolve ``name``; an error about that file says that ``cow_path`` names it as ``what``."""
+    target = resolve(cow_path, name)
+    try:
+        yield target
+    except AddcowError as error:
+        if error.fields.get("path") != target:
+            raise
+        told = {**error.fields, "path": f"{cow_path}: {what} '{name}'"}
+        raise type(error)(**told) from error
+
+
+def refuse_image_format(cow_path: str, names: Names) -> None:
+    """Raise unless the image file is raw: only raw images are read and written."""
+    if names.image_format != RAW:
+        raise UnsupportedError(
+            path=cow_path,
+            problem=f"the image file '{names.image}' is {names.image_format}, and only raw image "
+            "files are used; convert it to raw first",
+        )
+
+
+def open_claimed(access: Access, path: str, claim: Claim, role: str, *, named: bool) -> File:
+    """Open one file as ``access`` allows and take its locks.
+
+    ``named`` by the user, it may lie anywhere; named by an image, only beneath a root.
+    """
+    writable = Permission.WRITE in claim.used
+    opener = access.open_named if named else access.open_beneath
+    file = opener(path, writable=writable)
+    try:
+        file.role = role
+        lock(file, SHARING if access.share and not writable else claim)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def refuse_mismatch(file: File, format_: str) -> None:
+    """Raise when ``file`` cannot be of the format that a header gives it."""
+    if contradicts(file, format_):
+        raise ImageError(path=file.path, problem=f"it is declared as {format_}, which it is not")
+
+
+def short_bitmap_warning(cow_path: str) -> list[str]:
+    """What a reader is told of a file that ends inside its bitmap."""
+    return [
+        f"{cow_path}: the file ends inside its bitmap, missing bits read as 0; "
+        "it can be read but not written"
+    ]
