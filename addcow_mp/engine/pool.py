@@ -182,7 +182,7 @@ class Pool:
                 self._waiting.clear()
                 self._suspects.clear()
             self._hand_out()
-            if self._helps and self._waiting and not all(one.ready for one in self._workers):
+            if self._helps and self._waiting and not self._all_ready:
                 yield attempt(self._work, self._waiting.popleft(), self._jobs)
                 yield from self._collect(patience=0)
             else:
@@ -210,11 +210,16 @@ class Pool:
 
     def _hand_out(self) -> None:
         self._hand_out_suspects()
-        for depth in range(AHEAD):
+        # Nobody takes a second task while one is left for those who are still starting.
+        for depth in range(AHEAD if self._all_ready else 1):
             for worker in self._workers:
                 free = worker.ready and len(worker.tasks) == depth and not worker.alone
                 if self._waiting and free and worker.give(self._waiting[0]):
                     self._waiting.popleft()
+
+    @property
+    def _all_ready(self) -> bool:
+        return all(worker.ready for worker in self._workers)
 
     def _hand_out_suspects(self) -> None:
         """What killed a worker is tried again in a fresh process, with nothing else at stake."""
