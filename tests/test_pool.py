@@ -397,7 +397,7 @@ def test_a_suspect_is_tried_again_in_a_fresh_process(tmp_path: Path) -> None:
     all_done(results, tasks_of(6)[1:])
     first, second = tries(tmp_path)[0]
     assert first != second
-    assert [number for number, process in log_of(tmp_path) if process == second][0] == 0
+    assert next(number for number, process in log_of(tmp_path) if process == second) == 0
 
 
 def test_what_a_dead_worker_had_marked_is_kept() -> None:

@@ -220,7 +220,7 @@ class Mover:
     def _move_direct(self, source: File, start: int, stop: int) -> None:
         first, last = round_up(start, DIRECT_BLOCK), round_down(stop, DIRECT_BLOCK)
         if first >= last or not self._may(Way.DIRECT, source):
-            self._copy_and_forget(source, start, stop)
+            self._copy_edge(source, start, stop)
             return
         try:
             self._copy_direct(source, first, last)
@@ -228,10 +228,10 @@ class Mover:
             if error.errno not in _CANNOT:
                 raise FileError.of(self.target.path, f"copy at {start}", error) from error
             self._cannot.add((Way.DIRECT, source.fd))
-            self._copy_and_forget(source, start, stop)
+            self._copy_edge(source, start, stop)
             return
-        self._copy_and_forget(source, start, first)
-        self._copy_and_forget(source, last, stop)
+        self._copy_edge(source, start, first)
+        self._copy_edge(source, last, stop)
 
     def _copy_direct(self, source: File, start: int, stop: int) -> None:
         here, there = self._direct_fd(source), self._direct_fd(self.target)
@@ -245,6 +245,15 @@ class Mover:
                 raise OSError(errno.EINVAL, "short direct write")
             self._count(Way.DIRECT, len(view))
 
+    def _copy_edge(self, source: File, start: int, stop: int) -> None:
+        """What is no whole block goes through the cache: a page at most, at each end of a run.
+
+        Syncing here to drop it again is not for a worker: it would take the answer of a
+        failed sync away from the parent.
+        """
+        if start < stop:
+            self._copy(source, start, stop)
+
     def _direct_fd(self, file: File) -> int:
         """The same open file past the cache; the locks stay with the descriptor it came from."""
         if file.fd not in self._direct:
@@ -252,16 +261,6 @@ class Mover:
             flags = mode | os.O_DIRECT | os.O_CLOEXEC
             self._direct[file.fd] = os.open(f"/proc/self/fd/{file.fd}", flags)
         return self._direct[file.fd]
-
-    def _copy_and_forget(self, source: File, start: int, stop: int) -> None:
-        if start >= stop:
-            return
-        self._copy(source, start, stop)
-        if self.target.durable:
-            self.target.sync()
-        for file in (source, self.target):
-            with suppress(OSError):
-                os.posix_fadvise(file.fd, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def _aligned_buffer(size: int) -> memoryview:

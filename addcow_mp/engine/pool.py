@@ -101,10 +101,6 @@ def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
 
 def serve(pipe: Connection, work: Work, slot: int, idle: bool) -> None:
     """A worker's life: do the tasks that come through the pipe until it closes."""
-    import signal
-
-    # An interrupt goes to the whole group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if idle:
         step_back()
     pipe.send(READY)
@@ -197,6 +193,7 @@ class Pool:
             yield attempt(self._work, task, 0)
 
     def _start(self, slot: int) -> _Worker:
+        import signal
         from multiprocessing import get_context
 
         context = get_context("spawn")
@@ -204,7 +201,13 @@ class Pool:
         process = context.Process(
             target=serve, args=(theirs, self._work, slot, self._idle), daemon=True
         )
-        process.start()
+        # An interrupt goes to the whole group; the parent decides what it means. Blocked
+        # signals stay blocked in the new process, from its first instant on.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
         theirs.close()
         return _Worker(process, ours, slot)
 

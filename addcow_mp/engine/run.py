@@ -17,7 +17,7 @@ from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.engine.pool import Failed, Pool, Work, usable_cpus
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.transfer import TOP, Amount
-from addcow_mp.errors import AddcowError, StoppedError, WorkerError
+from addcow_mp.errors import AddcowError, StoppedError, SyncError, WorkerError
 from addcow_mp.format.bitmap import Run, runs
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import MiB
@@ -146,12 +146,15 @@ def carry_out(
             progress(min(job.board.total, total), total)
             if isinstance(result, Failed):
                 failure = failure or result
+                if isinstance(result.error, SyncError):
+                    break  # what is durable is not known any more: publish nothing
                 checkpoints.add(_finished_part(job.board, result.task), 0)
             elif result is not None:
                 amount += result.result
                 finished += 1
                 checkpoints.add([(result.task.first, result.task.stop)], result.result.bytes_moved)
-    checkpoints.finish()
+    if failure is None or not isinstance(failure.error, SyncError):
+        checkpoints.finish()
     if failure is not None:
         raise _told(job.path, failure)
     if finished < len(job.tasks):
