@@ -20,6 +20,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +32,7 @@ import addcow_mp
 from addcow_mp import AddcowError, FileError, SyncError, WorkerError
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
-from addcow_mp.engine.pool import AHEAD, TRIES, Done, Failed, Pool, Work, usable_cpus
+from addcow_mp.engine.pool import AHEAD, TRIES, Done, Failed, Pool, Work, serve, usable_cpus
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.run import Assignment, carry_out
 from addcow_mp.engine.transfer import TOP, Amount
@@ -567,6 +568,23 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         assert workers
         parent.kill()
     assert all(ended(worker) for worker in workers)
+
+
+@pytest.mark.xfail(strict=True, reason="a reset connection is no end of file to it")
+def test_a_worker_whose_parent_has_lost_interest_ends_quietly(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, Plain(tmp_path), 0, False))
+    process.start()
+    theirs.close()
+    assert ours.poll(PATIENCE)
+    # Its word of being ready is never read: the job was done before.
+    ours.close()
+    process.join(PATIENCE)
+    assert capfd.readouterr().err == ""
+    assert process.exitcode == 0
 
 
 # Interrupts each worker while it is starting, before any line of the package runs.

@@ -194,7 +194,7 @@ class Pool:
 
     def _start(self, slot: int) -> _Worker:
         import signal
-        from multiprocessing import get_context
+        from multiprocessing import get_context, resource_tracker
 
         context = get_context("spawn")
         ours, theirs = context.Pipe()
@@ -203,6 +203,7 @@ class Pool:
         )
         # An interrupt goes to the whole group; the parent decides what it means. Blocked
         # signals stay blocked in the new process, from its first instant on.
+        resource_tracker.ensure_running()  # which unblocks them, when it starts its process
         old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
