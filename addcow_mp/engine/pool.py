@@ -103,14 +103,13 @@ def serve(pipe: Connection, work: Work, slot: int, idle: bool) -> None:
     """A worker's life: do the tasks that come through the pipe until it closes."""
     if idle:
         step_back()
-    pipe.send(READY)
-    while True:
-        try:
-            task = pipe.recv()
-        except EOFError:
-            # No tidying up: the parent is gone or done, and the board is its to release.
-            os._exit(0)
-        pipe.send(attempt(work, task, slot))
+    try:
+        pipe.send(READY)
+        while True:
+            pipe.send(attempt(work, pipe.recv(), slot))
+    except (EOFError, OSError):
+        # No tidying up: the parent is gone or done, and the board is its to release.
+        os._exit(0)
 
 
 @dataclass
