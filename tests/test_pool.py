@@ -570,7 +570,6 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     assert all(ended(worker) for worker in workers)
 
 
-@pytest.mark.xfail(strict=True, reason="a reset connection is no end of file to it")
 def test_a_worker_whose_parent_has_lost_interest_ends_quietly(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -595,7 +594,6 @@ SITE = """
 """
 
 
-@pytest.mark.xfail(strict=True, reason="only what runs already ignores the interrupt")
 def test_an_interrupt_while_workers_start_is_the_parent_s_to_judge(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
@@ -651,7 +649,6 @@ class CannotSync(Marks):
         return amount
 
 
-@pytest.mark.xfail(strict=True, reason="the parent syncs again, and believes the answer")
 @pytest.mark.parametrize("jobs", [0, 1])
 def test_after_a_sync_that_failed_in_a_worker_nothing_is_published(
     overlay: addcow_mp.Overlay, jobs: int

@@ -22,8 +22,11 @@ from bitarray import bitarray
 from addcow_mp.format.geometry import BITS_PER_BYTE, Geometry
 from addcow_mp.units import KiB, MiB
 
+#: What a disk and the page cache write at once, however little of it has changed.
+PAGE = 4 * KiB
+
 #: Clusters whose bits share one page of bitmap: the grain of sparse bitmaps.
-PAGE_BITS = 4 * KiB * BITS_PER_BYTE
+PAGE_BITS = PAGE * BITS_PER_BYTE
 
 #: Bytes of bitmap changed by one pwrite: bounds the memory of publishing.
 PUBLISH_BYTES = 1 * MiB
@@ -143,8 +146,7 @@ class CowBitmap:
         """Change the bits ``[start, stop)`` in the file; making them durable is the caller's.
 
         ``change(bits, first)`` edits a copy of the bits from cluster ``first`` on.
-        Only bytes that differ are written; whole bytes around the range keep the
-        bits that are not in it.
+        Only what differs is written; bits around the range keep their value.
         """
         step = PUBLISH_BYTES * BITS_PER_BYTE
         for first in range(start, stop, step):
@@ -161,13 +163,16 @@ class CowBitmap:
         self._write_difference(first_byte, old.tobytes(), whole.tobytes())
 
     def _write_difference(self, first_byte: int, old: bytes, new: bytes) -> None:
-        if old == new:
-            return
-        start = next(i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
-        stop = len(new)
-        while old[stop - 1] == new[stop - 1]:
-            stop -= 1
-        write_all(self._fd, new[start:stop], self.offset + first_byte + start)
+        """Write the bytes in which ``new`` differs, with what lies between them in a page."""
+        pages = (
+            (start, min(start + PAGE, len(new)))
+            for start in range(0, len(new), PAGE)
+            if old[start : start + PAGE] != new[start : start + PAGE]
+        )
+        for start, stop in merged(pages):
+            first = next(at for at in range(start, stop) if old[at] != new[at])
+            last = next(at for at in reversed(range(start, stop)) if old[at] != new[at])
+            write_all(self._fd, new[first : last + 1], self.offset + first_byte + first)
 
     def fill(self, start: int, stop: int, value: int) -> None:
         """Publish ``value`` for every cluster in ``[start, stop)``.
