@@ -405,7 +405,7 @@ def _access(
     """What the options and the environment allow."""
     import os
 
-    from addcow_mp.cli.main import warn
+    from addcow_mp.cli.saying import warn
     from addcow_mp.device.access import Access
 
     if cache is CacheMode.unsafe:
@@ -421,7 +421,7 @@ def _access(
 
 
 def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None:
-    from addcow_mp.cli.main import warn
+    from addcow_mp.cli.saying import warn
 
     warn(report.warnings)
     if output is Output.json:

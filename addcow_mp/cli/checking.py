@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from addcow_mp.cli.main import complain
+from addcow_mp.cli.saying import complain
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.findings import CheckReport, Severity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from addcow_mp.cli.main import warn
+from addcow_mp.cli.saying import warn
 from addcow_mp.jobs.compare import Compared
 from addcow_mp.jobs.compare import compare as job
 from addcow_mp.jobs.report import Conduct

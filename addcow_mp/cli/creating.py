@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from addcow_mp.cli.main import warn
+from addcow_mp.cli.saying import warn
 from addcow_mp.device.access import Access
 from addcow_mp.errors import UsageError
 from addcow_mp.jobs.create import DEFAULT_CLUSTER_SIZE, create_raw, default_image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from addcow_mp.cli.main import warn
+from addcow_mp.cli.saying import warn
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.info import Info, RawInfo, chain_info, info
 from addcow_mp.units import human_size

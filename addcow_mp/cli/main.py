@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from addcow_mp.cli.saying import complain
 from addcow_mp.errors import AddcowError, UsageError
 
 INTERRUPTED = 130
@@ -55,17 +56,3 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def _usage(problem: Any) -> str:
     command = problem.ctx.command_path if problem.ctx is not None else "addcow"
     return f"{problem.format_message().rstrip('.')}; see '{command} --help'"
-
-
-def complain(message: str, status: int) -> int:
-    """Say what went wrong, in one line, and pass the exit status on."""
-    sys.stdout.flush()
-    one_line = " ".join(message.split("\n"))
-    print(f"addcow: {one_line}", file=sys.stderr)
-    return status
-
-
-def warn(messages: Sequence[str]) -> None:
-    """Say what the user should know although the command goes on."""
-    for message in messages:
-        print(f"addcow: warning: {message}", file=sys.stderr)

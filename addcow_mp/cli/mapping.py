@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from addcow_mp.cli.main import warn
+from addcow_mp.cli.saying import warn
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, open_chain
 from addcow_mp.device.extent import Extent

@@ -17,7 +17,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from addcow_mp.device import faults, holes
@@ -49,8 +49,8 @@ class File:
         self.role = BACKING
         #: Whether syncs are carried out.
         self.durable = True
-        #: Locks that go when this object is closed; a duplicate in a worker has none to let go.
-        self.locked = False
+        #: Lets go of locks before the file is closed; a duplicate in a worker has none.
+        self.let_go: Callable[[], None] | None = None
         #: Of the overlay that is worked on: fault rules count in its clusters.
         self.cluster_size = 64 * KiB
         self._sync_error: OSError | None = None
@@ -107,12 +107,10 @@ class File:
         """Let go of locks and close the descriptor; calling it twice does no harm."""
         if self.fd < 0:
             return
-        if self.locked:
-            from addcow_mp.device.locks import unlock
-
-            # A mapping of the file has a duplicate of the descriptor, which would hold them.
+        if self.let_go is not None:
+            # A mapping of the file has a duplicate of the descriptor, which would hold locks.
             with contextlib.suppress(OSError):
-                unlock(self)
+                self.let_go()
         fd, self.fd = self.fd, -1
         os.close(fd)
 

@@ -19,6 +19,7 @@ import os
 import struct
 import time
 from enum import IntEnum
+from functools import partial
 from typing import NamedTuple
 
 from addcow_mp.device.files import File
@@ -63,7 +64,7 @@ RESIZING = Claim(_READ | {Permission.WRITE, Permission.RESIZE}, frozenset())
 
 def lock(file: File, claim: Claim) -> None:
     """Take the locks of ``claim`` on ``file``. Raises :class:`LockedError` on a conflict."""
-    file.locked = True
+    file.let_go = partial(unlock, file)
     conflict = _try(file, claim)
     for _ in range(TRIES - 1):
         if conflict is not None:
