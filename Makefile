@@ -5,13 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+MINUTES ?= 10
+SECONDS ?= 60
+
+.PHONY: help demo test lint format soak fuzz bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the main job on real input: commit and flatten an ext4 disk"
 	@echo "make test    all tests"
 	@echo "make lint    ruff, mypy --strict, import contract"
+	@echo "make soak    MINUTES=10: random kills, faults and power cuts on random chains"
+	@echo "make fuzz    SECONDS=60: damaged headers, bitmaps and chains through every reader"
+	@echo "make bench   both sides of every comparison, full size; make bench-quick under a minute"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -30,6 +36,18 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+soak: $(READY)
+	@$(BIN)/python tools/soak.py --minutes $(MINUTES)
+
+fuzz: $(READY)
+	@$(BIN)/python tools/fuzz.py --seconds $(SECONDS)
+
+bench: $(READY)
+	@$(BIN)/python tools/bench.py
+
+bench-quick: $(READY)
+	@$(BIN)/python tools/bench.py --quick
 
 format: $(READY)
 	@$(BIN)/ruff check --fix .
