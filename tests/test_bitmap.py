@@ -187,6 +187,17 @@ def test_outside_of_what_is_inhabited_every_bit_is_0(case: Case) -> None:
     assert not any(local)
 
 
+@PROPERTY
+@given(cases(), st.data())
+def test_what_is_inhabited_can_be_asked_of_a_part(case: Case, data: st.DataObject) -> None:
+    start, stop = data.draw(ranges(case.clusters))
+    local = case.local
+    with opened(case) as (bitmap, _):
+        parts = list(bitmap.inhabited(start, stop))
+        assert sum(bitmap.count(*part) for part in parts) == sum(local[start:stop])
+    assert all(start <= first <= last <= stop for first, last in parts)
+
+
 def test_holes_of_the_bitmap_are_not_inhabited(tmp_path: Path) -> None:
     geometry = Geometry(64 * GiB, CLUSTER)
     with (tmp_path / "sparse").open("wb+", buffering=0) as file:
@@ -312,6 +323,17 @@ def test_another_process_s_change_is_seen() -> None:
     with opened(Case(100, {3}, 0)) as (bitmap, fd):
         os.pwrite(fd, b"\xff", OFFSET + 5)
         assert list(bitmap.runs(1, 0, 100)) == [(3, 4), (40, 48)]
+
+
+def test_pages_that_stay_as_they_are_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = 8 * 4 * KiB
+    case = Case(6 * page, set(range(page - 5, 5 * page + 5)), 0)
+    with opened(case) as (bitmap, fd):
+        with watching_writes(monkeypatch) as writes:
+            bitmap.fill(0, case.clusters, 1)
+        assert sum(len(data) for _, data in writes) <= 2 * 4 * KiB
+        assert_needed(case.content, writes)
+        assert content_of(fd)[OFFSET:] == b"\xff" * (6 * 4 * KiB)
 
 
 @pytest.mark.parametrize("value", [0, 1])

@@ -20,7 +20,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -663,6 +663,66 @@ def test_after_a_sync_that_failed_in_a_worker_nothing_is_published(
     finally:
         board.close()
     assert local_clusters(Path(overlay.path)) == []
+
+
+@dataclass(frozen=True)
+class CannotReadNorSync(CannotSync):
+    """Fails at its first task for another reason than at its second one."""
+
+    def __call__(self, task: Task, slot: int) -> Amount:
+        amount = super().__call__(task, slot)
+        if task.number == 0:
+            refuse()
+        return amount
+
+
+@pytest.mark.xfail(strict=True, reason="only the first failure is looked at")
+def test_after_a_sync_that_failed_as_the_second_of_two_failures_nothing_is_published(
+    overlay: addcow_mp.Overlay,
+) -> None:
+    board = Board.create((64,), 1)
+    publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
+    work = CannotReadNorSync(board, fatal=-1)
+    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    try:
+        with pytest.raises(AddcowError):
+            carry_out(job, 1)
+    finally:
+        board.close()
+    assert local_clusters(Path(overlay.path)) == []
+
+
+@dataclass(frozen=True)
+class Stillborn(Marks):
+    """Ends every worker before it is one; the parent sees to that before its third task."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os._exit, (3,))
+
+    def __call__(self, task: Task, slot: int) -> Amount:
+        if task.number == 2:
+            for child in active_children():
+                child.join()
+        return super().__call__(task, slot)
+
+
+@pytest.mark.xfail(strict=True, reason="the job is left at once, and publishes nothing")
+def test_what_the_parent_did_while_workers_could_not_start_is_published(
+    overlay: addcow_mp.Overlay,
+) -> None:
+    board = Board.create((64,), 1)
+    publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
+    work = Stillborn(board, fatal=-1)
+    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    job.helps = True
+    try:
+        with pytest.raises(AddcowError, match="while starting"):
+            carry_out(job, 1)
+        finished = list(board.bits(TOP).search(1))
+    finally:
+        board.close()
+    assert len(finished) >= 48
+    assert local_clusters(Path(overlay.path)) == finished
 
 
 def test_a_job_that_is_stopped_publishes_what_it_finished(overlay: addcow_mp.Overlay) -> None:

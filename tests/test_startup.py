@@ -8,10 +8,14 @@ on how busy the machine is, as seconds would.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from command import PATIENCE, addcow, pair, refused, succeed
+
+Loads = Callable[..., set[str]]
 
 # Nothing that only looks needs these: processes, progress bars, validation, tests, networks.
 HEAVY = {
@@ -48,9 +52,17 @@ def loaded(here: Path, *arguments: str) -> list[str]:
     return names
 
 
-def addcow_loads(here: Path, *arguments: str) -> set[str]:
-    """The modules that an `addcow` command loads."""
-    return set(loaded(here, "-m", "addcow_mp", *arguments))
+@pytest.fixture(scope="module")
+def addcow_loads(tmp_path_factory: pytest.TempPathFactory) -> Loads:
+    """The modules that an `addcow` command loads, over a new pair of images each."""
+
+    @cache
+    def found(*arguments: str) -> set[str]:
+        here = tmp_path_factory.mktemp("here")
+        pair(here, "ABC", "-X-")
+        return set(loaded(here, "-m", "addcow_mp", *arguments))
+
+    return found
 
 
 def of(packages: set[str], names: set[str]) -> set[str]:
@@ -83,34 +95,36 @@ WORKING = [
 
 
 @pytest.mark.parametrize("command", [*LOOKING, *TALKING, *MAKING, *IO], ids=" ".join)
-def test_a_command_loads_nothing_heavy(here: Path, command: list[str]) -> None:
-    assert of(HEAVY, addcow_loads(here, *command)) == set()
+def test_a_command_loads_nothing_heavy(addcow_loads: Loads, command: list[str]) -> None:
+    assert of(HEAVY, addcow_loads(*command)) == set()
 
 
 @pytest.mark.parametrize("command", [*LOOKING, *TALKING, *MAKING], ids=" ".join)
-def test_only_jobs_load_the_engine(here: Path, command: list[str]) -> None:
-    assert of(ENGINE, addcow_loads(here, *command)) == set()
+def test_only_jobs_load_the_engine(addcow_loads: Loads, command: list[str]) -> None:
+    assert of(ENGINE, addcow_loads(*command)) == set()
 
 
 @pytest.mark.parametrize("command", WORKING, ids=" ".join)
 def test_a_job_in_this_process_loads_nothing_that_starts_others(
-    here: Path, command: list[str]
+    addcow_loads: Loads, command: list[str]
 ) -> None:
-    assert of(HEAVY, addcow_loads(here, *command)) == set()
+    assert of(HEAVY, addcow_loads(*command)) == set()
 
 
 @pytest.mark.parametrize("command", [*TALKING, *MAKING], ids=" ".join)
-def test_what_opens_no_image_loads_no_foreign_functions(here: Path, command: list[str]) -> None:
-    assert of({"ctypes"}, addcow_loads(here, *command)) == set()
+def test_what_opens_no_image_loads_no_foreign_functions(
+    addcow_loads: Loads, command: list[str]
+) -> None:
+    assert of({"ctypes"}, addcow_loads(*command)) == set()
 
 
 @pytest.mark.xfail(strict=True, reason="Python has no name for openat2")
 @pytest.mark.parametrize("command", LOOKING, ids=" ".join)
-def test_looking_loads_no_foreign_functions(here: Path, command: list[str]) -> None:
-    assert of({"ctypes"}, addcow_loads(here, *command)) == set()
+def test_looking_loads_no_foreign_functions(addcow_loads: Loads, command: list[str]) -> None:
+    assert of({"ctypes"}, addcow_loads(*command)) == set()
 
 
-def test_each_command_loads_its_own_module_alone(here: Path) -> None:
+def test_each_command_loads_its_own_module_alone(addcow_loads: Loads) -> None:
     modules = {
         "info": "addcow_mp.jobs.info",
         "check": "addcow_mp.jobs.check",
@@ -119,7 +133,7 @@ def test_each_command_loads_its_own_module_alone(here: Path) -> None:
     }
     for command, own in modules.items():
         options = ["--jobs", "0"] if command in ("commit", "flatten") else []
-        found = addcow_loads(here, command, *options, "top.add-cow")
+        found = addcow_loads(command, *options, "top.add-cow")
         others = {"addcow_mp.jobs.commit", "addcow_mp.jobs.flatten", "addcow_mp.jobs.check"} - {own}
         assert own in found
         assert found & others == set()

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from addcow_mp.device.files import File
 from addcow_mp.device.holes import data_runs
-from addcow_mp.device.layer import Kind
+from addcow_mp.device.layer import Kind, Piece
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.engine.pool import AHEAD
 from addcow_mp.engine.run import CHECKPOINT_BYTES
-from addcow_mp.engine.transfer import Transfer
+from addcow_mp.engine.transfer import OverlayTarget, Transfer
 from addcow_mp.errors import SpaceError
+from addcow_mp.format.bitmap import merged
 
 
 def refuse_without_space(work: Transfer, tasks: list[Task], jobs: int, *, frees: bool) -> None:
@@ -30,7 +31,7 @@ def refuse_without_space(work: Transfer, tasks: list[Task], jobs: int, *, frees:
     """
     target = work.target.file
     free = target.free_space
-    if sum(task.weight for task in tasks) <= free:
+    if sum(task.weight for task in tasks) * _stretch(work) <= free:
         return
     gives_back = frees and isinstance(work.layer, Overlay)
     gives_back = gives_back and _device(work.layer.image.file) == _device(target)  # type: ignore[attr-defined]
@@ -65,11 +66,34 @@ def peak(steps: Iterable[tuple[int, int, int]], lag: int) -> int:
     return highest
 
 
+def _stretch(work: Transfer) -> int:
+    """By how much copying up can multiply what is written."""
+    if not isinstance(work.target, OverlayTarget):
+        return 1
+    return max(1, work.target.overlay.cluster_size // work.geometry.cluster_size)
+
+
+def _arriving(work: Transfer, task: Task) -> Iterator[Piece]:
+    """What the target will hold of ``task``, with what is copied up around it."""
+    if not isinstance(work.target, OverlayTarget):
+        yield from work.pieces_of(task)
+        return
+    backing, top = work.target.overlay, work.layer
+    runs = work.runs_of(task)
+    touched = merged(backing.geometry.touched(*work.geometry.span(*run)) for run in runs)
+    for run in touched:
+        start, stop = backing.geometry.span(*run)
+        if start < top.size:
+            yield from top.pieces(start, min(stop, top.size))
+        if top.size < stop:
+            yield from backing.pieces(max(start, top.size), stop)
+
+
 def growth(work: Transfer, task: Task) -> int:
     """Bytes of ``task`` that go into holes of the target."""
     fd = work.target.file.fd
     total = 0
-    for piece in work.pieces_of(task):
+    for piece in _arriving(work, task):
         if piece.kind is Kind.DATA:
             held = sum(last - first for first, last in data_runs(fd, piece.start, piece.stop))
             total += piece.stop - piece.start - held

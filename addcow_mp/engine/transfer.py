@@ -185,7 +185,7 @@ class Transfer:
         self._mover.moved.clear()
         totals = [0, 0, 0, 0]
         marks, prepare, finish = self.board.bits(TOP), self.target.prepare, self.target.finish
-        for first, stop in self._selected(task):
+        for first, stop in self.runs_of(task):
             end_orphan(self.parent)
             start, end = self.geometry.span(first, stop)
             prepare(start, end, self._mover.buffer, self.board)
@@ -197,10 +197,11 @@ class Transfer:
 
     def pieces_of(self, task: Task) -> Iterator[Piece]:
         """What the source of ``task`` is made of, run by run."""
-        for run in self._selected(task):
+        for run in self.runs_of(task):
             yield from self._pieces(*self.geometry.span(*run))
 
-    def _selected(self, task: Task) -> Iterator[Run]:
+    def runs_of(self, task: Task) -> Iterator[Run]:
+        """The runs of clusters of ``task`` that are moved."""
         if self.which is Which.ALL or not isinstance(self.layer, Overlay):
             return iter([(task.first, task.stop)])
         return self.layer.local_runs(int(self.which is Which.LOCAL), task.first, task.stop)

@@ -58,6 +58,16 @@ def merged(parts: Iterable[Run]) -> Iterator[Run]:
         yield pending
 
 
+def between(ones: Iterable[Run], start: int, stop: int) -> Iterator[Run]:
+    """What ``ones``, in order, leave of ``[start, stop)``."""
+    for first, last in ones:
+        if start < first:
+            yield start, first
+        start = last
+    if start < stop:
+        yield start, stop
+
+
 class CowBitmap:
     """The bitmap in an open ``.add-cow`` file.
 
@@ -86,49 +96,56 @@ class CowBitmap:
 
     def runs(self, value: int, start: int, stop: int) -> Iterator[Run]:
         """The runs of clusters in ``[start, stop)`` whose bit is ``value``."""
-        known = runs(self._bits, value, start, min(stop, self.known))
-        if value or stop <= self.known:
-            return known
-        return merged((*known, (max(start, self.known), stop)))
+        ones = merged(
+            run for part in self.inhabited(start, stop) for run in runs(self._bits, 1, *part)
+        )
+        return ones if value else between(ones, start, stop)
 
     def any(self, start: int, stop: int) -> bool:
         """Whether some cluster in ``[start, stop)`` is local."""
-        return self._bits.find(1, start, min(stop, self.known)) >= 0
+        return next(self.runs(1, start, stop), None) is not None
 
     def all(self, start: int, stop: int) -> bool:
         """Whether every cluster in ``[start, stop)`` is local."""
-        return stop <= self.known and self._bits.find(0, start, stop) < 0
+        return next(self.runs(0, start, stop), None) is None
 
     def count(self, start: int = 0, stop: int | None = None) -> int:
-        """How many clusters in ``[start, stop)`` are local."""
-        stop = self.known if stop is None else min(stop, self.known)
-        return self._bits.count(1, start, stop) if start < stop else 0
-
-    def count_local(self) -> int:
-        """How many clusters are local; costs what is set, not what there is."""
-        return sum(self.count(*part) for part in self.inhabited())
+        """How many clusters in ``[start, stop)`` are local; costs what is set."""
+        return sum(self._bits.count(1, *part) for part in self.inhabited(start, stop))
 
     def slice(self, start: int, stop: int) -> bitarray:
-        """A private copy of the bits ``[start, stop)``."""
-        bits = self._bits[start : min(stop, self.known)]
-        bits.extend(bitarray(stop - start - len(bits)))
-        return bits
+        """A private copy of the bits ``[start, stop)``, read from the file."""
+        first, last = start // BITS_PER_BYTE, -(-stop // BITS_PER_BYTE)
+        bits = bitarray(endian="little")
+        bits.frombytes(
+            os.pread(self._fd, last - first, self.offset + first).ljust(last - first, b"\0")
+        )
+        base = first * BITS_PER_BYTE
+        return bits[start - base : stop - base]
 
     def stray(self) -> int:
         """How many bits past the last cluster are set."""
-        return self._bits.count(1, self.clusters) if len(self._bits) > self.clusters else 0
+        parts = self._data(self.clusters, len(self._bits))
+        return sum(self._bits.count(1, *part) for part in parts)
 
     def inhabited(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
         """The parts of ``[start, stop)`` that are not holes in the file, as runs of clusters.
 
-        A hint that spares looking: outside these runs every bit is 0.
+        Outside these runs every bit is 0.
         """
-        last = self.known if stop is None else min(stop, self.known)
+        return self._data(start, self.known if stop is None else min(stop, self.known))
+
+    def _data(self, start: int, stop: int) -> Iterator[Run]:
+        """The bits in ``[start, stop)`` that are not in a hole.
+
+        A hole is never looked at through the mapping: on a full tmpfs, which would have to
+        give it a page, that is a SIGBUS.
+        """
         position = self.offset + start // BITS_PER_BYTE
-        end = self.offset + -(-last // BITS_PER_BYTE)
+        end = self.offset + -(-stop // BITS_PER_BYTE)
         while position < end and (data := self._seek(position, os.SEEK_DATA, end)) < end:
             position = self._seek(data, os.SEEK_HOLE, end)
-            yield max(start, self._clusters_at(data)), min(self._clusters_at(position), last)
+            yield max(start, self._clusters_at(data)), min(self._clusters_at(position), stop)
 
     def _seek(self, position: int, whence: int, end: int) -> int:
         try:
@@ -185,8 +202,9 @@ class CowBitmap:
 
     def clear_stray(self) -> None:
         """Write 0 to the bits past the last cluster, where one is set."""
-        for first, stop in list(runs(self._bits, 1, self.clusters, len(self._bits))):
-            self._clear_raw(first, stop)
+        for part in self._data(self.clusters, len(self._bits)):
+            for first, stop in list(runs(self._bits, 1, *part)):
+                self._clear_raw(first, stop)
 
     def _clear_raw(self, first: int, stop: int) -> None:
         first_byte, stop_byte = first // BITS_PER_BYTE, -(-stop // BITS_PER_BYTE)

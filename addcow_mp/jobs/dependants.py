@@ -13,6 +13,7 @@ garbage. That is refused always; other dependants can be overridden by force.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ from addcow_mp.format.names import path_combine, path_has_protocol, read_string
 
 Identity = tuple[int, int]
 
+#: What `check -r` appends to the name of an overlay whose header and bitmap it keeps.
+_BACKUP = re.compile(r"\.backup-\d+$")
+
 
 @dataclass(frozen=True)
 class Named:
@@ -50,21 +54,28 @@ def refuse_dependants(overlay: Overlay, changed: list[File], access: Access) -> 
     """
     if not changed:
         return
-    members = set(_members(overlay))
-    others = [
-        one
-        for one in overlays_near([file.path for file in changed], access.roots)
-        if one.identity not in members
-    ]
+    members = {one.cow.identity: one for one in _members(overlay)}
+    near = [file.path for file in (*overlay.files(), *(one.cow for one in _members(overlay)))]
+    others = [one for one in overlays_near(near, access.roots) if not _is_member(one, members)]
+    images = {one.image.file.identity for one in members.values()}
     for file in changed:
-        refuse_shared_image(file, [one for one in others if one.image == file.identity])
-        dependants = [one.path for one in others if one.backing == file.identity]
+        if file.identity in images:
+            refuse_shared_image(file, [one for one in others if one.image == file.identity])
+        dependants = [one.path for one in others if file.identity in (one.backing, one.image)]
         if dependants and not access.force:
             raise DependantsError(
                 path=file.path,
                 dependants=", ".join(sorted(dependants)),
                 mend="commit or flatten them first, or use --force to change it under them",
             )
+
+
+def _is_member(one: Named, members: dict[Identity, Overlay]) -> bool:
+    """Whether ``one`` belongs to the job's own chain, or is what a repair kept of a member."""
+    original = _BACKUP.sub("", one.path)
+    if original == one.path:
+        return one.identity in members
+    return any(os.path.realpath(member.path) == original for member in members.values())
 
 
 def refuse_shared_image(image: File, others: list[Named]) -> None:
@@ -77,9 +88,9 @@ def refuse_shared_image(image: File, others: list[Named]) -> None:
         )
 
 
-def _members(layer: Layer | None) -> Iterator[Identity]:
+def _members(layer: Layer | None) -> Iterator[Overlay]:
     while isinstance(layer, Overlay):
-        yield layer.cow.identity
+        yield layer
         layer = layer.backing
 
 
@@ -98,23 +109,23 @@ def overlays_near(paths: list[str], roots: tuple[str, ...]) -> list[Named]:
 
 
 def _files_in(directory: str, *, deep: bool) -> Iterator[str]:
-    """The regular files in ``directory``, and with ``deep`` in those below; no links followed."""
-    below = []
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.is_file(follow_symlinks=False):
-                    yield entry.path
-                elif deep and entry.is_dir(follow_symlinks=False):
-                    below.append(entry.path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ImageError(
-            path=directory, problem=f"cannot look for dependants there: {error.strerror}"
-        ) from error
-    for path in below:
-        yield from _files_in(path, deep=True)
+    """The regular files in ``directory``, and with ``deep`` in all below; no links followed."""
+    waiting = [directory]
+    while waiting:
+        here = waiting.pop()
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False):
+                        yield entry.path
+                    elif deep and entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ImageError(
+                path=here, problem=f"cannot look for dependants there: {error.strerror}"
+            ) from error
 
 
 def named_by(path: str) -> Named | None:

@@ -96,7 +96,7 @@ def _info(path: str, cow: File, image: File, header: Header, names: Names) -> In
         with cow.doing("map its bitmap"):
             bitmap = CowBitmap(cow.fd, header.header_size, geometry)
         size, total = geometry.size, geometry.clusters
-        allocated = total if header.all_allocated else bitmap.count_local()
+        allocated = total if header.all_allocated else bitmap.count()
         told = short_bitmap_warning(path) if bitmap.short else []
     return Info(path, size, cow.allocated, cow.identity, header, names, total, allocated, told)
 

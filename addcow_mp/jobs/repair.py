@@ -20,6 +20,7 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.format.bitmap import merged
 from addcow_mp.format.header import FIXED_SIZE
 from addcow_mp.jobs.check import check, leaked_clusters
+from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.findings import CheckReport
 from addcow_mp.units import MiB
 
@@ -36,6 +37,7 @@ def repair(path: str, access: Access | None = None, *, everything: bool) -> Chec
     if before.exit_code == 0 or not _is_mendable(before, everything=everything):
         return before
     with open_chain(path, WRITE, access) as overlay:
+        refuse_dependants(overlay, [overlay.image.file], access or Access())
         mended = _mend(overlay, before, everything=everything)
     after = check(path, access)
     after.repairs, after.backup = mended.repairs, mended.backup

@@ -1,0 +1,495 @@
+"""What a job promises about the files of its chain, however it ended.
+
+A `Promise` is made before the job begins, from what the files hold then. `broken` looks at
+them again, after a crash or after the end, and lists what has not been kept. Everything is
+read by `tools/oracle.py` or as plain bytes: nothing here knows the package.
+
+commit: the guest's view never changes. The backing changes only where clusters were local, the
+layers beneath it not at all. Bits are only ever cleared. Once it has said that it is done, the
+backing shows what the guest saw and no cluster is local. With -d the overlay and its image
+stay as they are.
+
+flatten: the guest's view never changes, nor any file below. Bits are only ever set. Once it is
+done ALL_ALLOCATED is set, and the image alone is the disk; with --discard the overlay is gone,
+which may never be so while the image is not the disk.
+
+io: what was flushed is there. A sector shows what it held at the last flush, or something
+written to it since. A cluster that was not local at that flush is old as a whole or, with its
+bit, at least as new as the next flush: never what the image happened to hold. Nothing changes
+in clusters that were not written, nor in any file below.
+
+convert: no file of the chain changes, and once it is done the new file is the guest's view.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import sys
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from model import (
+    SECTOR,
+    Files,
+    KiB,
+    contents,
+    read_bits,
+    read_file,
+    sector_floor,
+    span,
+    stray_bits,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import oracle
+
+VIEW = "the guest's view"
+
+
+class Promise:
+    """What one job promises about one chain, whose files are as they are now.
+
+    ``stdin`` is what the job reads; ``manner`` are options that do not change the result.
+    """
+
+    job: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    has_jobs: ClassVar[bool] = True
+    manner: tuple[str, ...] = ()
+    stdin = ""
+    stdout = ""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.cluster_size = oracle.read_header(files.path).cluster_size
+        self.bits = frozenset(oracle.allocated(files.path))
+        self.stored_bits = read_bits(files.path)
+        self.view = oracle.guest_bytes(files.path)
+        self.size = len(self.view)
+        self.before = contents(files.everything)
+
+    def again(self) -> Promise:
+        """Return what the same command promises when it is run once more."""
+        return self
+
+    def command(self, jobs: int) -> list[str]:
+        """Return the command line behind `addcow`."""
+        how = [*self.manner, "--jobs", str(jobs)] if self.has_jobs else []
+        return [self.job, *self.options, *how, self.files.path]
+
+    def part_changed(self) -> float:
+        """Return how far the bitmap has got from where it was to where it will be."""
+        left = self._bits_to_change
+        try:
+            changed = len(read_bits(self.files.path) ^ self.stored_bits)
+        except OSError:
+            return 1.0  # discarded
+        return changed / left if left else 1.0
+
+    @property
+    def _bits_to_change(self) -> int:
+        return 0
+
+    def broken(self, *, done: bool, stdout: str = "") -> list[str]:
+        """Return what has not been kept, a line each.
+
+        ``done``: the job has said that it is; ``stdout`` is what else it has said.
+        """
+        self.stdout = stdout
+        try:
+            return list(self._broken(done))
+        except (OSError, ValueError, oracle.OracleError) as error:
+            return [f"cannot be read any more: {error!r}"]
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        raise NotImplementedError
+
+    def make_way(self) -> None:
+        """Remove what an interrupted job may leave in the way of the next try."""
+
+    # Parts of promises
+
+    def _same_view(self) -> Iterator[str]:
+        yield from differs(VIEW, oracle.guest_bytes(self.files.path), self.view)
+
+    def _untouched(self, paths: list[str]) -> Iterator[str]:
+        for path in paths:
+            yield from differs(os.path.basename(path), read_file(path), self.before[path])
+
+    def _same_header(self) -> Iterator[str]:
+        """All of it but the one flag that a job may change."""
+        end = max(4 * KiB, self.cluster_size)
+        now, then = (bytearray(each[:end]) for each in self._cow_then_and_now())
+        now[32] &= ~1
+        then[32] &= ~1
+        yield from differs("the header", bytes(now), bytes(then))
+
+    def _cow_then_and_now(self) -> tuple[bytes, bytes]:
+        return self.before[self.files.path], read_file(self.files.path)
+
+    def _no_stray_bits(self) -> Iterator[str]:
+        stray = stray_bits(self.files.path)
+        if stray:
+            yield f"bits past the last cluster: {sorted(stray)}"
+
+
+class Commit(Promise):
+    """Commit, and what it leaves in the backing."""
+
+    job = "commit"
+
+    def __init__(self, files: Files) -> None:
+        super().__init__(files)
+        assert files.backing is not None
+        self.backing = files.backing
+        self.below = self._backing_view()
+
+    def _backing_view(self) -> bytes:
+        path = self.backing.path
+        if path != self.backing.image:
+            return oracle.guest_bytes(path)
+        data = read_file(path)
+        return data[: sector_floor(len(data))]
+
+    @property
+    def _bits_to_change(self) -> int:
+        return len(self.stored_bits)
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        yield from self._same_view()
+        yield from self._untouched(self.backing.below)
+        yield from self._elsewhere(self._backing_view())
+        yield from self._overlay()
+        if done:
+            whole = self._backing_view()[: self.size]
+            yield from differs("the backing", whole, self.view)
+            yield from self._emptied()
+
+    def _elsewhere(self, now: bytes) -> Iterator[str]:
+        """The backing outside the clusters that were local, and its length."""
+        grown = max(len(self.below), self.size)
+        if len(now) not in (len(self.below), grown):
+            yield f"the backing is {len(now)} bytes long, neither {len(self.below)} nor {grown}"
+            return
+        expected = bytearray(self.below.ljust(len(now), b"\0"))
+        for cluster in self.bits:
+            start, stop = span(cluster, self.cluster_size, min(self.size, len(now)))
+            expected[start:stop] = now[start:stop]
+        yield from differs("the backing where nothing was local", now, bytes(expected))
+
+    def _overlay(self) -> Iterator[str]:
+        yield from self._same_header()
+        new = frozenset(oracle.allocated(self.files.path)) - self.bits
+        if new:
+            yield f"clusters became local: {sorted(new)}"
+
+    def _emptied(self) -> Iterator[str]:
+        local = oracle.allocated(self.files.path)
+        if local:
+            yield f"clusters are still local: {local}"
+        yield from self._no_stray_bits()
+
+    def leftovers(self) -> int:
+        """Return the first place in the image that still takes space; -1 when none does."""
+        with open(self.files.image, "rb") as image:
+            try:
+                return os.lseek(image.fileno(), 0, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return -1
+
+
+class CommitKeeping(Commit):
+    """Commit -d: the overlay stays what it is."""
+
+    options = ("-d",)
+
+    def _overlay(self) -> Iterator[str]:
+        yield from self._untouched(self.files.own)
+
+    def _emptied(self) -> Iterator[str]:
+        yield from ()
+
+
+class Flatten(Promise):
+    """Flatten, with its overlay left in place."""
+
+    job = "flatten"
+
+    @property
+    def _bits_to_change(self) -> int:
+        return -(-self.size // self.cluster_size) - len(self.stored_bits)
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        yield from self._same_view()
+        yield from self._untouched(self.files.below)
+        yield from self._same_header()
+        lost = self.stored_bits - frozenset(oracle.allocated(self.files.path))
+        if lost:
+            yield f"clusters are no longer local: {sorted(lost)}"
+        yield from self._image(done)
+        if done and not oracle.read_header(self.files.path).all_allocated:
+            yield "ALL_ALLOCATED is not set"
+
+    def _image(self, whole: bool) -> Iterator[str]:
+        data = read_file(self.files.image)
+        if len(data) != len(self.before[self.files.image]):
+            yield f"the image is {len(data)} bytes long"
+        if whole:
+            yield from differs(f"{VIEW}, which is the image now,", data[: self.size], self.view)
+
+
+class FlattenDiscarding(Flatten):
+    """Flatten --discard: the overlay goes when the image is the disk."""
+
+    options = ("--discard",)
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        if os.path.exists(self.files.path):
+            if done:
+                yield "the overlay is still there"
+            yield from super()._broken(False)
+            return
+        yield from self._untouched(self.files.below)
+        yield from self._image(True)
+
+
+class Convert(Promise):
+    """Convert into a new file beside the chain."""
+
+    job = "convert"
+
+    @cached_property
+    def target(self) -> str:
+        """The new file."""
+        return os.path.join(os.path.dirname(self.files.path), "new.raw")
+
+    def command(self, jobs: int) -> list[str]:
+        return [*super().command(jobs), self.target, "-O", "raw"]
+
+    def make_way(self) -> None:
+        if os.path.exists(self.target):
+            os.unlink(self.target)
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        yield from self._untouched(self.files.everything)
+        yield from self._same_view()
+        if done:
+            yield from differs("the new file", read_file(self.target), self.view)
+
+
+class Write(NamedTuple):
+    """One write of a guest; no pattern means zeros. Of no length: a flush."""
+
+    start: int = 0
+    stop: int = 0
+    pattern: int = 0
+
+    @property
+    def is_flush(self) -> bool:
+        """Whether nothing is written, but all that was becomes durable."""
+        return self.start == self.stop
+
+    def line(self) -> str:
+        """The command of `addcow io`. After a flush, an answer shows that it is done."""
+        if self.is_flush:
+            return "flush\nlength\n"
+        how = f"-P {self.pattern}" if self.pattern else "-z"
+        return f"write {how} {self.start} {self.stop - self.start}\n"
+
+    def into(self, data: bytearray, start: int) -> None:
+        """Carry it out on the bytes that begin at ``start``."""
+        first = max(self.start, start) - start
+        stop = min(self.stop - start, len(data))
+        if first < stop:
+            data[first:stop] = bytes([self.pattern]) * (stop - first)
+
+
+class Heard(NamedTuple):
+    """What a guest knows from the answers it got."""
+
+    flushed: int  # the steps before the last flush that was answered
+    following: int  # the steps before the flush after that one, or before the end
+    failed: list[Write]
+
+
+class Io(Promise):
+    """A guest that writes and now and then flushes."""
+
+    job = "io"
+    has_jobs = False
+
+    def __init__(self, files: Files, writes: list[Write]) -> None:
+        super().__init__(files)
+        self.writes = writes
+        self.stdin = "".join(write.line() for write in writes)
+
+    def again(self) -> Io:
+        return Io(self.files, self.writes)
+
+    @property
+    def _bits_to_change(self) -> int:
+        return len(self._written - self.stored_bits)
+
+    @cached_property
+    def _written(self) -> frozenset[int]:
+        """The clusters that some write touches."""
+        return self._touched_by(self.writes)
+
+    def _touched_by(self, writes: list[Write]) -> frozenset[int]:
+        size = self.cluster_size
+        return frozenset(
+            cluster
+            for write in writes
+            for cluster in range(write.start // size, -(-write.stop // size))
+        )
+
+    def _heard(self, done: bool) -> Heard:
+        lines = iter(self.stdout.split("\n")[:-1])
+        points, failed = [0], []
+        for at, write in enumerate(self.writes):
+            answer = next(lines, None)
+            if answer is None:
+                break
+            if write.is_flush:
+                points.append(at)
+            elif answer.startswith("wrote"):
+                next(lines, None)  # how fast
+            else:
+                failed.append(write)
+        flushes = [at for at, write in enumerate(self.writes) if write.is_flush]
+        last = len(self.writes) if done else points[-1]
+        return Heard(last, ([at for at in flushes if at > last] + [len(self.writes)])[0], failed)
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        yield from self._untouched(self.files.below)
+        yield from self._same_header()
+        heard = self._heard(done)
+        flushed = self.bits | (self._touched_by(self.writes[: heard.flushed]))
+        local = frozenset(oracle.allocated(self.files.path))
+        unsure = self._touched_by(heard.failed)
+        if (flushed - unsure) - local or local - self.bits - self._written:
+            yield f"clusters that are local or not without reason: {sorted(local ^ flushed)}"
+        seen = oracle.guest_bytes(self.files.path)
+        yield from self._unwritten(seen)
+        for cluster in sorted(self._written - unsure):
+            yield from self._cluster(cluster, seen, heard, cluster in flushed, cluster in local)
+        for cluster in sorted(unsure):
+            yield from self._unsure_cluster(cluster, seen)
+
+    def _unwritten(self, seen: bytes) -> Iterator[str]:
+        expected = bytearray(self.view)
+        for cluster in self._written:
+            start, stop = span(cluster, self.cluster_size, self.size)
+            expected[start:stop] = seen[start:stop]
+        yield from differs(f"{VIEW} where nothing was written", seen, bytes(expected))
+
+    def _cluster(
+        self, cluster: int, seen: bytes, heard: Heard, flushed: bool, local: bool
+    ) -> Iterator[str]:
+        """One cluster that was written, sector by sector, against what it may hold."""
+        start, stop = span(cluster, self.cluster_size, self.size)
+        states = self._states(start, stop)
+        if flushed:
+            allowed = states[heard.flushed :]
+        else:
+            allowed = states[heard.following :] if local else states[:1]
+        since = f"{heard.flushed} of {len(self.writes)} steps were flushed"
+        yield from _one_of(allowed, seen[start:stop], start, since)
+
+    def _unsure_cluster(self, cluster: int, seen: bytes) -> Iterator[str]:
+        """One cluster with a write that failed, perhaps half done: every byte was asked for."""
+        start, stop = span(cluster, self.cluster_size, self.size)
+        alone = []
+        for write in self.writes:
+            data = bytearray(self.view[start:stop])
+            write.into(data, start)
+            alone.append(bytes(data))
+        for at, now in enumerate(seen[start:stop]):
+            if all(data[at] != now for data in alone):
+                yield f"{VIEW} at {start + at} is {now}, which nobody has written there"
+                return
+
+    def _states(self, start: int, stop: int) -> list[bytes]:
+        """The bytes ``[start, stop)`` after none of the steps, after the first, and so on."""
+        data = bytearray(self.view[start:stop])
+        states = [bytes(data)]
+        for write in self.writes:
+            write.into(data, start)
+            states.append(bytes(data))
+        return states
+
+
+def _one_of(allowed: list[bytes], seen: bytes, start: int, why: str) -> list[str]:
+    """Return a line unless every sector is that of one of the allowed states."""
+    for at in range(0, len(seen), SECTOR):
+        now = seen[at : at + SECTOR]
+        if all(state[at : at + SECTOR] != now for state in allowed):
+            return [f"{VIEW} at {start + at} is {now[:8]!r}, which it cannot be: {why}"]
+    return []
+
+
+def random_writes(rng: random.Random, size: int, count: int) -> Iterator[Write]:
+    """Sectors here and there, often close to each other, and a flush at every eighth or so."""
+    sectors = size // SECTOR
+    place = 0
+    for _ in range(count):
+        place = rng.randrange(sectors) if rng.random() < 0.6 else min(place, sectors - 1)
+        stop = min(place + rng.choice([1, 7, 8, 128, 300, 1024]), sectors)
+        yield Write(place * SECTOR, stop * SECTOR, rng.randrange(256))
+        place = stop
+        if rng.random() < 0.15:
+            yield Write()
+
+
+#: What each command promises, by its words; `io` needs its writes as well.
+KINDS: dict[str, type[Promise]] = {
+    "commit": Commit,
+    "commit -d": CommitKeeping,
+    "flatten": Flatten,
+    "flatten --discard": FlattenDiscarding,
+    "convert": Convert,
+}
+
+#: Ways to do the same.
+MANNERS = (
+    (),
+    (),
+    (),
+    ("--copy", "buffer"),
+    ("--copy", "range"),
+    ("--copy", "clone"),
+    ("-t", "none"),
+    ("-S", "4k"),
+)
+
+
+def promise_of(words: str, files: Files, rng: random.Random) -> Promise:
+    """Return what the command ``words`` promises about ``files``, done in a random manner."""
+    if words == "io":
+        size = oracle.virtual_size(files.path)
+        return Io(files, list(random_writes(rng, size, rng.randint(1, 40))))
+    promise = KINDS[words](files)
+    promise.manner = rng.choice(MANNERS)
+    return promise
+
+
+def differs(what: str, now: bytes, then: bytes) -> list[str]:
+    """Return nothing when both are the same, else one line with the first difference."""
+    if now == then:
+        return []
+    if len(now) != len(then):
+        return [f"{what} is {len(now)} bytes long instead of {len(then)}"]
+    wrong = [
+        at for at in range(0, len(now), SECTOR) if now[at : at + SECTOR] != then[at : at + SECTOR]
+    ]
+    at = wrong[0]
+    return [
+        f"{what}: {len(wrong)} sectors differ, the first at {at}: "
+        f"{now[at : at + 8]!r} instead of {then[at : at + 8]!r}"
+    ]

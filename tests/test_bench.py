@@ -1,0 +1,206 @@
+"""The bench, on a few megabytes: that it measures what it says, and tells what it measured.
+
+No figure is judged here. What is: that every case that can run ends in all three documents,
+that a peer which does not do its job is found out, that what cannot run is told, and that
+nothing is left behind.
+"""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from command import PATIENCE, tool
+from golden import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+from bench_cases import STAGES
+from bench_chart import chart
+from bench_report import Result, Timing, told_ratio
+from bench_runs import Case, Measure
+
+XFS = ["xfs-commit", "xfs-flatten", "sparse-16t"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    tool("qemu-img", "--version", cwd=tmp_path)
+    if not Path(sys.executable).with_name("addcow").exists():
+        pytest.skip("addcow is not installed beside this Python")
+    (tmp_path / "files").mkdir()
+    return tmp_path
+
+
+def words(here: Path, *cases: str) -> list[str]:
+    chosen = [word for case in cases for word in ("--only", case)]
+    places = ["--dir", str(here / "files"), "--output", str(here / "told")]
+    bench = str(ROOT / "tools" / "bench.py")
+    return [sys.executable, bench, *places, "--scale", "1/2048", "--runs", "1", *chosen]
+
+
+def bench(here: Path, *cases: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    """Run some cases; ``path`` is a directory of programs that come before the system's."""
+    return subprocess.run(
+        words(here, *cases),
+        env={**os.environ, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def told(here: Path) -> dict[str, Any]:
+    """What the JSON document says, by case."""
+    document = json.loads((here / "told" / "bench.json").read_text())
+    return {one["case"]: one for one in document["cases"]}
+
+
+def all_cases() -> list[Case]:
+    return [case for stage in STAGES for case in stage.cases]
+
+
+def test_every_case_without_a_loop_device_is_measured_and_told(here: Path) -> None:
+    cases = [case.name for case in all_cases() if case.name not in XFS]
+    done = bench(here, *cases)
+    assert done.returncode == 0, done
+    found = told(here)
+    assert list(found) == cases
+    table = (here / "told" / "bench.md").read_text()
+    drawing = (here / "told" / "bench.svg").read_text()
+    labels = [element.text for element in ET.fromstring(drawing).iter() if element.text]  # noqa: S314
+    for name, one in found.items():
+        assert len(one["contenders"]) >= 2, one
+        assert all(each["seconds"] and each["median"] > 0 for each in one["contenders"])
+        assert one["reached"] in ((None,) if one["target"] is None else (True, False))
+        assert f"| **{name}**: " in table
+        assert name in labels
+    assert list((here / "files").iterdir()) == []
+
+
+def test_the_document_says_on_what_and_how_it_was_measured(here: Path) -> None:
+    assert bench(here, "startup").returncode == 0
+    document = json.loads((here / "told" / "bench.json").read_text())
+    assert document["runs"] == 1
+    assert document["scale"] == "1/2048"
+    assert document["machine"].keys() >= {"cpu", "cores", "memory", "kernel", "file-system"}
+    assert document["versions"].keys() >= {"python", "addcow-mp", "qemu-img", "bitarray", "typer"}
+    said = " ".join(document["conditions"])
+    assert "page cache is hot" in said
+    assert "synced before each run" in said
+
+
+def test_cases_on_xfs_are_measured_there_or_skipped_with_the_reason(here: Path) -> None:
+    done = bench(here, *XFS)
+    assert done.returncode == 0, done
+    for one in told(here).values():
+        assert one.get("file-system") == "xfs" or one["skipped"], one
+    if os.geteuid() != 0:
+        assert all("root" in one["skipped"] for one in told(here).values())
+    assert str(here) not in Path("/proc/self/mountinfo").read_text()
+    assert list((here / "files").iterdir()) == []
+
+
+def impostor(here: Path, behaviour: str) -> str:
+    """A directory with a qemu-img that behaves so when asked to commit, else as the real one."""
+    real = shutil.which("qemu-img")
+    directory = here / "bin"
+    directory.mkdir()
+    program = directory / "qemu-img"
+    program.write_text(f'#!/bin/sh\n[ "$1" = commit ] && {behaviour}\nexec {real} "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return str(directory)
+
+
+def test_a_peer_that_does_nothing_is_found_out(here: Path) -> None:
+    done = bench(here, "commit-64k-unsafe", "check", path=impostor(here, "exit 0"))
+    assert done.returncode == 1, done
+    assert "peer-base.raw" in told(here)["commit-64k-unsafe"]["failed"]
+    assert told(here)["check"]["ratio"] > 0
+
+
+def test_a_peer_that_fails_is_told_with_its_words(here: Path) -> None:
+    path = impostor(here, "{ echo no commits today >&2; exit 3; }")
+    done = bench(here, "commit-64k-unsafe", path=path)
+    assert done.returncode == 1, done
+    assert "exit status 3: no commits today" in told(here)["commit-64k-unsafe"]["failed"]
+    assert "failed: " in (here / "told" / "bench.md").read_text()
+
+
+def test_interrupted_it_leaves_nothing_behind(here: Path) -> None:
+    running = subprocess.Popen(words(here), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + PATIENCE
+    while not list((here / "files").glob("*/*/top.add-cow")):
+        assert time.monotonic() < deadline, "it never began"
+        assert running.poll() is None, running.stderr
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 130
+    assert b"Traceback" not in said
+    assert list((here / "files").iterdir()) == []
+
+
+def test_an_unknown_case_is_refused_with_the_known_ones(here: Path) -> None:
+    done = bench(here, "commit-17m")
+    assert done.returncode == 1
+    assert "no such case: commit-17m" in done.stderr
+    assert "commit-16m-unsafe" in done.stderr
+    assert not (here / "told").exists()
+
+
+def test_the_list_names_every_case_with_its_target(here: Path) -> None:
+    done = subprocess.run([*words(here), "--list"], capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        case.name for case in all_cases()
+    ]
+    assert "at least 15" in done.stdout
+    assert "at most 1.3" in done.stdout
+
+
+# ---- how figures are made of runs ----
+
+
+def result(
+    ours: list[float], *peers: tuple[list[float], bool], measure: Measure, target: float
+) -> Result:
+    case = Case(name="x", title="X", contenders=lambda *_: [], target=target, measure=measure)
+    timings = [Timing("addcow", "addcow x", counted=True, seconds=ours)]
+    timings += [Timing("peer", "peer x", counted=known, seconds=runs) for runs, known in peers]
+    return Result(case, "ext4", timings)
+
+
+def test_the_median_of_the_fastest_counted_peer_is_what_counts() -> None:
+    peers = ([5.0, 3.0, 90.0], True), ([7.0, 7.0, 1.0], True), ([0.1, 0.1, 0.1], False)
+    one = result([2.0, 1.0, 80.0], *peers, measure=Measure.SPEED, target=2.5)
+    assert one.ratio == 2.5
+    assert one.reached
+    assert told_ratio(one) == "2.50 times as fast"
+
+
+@pytest.mark.parametrize(("seconds", "reached"), [(1.2, True), (1.25, True), (1.26, False)])
+def test_a_cost_is_the_other_way_round(seconds: float, reached: bool) -> None:
+    one = result([seconds], ([1.0], True), measure=Measure.COST, target=1.25)
+    assert one.ratio == pytest.approx(seconds)
+    assert one.reached is reached
+
+
+def test_bars_grow_to_the_right_when_faster_and_to_the_left_when_slower() -> None:
+    fast = result([1.0], ([4.0], True), measure=Measure.SPEED, target=2.0)
+    slow = result([4.0], ([1.0], True), measure=Measure.SPEED, target=2.0)
+    elements = ET.fromstring(chart([fast.bar(), slow.bar()])).iter()  # noqa: S314
+    bars = [one.attrib for one in elements if one.get("height") == "16"]
+    right, left = (float(one["x"]) for one in bars)
+    widths = [float(one["width"]) for one in bars]
+    assert left < right
+    assert left + widths[1] == pytest.approx(right, abs=0.2)
+    assert widths[0] == pytest.approx(widths[1], abs=0.2)
+    assert bars[0]["fill"] != bars[1]["fill"]

@@ -1,0 +1,498 @@
+"""Who else needs the file: commit, flatten and --discard ask before they change anything.
+
+Everything happens in a small farm: a base, an overlay to work on, and another overlay that
+depends on some file, under every kind of name and in every kind of place. A refusal exits
+with 1, lists the dependants in one line and leaves every byte of the farm as it was; with
+--force the job is done. Only an image file that two overlays name is refused always.
+
+Two overlays of one base are no obstacle to each other's flatten: what is asked for is always
+the file that would change.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command import (
+    ALL_ALLOCATED,
+    CLUSTER,
+    PATIENCE,
+    TiB,
+    addcow,
+    bits,
+    draw,
+    draw_raw,
+    guest_picture,
+    look,
+    overlay_bytes,
+    patch,
+    refused,
+    snapshot,
+    succeed,
+)
+
+TOP, BASE, OTHER = "top.add-cow", "base.img", "other.add-cow"
+DEEP = 1200
+
+
+def named(image: str = "other.raw", backing: str = BASE, backing_format: str = "raw") -> bytes:
+    """Return an overlay file of three clusters that names these files."""
+    return overlay_bytes(
+        image=image,
+        size=3 * CLUSTER,
+        backing=backing,
+        backing_format=backing_format,
+        compatible=0 if backing else ALL_ALLOCATED,
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A directory with a base, one overlay over it, and nobody else."""
+    draw_raw(tmp_path / BASE, "ABC")
+    draw(tmp_path / TOP, "-X-")
+    return tmp_path
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    """The same with an overlay in the middle."""
+    draw_raw(tmp_path / BASE, "ABC")
+    draw(tmp_path / "mid.add-cow", "M--")
+    draw(tmp_path / TOP, "-X-", "mid.add-cow", backing_format="add-cow")
+    return tmp_path
+
+
+def assert_refused(here: Path, *words: str, of: str, dependants: tuple[str | Path, ...]) -> str:
+    """Insist on a refusal that names the file and lists exactly these, and on no change."""
+    before = snapshot(here)
+    line = refused(*words, cwd=here)
+    listed = ", ".join(sorted(os.path.realpath(here / each) for each in dependants))
+    assert f"{of}: other overlays depend on it: {listed}; " in line
+    assert snapshot(here) == before
+    return line
+
+
+def assert_alone(here: Path, *words: str) -> None:
+    """Insist that the job finds no dependant, and does what it is for."""
+    succeed(*words, cwd=here)
+
+
+# ---- what is asked for ----
+
+
+def test_commit_asks_for_its_raw_backing(here: Path) -> None:
+    (here / OTHER).write_bytes(named())
+    line = assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
+    assert "--force" in line
+    succeed("commit", "--force", TOP, cwd=here)
+    assert look(here / BASE) == "AXC"
+    assert bits(here / TOP) == "..."
+
+
+def test_commit_that_keeps_the_overlay_asks_all_the_same(here: Path) -> None:
+    (here / OTHER).write_bytes(named())
+    assert_refused(here, "commit", "-d", TOP, of=BASE, dependants=(OTHER,))
+
+
+def test_commit_asks_for_its_add_cow_backing(chain: Path) -> None:
+    (chain / OTHER).write_bytes(named(backing="mid.add-cow", backing_format="add-cow"))
+    assert_refused(chain, "commit", TOP, of="mid.add-cow", dependants=(OTHER,))
+    succeed("commit", "--force", TOP, cwd=chain)
+    assert guest_picture(chain / "mid.add-cow") == "MXC"
+
+
+def test_commit_asks_for_the_backings_own_image(chain: Path) -> None:
+    (chain / OTHER).write_bytes(named(backing="mid.raw"))
+    assert_refused(chain, "commit", TOP, of="mid.raw", dependants=(OTHER,))
+    succeed("commit", "--force", TOP, cwd=chain)
+
+
+def test_commit_asks_for_the_overlays_image(here: Path) -> None:
+    (here / OTHER).write_bytes(named(backing="top.raw"))
+    assert_refused(here, "commit", TOP, of="top.raw", dependants=(OTHER,))
+    succeed("commit", "--force", TOP, cwd=here)
+
+
+def test_commit_does_not_ask_for_what_lies_below_its_backing(chain: Path) -> None:
+    (chain / OTHER).write_bytes(named(backing=BASE))
+    assert_alone(chain, "commit", TOP)
+    assert guest_picture(chain / "mid.add-cow") == "MXC"
+
+
+def test_flatten_asks_for_its_image(here: Path) -> None:
+    (here / OTHER).write_bytes(named(backing="top.raw"))
+    assert_refused(here, "flatten", TOP, of="top.raw", dependants=(OTHER,))
+    succeed("flatten", "--force", TOP, cwd=here)
+    assert look(here / "top.raw") == "AXC"
+
+
+def test_flatten_changes_nothing_for_those_above_and_beside(here: Path) -> None:
+    (here / OTHER).write_bytes(named())
+    (here / "above.add-cow").write_bytes(named(backing=TOP, backing_format="add-cow"))
+    assert_alone(here, "flatten", TOP)
+
+
+def test_discard_asks_for_the_add_cow_file(here: Path) -> None:
+    (here / "above.add-cow").write_bytes(named(backing=TOP, backing_format="add-cow"))
+    assert_refused(here, "flatten", "--discard", TOP, of=TOP, dependants=("above.add-cow",))
+    succeed("flatten", TOP, cwd=here)
+    assert_refused(here, "flatten", "--discard", TOP, of=TOP, dependants=("above.add-cow",))
+    succeed("flatten", "--discard", "--force", TOP, cwd=here)
+    assert not (here / TOP).exists()
+
+
+def test_readers_ask_nobody(here: Path) -> None:
+    (here / OTHER).write_bytes(named(image="top.raw"))
+    for words in (("info",), ("map",), ("io", "-r", "-c", "map")):
+        succeed(*words, TOP, cwd=here)
+    succeed("convert", "-O", "raw", TOP, "new.raw", cwd=here)
+
+
+# ---- found by content, whatever the name ----
+
+
+@pytest.mark.parametrize(
+    "name", ["photo.jpg", ".hidden", "no suffix", "base.img.bak", "x\ny", "é\u202e.add-cow", "-r"]
+)
+def test_an_overlay_is_found_under_any_name(here: Path, name: str) -> None:
+    (here / name).write_bytes(named())
+    before = snapshot(here)
+    line = refused("commit", TOP, cwd=here)
+    assert name.replace("\n", " ") in line
+    assert snapshot(here) == before
+
+
+def test_all_dependants_are_listed(here: Path) -> None:
+    names = tuple(f"vm{number}.add-cow" for number in range(12))
+    for name in names:
+        (here / name).write_bytes(named())
+    assert_refused(here, "commit", TOP, of=BASE, dependants=names)
+
+
+def test_a_name_alone_makes_no_overlay(here: Path) -> None:
+    (here / OTHER).write_bytes(b"QFI\xfb" + named()[4:])
+    assert_alone(here, "commit", TOP)
+
+
+def test_an_overlay_that_needs_another_file_is_no_dependant(here: Path) -> None:
+    draw_raw(here / "other-base.img", "ABC")
+    (here / OTHER).write_bytes(named(backing="other-base.img"))
+    (here / "lone.add-cow").write_bytes(named(image="lone.raw", backing=""))
+    (here / "broken.add-cow").write_bytes(named(image="gone.raw", backing="gone.img"))
+    assert_alone(here, "commit", TOP)
+
+
+# ---- named by inode ----
+
+
+def hard_link(here: Path) -> str:
+    (here / "same.img").hardlink_to(here / BASE)
+    return "same.img"
+
+
+def symbolic_link(here: Path) -> str:
+    (here / "link.img").symlink_to(BASE)
+    return "link.img"
+
+
+def linked_directory(here: Path) -> str:
+    (here / "dir").symlink_to(here)
+    return f"dir/dir/{BASE}"
+
+
+def way_round(here: Path) -> str:
+    (here / "sub").mkdir()
+    return f"sub/..//./sub/../{BASE}"
+
+
+def absolute(here: Path) -> str:
+    return str(here / BASE)
+
+
+def dotted(here: Path) -> str:
+    return f"./{BASE}"
+
+
+SPELLINGS = (hard_link, symbolic_link, linked_directory, way_round, absolute, dotted)
+
+
+@pytest.mark.parametrize("spell", SPELLINGS)
+def test_a_dependant_is_found_however_it_spells_the_name(
+    here: Path, spell: Callable[[Path], str]
+) -> None:
+    (here / OTHER).write_bytes(named(backing=spell(here)))
+    assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
+
+
+@pytest.mark.parametrize("spell", SPELLINGS)
+def test_a_dependant_is_found_however_the_chain_spells_the_name(
+    here: Path, spell: Callable[[Path], str]
+) -> None:
+    (here / OTHER).write_bytes(named())
+    (here / TOP).write_bytes(named(image="top.raw", backing=spell(here)))
+    assert "other overlays depend on it" in refused("commit", TOP, cwd=here)
+
+
+# ---- where ----
+
+
+def farm(tmp_path: Path) -> None:
+    """Make directories for bases, overlays and images, as large farms have them."""
+    for name in ("bases", "overlays", "images", "elsewhere/a/b"):
+        (tmp_path / name).mkdir(parents=True)
+    draw_raw(tmp_path / "bases" / BASE, "ABC")
+    draw_raw(tmp_path / "images" / "top.raw", "-X-")
+    top = tmp_path / "overlays" / TOP
+    top.write_bytes(named(image="../images/top.raw", backing=f"../bases/{BASE}"))
+    patch(top, CLUSTER, b"\2")
+
+
+ROOTS = ("--root", "bases", "--root", "images")
+
+
+@pytest.mark.parametrize("place", ["bases", "overlays", "images"])
+@pytest.mark.parametrize("keep", [(), ("-d",)])
+def test_every_directory_of_the_files_concerned_is_looked_in(
+    tmp_path: Path, place: str, keep: tuple[str, ...]
+) -> None:
+    farm(tmp_path)
+    other = Path(place, OTHER)
+    (tmp_path / other).write_bytes(named(backing=f"../bases/{BASE}"))
+    words = ("commit", *keep, *ROOTS, f"overlays/{TOP}")
+    assert_refused(tmp_path, *words, of=BASE, dependants=(other,))
+
+
+def test_flatten_looks_beside_the_overlay_for_others_of_its_image(tmp_path: Path) -> None:
+    farm(tmp_path)
+    other = Path("overlays", OTHER)
+    (tmp_path / other).write_bytes(named(backing="../images/top.raw"))
+    words = ("flatten", *ROOTS, f"overlays/{TOP}")
+    assert_refused(tmp_path, *words, of="top.raw", dependants=(other,))
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "elsewhere/a/b"])
+def test_roots_are_searched_to_the_bottom(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    farm(tmp_path)
+    other = Path(place, "deep")
+    (tmp_path / other).write_bytes(named(backing=str(tmp_path / "bases" / BASE)))
+    words = ("commit", *ROOTS, "--root", "elsewhere", f"overlays/{TOP}")
+    assert_refused(tmp_path, *words, of=BASE, dependants=(other,))
+    roots = ":".join(str(tmp_path / name) for name in ("bases", "images", "elsewhere"))
+    monkeypatch.setenv("ADDCOW_ROOTS", roots)
+    assert_refused(tmp_path, "commit", f"overlays/{TOP}", of=BASE, dependants=(other,))
+
+
+def test_what_lies_elsewhere_is_not_looked_for(tmp_path: Path) -> None:
+    farm(tmp_path)
+    path = tmp_path / "elsewhere" / OTHER
+    path.write_bytes(named(backing=str(tmp_path / "bases" / BASE)))
+    assert_alone(tmp_path, "commit", *ROOTS, f"overlays/{TOP}")
+
+
+def test_an_overlay_met_in_two_places_is_listed_once(here: Path) -> None:
+    (here / OTHER).write_bytes(named())
+    words = ("commit", "--root", ".", "--root", str(here), TOP)
+    assert_refused(here, *words, of=BASE, dependants=(OTHER,))
+
+
+# ---- members of the own chain ----
+
+
+def test_the_own_chain_is_no_dependant(chain: Path) -> None:
+    (chain / "same.add-cow").hardlink_to(chain / TOP)
+    assert_alone(chain, "commit", "--root", ".", TOP)
+    assert_alone(chain, "flatten", "--root", ".", TOP)
+
+
+def test_who_stands_above_is_no_member(chain: Path) -> None:
+    assert_alone(chain, "flatten", "mid.add-cow")
+    draw(chain / "mid.add-cow", "M--")
+    draw(chain / OTHER, "---")
+    assert_refused(chain, "commit", "mid.add-cow", of=BASE, dependants=(OTHER,))
+
+
+def test_backups_of_a_repair_are_no_dependants(here: Path) -> None:
+    patch(here / TOP, 300, b"junk")
+    succeed("check", "-r", "all", TOP, cwd=here)
+    assert_alone(here, "commit", TOP)
+    assert_alone(here, "flatten", TOP)
+    assert look(here / BASE) == "AXC"
+
+
+# ---- one image file, two overlays ----
+
+SHARED = "two overlays cannot share an image file"
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("job", [("commit",), ("flatten",), ("flatten", "--discard")])
+def test_a_shared_image_is_refused_always(
+    here: Path, job: tuple[str, ...], force: tuple[str, ...]
+) -> None:
+    (here / "same.raw").hardlink_to(here / "top.raw")
+    (here / OTHER).write_bytes(named(image="same.raw"))
+    patch(here / OTHER, 44, b"raw")
+    before = snapshot(here)
+    line = refused(*job, *force, TOP, cwd=here)
+    assert OTHER in line
+    assert SHARED in line or not force
+    assert snapshot(here) == before
+
+
+def test_a_repair_does_not_free_what_another_overlay_holds(here: Path) -> None:
+    (here / OTHER).write_bytes(named(image="top.raw"))
+    view, before = guest_picture(here / TOP), snapshot(here)
+    done = addcow("check", "-r", "leaks", OTHER, cwd=here)
+    assert guest_picture(here / TOP) == view == "AXC"
+    assert done.status in (1, 2)
+    assert TOP in done.said
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("spell", ["top.raw", "./top.raw", "same.raw", "link.raw"])
+def test_create_refuses_the_image_of_another_overlay(here: Path, spell: str) -> None:
+    (here / "same.raw").hardlink_to(here / "top.raw")
+    (here / "link.raw").symlink_to("top.raw")
+    before = snapshot(here)
+    line = refused("create", "-o", f"image_file={spell}", "new.add-cow", cwd=here)
+    assert TOP in line
+    assert SHARED in line
+    assert snapshot(here) == before
+
+
+def test_create_looks_for_the_image_beneath_the_roots(here: Path) -> None:
+    (here / "sub").mkdir()
+    (here / "sub" / OTHER).write_bytes(named(image="../free.raw", backing=""))
+    draw_raw(here / "free.raw", "Q")
+    words = ("create", "-o", "image_file=free.raw", "new.add-cow")
+    line = refused(*words, "--root", "sub", cwd=here)
+    assert OTHER in line
+    assert SHARED in line
+    assert not (here / "new.add-cow").exists()
+    succeed(*words, cwd=here)
+
+
+def test_a_backing_that_is_anothers_image_gives_way_to_force(here: Path) -> None:
+    (here / OTHER).write_bytes(named(image=BASE, backing=""))
+    assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
+    succeed("commit", "--force", TOP, cwd=here)
+    assert look(here / BASE) == "AXC"
+
+
+# ---- candidates that are no good ----
+
+
+def damaged(here: Path, name: str, at: int, data: bytes) -> None:
+    """Write an overlay of the base with some bytes of its header replaced."""
+    content = bytearray(named())
+    content[at : at + len(data)] = data
+    (here / name).write_bytes(content)
+
+
+def fill_with_rubbish(place: Path) -> None:
+    """Put everything into a directory that could disturb somebody who looks through it."""
+    (place / "magic").write_bytes(b"ACOW")
+    (place / "short").write_bytes(named()[:75])
+    (place / "empty").write_bytes(b"")
+    huge = struct.pack("<I", 2**32 - 1)
+    for field in (4, 8):  # where the backing's name is, and how long
+        damaged(place, f"huge-{field}", field, huge)
+        damaged(place, f"none-{field}", field, bytes(4))
+    damaged(place, "far", 4, huge * 4)
+    damaged(place, "nul", 76, b"\0")
+    for name in (
+        "nbd:localhost:1",
+        "json:{}",
+        "/proc/kmsg",
+        "/dev/zero",
+        "fifo",
+        "a" * 900,
+        "loop",
+    ):
+        (place / f"names-{abs(hash(name))}").write_bytes(named(name, name))
+    with (place / "sparse").open("wb") as file:
+        file.truncate(TiB)
+    (place / "directory.add-cow").mkdir()
+    (place / "loop").symlink_to("loop")
+    (place / "round").symlink_to(".")
+    (place / "dangling").symlink_to("nowhere")
+    os.mkfifo(place / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(place / "socket"))
+
+
+@pytest.mark.parametrize("options", [(), ("--root", ".")])
+def test_rubbish_does_no_harm(
+    here: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)  # the path of a socket is short
+    (here / "sub").mkdir()
+    fill_with_rubbish(here)
+    fill_with_rubbish(here / "sub")
+    assert_alone(here, "commit", *options, TOP)
+    assert look(here / BASE) == "AXC"
+
+
+def test_a_dependant_is_found_among_rubbish(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
+    fill_with_rubbish(here)
+    (here / OTHER).write_bytes(named())
+    line = refused("commit", TOP, cwd=here)
+    assert str(here / OTHER) in line
+
+
+@pytest.mark.parametrize(("at", "data"), [(20, b"\xff"), (24, b"\1"), (40, b"\0"), (60, b"\0")])
+def test_a_damaged_overlay_still_needs_what_it_names(here: Path, at: int, data: bytes) -> None:
+    damaged(here, OTHER, at, data)
+    assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
+
+
+def nest(place: Path, depth: int) -> None:
+    """Make directories inside each other, from within: their path may be of any length."""
+    script = "import os, sys\nfor _ in range(int(sys.argv[1])): os.mkdir('d'); os.chdir('d')"
+    subprocess.run([sys.executable, "-c", script, str(depth)], cwd=place, check=True)
+
+
+def unnest(place: Path) -> None:
+    """Remove them again: what cleans up after tests may not be able to."""
+    subprocess.run(["rm", "-rf", "d"], cwd=place, check=True, timeout=PATIENCE)
+
+
+def test_a_root_of_deeply_nested_directories(here: Path) -> None:
+    nest(here, DEEP)
+    try:
+        assert_alone(here, "commit", "--root", ".", TOP)
+    finally:
+        unnest(here)
+    assert look(here / BASE) == "AXC"
+
+
+def without_override() -> list[str]:
+    """Return what to put before a command so that permissions hold for root too."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed, and root reads everything")
+    return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+
+
+def test_unreadable_candidates_are_passed_over(here: Path) -> None:
+    (here / OTHER).write_bytes(named())
+    (here / OTHER).chmod(0)
+    command = [*without_override(), sys.executable, "-m", "addcow_mp", "commit", TOP]
+    done = subprocess.run(
+        command, cwd=here, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert look(here / BASE) == "AXC"

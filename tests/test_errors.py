@@ -1,0 +1,899 @@
+"""Every error of the package, found by walking its modules, and how a user meets it.
+
+A class that nobody thought of here fails a test: it needs a scenario, which is a way for a
+user to meet it. The error that comes out of a scenario is then held to what all errors
+promise: one line that names the file, fields, an exit status, and that it means the same
+on the other side of a pipe.
+
+The last part are commands whose input is hostile or whose output has nowhere to go. They may
+fail, but in one line.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import pickle
+import pkgutil
+import resource
+import signal
+import string
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import (
+    CLUSTER,
+    PATIENCE,
+    KiB,
+    addcow,
+    bits,
+    draw,
+    draw_raw,
+    guest_picture,
+    look,
+    overlay_bytes,
+    pair,
+    put,
+    refused,
+    snapshot,
+)
+
+import addcow_mp
+from addcow_mp import AddcowError
+from addcow_mp.cli.main import run
+from addcow_mp.device import holes
+from addcow_mp.engine import run as run_module
+from addcow_mp.engine.plan import Task
+from addcow_mp.engine.pool import Failed, Pool, Work
+from addcow_mp.jobs.report import Conduct
+
+# ---- all of them ----
+
+
+def every_error() -> list[type[AddcowError]]:
+    """The error classes of all modules of the package."""
+    for module in pkgutil.walk_packages(addcow_mp.__path__, "addcow_mp."):
+        import_module(module.name)
+    return sorted(below(AddcowError), key=lambda kind: (kind.__module__, kind.__name__))
+
+
+def below(kind: type[AddcowError]) -> set[type[AddcowError]]:
+    """A class and all that derive from it, of this package."""
+    own = {kind} if kind.__module__.startswith("addcow_mp.") else set()
+    return own.union(*(below(each) for each in kind.__subclasses__()))
+
+
+def by_name(kind: object) -> str:
+    return kind.__name__ if isinstance(kind, type) else ""
+
+
+def fault(reason: str) -> pytest.MarkDecorator:
+    """The mark of a test that shows a fault which is still there."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+NOT_BY_FIELDS = fault("built from a number and another error, it cannot be built from its fields")
+ERRORS = every_error()
+MARKED = [
+    pytest.param(kind, marks=NOT_BY_FIELDS if kind.__name__ == "_SignalledError" else ())
+    for kind in ERRORS
+]
+each_error = pytest.mark.parametrize("kind", MARKED, ids=by_name)
+
+
+def assert_sound(error: AddcowError) -> None:
+    """Assert what every error promises."""
+    text = str(error)
+    assert text.strip()
+    assert "\n" not in text
+    assert "{" not in text
+    assert error.exit_code in range(1, 256)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        copy = pickle.loads(pickle.dumps(error, protocol))  # noqa: S301 - our own
+        assert type(copy) is type(error)
+        assert copy.fields == error.fields
+        assert str(copy) == text
+        assert copy.exit_code == error.exit_code
+
+
+def fields_of(kind: type[AddcowError]) -> dict[str, str]:
+    """A value for each field of the template."""
+    names = [name for _, name, _, _ in string.Formatter().parse(kind.template) if name]
+    return {name: f"<the {name}>" for name in names}
+
+
+@each_error
+def test_an_error_is_built_from_its_fields_and_shows_them(kind: type[AddcowError]) -> None:
+    fields = fields_of(kind)
+    error = kind(**fields)
+    assert error.fields == fields
+    assert all(value in str(error) for value in fields.values())
+    assert_sound(error)
+
+
+@each_error
+def test_an_error_keeps_what_its_template_does_not_show(kind: type[AddcowError]) -> None:
+    error = kind(**fields_of(kind), errno=5, extra=("any", b"thing"))
+    assert error.fields["errno"] == 5
+    assert_sound(error)
+
+
+@each_error
+def test_braces_in_a_name_are_nothing_special(kind: type[AddcowError]) -> None:
+    fields = dict.fromkeys(fields_of(kind), "{0}{path}{")
+    assert "{0}{path}{" in str(kind(**fields))
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=by_name)
+def test_an_error_says_in_its_docstring_what_it_means(kind: type[AddcowError]) -> None:
+    assert (kind.__doc__ or "").strip()
+
+
+def test_the_public_errors_are_those_of_the_errors_module() -> None:
+    public = {name for name in addcow_mp.__all__ if name.endswith("Error")}
+    assert public == {each.__name__ for each in ERRORS if each.__module__ == "addcow_mp.errors"}
+
+
+def test_a_system_error_is_told_with_its_own_words() -> None:
+    error = addcow_mp.FileError.of("a.img", "read it", OSError(errno.EIO, "Input/output error"))
+    assert str(error) == "a.img: cannot read it: Input/output error"
+    assert error.fields["errno"] == errno.EIO
+    bare = addcow_mp.FileError.of("a.img", "read it", OSError("no words"))
+    assert str(bare) == "a.img: cannot read it: no words"
+    assert_sound(bare)
+
+
+# ---- how a user meets them ----
+
+
+def usage_error(here: Path) -> None:
+    addcow_mp.create(here / "top.add-cow")
+
+
+def image_error(here: Path) -> None:
+    addcow_mp.open(here)
+
+
+def not_addcow_error(here: Path) -> None:
+    draw_raw(here / "base.img", "A")
+    addcow_mp.open(here / "base.img")
+
+
+def format_error(here: Path) -> None:
+    put(pair(here, "AB", "-X"), 20, b"\1")
+    addcow_mp.open(here / "top.add-cow")
+
+
+def unsupported_error(here: Path) -> None:
+    draw(here / "top.add-cow", "-X", backing="nbd:localhost")
+    addcow_mp.open(here / "top.add-cow")
+
+
+def file_error(here: Path) -> None:
+    addcow_mp.open(here / "missing.add-cow")
+
+
+def sync_error(here: Path) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fdatasync", fail)
+        addcow_mp.commit(pair(here, "AB", "-X"), jobs=0)
+
+
+def range_error(here: Path) -> None:
+    with addcow_mp.open(pair(here, "AB", "-X")) as disk:
+        disk.read(CLUSTER, CLUSTER + 1)
+
+
+def worker_error(here: Path) -> None:
+    top = pair(here, "ABC", "--X")
+    with largest_file(2 * CLUSTER):
+        addcow_mp.commit(top, jobs=0)
+
+
+def stopped_error(here: Path) -> None:
+    from addcow_mp.jobs.commit import commit
+
+    commit(str(pair(here, "AB", "-X")), conduct=Conduct(0, stopping=lambda: True))
+
+
+def unfinished_error(here: Path) -> None:
+    from addcow_mp.jobs.convert import convert
+
+    conduct = Conduct(0, stopping=lambda: True)
+    convert(str(pair(here, "AB", "-X")), str(here / "new.raw"), conduct=conduct)
+
+
+def signalled_error(here: Path) -> None:
+    from addcow_mp.cli.working import working
+    from addcow_mp.device.access import Access
+    from addcow_mp.device.moving import Manner
+    from addcow_mp.jobs.commit import commit
+
+    with working(0, Access(), Manner(), progress=False) as conduct:
+        os.kill(os.getpid(), signal.SIGTERM)
+        commit(str(pair(here, "AB", "-X")), conduct=conduct)
+
+
+def outside_error(here: Path) -> None:
+    (here / "sub").mkdir()
+    draw_raw(here / "base.img", "A")
+    draw(here / "sub" / "top.add-cow", "-X", backing="../base.img")
+    addcow_mp.open(here / "sub" / "top.add-cow")
+
+
+def locked_error(here: Path) -> None:
+    top = pair(here, "AB", "-X")
+    with addcow_mp.open(top, writable=True):
+        addcow_mp.commit(top, jobs=0)
+
+
+def dependants_error(here: Path) -> None:
+    top = pair(here, "AB", "-X")
+    draw(here / "other.add-cow", "-Y")
+    addcow_mp.commit(top, jobs=0)
+
+
+def space_error(here: Path) -> None:
+    fstatvfs = os.fstatvfs
+
+    def full(fd: int) -> os.statvfs_result:
+        status = list(fstatvfs(fd))
+        status[3] = status[4] = 1  # f_bfree, f_bavail
+        return os.statvfs_result(status)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fstatvfs", full)
+        addcow_mp.commit(pair(here, "--", "XY"), jobs=0)
+
+
+def compare_error(here: Path) -> None:
+    from addcow_mp.jobs.compare import compare
+
+    missing = str(here / "missing.add-cow")
+    compare(missing, missing, ("add-cow", "add-cow"), conduct=Conduct(0))
+
+
+class _Killed:
+    def __call__(self, task: Task, slot: int) -> object:  # noqa: ARG002
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+
+class _Faulty:
+    def __call__(self, task: Task, slot: int) -> object:  # noqa: ARG002
+        raise ZeroDivisionError("division by zero")
+
+
+class _Stillborn(_Faulty):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os._exit, (3,))
+
+
+def failing(work: Work, jobs: int) -> None:
+    with Pool(work, jobs) as pool:
+        for result in pool.run([Task(0, 0, 8, 1)]):
+            if isinstance(result, Failed):
+                raise result.error
+
+
+SCENARIOS: dict[str, Callable[[Path], None]] = {
+    "UsageError": usage_error,
+    "ImageError": image_error,
+    "NotAddcowError": not_addcow_error,
+    "FormatError": format_error,
+    "UnsupportedError": unsupported_error,
+    "FileError": file_error,
+    "SyncError": sync_error,
+    "RangeError": range_error,
+    "WorkerError": worker_error,
+    "StoppedError": stopped_error,
+    "UnfinishedError": unfinished_error,
+    "_SignalledError": signalled_error,
+    "OutsideError": outside_error,
+    "LockedError": locked_error,
+    "DependantsError": dependants_error,
+    "SpaceError": space_error,
+    "CompareError": compare_error,
+    "DiedError": lambda _: failing(_Killed(), 1),
+    "UnexpectedError": lambda _: failing(_Faulty(), 0),
+    "UnstartedError": lambda _: failing(_Stillborn(), 1),
+}
+
+EXIT_CODES = {"UsageError": 64, "CompareError": 2, "_SignalledError": 128 + signal.SIGTERM}
+
+# Of these the text says where, or it is put into one that does.
+NO_PATH = {"UsageError", "DiedError", "UnexpectedError", "UnstartedError"}
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file be written beyond ``size``: the system answers as a full disk does."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+@pytest.mark.parametrize(
+    "kind", [each for each in MARKED if each.values != (AddcowError,)], ids=by_name
+)
+def test_a_user_can_meet_it(tmp_path: Path, kind: type[AddcowError]) -> None:
+    scenario = SCENARIOS.get(kind.__name__)
+    assert scenario is not None, f"{kind.__name__} needs a scenario in this module"
+    with pytest.raises(AddcowError) as caught:
+        scenario(tmp_path)
+    error = caught.value
+    assert type(error) is kind, str(error)
+    assert error.exit_code == EXIT_CODES.get(kind.__name__, 1)
+    assert kind.__name__ in NO_PATH or str(tmp_path) in str(error)
+    assert_sound(error)
+
+
+def test_an_error_in_a_worker_is_told_with_its_clusters(tmp_path: Path) -> None:
+    with pytest.raises(addcow_mp.WorkerError) as caught:
+        worker_error(tmp_path)
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / 'top.add-cow'}: clusters 0 to 2: {tmp_path / 'base.img'}:")
+    assert "File too large" in text
+    assert guest_picture(tmp_path / "top.add-cow") == "ABX"
+
+
+def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
+    top = pair(tmp_path, "AB", "-X")
+    put(top, 24, b"\1")
+    before = snapshot(tmp_path)
+    for job in (addcow_mp.commit, addcow_mp.flatten, addcow_mp.open):
+        with pytest.raises(addcow_mp.FormatError):
+            job(top)
+    assert snapshot(tmp_path) == before
+
+
+# ---- other ways to fail ----
+
+
+def test_a_file_cut_short_under_a_reader_is_told(tmp_path: Path) -> None:
+    top = pair(tmp_path, "ABC", "-XY")
+    with addcow_mp.open(top) as disk:
+        os.truncate(tmp_path / "top.raw", CLUSTER)
+        with pytest.raises(addcow_mp.FileError, match="was it cut short meanwhile"):
+            disk.read(2 * CLUSTER, 1)
+
+
+def test_a_backing_cut_short_under_a_reader_is_told(tmp_path: Path) -> None:
+    top = pair(tmp_path, "ABC", "---")
+    with addcow_mp.open(top) as disk:
+        os.truncate(tmp_path / "base.img", CLUSTER)
+        with pytest.raises(addcow_mp.FileError, match="was it cut short meanwhile"):
+            disk.read(2 * CLUSTER, 1)
+
+
+@pytest.mark.parametrize("length", [1, CLUSTER, 3 * CLUSTER - 1])
+def test_a_write_that_does_not_fit_on_the_disk_is_told(tmp_path: Path, length: int) -> None:
+    top = pair(tmp_path, "ABC", "-X-")
+    with addcow_mp.open(top, writable=True) as disk:
+        with largest_file(length), pytest.raises(addcow_mp.FileError, match="File too large"):
+            disk.write(0, b"y" * 3 * CLUSTER)
+        assert disk.read(0, 3 * CLUSTER)[2 * CLUSTER :] == b"C" * CLUSTER
+    assert bits(top) == ".1."
+
+
+def test_a_bitmap_that_does_not_fit_on_the_disk_is_told(tmp_path: Path) -> None:
+    top = pair(tmp_path, "ABC", "-X-")
+    with addcow_mp.open(top, writable=True) as disk:
+        disk.write(0, b"y")
+        with largest_file(CLUSTER), pytest.raises(addcow_mp.FileError, match="write its bitmap"):
+            disk.flush()
+        with pytest.raises(addcow_mp.FileError, match="an earlier flush failed"):
+            disk.write(0, b"z")
+    assert bits(top) == ".1."
+
+
+def test_a_reader_may_not_write(tmp_path: Path) -> None:
+    top = pair(tmp_path, "ABC", "-X-")
+    with addcow_mp.open(top) as disk:
+        with pytest.raises(addcow_mp.ImageError, match="it is open for reading only"):
+            disk.write(0, b"x")
+        with pytest.raises(addcow_mp.ImageError, match="it is open for reading only"):
+            disk.write_zeroes(0, 1)
+
+
+def test_an_exception_while_it_is_open_publishes_nothing(tmp_path: Path) -> None:
+    top = pair(tmp_path, "ABC", "---")
+
+    def fail() -> None:
+        with addcow_mp.open(top, writable=True) as disk:
+            disk.write(0, b"x" * CLUSTER)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert bits(top) == "..."
+
+
+def test_nothing_stays_open_when_opening_fails(tmp_path: Path) -> None:
+    top = pair(tmp_path, "ABC", "-X-")
+    (tmp_path / "base.img").unlink()
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with pytest.raises(addcow_mp.FileError):
+            addcow_mp.open(top, writable=True)
+        with pytest.raises(addcow_mp.FileError):
+            addcow_mp.commit(top, jobs=0)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_an_overlay_that_was_replaced_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    from addcow_mp.jobs.flatten import flatten
+
+    top = pair(tmp_path, "ABC", "-X-")
+    other = tmp_path / "other"
+    other.write_bytes(b"somebody else's")
+
+    def replace(done: int, total: int) -> None:
+        if other.exists():
+            other.rename(top)
+
+    with pytest.raises(addcow_mp.ImageError, match="replaced meanwhile, and is not removed"):
+        flatten(str(top), discard=True, conduct=Conduct(0, replace))
+    assert top.read_bytes() == b"somebody else's"
+    assert look(tmp_path / "top.raw") == "AXC"
+
+
+# ---- what is refused before anything is done ----
+
+
+def deep(here: Path, count: int) -> Path:
+    """A chain of so many overlays over base.img; returns the uppermost."""
+    draw_raw(here / "base.img", "A")
+    below, format_ = "base.img", "raw"
+    for number in range(count):
+        draw(here / f"{number}.add-cow", "-", below, backing_format=format_)
+        below, format_ = f"{number}.add-cow", "add-cow"
+    return here / below
+
+
+def test_a_chain_may_be_deep_but_not_endless(tmp_path: Path) -> None:
+    top = deep(tmp_path, 30)
+    with addcow_mp.open(top) as disk:
+        assert disk.read(0, 1) == b"A"
+    draw(tmp_path / "top.add-cow", "-", top.name, backing_format="add-cow")
+    assert addcow("info", "--backing-chain", top.name, cwd=tmp_path).status == 0
+    for command in (["map"], ["commit", "--jobs", "0"], ["info", "--backing-chain"]):
+        assert "deeper than 30" in refused(*command, "top.add-cow", cwd=tmp_path)
+    report = addcow_mp.check(tmp_path / "top.add-cow")
+    assert [one.name for one in report.findings] == ["chain"]
+
+
+LOCKED_OUT = fault("its own lock on the file is taken for another process's")
+COMMANDS = ["map", *(pytest.param(one, marks=LOCKED_OUT) for one in ("commit", "flatten"))]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_chain_that_comes_back_is_refused(tmp_path: Path, command: str) -> None:
+    draw(tmp_path / "one.add-cow", "-", "two.add-cow", backing_format="add-cow")
+    draw(tmp_path / "two.add-cow", "-", "one.add-cow", backing_format="add-cow")
+    assert "in the chain already" in refused(command, "one.add-cow", cwd=tmp_path)
+
+
+def test_a_chain_that_comes_back_is_described_and_checked(tmp_path: Path) -> None:
+    draw(tmp_path / "one.add-cow", "-", "two.add-cow", backing_format="add-cow")
+    draw(tmp_path / "two.add-cow", "-", "one.add-cow", backing_format="add-cow")
+    said = refused("info", "--backing-chain", "one.add-cow", cwd=tmp_path)
+    assert "comes back to this file" in said
+    report = addcow_mp.check(tmp_path / "one.add-cow")
+    assert [one.name for one in report.findings] == ["chain-cycle"]
+
+
+@pytest.mark.parametrize("command", ["info", *COMMANDS])
+def test_a_file_that_is_its_own_backing_is_refused(tmp_path: Path, command: str) -> None:
+    draw(tmp_path / "top.add-cow", "-", "alias")
+    os.link(tmp_path / "top.raw", tmp_path / "alias")
+    assert "different files" in refused(command, "top.add-cow", cwd=tmp_path)
+    assert addcow_mp.check(tmp_path / "top.add-cow").exit_code == 2
+
+
+@pytest.mark.parametrize("format_", ["qcow2", "vmdk", "luks"])
+def test_a_backing_of_another_format_is_refused_by_name(tmp_path: Path, format_: str) -> None:
+    draw_raw(tmp_path / "base.img", "A")
+    draw(tmp_path / "top.add-cow", "-", backing_format=format_)
+    for command in ("map", "commit", "flatten"):
+        assert f"format '{format_}'" in refused(command, "top.add-cow", cwd=tmp_path)
+    assert addcow("info", "top.add-cow", cwd=tmp_path).status == 0
+
+
+def test_a_damaged_backing_is_a_corruption_of_the_chain(tmp_path: Path) -> None:
+    top = deep(tmp_path, 2)
+    put(tmp_path / "0.add-cow", 20, b"\1")
+    findings = addcow_mp.check(top).findings
+    assert [one.name for one in findings] == ["backing-file"]
+    assert "cluster_bits is 1" in findings[0].message
+    assert "cluster_bits is 1" in refused("map", top.name, cwd=tmp_path)
+
+
+def test_a_backing_that_is_no_overlay_is_a_corruption_of_the_chain(tmp_path: Path) -> None:
+    top = deep(tmp_path, 2)
+    put(tmp_path / "0.add-cow", 0, b"XCOW")
+    assert [one.name for one in addcow_mp.check(top).findings] == ["backing-file"]
+
+
+def test_a_missing_backing_is_still_described(tmp_path: Path) -> None:
+    draw(tmp_path / "top.add-cow", "-X", backing="missing.img")
+    assert addcow_mp.info(tmp_path / "top.add-cow").names.backing == "missing.img"
+    refused("info", "--backing-chain", "top.add-cow", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"size": -1}, "invalid size -1"),
+        ({"size": 1 << 63}, "give 0 to 8 EiB"),
+        ({"size": 512, "cluster_size": 5000}, "give a power of two"),
+        ({"size": 512, "cluster_size": 2048}, "from 4k to 2048k"),
+        ({"size": 512, "backing_format": "raw"}, "needs a backing file"),
+        ({"backing": "base.img"}, "needs its format, which is never guessed"),
+        ({"backing": "base.img", "backing_format": "qcow2"}, "'qcow2' is not supported"),
+        ({"backing": "", "backing_format": "raw"}, "names no file"),
+        ({"size": 512, "image": "a\0b"}, "names no file"),
+        ({"size": 512, "image": "nbd:x"}, "names a protocol"),
+        ({"size": 512, "image_format": "qcow2"}, "the image file is raw"),
+        ({"size": 512, "image": "top.add-cow"}, "the same file"),
+        ({"size": 512, "image": "base.img/x"}, "Not a directory"),
+        ({"size": 512, "image": "x" * 300}, "File name too long"),
+        ({"size": 512, "image": "."}, "a directory, not a regular file"),
+        ({"backing": "base.img", "backing_format": "raw", "image": "base.img"}, "same file"),
+    ],
+)
+def test_what_create_cannot_make_is_refused_and_leaves_nothing(
+    tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    draw_raw(tmp_path / "base.img", "A")
+    before = snapshot(tmp_path)
+    with pytest.raises(AddcowError) as caught:
+        addcow_mp.create(tmp_path / "top.add-cow", **options)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_an_image_that_the_backing_chain_uses_is_refused(tmp_path: Path) -> None:
+    top = pair(tmp_path, "AB", "-X")
+    for image in ("top.raw", "base.img"):
+        with pytest.raises(addcow_mp.ImageError, match="the backing chain uses this file"):
+            addcow_mp.create(
+                tmp_path / "new.add-cow", backing=top, backing_format="add-cow", image=image
+            )
+
+
+def test_a_name_with_a_colon_is_stored_as_a_path(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "a:b.img", "A")
+    addcow_mp.create(
+        tmp_path / "top.add-cow", backing="./a:b.img", backing_format="raw", image="./c:d.raw"
+    )
+    names = addcow_mp.info(tmp_path / "top.add-cow").names
+    assert (names.backing, names.image) == ("./a:b.img", "./c:d.raw")
+    assert guest_picture(tmp_path / "top.add-cow") == "A"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["create", "-f", "raw", "new.raw"], "a raw file needs a size"),
+        (["create", "-f", "raw", "-b", "x", "new.raw", "1M"], "a raw file has no such options"),
+        (["create", "-b", "x", "-o", "backing_file=y", "new.add-cow"], "contradict each other"),
+        (["create", "-o", "size=1", "new.add-cow"], "unknown option 'size=1'"),
+        (["create", "new.add-cow", "9E"], "more than 8 EiB"),
+        (["create", "new.add-cow", "much"], "invalid size 'much'"),
+        (["create"], "Missing argument 'FILE'"),
+    ],
+)
+def test_a_command_line_without_a_meaning_is_told_with_64(
+    tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    assert told in refused(*arguments, cwd=tmp_path, status=64)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("alloc 100", "offset 100 is not sector aligned"),
+        ("read 0 512 512", "one offset and one length"),
+        ("write -z -P 1 0 512", "cannot be specified at the same time"),
+        ("read -P 256 0 512", "256 is not a valid pattern byte"),
+        ("read -s 1 0 512", "-s and -l need a pattern"),
+        ("read -P 1 -s 513 0 512", "exceeds end of read data"),
+        ("read x 512", "non-numeric length argument -- x"),
+        ("read -x 0 512", "option -x not recognized"),
+        ("flush now", "bad argument count 1 to flush"),
+        ("nonsense", 'command "nonsense" not found'),
+    ],
+)
+def test_an_io_command_without_a_meaning_is_told_and_the_next_one_runs(
+    tmp_path: Path, command: str, told: str
+) -> None:
+    pair(tmp_path, "AB", "-X")
+    result = addcow("io", "-c", command, "-c", "length", "top.add-cow", cwd=tmp_path)
+    assert result.status == 1
+    assert told in result.stderr
+    assert result.lines == ["128 KiB"]
+
+
+def test_a_file_that_ends_inside_its_bitmap_is_read_with_a_warning(tmp_path: Path) -> None:
+    top = pair(tmp_path, "AB", "-X")
+    os.truncate(top, CLUSTER)
+    for command in (["info"], ["map"], ["io", "-r", "-c", "read -P 0x42 64k 64k"]):
+        result = addcow(*command, "top.add-cow", cwd=tmp_path)
+        assert result.status == 0
+        assert "warning" in result.stderr
+        assert "the file ends inside its bitmap" in result.stderr
+    before = snapshot(tmp_path)
+    for command in (["commit"], ["flatten"]):
+        assert "inside its bitmap" in refused(*command, "top.add-cow", cwd=tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+# ---- file systems that can do less ----
+
+
+def test_the_extents_say_what_they_are(tmp_path: Path) -> None:
+    pair(tmp_path, "A-C", "X--")
+    os.truncate(tmp_path / "top.raw", 4 * CLUSTER)
+    top = tmp_path / "top.add-cow"
+    assert [repr(one) for one in addcow_mp.extents(top)] == [
+        "Extent(0, 65536, depth=0, data)",
+        "Extent(65536, 65536, depth=1, zero)",
+        "Extent(131072, 65536, depth=1, data)",
+        "Extent(196608, 65536, depth=0, absent)",
+    ]
+
+
+@pytest.fixture
+def plain_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that knows no holes: it neither finds nor makes them."""
+    lseek = os.lseek
+
+    def without_holes(fd: int, position: int, whence: int) -> int:
+        if whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return lseek(fd, position, whence)
+
+    monkeypatch.setattr(os, "lseek", without_holes)
+    monkeypatch.setattr(holes, "punch", lambda *_: False)
+
+
+@pytest.mark.usefixtures("plain_files")
+@pytest.mark.parametrize("top", ["-X0-", "bX-b", "----", "XXXX"])
+def test_without_holes_every_job_does_the_same(tmp_path: Path, top: str) -> None:
+    path = pair(tmp_path, "AB-D", top)
+    wanted = guest_picture(path)
+    local = addcow_mp.info(path).allocated_clusters
+    assert local == sum(mark in "X0" for mark in top)
+    addcow_mp.convert(path, tmp_path / "new.raw", jobs=0)
+    assert look(tmp_path / "new.raw") == wanted
+    addcow_mp.flatten(path, jobs=0)
+    assert look(tmp_path / "top.raw") == wanted
+    addcow_mp.commit(path, jobs=0)
+    assert look(tmp_path / "base.img") == wanted
+    assert bits(path) == "...."
+
+
+def test_what_is_no_file_cannot_be_punched(tmp_path: Path) -> None:
+    with open("/dev/null", "r+b") as null:
+        assert holes.punch(null.fileno(), 0, 4096) is False
+    (tmp_path / "file").write_bytes(b"x" * 4096)
+    with (tmp_path / "file").open("rb") as reader, pytest.raises(OSError, match="Bad file"):
+        holes.punch(reader.fileno(), 0, 4096)
+    assert (tmp_path / "file").read_bytes() == b"x" * 4096
+
+
+def test_a_punch_that_fails_is_told_and_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    top = pair(tmp_path, "ABC", "-X-")
+    monkeypatch.setattr(holes, "punch", fail)
+    with pytest.raises(addcow_mp.FileError, match="cannot free"):
+        addcow_mp.commit(top, jobs=0)
+    assert (guest_picture(top), bits(top)) == ("AXC", "...")
+    monkeypatch.undo()
+    addcow_mp.commit(top, jobs=0)
+    assert look(tmp_path / "top.raw") == "000"
+
+
+def test_a_package_has_no_other_names() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = addcow_mp.nonsense
+    assert all(hasattr(addcow_mp, name) for name in addcow_mp.__all__)
+
+
+@fault("its checkpoint goes on in files that are being closed")
+def test_a_job_that_is_broken_off_leaves_no_thread_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from addcow_mp.jobs.commit import commit
+
+    fdatasync, gone = os.fdatasync, threading.Event()
+
+    def slow(fd: int) -> None:
+        gone.wait(1)  # the disk takes its time
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    monkeypatch.setattr(run_module, "CHECKPOINT_BYTES", 1)
+    top, size = tmp_path / "top.add-cow", 2048 * CLUSTER
+    draw_raw(tmp_path / "base.img", "A")
+    draw_raw(tmp_path / "top.raw", "X")
+    for path in ("base.img", "top.raw"):
+        os.truncate(tmp_path / path, size)
+    top.write_bytes(
+        overlay_bytes(image="top.raw", size=size, backing="base.img", local=range(2048))
+    )
+    begun = threading.Event()
+
+    def progress(done: int, total: int) -> None:
+        # After the second task, when the checkpoint of the first one is under way.
+        if begun.is_set():
+            raise KeyboardInterrupt
+        begun.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        commit(str(top), conduct=Conduct(0, progress))
+    left = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    gone.set()
+    for thread in left:
+        thread.join()
+    assert left == []
+
+
+# ---- in one line, whatever happens ----
+
+
+def test_a_name_of_two_lines_is_told_in_one(tmp_path: Path) -> None:
+    assert "two lines" in refused("info", "two\nlines", cwd=tmp_path)
+
+
+def test_a_backing_of_two_lines_is_told_in_one(tmp_path: Path) -> None:
+    draw(tmp_path / "top.add-cow", "-X", backing="two\nlines")
+    assert "two lines" in refused("map", "top.add-cow", cwd=tmp_path)
+
+
+@fault("findings are printed as they are")
+def test_a_finding_about_a_name_of_two_lines_is_one_line(tmp_path: Path) -> None:
+    draw(tmp_path / "top.add-cow", "-X", backing="two\nlines")
+    result = addcow("check", "-q", "top.add-cow", cwd=tmp_path)
+    assert result.status == 2
+    assert len(result.lines) == 1
+
+
+STRANGE = {
+    "not-utf-8": os.fsdecode(b"disk-\xff.raw"),
+    "umlaut": "dïsk.raw",
+    "escape": "disk\x1b[31m.raw",
+}
+STRICT = ["utf-8:strict", "ascii:strict", "latin-1:strict"]
+UNSHOWN = fault("what stdout cannot encode is a traceback")
+
+
+def shown_names() -> Iterator[Any]:
+    """Every command with every name on every terminal, and which of them still fail."""
+    for command in ("info", "map", "check"):
+        for name, encoding in itertools.product(STRANGE, STRICT):
+            fails = command != "check" and (
+                name == "not-utf-8" or (name, encoding) == ("umlaut", "ascii:strict")
+            )
+            parts = (command, STRANGE[name], encoding)
+            label = f"{command}-{name}-{encoding}"
+            yield pytest.param(*parts, id=label, marks=UNSHOWN if fails else ())
+
+
+@pytest.mark.parametrize(("command", "name", "encoding"), list(shown_names()))
+def test_a_name_that_the_terminal_cannot_show_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, encoding: str
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    draw_raw(tmp_path / "base.img", "A")
+    draw_raw(tmp_path / name, "X")
+    content = overlay_bytes(image=name, size=CLUSTER, backing="base.img", local=[0])
+    (tmp_path / "top.add-cow").write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-m", "addcow_mp", command, "top.add-cow"],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.stderr == b""
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["info", "map", "check", "--help"])
+def test_a_full_disk_under_stdout_is_told_in_one_line(tmp_path: Path, command: str) -> None:
+    pair(tmp_path, "AB", "-X")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "addcow_mp", command] + ["top.add-cow"] * (command != "--help"),
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "addcow: No space left on device\n"
+
+
+def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path) -> None:
+    pair(tmp_path, "AB" * 2000, "-X" * 2000)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "addcow_mp", "map", "top.add-cow"],
+        cwd=tmp_path,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=PATIENCE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_an_interrupt_at_any_time_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "preadv", interrupted)
+    assert run(["info", str(pair(tmp_path, "AB", "-X"))]) == 130
+    assert capsys.readouterr().err == "addcow: interrupted\n"
+
+
+def test_no_memory_left_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(os, "preadv", exhausted)
+    assert run(["info", str(pair(tmp_path, "AB", "-X"))]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("addcow: out of memory")
+    assert told.count("\n") == 1
+
+
+def test_the_kernel_may_take_and_give_less_than_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, preadv = os.pwrite, os.preadv
+
+    def read_partly(fd: int, views: list[memoryview], offset: int) -> int:
+        return preadv(fd, [views[0][: 4 * KiB + 1]], offset)
+
+    def partly(fd: int, data: bytes | memoryview, offset: int) -> int:
+        return pwrite(fd, memoryview(data)[: 4 * KiB - 1], offset)
+
+    monkeypatch.setattr(os, "pwrite", partly)
+    monkeypatch.setattr(os, "preadv", read_partly)
+    top = pair(tmp_path, "ABC", "-XY")
+    addcow_mp.commit(top, jobs=0)
+    assert look(tmp_path / "base.img") == "AXY"
+    with addcow_mp.open(top, writable=True) as disk:
+        disk.write(0, b"Z" * 2 * CLUSTER)
+    assert guest_picture(top) == "ZZY"

@@ -1,0 +1,136 @@
+"""Everything that fuzzing ever found, examined again, and the scenes that it began with.
+
+Each file of tests/fuzz_finds is a small directory of images, with the reason why it was kept.
+A scene is examined in a process of its own, as `make fuzz` would: what was found may have hung
+or killed the process that met it. A new find needs nothing but its file.
+
+That the examination sees anything at all is tested first, with commands that do what the
+reading commands must not do.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import fuzz
+
+# Nothing takes longer than what the examination itself allows.
+PATIENCE = 120.0
+FINDS = sorted(fuzz.FINDS.glob("*.json"))
+
+TOP = "{box}/top.add-cow"
+
+
+def load(name: str) -> fuzz.Scene:
+    return fuzz.Scene.from_json((fuzz.FINDS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("path", FINDS, ids=lambda path: str(path.stem))
+def test_no_scene_shows_a_fault(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "fuzz.py"), "--replay", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == f"{path}: no fault\n"
+
+
+def test_there_are_scenes() -> None:
+    assert len(FINDS) >= 10
+
+
+@pytest.mark.parametrize("path", FINDS, ids=lambda path: str(path.stem))
+def test_a_scene_says_why_it_was_kept_and_survives_saving(path: Path) -> None:
+    scene = fuzz.Scene.from_json(path.read_text())
+    assert scene.why
+    assert fuzz.Scene.from_json(scene.as_json()) == scene
+
+
+# ---- the examination sees what it is there to see ----
+
+
+@pytest.mark.parametrize("name", ["names-lead-out", "directory-link-leads-out"])
+def test_an_opened_file_outside_is_seen(name: str) -> None:
+    fault = fuzz.examine(load(name), [("map", "--root", "{outside}", TOP)])
+    assert fault is not None
+    assert "secret.img, which lies outside" in fault
+
+
+def test_what_python_opens_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "x.add-cow").write_bytes(bytes(4096))
+    fault = fuzz.examine(load("partial-everything"), [("info", str(tmp_path / "x.add-cow"))])
+    assert fault is not None
+    assert "x.add-cow, which lies outside" in fault
+
+
+@pytest.mark.parametrize("command", [("io", "-c", "write 0 4k"), ("check", "-r", "all")])
+def test_a_changed_file_is_seen(command: tuple[str, ...]) -> None:
+    fault = fuzz.examine(load("partial-everything"), [(*command, TOP)])
+    assert fault is not None
+    assert "a file was changed" in fault
+
+
+def test_a_wrong_guest_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz.oracle, "guest_bytes", lambda _: b"something else")
+    fault = fuzz.examine(load("partial-everything"))
+    assert fault is not None
+    assert "something else than the guest's view" in fault
+
+
+def test_a_hang_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "PATIENCE", 1)
+    monkeypatch.setattr(fuzz, "run", lambda _: fuzz.signal.pause())
+    fault = fuzz.examine(load("partial-everything"))
+    assert fault is not None
+    assert "it took more than 1 seconds" in fault
+
+
+@pytest.mark.parametrize(
+    ("status", "out", "err"),
+    [
+        (1, "", ""),
+        (1, "", "Traceback (most recent call last):\n"),
+        (1, "", "addcow: unexpected error; please report it\n"),
+        (1, "", "addcow: one\ntwo\n"),
+        (70, "", "addcow: something\n"),
+        (-11, "", ""),
+    ],
+)
+def test_a_bad_end_is_seen(
+    status: int, out: str, err: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzz, "run", lambda _: fuzz.Outcome(status, out, err))
+    assert fuzz.examine(load("partial-everything"), [("info", TOP)]) is not None
+
+
+def test_bad_json_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "run", lambda _: fuzz.Outcome(0, "{", ""))
+    fault = fuzz.examine(load("partial-everything"), [("info", "--output", "json", TOP)])
+    assert fault is not None
+    assert "JSON" in fault
+
+
+def test_a_search_finds_shrinks_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that any overlay with a header of 64 KiB shows, hunted from a fixed seed."""
+    monkeypatch.setattr(fuzz, "examine", lambda scene: _fault(scene))
+    monkeypatch.setattr(fuzz.resource, "setrlimit", lambda *_: None)
+    assert fuzz.search(1, 1.0, tmp_path, tmp_path / "pending") == 1
+    (find,) = tmp_path.glob("find-*.json")
+    scene = fuzz.Scene.from_json(find.read_text())
+    assert "a large header" in scene.why
+    assert len(scene.entries) == 3  # one overlay, its image file, its backing file
+
+
+def _fault(scene: fuzz.Scene) -> str | None:
+    top = scene.entries[0]
+    return "a large header" if top.length >= 64 * fuzz.KiB else None

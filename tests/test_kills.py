@@ -1,0 +1,414 @@
+"""Processes that die, stop, or are asked to stop, at chosen instants of a job with two workers.
+
+A rule stops a process at a named event.  The test sees it stopped in /proc, kills it or its
+parent, lets the rest go on, and looks at the files through the oracle: the guest's view is the
+old one whatever was killed, no process outlives its parent, no lock is free while a worker
+could still write, and the same command finishes the job.
+
+The images have several tasks but little data (`faulty.Wide`), so that two workers are at
+different ones, and some are not begun yet, when it happens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from command import addcow, draw, draw_raw, refused, tool
+from faulty import TASK_CLUSTERS, WIDE_CLUSTER, Ended, Rules, Wide, rule, running
+
+JOBS = ("--jobs", "2")
+EACH = pytest.mark.parametrize("job", ["commit", "flatten"])
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here"
+
+
+def stopping(event: str, **more: int | str) -> str:
+    """Return a rule that stops one process, once."""
+    return rule(event, "stop", once="on", **more)
+
+
+def stopping_both(event: str) -> tuple[str, str]:
+    """Return rules that stop both workers, each in its first task.
+
+    While the first is stopped at its sixth time, only the other one can come to its seventh.
+    """
+    return stopping(event, after=5), stopping(event, after=6)
+
+
+def rules_for(here: Path, *sections: str) -> Rules:
+    return Rules.write(here.parent / "rules", *sections)
+
+
+# ---- kill -9 ----
+
+WORKING = [("reads", 9), ("writes", 0), ("writes", 25)]
+PUBLISHING = [
+    ("commit", "data_sync"),
+    ("commit", "publish"),
+    ("commit", "bitmap_update"),
+    ("commit", "bitmap_sync"),
+    ("commit", "punch"),
+    ("flatten", "data_sync"),
+    ("flatten", "bitmap_update"),
+    ("flatten", "bitmap_sync"),
+    ("flatten", "header_write"),
+]
+
+
+@EACH
+@pytest.mark.parametrize(("what", "after"), WORKING)
+def test_the_parent_is_killed_while_workers_work(
+    here: Path, job: str, what: str, after: int
+) -> None:
+    wide = Wide.lay(here, job)
+    event = wide.reads if what == "reads" else wide.writes
+    rules = rules_for(here, stopping(event, after=after))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        (worker,) = command.stopped()
+        assert worker in command.workers()
+        command.signal(signal.SIGKILL)
+        assert command.end().status == -signal.SIGKILL
+        wide.holds()
+        command.signal(signal.SIGCONT, worker)
+        command.all_gone()
+    wide.holds()
+    assert wide.published().isdisjoint(wide.selected), "published by nobody"
+    wide.again()
+
+
+@pytest.mark.parametrize(("job", "event"), PUBLISHING)
+def test_the_parent_is_killed_while_it_publishes(here: Path, job: str, event: str) -> None:
+    wide = Wide.lay(here, job)
+    # Where the image has data nobody but the publisher frees anything.
+    place = {"cluster": wide.moved(0)[1]} if event == "punch" else {}
+    rules = rules_for(here, stopping(event, **place))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        assert command.stopped() == [command.pid]
+        wide.holds()
+        command.signal(signal.SIGKILL)
+        command.all_gone()
+    wide.holds()
+    wide.again()
+
+
+@EACH
+@pytest.mark.parametrize(("what", "after"), [("reads", 0), ("writes", 20)])
+def test_a_worker_that_is_killed_costs_nothing(here: Path, job: str, what: str, after: int) -> None:
+    wide = Wide.lay(here, job)
+    event = wide.reads if what == "reads" else wide.writes
+    rules = rules_for(here, stopping(event, after=after))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        (worker,) = command.stopped()
+        command.signal(signal.SIGKILL, worker)
+        ended = command.end()
+        command.all_gone()
+    assert (ended.status, ended.stderr) == (0, "")
+    wide.is_done()
+
+
+@EACH
+def test_workers_that_are_both_killed_cost_nothing(here: Path, job: str) -> None:
+    wide = Wide.lay(here, job)
+    rules = rules_for(here, *stopping_both(wide.writes))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        command.signal(signal.SIGKILL, *command.stopped(2))
+        ended = command.end()
+        command.all_gone()
+    assert (ended.status, ended.stderr) == (0, "")
+    wide.is_done()
+
+
+@EACH
+def test_a_place_that_kills_every_worker_is_named(here: Path, job: str) -> None:
+    wide = Wide.lay(here, job)
+    place = wide.moved(1)[6]
+    rules = rules_for(here, rule(wide.writes, "kill", cluster=place))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        ended = command.end()
+        command.all_gone()
+    assert ended.status == 1
+    first, last = TASK_CLUSTERS, 2 * TASK_CLUSTERS - 1
+    assert ended.stderr == (
+        f"addcow: top.add-cow: clusters {first} to {last}: "
+        "a worker process ended with signal SIGKILL at this place\n"
+    )
+    wide.holds()
+    done = wide.published()
+    assert wide.selected & set(range(TASK_CLUSTERS)) <= done, "the rest is not published"
+    assert place not in done
+    wide.again()
+
+
+# ---- locks and orphans ----
+
+
+@EACH
+def test_no_lock_is_free_while_an_orphan_could_write(here: Path, job: str) -> None:
+    tool("qemu-io", "--version", cwd=here)
+    wide = Wide.lay(here, job)
+    rules = rules_for(here, stopping(wide.writes, after=3))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        (worker,) = command.stopped()
+        command.signal(signal.SIGKILL)
+        command.end()
+        command.until(lambda: command.workers() == [worker], "the other worker to end")
+        for path in (wide.top, here / "top.raw", wide.target):
+            said = opened_for_writing(path)
+            assert re.search('Failed to get "[a-z ]+" lock', said), said
+        assert "top.add-cow: in use: " in refused(job, "top.add-cow", cwd=here)
+        command.signal(signal.SIGCONT, worker)
+        command.all_gone()
+    for name in ("top.add-cow", "top.raw", "base.img"):
+        assert opened_for_writing(here / name) == ""
+    wide.again()
+
+
+def opened_for_writing(path: Path) -> str:
+    """Let QEMU open a file for writing; return what it complains of."""
+    done = subprocess.run(
+        ["qemu-io", "-f", "raw", "-c", "length", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) == bool(done.stderr), done
+    return done.stderr
+
+
+@EACH
+def test_an_orphan_at_the_end_of_its_task_says_nothing(here: Path, job: str) -> None:
+    """It finds nobody to tell that it is done; that is no news for a terminal."""
+    draw_raw(here / "base.img", "ABCD")
+    draw(here / "top.add-cow", "--X-" if job == "flatten" else "-XY-")
+    event, place = ("image_write", 3) if job == "flatten" else ("backing_write", 2)
+    rules = rules_for(here, stopping(event, cluster=place))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        (worker,) = command.stopped()
+        command.signal(signal.SIGKILL)
+        command.end()
+        command.signal(signal.SIGCONT, worker)
+        command.all_gone()
+        assert "SpawnProcess" not in command.stderr
+
+
+def test_shared_memory_goes_with_the_last_process(here: Path) -> None:
+    wide = Wide.lay(here, "flatten")
+    rules = rules_for(here, stopping(wide.writes))
+    with running("flatten", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        (worker,) = command.stopped()
+        maps = Path(f"/proc/{worker}/maps").read_text().splitlines()
+        boards = {line.split()[5] for line in maps if "/psm_" in line}
+        assert len(boards) == 1, "the board is shared memory"
+        command.signal(signal.SIGKILL)
+        command.signal(signal.SIGCONT, worker)
+        command.all_gone()
+    assert not any(os.path.exists(board) for board in boards)
+
+
+# ---- files that shrink ----
+
+
+@EACH
+def test_a_source_that_shrinks_is_named(here: Path, job: str) -> None:
+    wide = Wide.lay(here, job)
+    place = wide.moved(2)[4]
+    rules = rules_for(here, stopping(wide.reads, cluster=place))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        worker = command.stopped()
+        os.truncate(wide.source, place * WIDE_CLUSTER)
+        command.signal(signal.SIGCONT, *worker)
+        ended = command.end()
+        command.all_gone()
+    names_place(ended, task=2, file=wide.source.name)
+    assert ended.stderr.endswith(": the file ends early; was it cut short meanwhile?\n")
+    # The guest's view has lost what was cut off, and nothing else.
+    assert wide.selected & set(range(2 * TASK_CLUSTERS)) <= wide.published()
+    assert place not in wide.published()
+
+
+@EACH
+def test_a_source_that_shrinks_before_it_is_read_is_no_hole(here: Path, job: str) -> None:
+    """What was cut off looks like a hole; made into zeros and published, it is lost silently."""
+    wide = Wide.lay(here, job)
+    at, place = wide.moved(2)[4:6]
+    rules = rules_for(here, stopping(wide.reads, cluster=at))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        worker = command.stopped()
+        os.truncate(wide.source, place * WIDE_CLUSTER)
+        command.signal(signal.SIGCONT, *worker)
+        ended = command.end()
+        command.all_gone()
+    assert ended.status == 1, ended
+    assert len(ended.stderr.splitlines()) == 1, ended
+    assert wide.source.name in ended.stderr
+    assert place not in wide.published()
+
+
+@EACH
+@pytest.mark.parametrize("jobs", ["0", "2"])
+def test_a_bad_sector_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, job: str, jobs: str
+) -> None:
+    wide = Wide.lay(here, job)
+    place = wide.moved(1)[4]
+    bad = rules_for(here, rule(wide.reads, cluster=place))
+    monkeypatch.setenv("ADDCOW_FAULTS", str(bad.path))
+    result = addcow(job, "--jobs", jobs, "top.add-cow", cwd=here)
+    names_place(Ended(result.status, result.stdout, result.stderr), 1, wide.source.name)
+    assert result.stderr.endswith(": Input/output error\n")
+    wide.holds()
+    assert wide.selected & set(range(TASK_CLUSTERS)) <= wide.published()
+    monkeypatch.delenv("ADDCOW_FAULTS")
+    wide.again()
+
+
+def names_place(ended: Ended, task: int, file: str) -> None:
+    """Assert one line that names the overlay, the clusters of the task, and the file."""
+    first, last = task * TASK_CLUSTERS, (task + 1) * TASK_CLUSTERS - 1
+    assert ended.status == 1, ended
+    assert len(ended.stderr.splitlines()) == 1, ended
+    assert ended.stderr.startswith(f"addcow: top.add-cow: clusters {first} to {last}: ")
+    assert f"{file}: cannot read" in ended.stderr
+
+
+@EACH
+def test_a_bitmap_that_is_cut_off_ends_the_job_in_one_line(here: Path, job: str) -> None:
+    """What is mapped and then cut off kills whoever looks at it: not the one who tells."""
+    wide = Wide.lay(here, job)
+    rules = rules_for(here, stopping(wide.writes, after=4))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        (worker,) = command.stopped()
+        os.truncate(wide.top, WIDE_CLUSTER)
+        command.signal(signal.SIGCONT, worker)
+        ended = command.end()
+        command.all_gone()
+    assert ended.status == 1, ended
+    assert len(ended.stderr.splitlines()) == 1, ended
+    assert ended.stderr.startswith("addcow: top.add-cow: ")
+
+
+# ---- signals ----
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def asking(request: pytest.FixtureRequest) -> signal.Signals:
+    """A signal that asks a job to stop."""
+    number: signal.Signals = request.param
+    return number
+
+
+@EACH
+def test_a_job_that_is_asked_to_stop_finishes_what_it_has_begun(
+    here: Path, job: str, asking: signal.Signals
+) -> None:
+    wide = Wide.lay(here, job, tasks=5)
+    rules = rules_for(here, *stopping_both(wide.writes))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        workers = command.stopped(2)
+        command.signal(asking)
+        command.signal(signal.SIGCONT, *workers)
+        ended = command.end()
+        command.all_gone()
+    assert ended.status == 128 + asking
+    assert ended.stderr == (
+        "addcow: top.add-cow: stopped; what was finished is kept, "
+        "the same command goes on from there\n"
+    )
+    wide.holds()
+    # Each worker is given one task ahead: four were begun, and the fifth was not.
+    begun = wide.selected & set(range(4 * TASK_CLUSTERS))
+    assert wide.published() & wide.selected == begun
+    wide.again()
+
+
+def test_the_whole_group_may_be_asked(here: Path) -> None:
+    """Ctrl-C reaches workers too, which leave it to their parent."""
+    wide = Wide.lay(here, "commit", tasks=5)
+    rules = rules_for(here, *stopping_both(wide.writes))
+    with running("commit", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        workers = command.stopped(2)
+        os.killpg(command.pid, signal.SIGINT)
+        command.signal(signal.SIGCONT, *workers)
+        ended = command.end()
+        command.all_gone()
+    assert ended.status == 130
+    assert len(ended.stderr.splitlines()) == 1, ended
+    wide.holds()
+    wide.again()
+
+
+def test_the_whole_group_may_be_asked_while_workers_are_starting(here: Path) -> None:
+    wide = Wide.lay(here, "commit", tasks=5)
+    rules = rules_for(here, rule("header_read", "stop"))
+    with running("commit", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        while not command.workers() or command.pid in command.stopped():
+            command.signal(signal.SIGCONT)
+        workers = command.stopped(2)
+        os.killpg(command.pid, signal.SIGINT)
+        command.signal(signal.SIGCONT, *workers)
+        ended = command.end()
+        command.all_gone()
+    assert ended.status == 130, ended
+    assert len(ended.stderr.splitlines()) == 1, ended
+    wide.holds()
+    wide.again()
+
+
+def test_a_second_request_is_not_to_be_discussed(here: Path) -> None:
+    wide = Wide.lay(here, "commit", tasks=5)
+    rules = rules_for(here, stopping(wide.writes))
+    with running("commit", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        (worker,) = command.stopped()
+        command.signal(signal.SIGTERM)
+        command.until(lambda: command.has_met(signal.SIGTERM), "the signal to be met")
+        command.signal(signal.SIGTERM)
+        assert command.end().status == -signal.SIGTERM
+        command.signal(signal.SIGCONT, worker)
+        command.all_gone()
+    wide.holds()
+    wide.again()
+
+
+def test_a_convert_that_is_asked_to_stop_leaves_no_file(here: Path, asking: signal.Signals) -> None:
+    wide = Wide.lay(here, "flatten", tasks=5)
+    rules = rules_for(here, *stopping_both("target_write"))
+    words = ("convert", *JOBS, "-O", "raw", "top.add-cow", "new.raw")
+    with running(*words, cwd=here, rules=rules) as command:
+        workers = command.stopped(2)
+        command.signal(asking)
+        command.signal(signal.SIGCONT, *workers)
+        ended = command.end()
+        command.all_gone()
+    assert ended.status == 128 + asking
+    assert ended.stderr == (
+        "addcow: new.raw: stopped; the unfinished file was removed, run the command again\n"
+    )
+    assert not (here / "new.raw").exists()
+    wide.holds()
+
+
+@EACH
+def test_progress_is_told_when_it_is_asked_for(here: Path, job: str) -> None:
+    wide = Wide.lay(here, job)
+    rules = rules_for(here, stopping(wide.writes, after=2))
+    with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
+        (worker,) = command.stopped()
+        assert command.stderr == ""
+        for count in (1, 2):
+            command.signal(signal.SIGUSR1)
+            command.until(lambda n=count: command.stderr.count("\n") == n, "a line")  # type: ignore[misc]
+        command.signal(signal.SIGCONT, worker)
+        ended = command.end()
+    assert ended.status == 0
+    for line in ended.stderr.splitlines():
+        assert re.fullmatch(r"    \(\d+\.\d\d/100%\) \S+ \wi?B of 180 MiB", line), line
+    wide.is_done()

@@ -1,0 +1,476 @@
+"""`addcow check -r`: what is mended, what is said of it, and what is left alone.
+
+Damage is done by hand to images drawn as pictures, each repair is held against the bytes that
+it may change and no others, and what a guest sees is told by the independent reader before and
+after. A repair that cannot be made leaves no trace: no byte, no time of change, no backup.
+
+The files are looked at while the kernel reports who changes them in which order, because that
+a backup exists in the end does not say that it came first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import (
+    ALL_ALLOCATED,
+    CLUSTER,
+    KiB,
+    TiB,
+    addcow,
+    bits,
+    draw,
+    draw_raw,
+    local_clusters,
+    look,
+    overlay_bytes,
+    pair,
+    patch,
+    put,
+    refused,
+    stored_bytes,
+    succeed,
+)
+from golden import LONG_AGO_NS, ROOT, addcow_here, snapshot
+
+sys.path.insert(0, str(ROOT / "tools"))
+import oracle
+from watch import CHANGED, CLOSED, CREATED, Watch
+
+TOP, IMAGE, BASE, BACKUP = "top.add-cow", "top.raw", "base.img", "top.add-cow.backup-1"
+
+#: A place in the header region that no name uses.
+RESERVED = 300
+
+
+def age(here: Path) -> None:
+    """Date every file long ago, so that any change of one shows in a snapshot."""
+    for path in here.iterdir():
+        os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
+
+
+def mend(here: Path, what: str, *options: str, status: int = 0) -> list[str]:
+    """Repair, insist on this status and on silence on stderr, and return what was printed."""
+    done = addcow("check", "-r", what, *options, TOP, cwd=here)
+    assert (done.status, done.stderr) == (status, ""), done
+    return done.lines
+
+
+def mend_json(here: Path, what: str, status: int = 0) -> dict[str, Any]:
+    """The same, with the report as JSON."""
+    done = addcow("check", "-r", what, "--output", "json", TOP, cwd=here)
+    assert (done.status, done.stderr) == (status, ""), done
+    report: dict[str, Any] = done.json
+    return report
+
+
+def view(here: Path) -> bytes:
+    return oracle.guest_bytes(str(here / TOP))
+
+
+def checked(here: Path) -> int:
+    return addcow("check", TOP, cwd=here).status
+
+
+# ---- leaks ----
+
+
+@pytest.mark.parametrize("what", ["leaks", "all"])
+def test_leaks_are_freed_and_nothing_else_is_touched(tmp_path: Path, what: str) -> None:
+    pair(tmp_path, "ABCDEF", "xX-y0Z")
+    before, cow, stored = (
+        view(tmp_path),
+        (tmp_path / TOP).read_bytes(),
+        stored_bytes(tmp_path / IMAGE),
+    )
+    assert checked(tmp_path) == 3
+    lines = mend(tmp_path, what)
+    assert lines[0] == "REPAIRED leaks: 2 clusters were freed in the image file"
+    assert "No errors were found on the image." in lines
+    assert look(tmp_path / IMAGE) == "0X000Z"
+    assert stored_bytes(tmp_path / IMAGE) <= stored - 2 * CLUSTER
+    assert (tmp_path / TOP).read_bytes() == cow
+    assert view(tmp_path) == before
+    assert checked(tmp_path) == 0
+    assert not (tmp_path / BACKUP).exists()
+
+
+def test_freed_leaks_are_told_in_json(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCDEF", "xX-y0Z")
+    report = mend_json(tmp_path, "leaks")
+    assert report["repairs"] == ["leaks: 2 clusters were freed in the image file"]
+    assert (report["leaks-fixed"], report["corruptions-fixed"]) == (2, 0)
+    assert (report["leaks"], report["findings"], report["backup"]) == (0, [], None)
+
+
+def test_a_leak_in_a_partial_last_cluster_ends_with_the_disk(tmp_path: Path) -> None:
+    pair(tmp_path, "AB", "Xy")
+    length = CLUSTER + 3 * KiB + 100  # a hundred bytes that no guest can see
+    os.truncate(tmp_path / IMAGE, length)
+    mend(tmp_path, "leaks")
+    image = (tmp_path / IMAGE).read_bytes()
+    assert image == b"X" * CLUSTER + bytes(3 * KiB) + b"y" * 100
+
+
+def test_leaks_are_freed_although_something_else_is_broken(tmp_path: Path) -> None:
+    pair(tmp_path, "ABC", "-Xy")
+    put(tmp_path / TOP, CLUSTER + 1, b"\1")
+    cow = (tmp_path / TOP).read_bytes()
+    lines = mend(tmp_path, "leaks", status=2)
+    assert lines[0] == "REPAIRED leaks: 1 clusters were freed in the image file"
+    assert any(line.startswith("CORRUPTION stray-bits") for line in lines)
+    assert look(tmp_path / IMAGE) == "0X0"
+    assert (tmp_path / TOP).read_bytes() == cow
+    assert checked(tmp_path) == 2
+
+
+def test_all_allocated_makes_every_cluster_local(tmp_path: Path) -> None:
+    draw_raw(tmp_path / BASE, "ABC")
+    draw(tmp_path / TOP, "xyz", compatible=ALL_ALLOCATED)
+    age(tmp_path)
+    before = snapshot(tmp_path)
+    mend(tmp_path, "all")
+    assert snapshot(tmp_path) == before
+
+
+# ---- what "all" repairs besides ----
+
+
+def stray(here: Path) -> str:
+    put(here / TOP, CLUSTER, bytes([0b1100_0010]))  # cluster 1 is local; there are only 6
+    put(here / TOP, CLUSTER + 9, b"\xff")
+    return "stray-bits: 10 bits past the last cluster were cleared"
+
+
+def short(here: Path) -> str:
+    os.truncate(here / TOP, CLUSTER + 1)
+    return (
+        f"bitmap-length: the file was extended with zeros from {CLUSTER + 1} to {2 * CLUSTER} bytes"
+    )
+
+
+def reserved(here: Path) -> str:
+    put(here / TOP, RESERVED, b"secret")
+    put(here / TOP, CLUSTER - 1, b"!")
+    return "reserved-bytes: header bytes that no name uses were zeroed"
+
+
+Damage = Callable[[Path], object]
+DAMAGES = (stray, short, reserved)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_all_repairs(tmp_path: Path, damage: Damage) -> None:
+    pair(tmp_path, "ABCDEF", "-X----")
+    whole = (tmp_path / TOP).read_bytes()
+    sentence = damage(tmp_path)
+    age(tmp_path)
+    broken, before, image = (tmp_path / TOP).read_bytes(), view(tmp_path), snapshot(tmp_path)[IMAGE]
+    assert checked(tmp_path) == 2
+    lines = mend(tmp_path, "all")
+    assert lines[:2] == [
+        f"REPAIRED header and bitmap were copied to {BACKUP} first",
+        f"REPAIRED {sentence}",
+    ]
+    assert (tmp_path / BACKUP).read_bytes() == broken
+    assert view(tmp_path) == before
+    assert snapshot(tmp_path)[IMAGE] == image
+    assert checked(tmp_path) == 0
+    assert (tmp_path / TOP).read_bytes() == whole
+
+
+def test_all_damages_at_once_and_in_json(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCDEF", "xX----")
+    sentences = [damage(tmp_path) for damage in (stray, reserved)]
+    before = view(tmp_path)
+    report = mend_json(tmp_path, "all")
+    assert report["backup"] == BACKUP
+    assert (report["leaks-fixed"], report["corruptions-fixed"]) == (1, 2)
+    assert report["repairs"][0] == f"header and bitmap were copied to {BACKUP} first"
+    assert set(report["repairs"][1:]) == {
+        *sentences,
+        "leaks: 1 clusters were freed in the image file",
+    }
+    assert (report["corruptions"], report["check-errors"], report["leaks"]) == (0, 0, 0)
+    assert view(tmp_path) == before
+
+
+def test_leaks_alone_leave_all_corruptions(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCDEF", "-X----")
+    for damage in (stray, reserved):
+        damage(tmp_path)
+    age(tmp_path)
+    before = snapshot(tmp_path)
+    lines = mend(tmp_path, "leaks", status=2)
+    assert not any(line.startswith("REPAIRED") for line in lines)
+    assert snapshot(tmp_path) == before
+
+
+def test_reserved_bytes_around_names_in_the_middle(tmp_path: Path) -> None:
+    draw_raw(tmp_path / BASE, "AB")
+    draw_raw(tmp_path / IMAGE, "-X")
+    content = bytearray(overlay_bytes(image="", size=2 * CLUSTER, local=[1]))
+    names = {200: b"top.raw", 4000: b"base.img"}
+    for at, name in names.items():
+        content[at : at + len(name)] = name
+    struct.pack_into("<4I", content, 4, 4000, 8, 200, 7)
+    content[44:47] = b"raw"
+    (tmp_path / TOP).write_bytes(content)
+    assert checked(tmp_path) == 0
+    for at in (76, 199, 207, 3999, 4008, CLUSTER - 1):
+        put(tmp_path / TOP, at, b"#")
+    mend(tmp_path, "all")
+    assert (tmp_path / TOP).read_bytes() == bytes(content)
+
+
+# ---- a bitmap that was cut off ----
+
+
+def cut_off(here: Path) -> None:
+    """An image of 12 clusters whose file ends behind the bits of the first 8."""
+    pair(here, "ABCDEFGHIJKL", "-Xx-----PQ-R")
+    os.truncate(here / TOP, CLUSTER + 1)
+
+
+def test_data_whose_bits_are_missing_is_not_freed_with_the_bitmap(tmp_path: Path) -> None:
+    cut_off(tmp_path)
+    before = view(tmp_path)
+    lines = mend(tmp_path, "all", status=3)
+    assert "REPAIRED leaks: 1 clusters were freed in the image file" in lines
+    assert look(tmp_path / IMAGE) == "0X000000PQ0R"
+    assert bits(tmp_path / TOP) == ".X..........".replace("X", "1")
+    assert view(tmp_path) == before
+    assert checked(tmp_path) == 3
+    mend(tmp_path, "leaks")
+    assert look(tmp_path / IMAGE) == "0X0000000000"
+    assert view(tmp_path) == before
+
+
+def test_missing_bits_are_no_licence_to_free(tmp_path: Path) -> None:
+    cut_off(tmp_path)
+    mend(tmp_path, "leaks", status=2)
+    assert look(tmp_path / IMAGE) == "0X000000PQ0R"
+    assert (tmp_path / TOP).stat().st_size == CLUSTER + 1
+
+
+@pytest.mark.parametrize("length", [CLUSTER, CLUSTER + 1, 2 * CLUSTER - 1])
+def test_a_repaired_bitmap_can_be_written_again(tmp_path: Path, length: int) -> None:
+    pair(tmp_path, "ABC", "-X-")
+    os.truncate(tmp_path / TOP, length)
+    local = local_clusters(tmp_path / TOP)
+    assert "ends inside its bitmap" in refused("flatten", TOP, cwd=tmp_path)
+    mend(tmp_path, "all", status=0 if local else 3)
+    assert (tmp_path / TOP).stat().st_size == 2 * CLUSTER
+    assert local_clusters(tmp_path / TOP) == local
+    succeed("flatten", TOP, cwd=tmp_path)
+    assert look(tmp_path / IMAGE) == ("AXC" if local else "ABC")
+
+
+def test_a_huge_short_bitmap_stays_sparse(tmp_path: Path) -> None:
+    for name in (BASE, IMAGE):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 3 * TiB)
+    header = overlay_bytes(image=IMAGE, size=0, backing=BASE)
+    (tmp_path / TOP).write_bytes(header)
+    put(tmp_path / TOP, RESERVED, b"#")
+    mend(tmp_path, "all")
+    assert (tmp_path / TOP).stat().st_size == CLUSTER + 3 * TiB // CLUSTER // 8
+    assert stored_bytes(tmp_path / TOP) <= 2 * CLUSTER
+    assert stored_bytes(tmp_path / BACKUP) <= 2 * CLUSTER
+
+
+# ---- the backup ----
+
+
+def test_the_backup_is_whole_before_anything_is_changed(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCDEF", "xX----")
+    stray(tmp_path)
+    reserved(tmp_path)
+    with Watch(str(tmp_path), mask=CREATED | CHANGED | CLOSED) as watch:
+        mend(tmp_path, "all")
+        events = watch.events()
+    order = [(event.what, os.path.basename(event.path)) for event in events]
+    whole = order.index(("closed", BACKUP))
+    assert order[0] == ("created", BACKUP)
+    assert {name for what, name in order[:whole]} == {BACKUP}
+    assert {name for what, name in order[whole:] if what == "changed"} == {TOP, IMAGE}
+
+
+@pytest.mark.parametrize("event", ["data_sync", "directory_sync", "create"])
+def test_without_a_durable_backup_nothing_is_changed(
+    tmp_path: Path, event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair(tmp_path, "ABCDEF", "xX----")
+    stray(tmp_path)
+    age(tmp_path)
+    before = snapshot(tmp_path)
+    faults = tmp_path.parent / f"{tmp_path.name}-faults"
+    faults.write_text(f'[inject-error]\nevent = "{event}"\nonce = "on"\n')
+    monkeypatch.setenv("ADDCOW_FAULTS", str(faults))
+    refused("check", "-r", "all", TOP, cwd=tmp_path)
+    after = snapshot(tmp_path)
+    after.pop(BACKUP, None)
+    assert after == before
+    monkeypatch.delenv("ADDCOW_FAULTS")
+    mend(tmp_path, "all")
+
+
+def test_a_backup_never_takes_the_place_of_another_file(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCDEF", "-X----")
+    (tmp_path / BACKUP).symlink_to("nowhere")
+    (tmp_path / "top.add-cow.backup-2").write_bytes(b"kept")
+    reserved(tmp_path)
+    broken = (tmp_path / TOP).read_bytes()
+    assert mend_json(tmp_path, "all")["backup"] == "top.add-cow.backup-3"
+    assert (tmp_path / "top.add-cow.backup-3").read_bytes() == broken
+    assert (tmp_path / "top.add-cow.backup-2").read_bytes() == b"kept"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_backup_put_back_is_the_image_as_it_was(tmp_path: Path) -> None:
+    cut_off(tmp_path)
+    before = view(tmp_path)
+    mend(tmp_path, "all", status=3)
+    os.replace(tmp_path / BACKUP, tmp_path / TOP)
+    assert (tmp_path / TOP).stat().st_size == CLUSTER + 1
+    assert view(tmp_path) == before
+
+
+# ---- what is left alone ----
+
+
+def bad_header(here: Path) -> None:
+    put(here / TOP, 24, b"\1")
+
+
+def bad_name(here: Path) -> None:
+    put(here / TOP, 16, b"\xff\xff")
+
+
+def other_format(here: Path) -> None:
+    put(here / TOP, 60, b"qed")
+
+
+def no_image(here: Path) -> None:
+    (here / IMAGE).unlink()
+
+
+def no_backing(here: Path) -> None:
+    (here / BASE).unlink()
+
+
+def same_file(here: Path) -> None:
+    (here / BASE).unlink()
+    (here / BASE).hardlink_to(here / IMAGE)
+
+
+def no_header(here: Path) -> None:
+    os.truncate(here / TOP, CLUSTER - 1)
+
+
+def no_overlay(here: Path) -> None:
+    put(here / TOP, 0, b"QFI\xfb")
+
+
+@pytest.mark.parametrize("what", ["leaks", "all"])
+@pytest.mark.parametrize(
+    "damage",
+    [bad_header, bad_name, other_format, no_image, no_backing, same_file, no_header, no_overlay],
+)
+def test_what_cannot_be_repaired_is_left_alone(tmp_path: Path, damage: Damage, what: str) -> None:
+    pair(tmp_path, "ABCDEF", "xX----")
+    stray(tmp_path)
+    reserved(tmp_path)
+    damage(tmp_path)
+    age(tmp_path)
+    before, fresh = snapshot(tmp_path), addcow("check", TOP, cwd=tmp_path)
+    done = addcow("check", "-r", what, TOP, cwd=tmp_path)
+    assert fresh.status in (1, 2, 63)
+    assert (done.status, done.said) == (fresh.status, fresh.said)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["leaks", "all"])
+def test_a_clean_image_is_not_touched(tmp_path: Path, what: str) -> None:
+    pair(tmp_path, "ABCDEF", "-X0---")
+    age(tmp_path)
+    before = snapshot(tmp_path)
+    lines = mend(tmp_path, what)
+    assert lines[0] == "No errors were found on the image."
+    assert "repairs" not in mend_json(tmp_path, what) or not mend_json(tmp_path, what)["repairs"]
+    assert snapshot(tmp_path) == before
+
+
+def test_an_image_in_use_is_not_repaired(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCDEF", "xX----")
+    stray(tmp_path)
+    age(tmp_path)
+    before = snapshot(tmp_path)
+    with (tmp_path / IMAGE).open("rb") as holder:
+        # Consistent read, used by somebody: readers are welcome, who wants to change it is not.
+        lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 100, 1, 0)
+        fcntl.fcntl(holder, fcntl.F_OFD_SETLK, lock)
+        assert checked(tmp_path) == 2
+        for what in ("leaks", "all"):
+            assert "in use" in refused("check", "-r", what, TOP, cwd=tmp_path)
+        assert snapshot(tmp_path) == before
+    mend(tmp_path, "all")
+
+
+def test_an_unknown_word_is_a_usage_error(tmp_path: Path) -> None:
+    pair(tmp_path, "AB", "xX")
+    refused("check", "-r", "everything", TOP, cwd=tmp_path, status=64)
+    refused("check", "-r", "", TOP, cwd=tmp_path, status=64)
+    assert look(tmp_path / IMAGE) == "xX"
+
+
+# ---- damage at random ----
+
+
+def damage_at_random(here: Path, rng: random.Random) -> None:
+    """Draw an image of up to 20 clusters and do any of the damage that can be repaired."""
+    size = rng.randint(1, 20)
+    pair(
+        here,
+        "".join(rng.choice("ABC-") for _ in range(rng.randint(1, 20))),
+        "".join(rng.choice("XYxy0-") for _ in range(size)),
+    )
+    if rng.random() < 0.5:
+        os.truncate(here / IMAGE, size * CLUSTER - rng.randrange(CLUSTER))
+    if rng.random() < 0.5:
+        patch(here / TOP, rng.randrange(100, CLUSTER), rng.randbytes(1))
+    if rng.random() < 0.5:
+        patch(here / TOP, CLUSTER + rng.randint(-(-size // 8), CLUSTER - 8), rng.randbytes(8))
+    if rng.random() < 0.3:
+        os.truncate(here / TOP, CLUSTER + rng.randint(0, 8))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_damage_is_repaired_without_changing_the_view(tmp_path: Path, seed: int) -> None:
+    damage_at_random(tmp_path, random.Random(seed))
+    before, broken, length = view(tmp_path), (tmp_path / TOP).read_bytes(), len(view(tmp_path))
+    first = addcow_here("check", "-r", "all", tmp_path / TOP)
+    assert first.exit in (0, 3), first
+    assert view(tmp_path) == before
+    backups = [path.read_bytes() for path in tmp_path.glob("*.backup-*")]
+    assert backups == [broken] * ("REPAIRED header and bitmap" in first.out)
+    second = addcow_here("check", "-r", "all", tmp_path / TOP)
+    assert second.exit == 0, second
+    assert view(tmp_path) == before
+    clusters = -(-length // CLUSTER)
+    assert set(local_clusters(tmp_path / TOP)) == {bit for bit in bits_of(broken) if bit < clusters}
+
+
+def bits_of(cow: bytes) -> set[int]:
+    """Return every bit that is set in the bitmap of a whole file."""
+    return {
+        8 * at + bit for at, byte in enumerate(cow[CLUSTER:]) for bit in range(8) if byte >> bit & 1
+    }

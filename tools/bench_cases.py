@@ -1,0 +1,449 @@
+"""The cases of the bench: who runs against whom, on which files, and what is to be reached.
+
+A *stage* is a set of files; the cases that share it run one after the other, and it is removed
+before the next is built, so that disk and page cache hold one stage at a time.
+
+Three things would make a comparison a lie, and are taken care of here:
+
+- `commit -d` leaves everything as it was and can be repeated, but where the file system
+  clones, a second clone of the same blocks is nothing to do. There the backing file is made
+  anew before each run, from a copy with the old content, and read into the page cache.
+- What is not the same job by default is made so by options: `qemu-img convert` and cp never
+  sync, so addcow convert runs with `-t unsafe` against them, and durable cases ask
+  `qemu-img convert` for `-t writeback`, with which it syncs at its end.
+- After the warm-up every result is compared with what it must be: a peer that does less work
+  is no peer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench_files import (
+    NEW,
+    OLD,
+    alternating,
+    remove,
+    same,
+    tool,
+    warm,
+    write_overlay,
+    write_qcow2,
+    write_raw,
+)
+from bench_runs import (
+    ADDCOW,
+    BUFFER,
+    PROCESSES,
+    Around,
+    Case,
+    Contender,
+    Disk,
+    Measure,
+    Stage,
+    addcow,
+    bare_loop,
+    command,
+    reported,
+)
+
+import addcow_mp
+from addcow_mp.units import GiB, KiB, MiB, TiB
+
+Build = Callable[[Path, int], None]
+Contenders = Callable[[Path, int], list[Contender]]
+
+LONG, SHORT = 16 * MiB, 64 * KiB
+
+UNSAFE = ("-t", "unsafe")
+WRITEBACK = ("-t", "writeback")
+JOBS = ("--jobs", str(PROCESSES))
+
+#: How many times as often commands of some ten milliseconds are run.
+OFTEN = 5
+
+
+# ---- commit ----
+
+
+def _commit_files(run: int) -> Build:
+    """An overlay, its twin, and for each a backing file with other data in the same places."""
+
+    def build(here: Path, total: int) -> None:
+        runs = alternating(total, run)
+        size = 2 * len(runs) * run
+        for name in ("base.raw", "peer-base.raw"):
+            write_raw(here / name, size, runs, OLD)
+        write_overlay(here / "top.add-cow", "base.raw", size, runs)
+        write_qcow2(here / "top.qcow2", "peer-base.raw", here / "top.raw")
+
+    return build
+
+
+TWINS = ("top.add-cow", "top.raw", "top.qcow2")
+COMMIT_FILES = (*TWINS, "base.raw", "peer-base.raw")
+
+
+def _commit(ours: tuple[str, ...], theirs: tuple[str, ...]) -> Contenders:
+    def contenders(here: Path, _: int) -> list[Contender]:
+        arrived = Around(verify=lambda: same(here / "top.raw", here / "base.raw"))
+        return [
+            addcow("commit", "-d", *ours, "top.add-cow", cwd=here, around=arrived),
+            _qemu_commit(here, *theirs),
+        ]
+
+    return contenders
+
+
+def _qemu_commit(here: Path, *options: str) -> Contender:
+    return command(
+        *("qemu-img", "commit", "-d", "-f", "qcow2", *options, "top.qcow2"),
+        cwd=here,
+        name="qemu-img commit",
+        around=Around(verify=lambda: same(here / "top.raw", here / "peer-base.raw")),
+    )
+
+
+def _ceiling(run: int) -> Contenders:
+    def contenders(here: Path, total: int) -> list[Contender]:
+        words = (ADDCOW, "commit", "-d", *UNSAFE, *JOBS, "top.add-cow")
+        files, runs = (here / "top.raw", here / "base.raw"), alternating(total, run)
+        shown = f"preadv and pwrite by {PROCESSES} processes through {BUFFER // KiB} KiB each"
+        return [
+            Contender(
+                "addcow, start-up excluded",
+                f"the seconds that {' '.join(('addcow', *words[1:]))} reports",
+                lambda: reported(words, here),
+            ),
+            Contender("bare loop", shown, lambda: bare_loop(*files, runs)),
+        ]
+
+    return contenders
+
+
+def _commit_cases(name: str, run: int, unsafe: float, durable: float) -> tuple[Case, ...]:
+    return (
+        Case(
+            name=f"commit-{name}-unsafe",
+            title=f"commit -d, no sync, {name} runs",
+            contenders=_commit((*UNSAFE, *JOBS), UNSAFE),
+            hot=COMMIT_FILES,
+            target=unsafe,
+        ),
+        Case(
+            name=f"commit-{name}-durable",
+            title=f"commit -d, durable, {name} runs",
+            contenders=_commit(JOBS, WRITEBACK),
+            hot=COMMIT_FILES,
+            target=durable,
+        ),
+        Case(
+            name=f"ceiling-{name}",
+            title=f"the moving part of commit alone, {name} runs",
+            contenders=_ceiling(run),
+            hot=("top.add-cow", "top.raw", "base.raw"),
+            target=0.9,
+        ),
+    )
+
+
+# ---- looking ----
+
+
+def _look(*words: str) -> Contenders:
+    """The same words for addcow and for qemu-img, on the twins."""
+
+    def contenders(here: Path, _: int) -> list[Contender]:
+        qemu = ("qemu-img", *words, "-f", "qcow2", "top.qcow2")
+        return [
+            addcow(*words, "top.add-cow", cwd=here),
+            command(*qemu, cwd=here, name=f"qemu-img {words[0]}"),
+        ]
+
+    return contenders
+
+
+def _equal_files(here: Path, total: int) -> None:
+    runs = alternating(2 * total, LONG, 0)
+    for name in ("one.raw", "other.raw"):
+        write_raw(here / name, runs[-1][1], runs, NEW)
+
+
+def _compare(here: Path, _: int) -> list[Contender]:
+    words = ("compare", "-f", "raw", "-F", "raw", "one.raw", "other.raw")
+    peer = command("qemu-img", *words, cwd=here, name="qemu-img compare")
+    return [addcow(*words, cwd=here), peer]
+
+
+EMPTY_PROGRAM = '''import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def nothing() -> None:
+    """Do nothing."""
+
+
+app()
+'''
+
+
+def _small_files(here: Path, _: int) -> None:
+    (here / "empty.py").write_text(EMPTY_PROGRAM)
+    write_raw(here / "base.raw", GiB, [], OLD)
+    write_overlay(here / "top.add-cow", "base.raw", GiB, [])
+
+
+def _startup(here: Path, _: int) -> list[Contender]:
+    peer = command(sys.executable, "empty.py", cwd=here, name="typer, one empty command")
+    return [addcow("info", "top.add-cow", cwd=here), peer]
+
+
+# ---- new files: flatten and convert ----
+
+
+def _base_file(gap: int) -> Build:
+    def build(here: Path, total: int) -> None:
+        runs = alternating(total, LONG, gap)
+        write_raw(here / "base.raw", runs[-1][1] + gap, runs, OLD)
+
+    return build
+
+
+def _flatten(ours: tuple[str, ...], theirs: tuple[str, ...]) -> Contenders:
+    def contenders(here: Path, _: int) -> list[Contender]:
+        return [
+            addcow("flatten", *ours, "new.add-cow", cwd=here, around=_around_flatten(here)),
+            _rebase(here, *theirs),
+            _qemu_convert(here, "new.qcow2", here / "base.raw", "-W", "-m", "16", *theirs),
+        ]
+
+    return contenders
+
+
+def _around_flatten(here: Path) -> Around:
+    made = here / "new.add-cow", here / "new.raw"
+    return Around(
+        before=lambda: _new_overlay(made[0]),
+        verify=lambda: same(here / "base.raw", made[1]),
+        after=lambda: remove(*made),
+    )
+
+
+def _new_overlay(path: Path) -> None:
+    addcow_mp.create(path, backing="base.raw", backing_format="raw")
+
+
+def _new_qcow2(here: Path) -> None:
+    options = ("-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw")
+    tool("qemu-img", "create", *options, "new.qcow2", cwd=here)
+
+
+def _rebase(here: Path, *options: str) -> Contender:
+    made = here / "new.qcow2"
+    return command(
+        *("qemu-img", "rebase", *options, "-f", "qcow2", "-b", "", made.name),
+        cwd=here,
+        name='qemu-img rebase -b ""',
+        around=Around(
+            before=lambda: _new_qcow2(here),
+            verify=lambda: same(here / "base.raw", made, "qcow2"),
+            after=lambda: remove(made),
+        ),
+    )
+
+
+def _qemu_convert(here: Path, source: str, expected: Path, *options: str) -> Contender:
+    """Convert a qcow2 file, made anew if it is the empty one, into a raw file."""
+    result, fresh = here / "converted.raw", source == "new.qcow2"
+    offloading = "-C" in options
+    return command(
+        *("qemu-img", "convert", *options, "-f", "qcow2", "-O", "raw", source, result.name),
+        cwd=here,
+        name="qemu-img convert -C" if offloading else "qemu-img convert -W -m 16",
+        around=Around(
+            before=lambda: _new_qcow2(here) if fresh else None,
+            verify=lambda: same(expected, result),
+            after=lambda: remove(result, *([here / source] if fresh else [])),
+        ),
+        counted=not offloading,
+    )
+
+
+def _chain_files(here: Path, total: int) -> None:
+    """A backing and an overlay that take turns, and what a guest sees as one raw file."""
+    runs = alternating(total, LONG, 0)
+    size = runs[-1][1]
+    write_raw(here / "base.raw", size, runs[::2], OLD)
+    write_overlay(here / "top.add-cow", "base.raw", size, runs[1::2])
+    write_qcow2(here / "top.qcow2", "base.raw", here / "top.raw")
+    tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", here / "top.qcow2", here / "all.raw")
+
+
+def _convert(here: Path, _: int) -> list[Contender]:
+    whole = here / "all.raw"
+    return [
+        addcow(
+            *("convert", *UNSAFE, "-O", "raw", "top.add-cow", "ours.raw"),
+            cwd=here,
+            around=_around_copy(whole, here / "ours.raw"),
+        ),
+        _qemu_convert(here, "top.qcow2", whole, "-W", "-m", "16"),
+        command(
+            *("cp", "--sparse=always", whole.name, "copied.raw"),
+            cwd=here,
+            name="cp --sparse=always",
+            around=_around_copy(whole, here / "copied.raw"),
+        ),
+    ]
+
+
+def _around_copy(expected: Path, result: Path) -> Around:
+    return Around(verify=lambda: same(expected, result), after=lambda: remove(result))
+
+
+# ---- XFS with reflink ----
+
+
+def _clone_files(here: Path, total: int) -> None:
+    _commit_files(LONG)(here, total)
+    os.rename(here / "base.raw", here / "base-old.raw")
+
+
+def _renew(base: Path) -> None:
+    """Give ``base`` its old content again, in the page cache but not yet committed into."""
+    remove(base)
+    tool("cp", "--reflink=always", base.with_name(f"{base.stem}-old.raw"), base)
+    os.sync()
+    warm(base)
+
+
+def _commit_cloning(here: Path, name: str) -> Around:
+    """Around a commit of ``name`` into its own base; nothing but the overlay holds new data."""
+    base = here / ("base.raw" if name == "top" else f"{name}-base.raw")
+    return Around(before=lambda: _renew(base), verify=lambda: same(here / f"{name}.raw", base))
+
+
+def _xfs_commit(here: Path, _: int) -> list[Contender]:
+    around = _commit_cloning(here, "top")
+    ours = addcow("commit", "-d", "top.add-cow", cwd=here, around=around)
+    return [ours, _qemu_commit(here, *WRITEBACK)]
+
+
+def _xfs_flatten(here: Path, total: int) -> list[Contender]:
+    """As elsewhere; convert -C, which lets the file system copy, is told but does not count."""
+    offloaded = _qemu_convert(here, "new.qcow2", here / "base.raw", "-C", *WRITEBACK)
+    return [*_flatten((), WRITEBACK)(here, total), offloaded]
+
+
+def _spread_files(here: Path, total: int) -> None:
+    """A quarter of the data in 16 TiB, and the same in four times its size: 1 GiB in 4 GiB."""
+    count = len(alternating(total // 4, LONG))
+    _spread(here, "huge", count, 16 * TiB)
+    _spread(here, "small", count, 4 * count * LONG)
+
+
+def _spread(here: Path, name: str, count: int, size: int) -> None:
+    step = size // count
+    runs = [(index * step, index * step + LONG) for index in range(count)]
+    write_raw(here / f"{name}-base-old.raw", size, runs, OLD)
+    write_raw(here / f"{name}-base.raw", size, [], OLD)
+    write_overlay(here / f"{name}.add-cow", f"{name}-base.raw", size, runs)
+
+
+def _sparse(here: Path, _: int) -> list[Contender]:
+    huge = addcow("commit", "-d", "huge.add-cow", cwd=here, around=_commit_cloning(here, "huge"))
+    small = command(
+        *(ADDCOW, "commit", "-d", "small.add-cow"),
+        cwd=here,
+        name="addcow, small image",
+        around=_commit_cloning(here, "small"),
+    )
+    return [huge, small]
+
+
+# ---- all of them ----
+
+START = Case(
+    name="startup",
+    title="addcow info against an empty typer program",
+    contenders=_startup,
+    hot=("top.add-cow",),
+    target=1.2,
+    measure=Measure.COST,
+    often=OFTEN,
+)
+
+CHECK = Case(name="check", title="check, 64k runs", contenders=_look("check"), hot=TWINS)
+
+INFO = Case(name="info", title="info, 64k runs", contenders=_look("info"), hot=TWINS, often=OFTEN)
+
+FLATTEN = Case(
+    name="flatten-unsafe",
+    title="flatten an empty overlay, no sync",
+    contenders=_flatten(UNSAFE, UNSAFE),
+    hot=("base.raw",),
+    target=2.0,
+)
+
+COMPARE = Case(
+    name="compare",
+    title="compare two equal raw files, twice the data each",
+    contenders=_compare,
+    hot=("one.raw", "other.raw"),
+    target=1.3,
+)
+
+CONVERT = Case(
+    name="convert",
+    title="convert a chain, no sync",
+    contenders=_convert,
+    hot=(*TWINS, "base.raw", "all.raw"),
+)
+
+XFS_COMMIT = Case(
+    name="xfs-commit",
+    title="commit -d, durable, 16m runs, reflink",
+    contenders=_xfs_commit,
+    hot=(*TWINS, "peer-base.raw"),
+    target=15.0,
+)
+
+XFS_FLATTEN = Case(
+    name="xfs-flatten",
+    title="flatten, durable, 16m runs, reflink",
+    contenders=_xfs_flatten,
+    hot=("base.raw",),
+    target=15.0,
+)
+
+SPARSE = Case(
+    name="sparse-16t",
+    title="commit -d, a quarter of the data in 16 TiB against a small image",
+    contenders=_sparse,
+    hot=("huge.add-cow", "huge.raw", "small.add-cow", "small.raw"),
+    target=1.3,
+    measure=Measure.COST,
+    often=2,
+)
+
+#: Room: the files that are built, and one result at a time.
+STAGES = (
+    Stage(build=_small_files, cases=(START,), room=0),
+    Stage(build=_commit_files(LONG), cases=_commit_cases("16m", LONG, 1.15, 1.2), room=4),
+    Stage(
+        build=_commit_files(SHORT),
+        cases=(*_commit_cases("64k", SHORT, 1.8, 1.4), CHECK, INFO),
+        room=4,
+    ),
+    Stage(build=_base_file(0), cases=(FLATTEN,), room=2),
+    Stage(build=_equal_files, cases=(COMPARE,), room=4),
+    Stage(build=_chain_files, cases=(CONVERT,), room=3.5),
+    Stage(build=_clone_files, cases=(XFS_COMMIT,), room=5, disk=Disk.XFS),
+    Stage(build=_base_file(LONG), cases=(XFS_FLATTEN,), room=2, disk=Disk.XFS),
+    Stage(build=_spread_files, cases=(SPARSE,), room=1, disk=Disk.XFS),
+)

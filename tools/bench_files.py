@@ -1,0 +1,241 @@
+"""The files that the bench works on, and the file systems that they lie on.
+
+Data is noise: nothing in it is zero, and no two runs of it are alike, so that no tool can
+save itself work and a run at a wrong place is seen. Overlays are made through the package,
+their qcow2 twins from the very same image file: `qemu-img convert` takes what is no hole, and
+an unsafe rebase then puts the backing file below. Both have the same virtual size, the same
+local clusters of the same size, and backing files with the same content.
+
+*Hot* files have been read just before, *cold* ones have been dropped from the page cache, so
+that what a case does not use takes no room in it. Both only mean something for files whose
+data is on disk already; everything is synced first.
+
+XFS comes from a loop device, which only root can have. It passes the page cache of the file
+system below (direct I/O), so that nothing is cached twice and a sync means the same there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import addcow_mp
+from addcow_mp.units import GiB, KiB, MiB
+
+Run = tuple[int, int]
+"""The bytes [start, stop)."""
+
+#: What a backing file held before and what an overlay has over it: two kinds of noise.
+OLD, NEW = 0, 1
+
+CLUSTER = 64 * KiB
+
+#: One request of making files: no run is longer.
+LONGEST = 16 * MiB
+
+_STEP = 1 * MiB
+
+#: A prime, so that neighbouring places begin far from each other in the noise.
+_STRIDE = 8191
+
+
+class BenchError(Exception):
+    """Something that the bench needs did not work; the text says what."""
+
+
+class CannotError(BenchError):
+    """Something that the bench needs does not exist here: its cases are skipped."""
+
+
+def tool(*arguments: str | Path, cwd: Path | None = None) -> str:
+    """Run a tool, insist on success, return what it printed."""
+    done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        words = " ".join(map(str, arguments))
+        raise BenchError(f"{words}: exit status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+# ---- content ----
+
+
+def alternating(total: int, run: int, gap: int | None = None) -> list[Run]:
+    """Runs of ``run`` bytes, ``total`` in all and at least one, each followed by a gap."""
+    step = run + (run if gap is None else gap)
+    return [(index * step, index * step + run) for index in range(max(1, total // run))]
+
+
+@cache
+def _noise() -> memoryview:
+    return memoryview(os.urandom(2 * LONGEST))
+
+
+def noise(start: int, length: int, kind: int) -> memoryview:
+    """The bytes that a file of this kind holds in a run that begins at ``start``."""
+    at = (start // 512 + kind) * _STRIDE % LONGEST
+    return _noise()[at : at + length]
+
+
+def write_raw(path: Path, size: int, runs: Iterable[Run], kind: int) -> None:
+    """Make a raw file with data in ``runs`` and holes elsewhere."""
+    with path.open("wb", buffering=0) as file:
+        file.truncate(size)
+        for start, stop in runs:
+            os.pwrite(file.fileno(), noise(start, stop - start, kind), start)
+
+
+def write_overlay(path: Path, backing: str, size: int, runs: Iterable[Run]) -> None:
+    """Make an overlay over the raw file ``backing`` beside it, local in ``runs``."""
+    addcow_mp.create(path, size=size, backing=backing, backing_format="raw")
+    unsynced = addcow_mp.Access(durable=False)
+    with addcow_mp.open(path, writable=True, access=unsynced) as disk:
+        for start, stop in runs:
+            disk.write(start, noise(start, stop - start, NEW))
+
+
+def write_qcow2(path: Path, backing: str, image: Path) -> None:
+    """Make the qcow2 twin of an overlay whose image file is ``image``."""
+    convert = ("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={CLUSTER}")
+    tool(*convert, image, path)
+    tool("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", backing, path)
+
+
+def same(one: Path, other: Path, other_format: str = "raw") -> None:
+    """Insist that ``other`` shows what the raw file ``one`` holds."""
+    tool("qemu-img", "compare", "-q", "-f", "raw", "-F", other_format, one, other)
+
+
+def remove(*paths: Path) -> None:
+    """Remove files that may or may not exist."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+# ---- the page cache ----
+
+
+def warm_only(directory: Path, hot: Iterable[str]) -> None:
+    """Sync everything, then let the page cache hold the ``hot`` files and no others of these."""
+    os.sync()
+    names = set(hot)
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.name not in names:
+            _forget(path)
+    for name in names:
+        warm(directory / name)
+
+
+def _forget(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def warm(path: Path) -> None:
+    """Read what the file holds, once; nothing is read from holes."""
+    buffer = memoryview(bytearray(_STEP))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for start, stop in _data(fd):
+            for at in range(start, stop, _STEP):
+                os.preadv(fd, [buffer], at)
+    finally:
+        os.close(fd)
+
+
+def _data(fd: int) -> Iterator[Run]:
+    stop = 0
+    while True:
+        try:
+            start = os.lseek(fd, stop, os.SEEK_DATA)
+        except OSError:  # ENXIO: no data behind this
+            return
+        stop = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, stop
+
+
+# ---- file systems ----
+
+
+def filesystem_of(directory: Path) -> str:
+    """The type of the file system that ``directory`` is on."""
+    return tool("df", "--output=fstype", directory).split()[-1]
+
+
+def free_space(directory: Path) -> int:
+    """Bytes that can be written there."""
+    return shutil.disk_usage(directory).free
+
+
+@contextmanager
+def xfs(directory: Path, size: int) -> Iterator[Path]:
+    """A new XFS with reflink, ``size`` bytes large, mounted beneath ``directory``.
+
+    Raises :class:`CannotError` where that cannot be had.
+    """
+    _refuse_without_loop()
+    file, mounted = directory / "xfs.img", directory / "xfs"
+    with file.open("wb") as made:
+        made.truncate(size + GiB)
+    try:
+        tool("mkfs.xfs", "-q", "-K", "-m", "reflink=1", file)
+        mounted.mkdir()
+        with _attached(file) as device:
+            _mount(device, mounted)
+            try:
+                yield mounted
+            finally:
+                _unmount(mounted)
+        mounted.rmdir()
+    finally:
+        remove(file)
+
+
+def _unmount(directory: Path) -> None:
+    """Take the file system away, at the latest when an interrupted process has ended."""
+    _first_of(("umount", directory), ("umount", "--lazy", directory))
+
+
+def _refuse_without_loop() -> None:
+    if os.geteuid() != 0:
+        raise CannotError("XFS on a loop device is for root only")
+    for name in ("mkfs.xfs", "losetup", "mount", "umount"):
+        if shutil.which(name) is None:
+            raise CannotError(f"{name} is not installed")
+
+
+@contextmanager
+def _attached(file: Path) -> Iterator[str]:
+    attach = ("losetup", "--find", "--show")
+    try:
+        device = _first_of(*((*attach, *how, file) for how in (("--direct-io=on",), ())))
+    except BenchError as error:
+        raise CannotError(f"no loop device: {error}") from error
+    try:
+        yield device.strip()
+    finally:
+        tool("losetup", "--detach", device.strip())
+
+
+def _first_of(*commands: tuple[str | Path, ...]) -> str:
+    """What the first of these commands prints that succeeds."""
+    for command in commands[:-1]:
+        try:
+            return tool(*command)
+        except BenchError:
+            continue
+    return tool(*commands[-1])
+
+
+def _mount(device: str, directory: Path) -> None:
+    try:
+        tool("mount", "-t", "xfs", device, directory)
+    except BenchError as error:
+        raise CannotError(f"XFS cannot be mounted: {error}") from error

@@ -1,0 +1,687 @@
+#!/usr/bin/env python3
+"""Fuzzing: chains of images with anything wrong in them, and what the commands make of them.
+
+A *scene* is a directory of small or sparse files: a sound chain of overlays into which damage
+was worked by its structure: fields of a header at their edges, names that lead out, files that
+are cut, lengthened, linked to each other or turned into something that is no file. Hypothesis
+draws the scenes and shrinks those that show a fault.
+
+A scene is *examined* by running every reading command on it, inside this process:
+
+- the exit status is one of the documented ones, and what is printed is JSON where it must be;
+- every line on stderr is the program's own: no traceback, no "unexpected";
+- nothing outside the directory is opened: an audit hook sees what Python opens, an inotify
+  watch on a directory beside it sees what the kernel opens by any way;
+- no file is changed, no command takes long, and none takes much memory;
+- what convert wrote is what the independent reader says, and it accepts what convert does.
+
+The search runs in a process of its own, and the scene at work is written down first: what
+kills that process (a signal, a hang in C code, the memory limit) is a find as well.
+
+A find is saved as a small JSON file: the scene itself, not the way that led to it, so that it
+stays what it is when the drawing changes. tests/test_fuzz_finds.py replays them all.
+
+    fuzz.py [--seconds N] [--seed N] [--finds DIR]    search; exit status 1 with finds
+    fuzz.py --replay FILE...                          examine saved scenes
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import faulthandler
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Flaky
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import oracle  # noqa: E402 - a neighbour, wherever this is run from
+from watch import Watch  # noqa: E402
+
+KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+FINDS = ROOT / "tests" / "fuzz_finds"
+
+#: Documented exit statuses of the commands that only read.
+STATUSES = {0, 1, 2, 3, 63, 64}
+#: Seconds for one command; a thousand times what any needs for files of this size.
+PATIENCE = 10
+#: Address space for everything together: beyond it is a MemoryError, not a dead machine.
+ADDRESSES = 8 * GiB
+#: What a command may add to the resident memory of the process.
+MEMORY = 200 * MiB
+#: Exit status of a search with finds; any other but 0 is a search that was killed.
+FOUND = 3
+#: Killed searches after which there is no point in going on.
+DEATHS = 5
+#: Guests up to this size are compared byte by byte.
+COMPARED = 8 * MiB
+
+COMMANDS: tuple[tuple[str, ...], ...] = (
+    ("info", "{box}/top.add-cow"),
+    ("info", "--backing-chain", "--output", "json", "{box}/top.add-cow"),
+    ("map", "{box}/top.add-cow"),
+    ("map", "--output", "json", "{box}/top.add-cow"),
+    ("check", "{box}/top.add-cow"),
+    ("check", "--output", "json", "{box}/top.add-cow"),
+    ("io", "-r", "-c", "read 0 4k", "-c", "read -v 1k 64", "-c", "map", "{box}/top.add-cow"),
+    ("convert", "-O", "raw", "--jobs", "0", "{box}/top.add-cow", "{out}/new.raw"),
+)
+
+
+# ---- scenes ----
+
+Piece = tuple[int, bytes, int]
+"""Where it begins, what is repeated there, and how often."""
+
+
+@dataclass
+class Entry:
+    """One name in the directory: a file of ``length`` bytes, or something else."""
+
+    path: str
+    kind: str = "file"
+    length: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+    target: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry without what it has by default."""
+        pieces = [[at, data.hex(), times] for at, data, times in self.pieces]
+        every = {"kind": self.kind, "length": self.length, "pieces": pieces, "target": self.target}
+        usual = {"kind": "file", "length": 0, "pieces": [], "target": ""}
+        return {"path": self.path, **{k: v for k, v in every.items() if v != usual[k]}}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Entry:
+        """The entry that :meth:`as_json` described."""
+        pieces = [(at, bytes.fromhex(data), times) for at, data, times in found.get("pieces", [])]
+        return cls(**{**found, "pieces": pieces})
+
+
+@dataclass
+class Scene:
+    """A directory, and the reason why it was kept."""
+
+    entries: list[Entry]
+    why: str = ""
+
+    def as_json(self) -> str:
+        """The scene as the text of a file."""
+        entries = ",\n  ".join(json.dumps(entry.as_json()) for entry in self.entries)
+        return f'{{"why": {json.dumps(self.why)},\n "entries": [\n  {entries}\n]}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Scene:
+        """The scene that :meth:`as_json` described."""
+        found = json.loads(text)
+        return cls([Entry.from_json(each) for each in found["entries"]], found["why"])
+
+
+def build(scene: Scene, box: str) -> None:
+    """Make the files of a scene; a name that cannot be made is left out."""
+    for entry in scene.entries:
+        with contextlib.suppress(OSError, ValueError):
+            _MAKERS[entry.kind](entry, os.path.join(box, entry.path))
+
+
+def _make_file(entry: Entry, path: str) -> None:
+    with open(path, "xb") as file:
+        file.truncate(entry.length)
+        for at, data, times in entry.pieces:
+            file.seek(at)
+            file.write((data * times)[: max(0, entry.length - at)])
+
+
+def _make_socket(_: Entry, path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+
+
+_MAKERS: dict[str, Any] = {
+    "file": _make_file,
+    "link": lambda entry, path: os.symlink(entry.target, path),
+    "hardlink": lambda entry, path: os.link(
+        os.path.join(os.path.dirname(path), entry.target), path
+    ),
+    "fifo": lambda _, path: os.mkfifo(path),
+    "directory": lambda _, path: os.mkdir(path),
+    "socket": _make_socket,
+}
+
+
+# ---- examining ----
+
+
+class HangError(BaseException):
+    """A command took too long. No Exception: nothing in between may take it for its own."""
+
+
+@dataclass
+class _Guard:
+    """What Python opens while a command runs, as far as it has no business there."""
+
+    allowed: tuple[str, ...] = ()
+    active: bool = False
+    met: list[str] = field(default_factory=list)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.active and event == "open" and isinstance(arguments[0], str | bytes):
+            self.active = False  # what this looks up is its own business
+            path = os.path.realpath(os.fsdecode(arguments[0]))
+            if not f"{path}/".startswith(self.allowed) and not _KERNELS.fullmatch(path):
+                self.met.append(path)
+            self.active = True
+
+
+#: Where the holder of a lock is looked for, and what kind of file system there is.
+_KERNELS = re.compile(r"/proc/\d+/(fdinfo/\d+|comm|mountinfo)")
+
+_guard = _Guard()
+
+
+def _arm() -> None:
+    """Install the audit hook, once: it cannot be taken away again."""
+    if not _guard.allowed:
+        homes = {sys.prefix, sys.base_prefix, str(ROOT / "addcow_mp")}
+        _guard.allowed = tuple(os.path.realpath(home) + "/" for home in homes)
+        sys.addaudithook(_guard)
+
+
+@contextlib.contextmanager
+def _limited(box: str, out: str) -> Iterator[None]:
+    """Let opening be watched and time be short within the block."""
+
+    def ring(*_: object) -> None:
+        raise HangError
+
+    _arm()
+    homes, _guard.met = _guard.allowed, []
+    _guard.allowed = (*homes, box + "/", out + "/")
+    _guard.active = True
+    old = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+        _guard.active = False
+        _guard.allowed = homes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run(arguments: Sequence[str]) -> Outcome:
+    """Run a command line in this process, its output as a terminal in UTF-8 would take it."""
+    from addcow_mp.cli.main import run as command
+
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = command(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    texts = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return Outcome(status, *texts)
+
+
+def examine(scene: Scene, commands: Sequence[Sequence[str]] = COMMANDS) -> str | None:
+    """Run the commands on a scene; return the first fault that they show, or None."""
+    with tempfile.TemporaryDirectory(prefix="addcow-fuzz-") as name:
+        top = os.path.realpath(name)
+        box, out, outside = (os.path.join(top, part) for part in ("box", "out", "outside"))
+        for directory in (box, out, outside):
+            os.mkdir(directory)
+        with open(os.path.join(outside, "secret.img"), "wb") as file:
+            file.write(b"S" * 64 * KiB)
+        build(scene, box)
+        places = {"box": box, "out": out, "outside": outside}
+        with Watch(outside, os.path.join(outside, "secret.img")) as watch:
+            for command in commands:
+                fault = _examine([word.format(**places) for word in command], places, watch)
+                if fault is not None:
+                    return f"{' '.join(command)}: {fault}"
+    return None
+
+
+def _examine(command: list[str], places: dict[str, str], watch: Watch) -> str | None:
+    before, memory, outcome = _fingerprint(places["box"]), _forget_peak(), None
+    try:
+        with _limited(places["box"], places["out"]):
+            outcome = run(command)
+    except HangError:
+        return f"it took more than {PATIENCE} seconds"
+    except BaseException as error:
+        return f"it raised {type(error).__name__}: {error}"
+    opened = _guard.met + [event.path for event in watch.events()]
+    if opened:
+        return f"it opened {opened[0]}, which lies outside"
+    if _fingerprint(places["box"]) != before:
+        return "a file was changed"
+    if _peak() - memory > MEMORY:
+        return f"it took {(_peak() - memory) // MiB} MiB of memory"
+    return _judge(command, outcome, places)
+
+
+def _fingerprint(box: str) -> list[tuple[object, ...]]:
+    """All that changes when a file is changed, and nothing that reading one changes."""
+    found: list[tuple[object, ...]] = []
+    for entry in sorted(os.scandir(box), key=lambda entry: entry.name):
+        status = entry.stat(follow_symlinks=False)
+        told = (status.st_mode, status.st_ino, status.st_size, status.st_ctime_ns)
+        found.append((entry.name, *told))
+    return found
+
+
+def _forget_peak() -> int:
+    """Let the peak of resident memory begin anew, and return what it is now."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+    return _peak()
+
+
+def _peak() -> int:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * KiB
+
+
+def _judge(command: list[str], outcome: Outcome, places: dict[str, str]) -> str | None:
+    """What is wrong with how a command ended, or with what it said and wrote."""
+    if outcome.status not in STATUSES:
+        return f"exit status {outcome.status}"
+    for line in outcome.err.removesuffix("\n").split("\n") if outcome.err else ():
+        if not _is_told(line, command[0]) or "unexpected" in line or "Traceback" in line:
+            return f"it said {line!r}"
+    if outcome.status == 1 and not outcome.err + outcome.out:
+        return "it failed without a word"
+    if "json" in command and outcome.status != 1:
+        try:
+            json.loads(outcome.out)
+        except ValueError as error:
+            return f"its JSON is none: {error}"
+    return _compare(command, outcome, places) if command[0] == "convert" else None
+
+
+def _is_told(line: str, verb: str) -> bool:
+    # io says in qemu-io's words why a request failed.
+    return line.startswith("addcow: ") or (verb == "io" and "failed: " in line)
+
+
+def _compare(command: list[str], outcome: Outcome, places: dict[str, str]) -> str | None:
+    new = command[-1]
+    if outcome.status != 0:
+        return "it failed and left its file" if os.path.lexists(new) else None
+    size = os.path.getsize(new)
+    if size > COMPARED:
+        return None
+    try:
+        wanted = oracle.guest_bytes(os.path.join(places["box"], "top.add-cow"))
+    except oracle.OracleError as error:
+        return f"it accepted what the format forbids: {error}"
+    except OSError as error:
+        # A slash behind a file's name is taken away when a path is resolved.
+        return None if error.errno == errno.ENOTDIR else f"it opened what is not there: {error}"
+    with open(new, "rb") as file:
+        if file.read() != wanted:
+            return "it wrote something else than the guest's view"
+    return None
+
+
+# ---- drawing ----
+
+LAYOUT = struct.Struct("<4sIIIIIQQI16s16s")
+FIELDS = (
+    *("magic", "backing_offset", "backing_size", "image_offset", "image_size", "cluster_bits"),
+    *("features", "compatible_features", "header_size", "backing_format", "image_format"),
+)
+
+EDGES_32 = (0, 1, 11, 12, 16, 21, 22, 63, 64, 75, 76, 77, 1023, 1024, 4095, 4096, 4097, 8192,
+            65535, 65536, 65537, 2**21, 2**31 - 1, 2**31, 2**32 - 4096, 2**32 - 1)  # fmt: skip
+EDGES_64 = (0, 1, 2, 3, 2**31, 2**32, 2**63, 2**64 - 1)
+LENGTHS = (0, 1, 4, 75, 76, 77, 511, 512, 513, 4095, 4096, 4097, 8191, 8192, 8193, 65536, 131072,
+           MiB, GiB, 2**32 - 512, 2**32 + 512, TiB, 3 * TiB + 512, 16 * TiB - 4096)  # fmt: skip
+FORMATS = (
+    b"",
+    b"raw",
+    b"add-cow",
+    b"qcow2",
+    b"qed",
+    b"raw\0x",
+    b"RAW",
+    b"r" * 16,
+    b"\xff\xfe",
+    b"vdi",
+)
+NAMES = (
+    *(
+        b"",
+        b".",
+        b"..",
+        b"/",
+        b"top.add-cow",
+        b"./top.add-cow",
+        b"top.raw",
+        b"one.raw",
+        b"base.img",
+    ),
+    *(b"./base.img", b"base.img/", b"base.img\0", b"x\0y", b"\xff\xfe", b"a\nb", b"\x1b[2J", b" "),
+    *(b"../outside/secret.img", b"../box/base.img", b"../box/../outside/secret.img", b"odd"),
+    *(b"odd/secret.img", b"odd/base.img", b"/etc/passwd", b"/proc/version", b"/proc/self/mem"),
+    *(b"/dev/zero", b"/dev/stdin", b"/sys/kernel/profiling", b"/proc/self/cwd/x", b"a" * 255),
+    *(b"a" * 1023, b"a" * 1024, b"a/" * 2040, b"nbd:localhost:1", b"json:{}", b"file:base.img"),
+    *(b":", b"./:", b"fd:0", b"http://127.0.0.1/x", b"base.img:x", b"%s%n", b"{box}"),
+)
+TARGETS = (
+    *("base.img", "odd", "../outside/secret.img", "../outside", ".", "..", "/", "/etc/passwd"),
+    *("top.add-cow", "/proc/self/root", "/proc/self/fd", "nowhere", "/dev/zero", "/proc/version"),
+)
+KINDS = ("link", "hardlink", "fifo", "directory", "socket", "missing")
+
+
+@dataclass
+class _Layer:
+    """An overlay being drawn: what stands in its header before damage is done to it."""
+
+    name: str
+    cluster_bits: int
+    length: int
+    held: int
+    local: int
+    backing: bytes
+    backing_format: bytes
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cluster(self) -> int:
+        return 1 << min(self.cluster_bits, 21)
+
+    @property
+    def image(self) -> str:
+        return f"{self.name}.raw"
+
+    def entries(self) -> list[Entry]:
+        """The overlay's file and its image file."""
+        header_size = max(4 * KiB, self.cluster)
+        clusters = -(-(self.length // 512 * 512) // self.cluster)
+        bitmap = -(-clusters // (8 * self.cluster)) * self.cluster
+        bits = (self.local & ((1 << clusters) - 1)).to_bytes(-(-clusters // 8), "little")
+        header = self._header(header_size)
+        pieces: list[Piece] = [(0, header, 1)]
+        if bits.strip(b"\0"):
+            pieces.append((header_size, bits, 1))
+        cow = Entry(f"{self.name}.add-cow", length=header_size + bitmap, pieces=pieces)
+        return [cow, Entry(self.image, length=self.length, pieces=self._data())]
+
+    def _header(self, header_size: int) -> bytes:
+        backing: bytes = self.changes.get("backing", self.backing)
+        image: bytes = self.changes.get("image", self.image.encode())
+        values: dict[str, Any] = {
+            "magic": b"ACOW",
+            "backing_offset": 76 if backing else 0,
+            "backing_size": len(backing),
+            "image_offset": 76 + len(backing),
+            "image_size": len(image),
+            "cluster_bits": self.cluster_bits,
+            "features": 0,
+            "compatible_features": 0,
+            "header_size": header_size,
+            "backing_format": self.backing_format if backing else b"",
+            "image_format": b"raw",
+        }
+        values.update({k: v for k, v in self.changes.items() if k in values})
+        return LAYOUT.pack(*(values[name] for name in FIELDS)) + backing + image
+
+    def _data(self) -> list[Piece]:
+        letter = self.name[:1].upper().encode()
+        held = (number for number in range(16) if self.held >> number & 1)
+        return [(number * self.cluster, letter, self.cluster) for number in held]
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> list[_Layer]:
+    """A sound chain of one to three overlays."""
+    layers = []
+    depth = draw(st.integers(1, 3))
+    for level in range(depth):
+        last = level == depth - 1
+        layers.append(
+            _Layer(
+                name=("top", "one", "two")[level],
+                cluster_bits=draw(st.sampled_from((12, 13, 16, 21))),
+                length=draw(st.integers(0, 14)) * 4 * KiB - 0,
+                held=draw(st.integers(0, 2**16 - 1)),
+                local=draw(st.integers(0, 2**16 - 1)),
+                backing=b"base.img" if last else ("one", "two")[level].encode() + b".add-cow",
+                backing_format=b"raw" if last else b"add-cow",
+            )
+        )
+    return layers
+
+
+field_changes = st.one_of(
+    st.tuples(st.sampled_from(FIELDS[1:6] + FIELDS[8:9]), st.sampled_from(EDGES_32)),
+    st.tuples(st.sampled_from(FIELDS[1:6] + FIELDS[8:9]), st.integers(0, 2**32 - 1)),
+    st.tuples(st.sampled_from(FIELDS[6:8]), st.sampled_from(EDGES_64)),
+    st.tuples(st.sampled_from(FIELDS[9:]), st.sampled_from(FORMATS)),
+    st.tuples(st.sampled_from(("backing", "image")), st.sampled_from(NAMES)),
+    st.tuples(st.sampled_from(("backing", "image")), st.binary(max_size=40)),
+)
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> Scene:
+    """A chain with some damage."""
+    layers = draw(chains())
+    for name, value in draw(st.lists(field_changes, max_size=3)):
+        draw(st.sampled_from(layers)).changes[name] = value
+    base = Entry("base.img", length=draw(st.integers(0, 14)) * 4 * KiB)
+    base.pieces = [(0, b"B", base.length)]
+    entries = [entry for layer in layers for entry in layer.entries()] + [base]
+    for damage in draw(st.lists(st.sampled_from(DAMAGES), max_size=3)):
+        damage(draw, entries)
+    return Scene([entry for entry in entries if entry.kind != "missing"])
+
+
+def _lengthen(draw: st.DrawFn, entries: list[Entry]) -> None:
+    length = st.one_of(st.sampled_from(LENGTHS), st.integers(0, 200 * KiB))
+    draw(st.sampled_from(entries)).length = draw(length)
+
+
+def _overwrite(draw: st.DrawFn, entries: list[Entry]) -> None:
+    at = draw(st.one_of(st.integers(0, 80), st.sampled_from((4096, 8191, 65536, 65537))))
+    data = st.one_of(
+        st.binary(min_size=1, max_size=12), st.sampled_from((b"ACOW", b"QFI\xfb\0\0\0\3"))
+    )
+    draw(st.sampled_from(entries)).pieces.append((at, draw(data), 1))
+
+
+def _replace(draw: st.DrawFn, entries: list[Entry]) -> None:
+    entry = draw(st.sampled_from(entries))
+    # What the user names may lie anywhere: only other names must not lead out.
+    kinds = KINDS[1:] if entry.path == "top.add-cow" else KINDS
+    entry.kind, entry.target = draw(st.sampled_from(kinds)), draw(st.sampled_from(TARGETS))
+    entry.pieces, entry.length = [], 0
+
+
+def _add(draw: st.DrawFn, entries: list[Entry]) -> None:
+    entry = Entry("odd", length=4096)
+    entries.append(entry)
+    entry.kind, entry.target = draw(st.sampled_from(KINDS)), draw(st.sampled_from(TARGETS))
+
+
+def _cross(draw: st.DrawFn, entries: list[Entry]) -> None:
+    """Let one file be another one of the chain."""
+    entry, other = draw(st.sampled_from(entries)), draw(st.sampled_from(entries))
+    if entry is not other and not other.target:
+        kind = draw(st.sampled_from(("hardlink", "link")))
+        entry.kind, entry.target, entry.pieces, entry.length = kind, other.path, [], 0
+        entries.remove(entry)
+        entries.append(entry)  # a hard link can be made when its file is there
+
+
+DAMAGES = (_lengthen, _overwrite, _replace, _add, _cross)
+
+
+# ---- searching ----
+
+
+class FoundError(Exception):
+    """A scene that shows a fault."""
+
+    def __init__(self, scene: Scene, fault: str) -> None:
+        super().__init__(fault)
+        self.scene = scene
+        self.fault = fault
+
+
+def signature(fault: str) -> str:
+    """The fault without what differs from scene to scene."""
+    fault = re.sub(r"(it raised \w+):.*", r"\1", fault, flags=re.DOTALL)
+    return re.sub(r"'[^']*'|\"[^\"]*\"|/\S+|0x[0-9a-f]+|\d+", "_", fault)
+
+
+@dataclass
+class Search:
+    """Draws and examines scenes until its time is over. Each kind of fault is told once."""
+
+    deadline: float
+    finds: Path
+    pending: Path
+    known: set[str] = field(default_factory=set)
+    examined: int = 0
+    shrinking: bool = False
+
+    def attempt(self, scene: Scene) -> None:
+        """Examine a scene; raises :class:`FoundError` for a fault that is new."""
+        if time.monotonic() > self.deadline and not self.shrinking:
+            return
+        self.examined += 1
+        self.pending.write_text(scene.as_json())
+        faulthandler.dump_traceback_later(3 * PATIENCE, exit=True)
+        fault = examine(scene)
+        faulthandler.cancel_dump_traceback_later()
+        if fault is not None and signature(fault) not in self.known:
+            self.shrinking = True
+            raise FoundError(scene, fault)
+
+    def round(self, number: int) -> None:
+        """Draw some hundred scenes from a seed; save the first fault, shrunk."""
+        self.shrinking = False
+        try:
+            seed(number)(_settings()(given(scenes())(self.attempt)))()
+        except FoundError as found:
+            self.known.add(signature(found.fault))
+            save(found.scene, found.fault, self.finds)
+        except Flaky as error:  # seen once, not again: worth a line, but nothing to keep
+            print(f"seed {number}: {error.args[0].splitlines()[-1]}", flush=True)
+
+
+def search(number: int, seconds: float, finds: Path, pending: Path) -> int:
+    """Search from a seed on; return how many faults were found and saved."""
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
+    work = Search(time.monotonic() + seconds, finds, pending)
+    while time.monotonic() < work.deadline:
+        work.round(number)
+        number += 1
+    print(f"{work.examined} scenes up to seed {number}, {len(work.known)} faults", flush=True)
+    return len(work.known)
+
+
+def _settings() -> settings:
+    return settings(
+        max_examples=500,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def save(scene: Scene, fault: str, finds: Path) -> None:
+    """Write a find down."""
+    scene.why = fault
+    text = scene.as_json()
+    path = finds / f"find-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
+    finds.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"{path}: {fault}", flush=True)
+
+
+def replay(paths: Iterable[str]) -> int:
+    """Examine saved scenes; return how many show a fault."""
+    faults = 0
+    for path in paths:
+        fault = examine(Scene.from_json(Path(path).read_text()))
+        print(f"{path}: {fault or 'no fault'}", flush=True)
+        faults += fault is not None
+    return faults
+
+
+def supervise(options: argparse.Namespace) -> int:
+    """Search in another process, again when that one dies, until the time is over."""
+    number = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
+    deadline, found, deaths = time.monotonic() + options.seconds, False, 0
+    print(f"seed {number}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="addcow-fuzz-") as name:
+        pending = Path(name) / "pending.json"
+        while (left := deadline - time.monotonic()) > 1 and deaths < DEATHS:
+            words = ("--inside", str(pending), "--seconds", str(left), "--seed", str(number))
+            command = [sys.executable, __file__, *words, "--finds", str(options.finds)]
+            status = subprocess.run(command, check=False).returncode
+            if status not in (0, FOUND):
+                scene = Scene.from_json(pending.read_text())
+                save(scene, f"the process ended with status {status}", options.finds)
+                deaths, number = deaths + 1, number + 1000
+            found |= status != 0
+    return int(found)
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(description="Fuzz the reading commands.")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
+    parser.add_argument("--finds", type=Path, default=FINDS, help="where finds are saved")
+    parser.add_argument("--replay", nargs="+", metavar="FILE")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.replay:
+        return min(replay(options.replay), 1)
+    if options.inside:
+        found = search(options.seed, options.seconds, options.finds, options.inside)
+        return FOUND if found else 0
+    return supervise(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

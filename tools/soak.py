@@ -1,0 +1,395 @@
+#!/usr/bin/env python3
+"""Go on and on: random chains, random jobs, random accidents, until the time is up.
+
+    soak.py --minutes N [--seed S] [--case NUMBER] [--keep DIR]
+
+A case is a random chain (`tests/chains.py`), a random job on it, and one to three accidents
+to that job: its parent or a worker is killed, it is told to stop, a fault rule lets some step
+fail, or, for root on a machine with loop devices, the power of its file system is cut
+(`tests/powercut.py`). After each accident what the job promises is looked at
+(`tests/promises.py`), by a reader that knows nothing of the package. In the end the same
+command is run without any accident and must complete.
+
+At the first promise that is not kept this ends with status 1, tells seed, case and steps, and
+keeps the files of the case. `--seed S --case NUMBER` runs that case again: the same chain,
+job and accidents. What the processes do in between is theirs, so a rare find may take several
+tries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import oracle
+from chains import can_commit, wild_chain
+from model import MiB, Overlay, build, view
+from powercut import (
+    EVENTS,
+    Cut,
+    Disk,
+    Moment,
+    UnavailableError,
+    loop_disk,
+    lose_power,
+    make_durable,
+)
+from promises import Commit, Promise, promise_of
+from victim import PATIENCE, Hang, Victim
+
+#: Small enough for a case a second, big enough for several tasks and checkpoints.
+LARGEST = 6 * MiB
+
+JOBS = (
+    "commit",
+    "commit",
+    "commit -d",
+    "flatten",
+    "flatten",
+    "flatten --discard",
+    "io",
+    "io",
+    "convert",
+)
+
+#: Steps of reading and opening, at which every job can fail too.
+READING = ("header_read", "bitmap_load", "image_read", "backing_read", "cow_read")
+
+#: What a job may end with that has met an accident of the milder kind.
+ORDERLY = (0, 1, 130, 143)
+
+
+class BrokenError(Exception):
+    """A promise that was not kept."""
+
+
+@dataclass
+class Case:
+    """One chain with one job, and the steps taken so far."""
+
+    rng: random.Random
+    place: Path
+    scratch: Path
+    promise: Promise
+    size: int
+    disk: Disk | None
+    steps: list[str] = field(default_factory=list)
+
+    def jobs(self) -> int:
+        """Return a number of worker processes."""
+        return self.rng.choice([0, 0, 1, 2, 3])
+
+    @property
+    def scale(self) -> float:
+        """How many of the events of 16 MiB to expect."""
+        return max(0.1, self.size / (16 * MiB))
+
+    def start(self, jobs: int, rules: str = "", order: str = "right") -> Victim:
+        """Start the job."""
+        return Victim(
+            self.promise.command(jobs),
+            self.scratch,
+            stdin=self.promise.stdin,
+            rules=rules,
+            order=order,
+        )
+
+
+# ---- accidents: each lets the job begin, and returns how it ended ----
+
+
+def _ended(victim: Victim, status: int, what: str) -> Cut:
+    return Cut(status == 0, victim.stdout, f"{victim}: {what}, status {status}: {victim.stderr}")
+
+
+def _orderly(victim: Victim, status: int, what: str) -> Cut:
+    """The end of a job that nobody has killed: with a reason, and in good manners."""
+    told = _ended(victim, status, what)
+    if status not in ORDERLY or "Traceback" in victim.stderr:
+        raise BrokenError(told.story)
+    return told
+
+
+def kill_parent(case: Case) -> Cut:
+    """Kill -9 the parent; its workers must end by themselves."""
+    with case.start(case.jobs()) as victim:
+        _let_begin(case, victim)
+        return _ended(victim, victim.kill_parent(), "parent killed")
+
+
+def kill_worker(case: Case) -> Cut:
+    """Kill -9 one worker; the job goes on without it, or fails."""
+    with case.start(case.rng.choice([1, 2, 3])) as victim:
+        for _ in victim.watch():
+            if victim.workers:
+                break
+        _let_begin(case, victim)
+        if workers := victim.workers:
+            _signal(case.rng.choice(workers).pid, signal.SIGKILL)
+        return _ended(victim, victim.wait(), "worker killed")
+
+
+def interrupt(case: Case) -> Cut:
+    """SIGINT or SIGTERM: finished work is published, and that is all."""
+    number = case.rng.choice([signal.SIGINT, signal.SIGTERM])
+    with case.start(case.jobs()) as victim:
+        _let_begin(case, victim)
+        _signal(victim.pid, number)
+        return _ended(victim, victim.wait(), f"told to stop by {number.name}")
+
+
+def fail(case: Case) -> Cut:
+    """Some step fails: with an error, half done, or with a dying process."""
+    events = [*EVENTS[case.promise.job], *READING]
+    event, action = case.rng.choice(events), case.rng.choice(["error", "short", "kill"])
+    words = {
+        "event": event,
+        "action": action,
+        "errno": case.rng.choice([5, 28]),
+        "after": int(40 * case.scale * case.rng.random() ** 2),
+        "once": case.rng.choice(["on", "off"]),
+    }
+    rules = "[inject-error]\n" + "".join(f"{name} = {value}\n" for name, value in words.items())
+    with case.start(case.jobs(), rules) as victim:
+        status, what = victim.wait(), " ".join(rules.split())
+        for marker in case.scratch.glob("rules.hit-*"):
+            marker.unlink()
+        return _ended(victim, status, what) if action == "kill" else _orderly(victim, status, what)
+
+
+def cut_power(case: Case) -> Cut:
+    """The power fails."""
+    if case.disk is None:
+        raise UnavailableError("this case has no power of its own")
+    by_event = case.promise.job == "convert" or case.rng.random() < 0.5
+    moment = Moment.draw(case.rng, case.promise, by_event=by_event, scale=case.scale)
+    order = case.rng.choice(["right", "right:waiting"])
+    return lose_power(
+        case.disk, case.promise, moment, case.rng, case.scratch, jobs=case.jobs(), order=order
+    )
+
+
+def _let_begin(case: Case, victim: Victim) -> None:
+    """Let the job come to some random point, from its very start to its end."""
+    part = case.rng.uniform(-0.2, 1)
+    for _ in victim.watch(tick=0):
+        if case.promise.part_changed() >= part:
+            break
+    victim.linger(case.rng.choice([0, 0.01, 0.1]) * case.rng.random())
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):  # it was faster
+        os.kill(pid, number)
+
+
+ACCIDENTS: dict[str, Callable[[Case], Cut]] = {
+    "parent killed": kill_parent,
+    "worker killed": kill_worker,
+    "interrupted": interrupt,
+    "fault": fail,
+}
+POWER_CUT = "power cut"
+
+
+# ---- one case ----
+
+
+def new_case(rng: random.Random, place: Path, scratch: Path, disk: Disk | None) -> Case:
+    """Make a random chain in ``place`` and draw a job for it."""
+    chain = wild_chain(rng, LARGEST)
+    words = rng.choice([each for each in JOBS if can_commit(chain) or "commit" not in each])
+    files = build(chain, str(place))
+    make_durable(place)
+    if oracle.guest_bytes(files.path) != view(chain):
+        raise BrokenError("the chain is not what it was meant to be")
+    promise = promise_of(words, files, rng)
+    case = Case(rng, place, scratch, promise, chain.size, disk)
+    case.steps.append(f"{words} {' '.join(promise.manner)}: {_described(chain)}")
+    return case
+
+
+def _described(layer: Overlay) -> str:
+    flags = "all allocated, " if layer.all_allocated else ""
+    told = f"{layer.size} bytes in clusters of {layer.cluster_size}, {flags}over "
+    if isinstance(layer.backing, Overlay):
+        return told + _described(layer.backing)
+    return told + (f"{layer.backing.size} bytes raw" if layer.backing else "nothing")
+
+
+def suffer(case: Case, what: str) -> None:
+    """Let one accident happen to the job, and look at what is left."""
+    case.promise.make_way()
+    case.steps.append(what)
+    cut = cut_power(case) if what.startswith(POWER_CUT) else ACCIDENTS[what](case)
+    case.steps.append(cut.story)
+    _look(case, cut.done, cut.stdout)
+    case.promise = case.promise.again() if _is_there(case) else case.promise
+
+
+def _is_there(case: Case) -> bool:
+    return os.path.exists(case.promise.files.path)
+
+
+def _look(case: Case, done: bool, stdout: str) -> None:
+    broken = case.promise.broken(done=done, stdout=stdout)
+    if broken:
+        raise BrokenError("\n".join(broken))
+
+
+def finish(case: Case) -> None:
+    """Run the command once more, as it is, and look at the result."""
+    case.promise.make_way()
+    words = case.promise.command(case.jobs())
+    done = subprocess.run(
+        [sys.executable, "-m", "addcow_mp", *words],
+        input=case.promise.stdin,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    case.steps.append(f"run to its end: status {done.returncode}: {done.stderr.strip()}")
+    if done.returncode != 0:
+        raise BrokenError("the same command does not complete")
+    _look(case, True, done.stdout)
+    if type(case.promise) is Commit and 0 <= case.promise.leftovers() < case.size - 64 * 1024:
+        raise BrokenError(f"the image still takes space at {case.promise.leftovers()}")
+
+
+# ---- all of them ----
+
+
+@dataclass
+class Soak:
+    """The whole run: where cases live, and what was survived so far."""
+
+    seed: str
+    home: Path
+    keep: Path
+    disks: list[Disk]
+    survived: Counter[tuple[str, str]] = field(default_factory=Counter)
+    cases: int = 0
+
+    def run_case(self, number: int) -> None:
+        """Run one case; raises :class:`BrokenError` after keeping its files."""
+        rng = random.Random(f"{self.seed} {number}")
+        accidents = self._accidents(rng)
+        disk = self._disk_of(accidents, rng)
+        with self._directories(disk) as (place, scratch):
+            case = new_case(rng, place, scratch, disk)
+            try:
+                self._go_through(case, accidents)
+            except Exception as error:
+                raise BrokenError(self._kept(case, number, error)) from error
+        self.cases += 1
+
+    def _accidents(self, rng: random.Random) -> list[str]:
+        known = [*ACCIDENTS, *[POWER_CUT] * (2 if self.disks else 0)]
+        return rng.choices(known, k=rng.randint(1, 3))
+
+    def _disk_of(self, accidents: list[str], rng: random.Random) -> Disk | None:
+        return rng.choice(self.disks) if POWER_CUT in accidents else None
+
+    @contextmanager
+    def _directories(self, disk: Disk | None) -> Iterator[tuple[Path, Path]]:
+        with ExitStack() as stack:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=self.home))
+            if disk is None:
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self.home)))
+            else:
+                place = stack.enter_context(disk.directory())
+            yield place, Path(scratch)
+
+    def _go_through(self, case: Case, accidents: list[str]) -> None:
+        words = " ".join([case.promise.job, *case.promise.options])
+        for what in accidents:
+            if not _is_there(case):
+                return  # discarded, with everything in order
+            suffer(case, what)
+            where = f" on {case.disk.kind}" if case.disk and what == POWER_CUT else ""
+            self.survived[words, what + where] += 1
+        if _is_there(case):
+            finish(case)
+
+    def _kept(self, case: Case, number: int, error: Exception) -> str:
+        target = self.keep / f"soak-{self.seed}-{number}"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(case.place, target)
+        what = str(error) if isinstance(error, (BrokenError, Hang)) else repr(error)
+        steps = "\n".join(["steps:", *case.steps, "broken:", what])
+        (target / "steps.txt").write_text(steps + "\n")
+        again = f"again with: --seed {self.seed} --case {number}"
+        return f"{steps}\n{again}\nits files are kept in {target}"
+
+
+def table(survived: Counter[tuple[str, str]]) -> str:
+    """Return what was survived: a line for each job, a column for each accident."""
+    columns = sorted({what for _, what in survived})
+    jobs = sorted({job for job, _ in survived})
+    lines = [["", *columns]]
+    lines += [[job, *(str(survived[job, what]) for what in columns)] for job in jobs]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def disks_here(stack: ExitStack, home: Path) -> list[Disk]:
+    """Return the file systems whose power can be cut, as far as there are any here."""
+    disks = []
+    for kind in ("ext4", "xfs"):
+        try:
+            disks.append(stack.enter_context(loop_disk(kind, home)))
+        except UnavailableError as error:
+            print(f"no power cuts on {kind}: {error}", flush=True)
+    return disks
+
+
+def soak(minutes: float, seed: str, keep: Path, only: int | None) -> int:
+    """Run cases until the time is up; return the exit status."""
+    end = time.monotonic() + 60 * minutes
+    print(f"seed {seed}", flush=True)
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
+        run = Soak(seed, home, keep, disks_here(stack, home))
+        try:
+            if only is not None:
+                run.run_case(only)
+            while only is None and time.monotonic() < end:
+                run.run_case(run.cases)
+        except BrokenError as error:
+            print(f"case {run.cases if only is None else only} of seed {seed} is BROKEN\n{error}")
+            return 1
+        print(f"{run.cases} cases, {sum(run.survived.values())} accidents survived")
+        print(table(run.survived))
+    return 0
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(description="Random accidents to random jobs.")
+    parser.add_argument("--minutes", type=float, required=True, help="how long")
+    parser.add_argument("--seed", default=str(random.SystemRandom().randrange(10**9)))
+    parser.add_argument("--case", type=int, help="only this case of the seed")
+    parser.add_argument("--keep", type=Path, default=Path(), help="where a broken case is kept")
+    args = parser.parse_args()
+    return soak(args.minutes, args.seed, args.keep.resolve(), args.case)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
