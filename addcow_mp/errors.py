@@ -134,3 +134,17 @@ class UnfinishedError(StoppedError):
     """A job whose result is a new file was stopped; the file is gone again."""
 
     template = "{path}: stopped; the unfinished file was removed, run the command again"
+
+
+class InterruptedJobError(StoppedError):
+    """A job that SIGINT stopped; ``message`` says what became of its work."""
+
+    template = "{message}"
+    exit_code = 130
+
+
+class TerminatedJobError(StoppedError):
+    """A job that SIGTERM stopped; ``message`` says what became of its work."""
+
+    template = "{message}"
+    exit_code = 143

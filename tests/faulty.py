@@ -144,6 +144,8 @@ class Warm:
     def start(self, *arguments: str, cwd: Path, rules: Rules | None = None) -> Command:
         """Begin a command."""
         self._clear()
+        for path in self._outputs:
+            path.unlink(missing_ok=True)  # what a killed one leaves running may still write there
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         faults = "" if rules is None else str(rules.path)
@@ -346,17 +348,17 @@ WIDE_CLUSTER = 256 * KiB
 #: A task moves 64 MiB; weights count whole clusters or data in many small pieces as full.
 TASK_CLUSTERS = 64 * MiB // WIDE_CLUSTER
 
-BASE_DATA, IMAGE_DATA = 0, 2
+BASE_DATA, IMAGE_DATA, ODD = 0, 2, 15
 
 
 @dataclass(frozen=True)
 class Wide:
     """A chain for `commit` or `flatten` that is cut into several tasks and holds little data.
 
-    Of sixteen clusters, the first has 4 KiB of data in the base, the third in the image, and
-    the last is local only for flatten, which moves all others, as commit moves all but it:
-    `selected` are those that the job moves.  `seen` is the guest's view, digests of the
-    clusters that are not zero.
+    Of sixteen clusters, the first has 4 KiB of data in the base, the third and the last in the
+    image.  The last is the only one that is local for flatten and that is not for commit, so
+    that both jobs move all others: those are `selected`.  `seen` is the guest's view, digests of
+    the clusters that are not zero.
     """
 
     here: Path
@@ -369,13 +371,13 @@ class Wide:
     def lay(cls, here: Path, job: str, tasks: int = 3) -> Wide:
         """Make the files."""
         clusters = tasks * TASK_CLUSTERS
-        for name, place in (("base.img", BASE_DATA), ("top.raw", IMAGE_DATA)):
+        for name, places in (("base.img", (BASE_DATA,)), ("top.raw", (IMAGE_DATA, ODD))):
             with (here / name).open("wb") as file:
                 file.truncate(clusters * WIDE_CLUSTER)
-                for number in range(place, clusters, 16):
+                for number in (n for n in range(clusters) if n % 16 in places):
                     file.seek(number * WIDE_CLUSTER)
                     file.write(f"{name} {number} ".encode().ljust(4 * KiB, b"."))
-        odd = frozenset(range(15, clusters, 16))
+        odd = frozenset(range(ODD, clusters, 16))
         selected = frozenset(range(clusters)) - odd
         cow = overlay_bytes(
             image="top.raw",

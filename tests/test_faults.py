@@ -26,7 +26,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -386,11 +385,9 @@ def events_met(warm: Warm, here: Path, rules: Path, *arguments: str) -> set[str]
 
 def stops(warm: Warm, here: Path, rules: Rules, *arguments: str) -> int:
     """Run a command to its end, letting it go on after every stop; return how many there were."""
-    command = warm.start(*arguments, cwd=here, rules=rules)
-    for number in count():
-        ended = command.wait()
-        if ended is not None:
-            break
+    command, number = warm.start(*arguments, cwd=here, rules=rules), 0
+    while (ended := command.wait()) is None:
+        number += 1
         os.kill(command.pid, signal.SIGCONT)
     assert ended.status == 0, ended
     return number
@@ -401,15 +398,14 @@ class Times:
 
     def __init__(self, warm: Warm) -> None:
         self._warm = warm
-        self._known: dict[tuple[str, ...], int] = {}
+        self._known: dict[tuple[str, str], int] = {}
 
-    def of(self, event: str, here: Path, rules: Path, arguments: tuple[str, ...]) -> int:
-        """Run the command in `here`, unless it is known, and return its number of times."""
-        if (event, *arguments) not in self._known:
-            written = Rules.write(rules, rule(event, "stop"))
-            number = stops(self._warm, here, written, *arguments)
-            self._known[event, *arguments] = number
-        return self._known[event, *arguments]
+    def of(self, name: str, event: str, arguments: tuple[str, ...], here: Path) -> int:
+        """Return the number, running the command in `here` unless it is known."""
+        if (name, event) not in self._known:
+            rules = Rules.write(here.parent / "rules", rule(event, "stop"))
+            self._known[name, event] = stops(self._warm, here, rules, *arguments)
+        return self._known[name, event]
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +425,7 @@ def test_a_fault_harms_nobody_and_the_command_goes_on(
     here, operation = tmp_path / "here", OPERATIONS[name]
     which, words = FAULTS[fault]
     Scene.lay(here, operation)
-    number = times.of(event, here, tmp_path / "rules", operation.arguments)
+    number = times.of(name, event, operation.arguments, here)
     for after in range(1 if which == FIRST else number):
         scene = Scene.lay(here, operation)
         rules = Rules.write(tmp_path / "rules", rule(event, after=after, **words))
@@ -586,7 +582,7 @@ def test_a_fault_in_create_leaves_nothing_that_deceives(
     creation, here = CREATIONS[name], tmp_path / "here"
     which, words = FAULTS[fault]
     begin(here, creation)
-    number = times.of(event, here, tmp_path / "rules", creation.arguments)
+    number = times.of(name, event, creation.arguments, here)
     for after in range(1 if which == FIRST else number):
         before = begin(here, creation)
         rules = Rules.write(tmp_path / "rules", rule(event, after=after, **words))
@@ -853,3 +849,10 @@ def test_rules_count_and_choose_clusters(warm: Warm, tmp_path: Path) -> None:
         "write failed: File too large",
     ]
     assert local_clusters(scene.here / "top.add-cow") == [0, 1, 2, 5, 7]
+
+
+def test_rules_count_clusters_of_the_overlay_in_every_file(warm: Warm, tmp_path: Path) -> None:
+    scene = Scene.lay(tmp_path / "here", OPERATIONS["convert"])
+    rules = Rules.write(tmp_path / "rules", rule("target_write", cluster=4))
+    ended = warm.run(*scene.operation.arguments, cwd=scene.here, rules=rules)
+    assert f"new.raw: cannot write {CLUSTER} bytes at {4 * CLUSTER}: " in refused_in_one_line(ended)

@@ -1,8 +1,8 @@
 """Everything that fuzzing ever found, examined again, and the scenes that it began with.
 
 Each file of tests/fuzz_finds is a small directory of images, with the reason why it was kept.
-A scene is examined in a process of its own, as `make fuzz` would: what was found may have hung
-or killed the process that met it. A new find needs nothing but its file.
+They are examined in another process, as `make fuzz` does: what was found may have hung or
+killed the process that met it. A new find needs nothing but its file.
 
 That the examination sees anything at all is tested first, with commands that do what the
 reading commands must not do.
@@ -10,6 +10,8 @@ reading commands must not do.
 
 from __future__ import annotations
 
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from golden import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import fuzz
+import oracle
 
 # Nothing takes longer than what the examination itself allows.
 PATIENCE = 120.0
@@ -31,18 +34,24 @@ def load(name: str) -> fuzz.Scene:
     return fuzz.Scene.from_json((fuzz.FINDS / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("path", FINDS, ids=lambda path: str(path.stem))
-def test_no_scene_shows_a_fault(path: Path) -> None:
+@pytest.fixture(scope="module")
+def replayed() -> dict[str, str]:
+    """What the examination says of every file, as far as it came."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "fuzz.py"), "--replay", str(path)],
+        [sys.executable, str(ROOT / "tools" / "fuzz.py"), "--replay", *map(str, FINDS)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == f"{path}: no fault\n"
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("path", FINDS, ids=lambda path: str(path.stem))
+def test_no_scene_shows_a_fault(path: Path, replayed: dict[str, str]) -> None:
+    # Of a scene that kills the process nothing is said, and of those behind it neither.
+    assert replayed.get(str(path), "the process ended before it was done") == "no fault"
 
 
 def test_there_are_scenes() -> None:
@@ -63,7 +72,7 @@ def test_a_scene_says_why_it_was_kept_and_survives_saving(path: Path) -> None:
 def test_an_opened_file_outside_is_seen(name: str) -> None:
     fault = fuzz.examine(load(name), [("map", "--root", "{outside}", TOP)])
     assert fault is not None
-    assert "secret.img, which lies outside" in fault
+    assert "outside, which lies outside" in fault
 
 
 def test_what_python_opens_is_seen(tmp_path: Path) -> None:
@@ -81,7 +90,7 @@ def test_a_changed_file_is_seen(command: tuple[str, ...]) -> None:
 
 
 def test_a_wrong_guest_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz.oracle, "guest_bytes", lambda _: b"something else")
+    monkeypatch.setattr(oracle, "guest_bytes", lambda _: b"something else")
     fault = fuzz.examine(load("partial-everything"))
     assert fault is not None
     assert "something else than the guest's view" in fault
@@ -89,7 +98,7 @@ def test_a_wrong_guest_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hang_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "PATIENCE", 1)
-    monkeypatch.setattr(fuzz, "run", lambda _: fuzz.signal.pause())
+    monkeypatch.setattr(fuzz, "run", lambda _: signal.pause())
     fault = fuzz.examine(load("partial-everything"))
     assert fault is not None
     assert "it took more than 1 seconds" in fault
@@ -122,8 +131,8 @@ def test_bad_json_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_search_finds_shrinks_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that any overlay with a header of 64 KiB shows, hunted from a fixed seed."""
-    monkeypatch.setattr(fuzz, "examine", lambda scene: _fault(scene))
-    monkeypatch.setattr(fuzz.resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(fuzz, "examine", _fault)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     assert fuzz.search(1, 1.0, tmp_path, tmp_path / "pending") == 1
     (find,) = tmp_path.glob("find-*.json")
     scene = fuzz.Scene.from_json(find.read_text())

@@ -19,7 +19,18 @@ from pathlib import Path
 
 import pytest
 from command import addcow, draw, draw_raw, refused, tool
-from faulty import TASK_CLUSTERS, WIDE_CLUSTER, Ended, Rules, Wide, rule, running
+from faulty import (
+    IMAGE_DATA,
+    ODD,
+    TASK_CLUSTERS,
+    WIDE_CLUSTER,
+    Ended,
+    Rules,
+    Wide,
+    rule,
+    running,
+    view,
+)
 
 JOBS = ("--jobs", "2")
 EACH = pytest.mark.parametrize("job", ["commit", "flatten"])
@@ -281,9 +292,14 @@ def names_place(ended: Ended, task: int, file: str) -> None:
 
 
 @EACH
-def test_a_bitmap_that_is_cut_off_ends_the_job_in_one_line(here: Path, job: str) -> None:
-    """What is mapped and then cut off kills whoever looks at it: not the one who tells."""
+def test_a_bitmap_that_shrinks_ends_the_job_before_it_does_harm(here: Path, job: str) -> None:
+    """Bits that were cut off read as 0: taken for true, local data would be freed or overwritten.
+
+    They are gone, and with them the guest's view; but the image still holds what they were for.
+    """
     wide = Wide.lay(here, job)
+    local = range(IMAGE_DATA if job == "commit" else ODD, wide.clusters, 16)
+    before = view(here / "top.raw", here / "top.raw")
     rules = rules_for(here, stopping(wide.writes, after=4))
     with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
         (worker,) = command.stopped()
@@ -291,6 +307,8 @@ def test_a_bitmap_that_is_cut_off_ends_the_job_in_one_line(here: Path, job: str)
         command.signal(signal.SIGCONT, worker)
         ended = command.end()
         command.all_gone()
+    after = view(here / "top.raw", here / "top.raw")
+    assert {n: after.get(n) for n in local} == {n: before[n] for n in local}
     assert ended.status == 1, ended
     assert len(ended.stderr.splitlines()) == 1, ended
     assert ended.stderr.startswith("addcow: top.add-cow: ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from addcow_mp.cli.saying import complain
+from addcow_mp.cli.saying import complain, one_line
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.findings import CheckReport, Severity
@@ -23,7 +23,7 @@ def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, 
         return complain(report.findings[0].message, report.exit_code)
     else:
         for line in report.repairs:
-            print(f"REPAIRED {line}")
+            print(f"REPAIRED {one_line(line)}")
         _print_findings(report)
         if not quiet:
             _print_summary(report)
@@ -33,9 +33,9 @@ def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, 
 def _print_findings(report: CheckReport) -> None:
     for finding in report.findings:
         if finding.severity is Severity.CHECK_ERROR:
-            print(f"addcow: {finding.name}: {finding.message}", file=sys.stderr)
+            print(f"addcow: {finding.name}: {one_line(finding.message)}", file=sys.stderr)
         else:
-            print(f"{finding.severity.value.upper()} {finding.name}: {finding.message}")
+            print(f"{finding.severity.value.upper()} {finding.name}: {one_line(finding.message)}")
 
 
 def _print_summary(report: CheckReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any
 
 from addcow_mp.cli.saying import complain
@@ -15,6 +16,9 @@ INTERRUPTED = 130
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``addcow`` with these arguments and return its exit status."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Names of files are bytes: what the terminal cannot show is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(arguments)
     except AddcowError as error:

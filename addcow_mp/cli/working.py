@@ -12,12 +12,18 @@ from types import FrameType
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.run import Progress, no_progress
-from addcow_mp.errors import AddcowError, StoppedError
+from addcow_mp.errors import InterruptedJobError, StoppedError, TerminatedJobError
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.units import human_size
 
 #: Without a terminal a line is printed at every tenth part, not at every moment.
 STEPS = 10
+
+
+_MEANINGS: dict[int, type[StoppedError]] = {
+    signal.SIGINT: InterruptedJobError,
+    signal.SIGTERM: TerminatedJobError,
+}
 
 
 @contextmanager
@@ -29,15 +35,7 @@ def working(
         try:
             yield Conduct(jobs, show, lambda: bool(stop), access, manner)
         except StoppedError as error:
-            raise _SignalledError(stop[0], error) from error
-
-
-class _SignalledError(AddcowError):
-    """A job that a signal stopped; the exit status says which one."""
-
-    def __init__(self, number: int, error: StoppedError) -> None:
-        super().__init__(message=str(error))
-        self.exit_code = 128 + number  # type: ignore[misc]
+            raise _MEANINGS[stop[0]](message=str(error)) from error
 
 
 @contextmanager

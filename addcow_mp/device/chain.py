@@ -116,13 +116,16 @@ class _Opening:
         return self.uses.get(depth, Use(READING, READING))
 
     def _open(self, path: str, claim: Claim, role: str) -> File:
-        file = open_claimed(self.access, path, claim, role, named=not self.opened)
+        named = not self.opened
+        file = open_claimed(self.access, path, claim, role, named=named, accept=self._accept)
         self.opened.append(file)
-        other = self.seen.setdefault(file.identity, path)
-        if other != path or len(self.seen) < len(self.opened):
+        return file
+
+    def _accept(self, file: File) -> None:
+        other = self.seen.setdefault(file.identity, file.path)
+        if len(self.seen) == len(self.opened):
             raise ImageError(
-                path=path,
+                path=file.path,
                 problem=f"it is in the chain already, as '{other}'; overlay, image file and "
                 "backing file must be different files",
             )
-        return file

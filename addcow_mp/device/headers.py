@@ -6,7 +6,7 @@ refused. An error about a file says which ``.add-cow`` file names it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -135,16 +135,26 @@ def refuse_image_format(cow_path: str, names: Names) -> None:
         )
 
 
-def open_claimed(access: Access, path: str, claim: Claim, role: str, *, named: bool) -> File:
+def open_claimed(
+    access: Access,
+    path: str,
+    claim: Claim,
+    role: str,
+    *,
+    named: bool,
+    accept: Callable[[File], None] = lambda _: None,
+) -> File:
     """Open one file as ``access`` allows and take its locks.
 
     ``named`` by the user, it may lie anywhere; named by an image, only beneath a root.
+    ``accept`` may refuse it before the locks, which a file opened twice would not get.
     """
     writable = Permission.WRITE in claim.used
     opener = access.open_named if named else access.open_beneath
     file = opener(path, writable=writable)
     try:
         file.role = role
+        accept(file)
         lock(file, SHARING if access.share and not writable else claim)
     except BaseException:
         file.close()

@@ -11,6 +11,7 @@ The memory is sparse: it costs what is marked, not what the image could hold.
 from __future__ import annotations
 
 import mmap
+import os
 from typing import Any
 
 from bitarray import bitarray
@@ -22,12 +23,16 @@ _SLOT = 64
 
 
 class Board:
-    """Marks and counters of one job, for ``layers`` bitmaps of so many clusters each."""
+    """Marks and counters of one job, for ``layers`` bitmaps of so many clusters each.
 
-    def __init__(self, layers: tuple[int, ...], slots: int, memory: Any, shared: Any) -> None:
+    Picklable to a process that is being started, which sees the same memory. It has no name
+    in any file system: nothing is left of it when all processes have gone, however they went.
+    """
+
+    def __init__(self, layers: tuple[int, ...], slots: int, fd: int) -> None:
         self._layout = (layers, slots)
-        self._shared = shared
-        self._memory = memoryview(memory)
+        self._fd = fd
+        self._memory = memoryview(mmap.mmap(fd, _size(layers, slots)))
         self._counters = self._memory[: slots * _SLOT].cast("Q")
         self._bits: list[bitarray] = []
         start = slots * _SLOT
@@ -38,21 +43,15 @@ class Board:
 
     @classmethod
     def create(cls, layers: tuple[int, ...], workers: int) -> Board:
-        """A new board; with no ``workers`` its memory is private to this process.
-
-        There is a counter for each worker and one for this process.
-        """
-        slots = workers + 1
-        size = slots * _SLOT + sum(-(-clusters // BITS_PER_BYTE) for clusters in layers)
-        if workers == 0:
-            return cls(layers, slots, mmap.mmap(-1, size), None)
-        from multiprocessing.shared_memory import SharedMemory
-
-        shared = SharedMemory(create=True, size=size)
-        return cls(layers, slots, shared.buf, shared)
+        """A new board, with a counter for each worker and one for this process."""
+        fd = os.memfd_create("addcow-board")
+        os.ftruncate(fd, _size(layers, workers + 1))
+        return cls(layers, workers + 1, fd)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_attached, (self._shared.name, *self._layout))
+        from multiprocessing.reduction import DupFd
+
+        return (_attached, (*self._layout, DupFd(self._fd)))
 
     def bits(self, layer: int) -> bitarray:
         """The bitmap of finished clusters of ``layer``."""
@@ -72,13 +71,12 @@ class Board:
         self._bits.clear()
         self._counters.release()
         self._memory.release()
-        if self._shared is not None:
-            self._shared.close()
-            self._shared.unlink()
+        os.close(self._fd)
 
 
-def _attached(name: str, layers: tuple[int, ...], slots: int) -> Board:
-    from multiprocessing.shared_memory import SharedMemory
+def _size(layers: tuple[int, ...], slots: int) -> int:
+    return slots * _SLOT + sum(-(-clusters // BITS_PER_BYTE) for clusters in layers)
 
-    shared = SharedMemory(name=name)
-    return Board(layers, slots, shared.buf, shared)
+
+def _attached(layers: tuple[int, ...], slots: int, duplicate: Any) -> Board:
+    return Board(layers, slots, duplicate.detach())

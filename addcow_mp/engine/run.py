@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import TASK_BYTES, Task
-from addcow_mp.engine.pool import Failed, Pool, Work, usable_cpus
+from addcow_mp.engine.pool import Done, Failed, Pool, UnstartedError, Work, usable_cpus
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.transfer import TOP, Amount
 from addcow_mp.errors import AddcowError, StoppedError, SyncError, WorkerError
@@ -95,6 +95,11 @@ class _Checkpoints:
         if self._error is not None:
             raise self._error
 
+    def wait(self) -> None:
+        """Wait for a checkpoint under way: files are not closed under it."""
+        if self._thread is not None:
+            self._thread.join()
+
     @property
     def failed(self) -> bool:
         """Whether publishing has failed, so that going on is in vain."""
@@ -122,6 +127,40 @@ class Assignment:
     helps: bool = False
 
 
+class _Ledger:
+    """What has come of a job's tasks so far, and what of it may be published."""
+
+    def __init__(self, job: Assignment) -> None:
+        self.amount = Amount()
+        self.finished = 0
+        self.failure: Failed | None = None
+        self.checkpoints = _Checkpoints(job.publisher, job.geometry)
+        self._board = job.board
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether a sync failed in a worker: what is durable is not known any more."""
+        return self.failure is not None and isinstance(self.failure.error, SyncError)
+
+    def take(self, result: Done | Failed) -> None:
+        """Enter one result. The first failure counts, but a failed sync before all others."""
+        if isinstance(result, Failed):
+            if self.failure is None or isinstance(result.error, SyncError):
+                self.failure = result
+            done, size = _finished_part(self._board, result.task), 0
+        else:
+            self.amount += result.result
+            self.finished += 1
+            done, size = [(result.task.first, result.task.stop)], result.result.bytes_moved
+        if not self.unsynced:
+            self.checkpoints.add(done, size)
+
+    def close(self) -> None:
+        """Publish all the rest, if that is still right."""
+        if not self.unsynced:
+            self.checkpoints.finish()
+
+
 def carry_out(
     job: Assignment,
     workers: int,
@@ -134,33 +173,45 @@ def carry_out(
     first failure is raised as :class:`WorkerError`. When ``stopping`` keeps tasks from
     being begun, :class:`StoppedError` is raised, after publishing as well.
     """
-    checkpoints = _Checkpoints(job.publisher, job.geometry)
-    total = sum(task.weight for task in job.tasks)
-    amount, failure, finished = Amount(), None, 0
+    ledger = _Ledger(job)
 
     def enough() -> bool:
-        return failure is not None or checkpoints.failed or bool(stopping and stopping())
+        over = ledger.failure is not None or ledger.checkpoints.failed
+        return over or bool(stopping and stopping())
 
-    with Pool(job.work, workers, idle=job.idle, helps=job.helps) as pool:
-        for result in pool.run(job.tasks, enough):
-            progress(min(job.board.total, total), total)
-            if isinstance(result, Failed):
-                failure = failure or result
-                if isinstance(result.error, SyncError):
-                    break  # what is durable is not known any more: publish nothing
-                checkpoints.add(_finished_part(job.board, result.task), 0)
-            elif result is not None:
-                amount += result.result
-                finished += 1
-                checkpoints.add([(result.task.first, result.task.stop)], result.result.bytes_moved)
-    if failure is None or not isinstance(failure.error, SyncError):
-        checkpoints.finish()
-    if failure is not None:
-        raise _told(job.path, failure)
-    if finished < len(job.tasks):
+    unstarted = _collect(job, workers, progress, enough, ledger)
+    ledger.close()
+    if ledger.failure is not None:
+        raise _told(job.path, ledger.failure)
+    if unstarted is not None:
+        raise unstarted
+    if ledger.finished < len(job.tasks):
         raise StoppedError(path=job.path)
-    progress(total, total)
-    return amount
+    return ledger.amount
+
+
+def _collect(
+    job: Assignment,
+    workers: int,
+    progress: Progress,
+    enough: Callable[[], bool],
+    ledger: _Ledger,
+) -> UnstartedError | None:
+    """Let the tasks be done, entering results; the error when workers cannot be started."""
+    total = sum(task.weight for task in job.tasks)
+    try:
+        with Pool(job.work, workers, idle=job.idle, helps=job.helps) as pool:
+            for result in pool.run(job.tasks, enough):
+                progress(min(job.board.total, total), total)
+                if result is not None:
+                    ledger.take(result)
+    except UnstartedError as error:
+        return error
+    finally:
+        ledger.checkpoints.wait()
+    if not enough():
+        progress(total, total)
+    return None
 
 
 def _finished_part(board: Board, task: Task) -> list[Run]:
