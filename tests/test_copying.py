@@ -558,7 +558,6 @@ def test_zeros_are_looked_for_in_blocks(shop: Shop, block: str, blocks: int) -> 
     assert stored_bytes(shop.here / "base.img") == blocks * 4 * KiB
 
 
-@pytest.mark.xfail(strict=True, reason="long runs are preallocated first; zeros then keep blocks")
 def test_zeros_in_a_long_run_become_holes_on_ext4(on_ext4: Shop) -> None:
     lay(on_ext4.here, "-" * 32, "A" * 8 + "0" * 16 + "B" * 8)
     on_ext4.report("convert")
@@ -571,7 +570,6 @@ def test_zeros_in_a_long_run_become_holes_on_xfs_when_copied(on_xfs: Shop) -> No
     assert stored_bytes(on_xfs.here / "new.raw") == 16 * CLUSTER
 
 
-@pytest.mark.xfail(strict=True, reason="what goes past the page cache is not looked at for zeros")
 def test_zeros_become_holes_past_the_page_cache_too(shop: Shop) -> None:
     lay(shop.here, "-" * 8, "AB0000XY")
     shop.report("convert", "-t", "none")
@@ -847,7 +845,6 @@ def test_idle_workers_leave_the_disk_to_others(tmp_path: Path, job: str) -> None
             assert priority(tmp_path, stopped[0]).startswith(expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a small job is done without workers, at full priority")
 def test_a_small_job_is_idle_as_well(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "-X-Y")
     rules = Rules.write(tmp_path / "rules", rule("image_read", "stop"))

@@ -91,6 +91,7 @@ def test_the_parent_is_killed_while_workers_work(
         wide.holds()
         command.signal(signal.SIGCONT, worker)
         command.all_gone()
+        assert command.stderr == ""
     wide.holds()
     assert wide.published().isdisjoint(wide.selected), "published by nobody"
     wide.again()
@@ -107,6 +108,7 @@ def test_the_parent_is_killed_while_it_publishes(here: Path, job: str, event: st
         wide.holds()
         command.signal(signal.SIGKILL)
         command.all_gone()
+        assert command.stderr == ""
     wide.holds()
     wide.again()
 
@@ -208,21 +210,7 @@ def test_an_orphan_at_the_end_of_its_task_says_nothing(here: Path, job: str) -> 
         command.end()
         command.signal(signal.SIGCONT, worker)
         command.all_gone()
-        assert "SpawnProcess" not in command.stderr
-
-
-def test_shared_memory_goes_with_the_last_process(here: Path) -> None:
-    wide = Wide.lay(here, "flatten")
-    rules = rules_for(here, stopping(wide.writes))
-    with running("flatten", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
-        (worker,) = command.stopped()
-        maps = Path(f"/proc/{worker}/maps").read_text().splitlines()
-        boards = {line.split()[5] for line in maps if "/psm_" in line}
-        assert len(boards) == 1, "the board is shared memory"
-        command.signal(signal.SIGKILL)
-        command.signal(signal.SIGCONT, worker)
-        command.all_gone()
-    assert not any(os.path.exists(board) for board in boards)
+        assert command.stderr == ""
 
 
 # ---- files that shrink ----
@@ -295,7 +283,7 @@ def names_place(ended: Ended, task: int, file: str) -> None:
 def test_a_bitmap_that_shrinks_ends_the_job_before_it_does_harm(here: Path, job: str) -> None:
     """Bits that were cut off read as 0: taken for true, local data would be freed or overwritten.
 
-    They are gone, and with them the guest's view; but the image still holds what they were for.
+    They are gone, and with them the guest's view; what they were for still has to be somewhere.
     """
     wide = Wide.lay(here, job)
     local = range(IMAGE_DATA if job == "commit" else ODD, wide.clusters, 16)
@@ -308,7 +296,9 @@ def test_a_bitmap_that_shrinks_ends_the_job_before_it_does_harm(here: Path, job:
         ended = command.end()
         command.all_gone()
     after = view(here / "top.raw", here / "top.raw")
-    assert {n: after.get(n) for n in local} == {n: before[n] for n in local}
+    moved = view(here / "base.img", here / "base.img")  # in a commit, part of it may be there
+    lost = [n for n in local if before[n] not in (after.get(n), moved.get(n))]
+    assert lost == []
     assert ended.status == 1, ended
     assert len(ended.stderr.splitlines()) == 1, ended
     assert ended.stderr.startswith("addcow: top.add-cow: ")
@@ -428,5 +418,5 @@ def test_progress_is_told_when_it_is_asked_for(here: Path, job: str) -> None:
         ended = command.end()
     assert ended.status == 0
     for line in ended.stderr.splitlines():
-        assert re.fullmatch(r"    \(\d+\.\d\d/100%\) \S+ \wi?B of 180 MiB", line), line
+        assert re.fullmatch(r"    \(\d+\.\d\d/100%\) \S+ [KM]?i?B of 180 MiB", line), line
     wide.is_done()

@@ -676,7 +676,6 @@ class CannotReadNorSync(CannotSync):
         return amount
 
 
-@pytest.mark.xfail(strict=True, reason="only the first failure is looked at")
 def test_after_a_sync_that_failed_as_the_second_of_two_failures_nothing_is_published(
     overlay: addcow_mp.Overlay,
 ) -> None:
@@ -706,7 +705,6 @@ class Stillborn(Marks):
         return super().__call__(task, slot)
 
 
-@pytest.mark.xfail(strict=True, reason="the job is left at once, and publishes nothing")
 def test_what_the_parent_did_while_workers_could_not_start_is_published(
     overlay: addcow_mp.Overlay,
 ) -> None:

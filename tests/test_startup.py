@@ -118,12 +118,6 @@ def test_what_opens_no_image_loads_no_foreign_functions(
     assert of({"ctypes"}, addcow_loads(*command)) == set()
 
 
-@pytest.mark.xfail(strict=True, reason="Python has no name for openat2")
-@pytest.mark.parametrize("command", LOOKING, ids=" ".join)
-def test_looking_loads_no_foreign_functions(addcow_loads: Loads, command: list[str]) -> None:
-    assert of({"ctypes"}, addcow_loads(*command)) == set()
-
-
 def test_each_command_loads_its_own_module_alone(addcow_loads: Loads) -> None:
     modules = {
         "info": "addcow_mp.jobs.info",

@@ -404,7 +404,7 @@ TARGETS = (
     *("base.img", "odd", "../outside/secret.img", "../outside", ".", "..", "/", "/etc/passwd"),
     *("top.add-cow", "/proc/self/root", "/proc/self/fd", "nowhere", "/dev/zero", "/proc/version"),
 )
-KINDS = ("link", "hardlink", "fifo", "directory", "socket", "missing")
+KINDS = ("link", "fifo", "directory", "socket", "missing")
 
 
 @dataclass

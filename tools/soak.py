@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Go on and on: random chains, random jobs, random accidents, until the time is up.
 
-    soak.py --minutes N [--seed S] [--case NUMBER] [--keep DIR]
+    soak.py --minutes N [--seed S] [--case NUMBER] [--keep DIR] [--order ORDER]
 
 A case is a random chain (`tests/chains.py`), a random job on it, and one to three accidents
 to that job: its parent or a worker is killed, it is told to stop, a fault rule lets some step
@@ -13,7 +13,8 @@ command is run without any accident and must complete.
 At the first promise that is not kept this ends with status 1, tells seed, case and steps, and
 keeps the files of the case. `--seed S --case NUMBER` runs that case again: the same chain,
 job and accidents. What the processes do in between is theirs, so a rare find may take several
-tries.
+tries. `--order` puts the job's syncs into a wrong order (`tests/small_steps.py`), to see that
+this would be noticed.
 """
 
 from __future__ import annotations
@@ -53,17 +54,15 @@ from victim import PATIENCE, Hang, Victim
 #: Small enough for a case a second, big enough for several tasks and checkpoints.
 LARGEST = 6 * MiB
 
-JOBS = (
-    "commit",
-    "commit",
-    "commit -d",
-    "flatten",
-    "flatten",
-    "flatten --discard",
-    "io",
-    "io",
-    "convert",
-)
+#: Jobs, and how often they are drawn where the chain allows them; many cannot be committed.
+JOBS = {
+    "commit": 5,
+    "commit -d": 2,
+    "flatten": 3,
+    "flatten --discard": 2,
+    "io": 3,
+    "convert": 1,
+}
 
 #: Steps of reading and opening, at which every job can fail too.
 READING = ("header_read", "bitmap_load", "image_read", "backing_read", "cow_read")
@@ -86,6 +85,7 @@ class Case:
     promise: Promise
     size: int
     disk: Disk | None
+    order: str
     steps: list[str] = field(default_factory=list)
 
     def jobs(self) -> int:
@@ -97,15 +97,10 @@ class Case:
         """How many of the events of 16 MiB to expect."""
         return max(0.1, self.size / (16 * MiB))
 
-    def start(self, jobs: int, rules: str = "", order: str = "right") -> Victim:
+    def start(self, jobs: int, rules: str = "") -> Victim:
         """Start the job."""
-        return Victim(
-            self.promise.command(jobs),
-            self.scratch,
-            stdin=self.promise.stdin,
-            rules=rules,
-            order=order,
-        )
+        words, stdin = self.promise.command(jobs), self.promise.stdin
+        return Victim(words, self.scratch, stdin=stdin, rules=rules, order=self.order)
 
 
 # ---- accidents: each lets the job begin, and returns how it ended ----
@@ -176,9 +171,9 @@ def cut_power(case: Case) -> Cut:
         raise UnavailableError("this case has no power of its own")
     by_event = case.promise.job == "convert" or case.rng.random() < 0.5
     moment = Moment.draw(case.rng, case.promise, by_event=by_event, scale=case.scale)
-    order = case.rng.choice(["right", "right:waiting"])
+    jobs = case.jobs()
     return lose_power(
-        case.disk, case.promise, moment, case.rng, case.scratch, jobs=case.jobs(), order=order
+        case.disk, case.promise, moment, case.rng, case.scratch, jobs=jobs, order=case.order
     )
 
 
@@ -208,16 +203,18 @@ POWER_CUT = "power cut"
 # ---- one case ----
 
 
-def new_case(rng: random.Random, place: Path, scratch: Path, disk: Disk | None) -> Case:
+def new_case(rng: random.Random, place: Path, scratch: Path, disk: Disk | None, order: str) -> Case:
     """Make a random chain in ``place`` and draw a job for it."""
     chain = wild_chain(rng, LARGEST)
-    words = rng.choice([each for each in JOBS if can_commit(chain) or "commit" not in each])
+    able = [each for each in JOBS if can_commit(chain) or "commit" not in each]
+    words = rng.choices(able, [JOBS[each] for each in able])[0]
     files = build(chain, str(place))
     make_durable(place)
     if oracle.guest_bytes(files.path) != view(chain):
         raise BrokenError("the chain is not what it was meant to be")
     promise = promise_of(words, files, rng)
-    case = Case(rng, place, scratch, promise, chain.size, disk)
+    order = order or rng.choice(["right", "right:waiting"])
+    case = Case(rng, place, scratch, promise, chain.size, disk, order)
     case.steps.append(f"{words} {' '.join(promise.manner)}: {_described(chain)}")
     return case
 
@@ -281,6 +278,7 @@ class Soak:
     home: Path
     keep: Path
     disks: list[Disk]
+    order: str = ""
     survived: Counter[tuple[str, str]] = field(default_factory=Counter)
     cases: int = 0
 
@@ -290,7 +288,7 @@ class Soak:
         accidents = self._accidents(rng)
         disk = self._disk_of(accidents, rng)
         with self._directories(disk) as (place, scratch):
-            case = new_case(rng, place, scratch, disk)
+            case = new_case(rng, place, scratch, disk, self.order)
             try:
                 self._go_through(case, accidents)
             except Exception as error:
@@ -326,7 +324,7 @@ class Soak:
             finish(case)
 
     def _kept(self, case: Case, number: int, error: Exception) -> str:
-        target = self.keep / f"soak-{self.seed}-{number}"
+        target = self.keep / f"soak-{self.seed}-{number}".replace("/", "-")
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(case.place, target)
         what = str(error) if isinstance(error, (BrokenError, Hang)) else repr(error)
@@ -360,35 +358,37 @@ def disks_here(stack: ExitStack, home: Path) -> list[Disk]:
     return disks
 
 
-def soak(minutes: float, seed: str, keep: Path, only: int | None) -> int:
+def go_on(run: Soak, minutes: float, only: int | None) -> int:
     """Run cases until the time is up; return the exit status."""
     end = time.monotonic() + 60 * minutes
-    print(f"seed {seed}", flush=True)
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
-        run = Soak(seed, home, keep, disks_here(stack, home))
-        try:
-            if only is not None:
-                run.run_case(only)
-            while only is None and time.monotonic() < end:
-                run.run_case(run.cases)
-        except BrokenError as error:
-            print(f"case {run.cases if only is None else only} of seed {seed} is BROKEN\n{error}")
-            return 1
-        print(f"{run.cases} cases, {sum(run.survived.values())} accidents survived")
-        print(table(run.survived))
+    number = 0 if only is None else only
+    try:
+        while run.cases == 0 or (only is None and time.monotonic() < end):
+            run.run_case(number)
+            number += 1
+    except BrokenError as error:
+        print(f"case {number} of seed {run.seed} is BROKEN\n{error}")
+        return 1
+    print(f"{run.cases} cases, {sum(run.survived.values())} accidents survived")
+    print(table(run.survived))
     return 0
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Random accidents to random jobs.")
-    parser.add_argument("--minutes", type=float, required=True, help="how long")
+    parser.add_argument("--minutes", type=float, default=0, help="how long; default: one case")
     parser.add_argument("--seed", default=str(random.SystemRandom().randrange(10**9)))
     parser.add_argument("--case", type=int, help="only this case of the seed")
     parser.add_argument("--keep", type=Path, default=Path(), help="where a broken case is kept")
+    parser.add_argument("--order", default="", help="a wrong order of syncs, for a trial")
     args = parser.parse_args()
-    return soak(args.minutes, args.seed, args.keep.resolve(), args.case)
+    print(f"seed {args.seed}", flush=True)
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
+        disks = disks_here(stack, home)
+        run = Soak(args.seed, home, args.keep.resolve(), disks, args.order)
+        return go_on(run, args.minutes, args.case)
 
 
 if __name__ == "__main__":

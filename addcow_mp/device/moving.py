@@ -189,11 +189,11 @@ class Mover:
     # Plain copy
 
     def _copy(self, source: File, start: int, stop: int) -> None:
-        if self._preallocates and stop - start >= PREALLOCATE_FROM:
-            self._preallocate(start, stop)
         if self.manner.sparse:
             self._copy_sparse(source, start, stop)
         else:
+            if self._preallocates and stop - start >= PREALLOCATE_FROM:
+                self._preallocate(start, stop)
             copy(source, self.target, start, stop, self.buffer)
         self._count(Way.BUFFER, stop - start)
 
@@ -241,9 +241,19 @@ class Mover:
             view = buffer[: stop - offset]
             if os.preadv(here, [view], offset) != len(view):
                 raise OSError(errno.EINVAL, "short direct read")
-            if os.pwrite(there, view, offset) != len(view):
-                raise OSError(errno.EINVAL, "short direct write")
+            self._write_direct(there, view, offset)
             self._count(Way.DIRECT, len(view))
+
+    def _write_direct(self, there: int, view: memoryview, offset: int) -> None:
+        """Write ``view``, or what of it is not zero when zeros are looked for."""
+        block = round_up(self.manner.sparse, DIRECT_BLOCK)
+        position = 0
+        for first, last in nonzero_runs(view, block) if block else [(0, len(view))]:
+            self.target.make_zero(offset + position, offset + first)
+            if os.pwrite(there, view[first:last], offset + first) != last - first:
+                raise OSError(errno.EINVAL, "short direct write")
+            position = last
+        self.target.make_zero(offset + position, offset + len(view))
 
     def _copy_edge(self, source: File, start: int, stop: int) -> None:
         """What is no whole block goes through the cache: a page at most, at each end of a run.

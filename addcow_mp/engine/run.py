@@ -35,14 +35,15 @@ def no_progress(done: int, total: int) -> None:
     """Show nothing."""
 
 
-def workers_for(jobs: int | None, tasks: Sequence[Task]) -> int:
+def workers_for(jobs: int | None, tasks: Sequence[Task], *, idle: bool = False) -> int:
     """How many processes to start: as asked, by default the usable processors.
 
-    A single small task is done in this process: starting another costs more than it.
+    A single small task is done in this process: starting another costs more than it. Not
+    so when workers shall step back (``idle``): this process would have to, for good.
     """
     if jobs is not None:
         return min(jobs, len(tasks))
-    if sum(task.weight for task in tasks) <= TASK_BYTES:
+    if sum(task.weight for task in tasks) <= TASK_BYTES and not idle:
         return 0
     return min(usable_cpus(), len(tasks))
 

@@ -69,9 +69,9 @@ class Comparison:
         start, stop = self.geometry.span(task.first, task.stop)
         found: list[Run] = []
         for run in merged(self._differences(start, stop, slot)):
-            found.append(run)
-            if self.first_only or len(found) == MOST:
+            if len(found) == (1 if self.first_only else MOST):
                 return Differences(tuple(found), complete=False)
+            found.append(run)
         return Differences(tuple(found))
 
     def _differences(self, start: int, stop: int, slot: int) -> Iterator[Run]:

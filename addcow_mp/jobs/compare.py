@@ -110,7 +110,7 @@ def _look(
     *,
     every: bool,
 ) -> None:
-    workers = workers_for(conduct.jobs, tasks)
+    workers = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
     board = Board.create((), workers)
     total = sum(task.weight for task in tasks)
     found: list[Run] = []

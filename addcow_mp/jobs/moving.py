@@ -38,7 +38,7 @@ def move(
     """
     report.warnings = source.warnings()
     below = _published_target(target)
-    report.jobs = workers_for(conduct.jobs, tasks)
+    report.jobs = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
     layers = (geometry.clusters, below.geometry.clusters if below is not None else 0)
     board = Board.create(layers, report.jobs)
     try:
