@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 MINUTES ?= 10
 SECONDS ?= 60
 
-.PHONY: help demo test lint format soak fuzz bench bench-quick clean
+.PHONY: help demo test test-slow lint format soak fuzz bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	@$(BIN)/ruff check .

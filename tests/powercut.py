@@ -82,6 +82,7 @@ EVENTS = {
     },
     "convert": {"target_write": 100, "data_sync": 30, "publish": 30, "directory_sync": 1},
 }
+SIZE_OF_EVENTS = 16 * MiB
 OFTEN = {"data_sync": 4, "bitmap_sync": 4, "punch": 4}
 
 
@@ -250,7 +251,7 @@ class Moment:
     def draw(
         cls, rng: random.Random, promise: Promise, *, by_event: bool, scale: float = 1.0
     ) -> Moment:
-        """Return a random moment in the course of the job; ``scale``: how big it is."""
+        """Return a random moment in the job, which is ``scale`` times as big as in the table."""
         if not by_event:
             linger, rounds = rng.uniform(0, 0.002), rng.choice([0, 0, 0, 1, 3])
             return cls(part=rng.random(), linger=linger, rounds=rounds)

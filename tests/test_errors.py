@@ -12,7 +12,6 @@ fail, but in one line.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import pickle
 import pkgutil
@@ -434,7 +433,8 @@ def test_nothing_stays_open_when_opening_fails(tmp_path: Path) -> None:
             addcow_mp.open(top, writable=True)
         with pytest.raises(addcow_mp.FileError):
             addcow_mp.commit(top, jobs=0)
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    # Fewer when what another test left behind has gone meanwhile.
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
 def test_an_overlay_that_was_replaced_meanwhile_is_not_removed(tmp_path: Path) -> None:
@@ -787,16 +787,9 @@ STRANGE = {
 STRICT = ["utf-8:strict", "ascii:strict", "latin-1:strict"]
 
 
-def shown_names() -> Iterator[Any]:
-    """Every command with every name on every terminal."""
-    for command in ("info", "map", "check"):
-        for name, encoding in itertools.product(STRANGE, STRICT):
-            parts = (command, STRANGE[name], encoding)
-            label = f"{command}-{name}-{encoding}"
-            yield pytest.param(*parts, id=label)
-
-
-@pytest.mark.parametrize(("command", "name", "encoding"), list(shown_names()))
+@pytest.mark.parametrize("encoding", STRICT)
+@pytest.mark.parametrize("name", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize("command", ["info", "map", "check"])
 def test_a_name_that_the_terminal_cannot_show_is_no_reason_to_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, encoding: str
 ) -> None:

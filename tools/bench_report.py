@@ -295,5 +295,7 @@ def told_reached(result: Result) -> str:
 
 
 def told_reason(result: Result) -> str:
-    """Why there are no figures."""
-    return f"skipped: {result.skipped}" if result.skipped else f"failed: {result.failed}"
+    """Why there are no figures, in one line; the JSON document has all of it."""
+    word, said = ("skipped", result.skipped) if result.skipped else ("failed", result.failed)
+    lines = said.splitlines() or [""]
+    return f"{word}: " + (lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}")

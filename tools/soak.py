@@ -40,6 +40,7 @@ from chains import can_commit, wild_chain
 from model import MiB, Overlay, build, view
 from powercut import (
     EVENTS,
+    SIZE_OF_EVENTS,
     Cut,
     Disk,
     Moment,
@@ -94,8 +95,8 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """How many of the events of 16 MiB to expect."""
-        return max(0.1, self.size / (16 * MiB))
+        """What part of the events in the table to expect."""
+        return max(0.1, self.size / SIZE_OF_EVENTS)
 
     def start(self, jobs: int, rules: str = "") -> Victim:
         """Start the job."""

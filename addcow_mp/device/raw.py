@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from addcow_mp.device.files import File
+from addcow_mp.device.files import File, ended_early
 from addcow_mp.device.holes import data_runs
 from addcow_mp.device.layer import Kind, Piece
 from addcow_mp.format.geometry import virtual_size
@@ -33,11 +33,18 @@ class RawLayer:
         """Data and holes of ``[start, stop)``."""
         for first, last in data_runs(self.file.fd, start, stop):
             if start < first:
-                yield Piece(start, first, depth, Kind.ZERO)
+                yield self._hole(start, first, depth)
             yield Piece(first, last, depth, Kind.DATA)
             start = last
         if start < stop:
-            yield Piece(start, stop, depth, Kind.ZERO)
+            yield self._hole(start, stop, depth)
+
+    def _hole(self, start: int, stop: int, depth: int) -> Piece:
+        """A hole, unless the file has ended there meanwhile: then nothing is known of it."""
+        if self.file.length < stop:
+            with self.file.doing(f"look at {start}"):
+                raise ended_early()
+        return Piece(start, stop, depth, Kind.ZERO)
 
     def files(self) -> Iterator[File]:
         """The file itself."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from bitarray import bitarray
 
+from addcow_mp.errors import FileError
 from addcow_mp.format.geometry import BITS_PER_BYTE, Geometry
 from addcow_mp.units import KiB, MiB
 
@@ -143,9 +144,19 @@ class CowBitmap:
         """
         position = self.offset + start // BITS_PER_BYTE
         end = self.offset + -(-stop // BITS_PER_BYTE)
+        self._refuse_shrunk(end)
         while position < end and (data := self._seek(position, os.SEEK_DATA, end)) < end:
             position = self._seek(data, os.SEEK_HOLE, end)
             yield max(start, self._clusters_at(data)), min(self._clusters_at(position), stop)
+
+    def _refuse_shrunk(self, end: int) -> None:
+        """Bits that were there at the opening and are gone now are not 0, but unknown."""
+        if os.fstat(self._fd).st_size < end:
+            raise FileError(
+                path=os.readlink(f"/proc/self/fd/{self._fd}"),
+                action="look at its bitmap",
+                reason="the file ends early; was it cut short meanwhile?",
+            )
 
     def _seek(self, position: int, whence: int, end: int) -> int:
         try:
