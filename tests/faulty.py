@@ -8,8 +8,8 @@ as `python -m addcow_mp` does, with its own rules, directory and output.  The se
 it in the kernel and tells when it stops and how it ends.
 
 `Job` answers "which processes are there, and what becomes of them?".  It is the real command
-in a session of its own: whatever the command starts, orphans included, is found by that
-session in /proc, and whatever a test leaves behind is killed by its number.
+in a process group of its own: whatever the command starts, orphans included, is found by that
+group in /proc, and whatever a test leaves behind is killed by its number.
 
 Instants are chosen by rules, never by time: a rule stops a process at a named event, the test
 sees it stopped, does what it has to do, and lets it go on or kills it.  A rule with `once`
@@ -223,7 +223,7 @@ class Process(NamedTuple):
 
     @property
     def is_worker(self) -> bool:
-        """Whether it is a worker, as opposed to Python's own helper for shared memory."""
+        """Whether it is a worker, as opposed to Python's own tracker of resources."""
         return "spawn_main" in self.command
 
 
@@ -245,7 +245,7 @@ class Job:
 
     @property
     def pid(self) -> int:
-        """The number of the parent, and of the session."""
+        """The number of the parent, and of the group."""
         return self._process.pid
 
     @property
@@ -254,8 +254,8 @@ class Job:
         return os.pread(self._err.fileno(), 1 << 20, 0).decode()
 
     def members(self) -> list[Process]:
-        """The processes of the session that have not ended."""
-        return [one for one in _session(self.pid) if one.state not in "ZX"]
+        """The processes of the group that have not ended."""
+        return [one for one in _group(self.pid) if one.state not in "ZX"]
 
     def workers(self) -> list[int]:
         """The numbers of the workers that have not ended."""
@@ -330,12 +330,12 @@ def running(*arguments: str, cwd: Path, rules: Rules | None = None) -> Iterator[
         job.close()
 
 
-def _session(number: int) -> Iterator[Process]:
+def _group(number: int) -> Iterator[Process]:
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # it may end while it is looked at
             stat = Path(f"/proc/{entry}/stat").read_text(errors="replace")
-            state, _, _, session = stat[stat.rindex(")") + 1 :].split()[:4]
-            if int(session) == number:
+            state, _, group = stat[stat.rindex(")") + 1 :].split()[:3]
+            if int(group) == number:
                 command = Path(f"/proc/{entry}/cmdline").read_text(errors="replace")
                 yield Process(int(entry), state, command)
 

@@ -151,10 +151,9 @@ def loop_disk(kind: str, directory: Path) -> Iterator[Disk]:
             file.truncate(size)
         run(f"mkfs.{kind}", *options, str(image))
         device = run("losetup", "--find", "--show", str(image)).strip()
-        stack.callback(_let_go, "losetup", "-d", device)
+        stack.enter_context(_guarded(device, mountpoint))
         disk = Disk(kind, device, mountpoint)
         disk.mount()
-        stack.callback(_let_go, "umount", "-l", str(mountpoint))
         yield disk
 
 
@@ -181,8 +180,27 @@ def run(*words: str) -> str:
     return done.stdout
 
 
-def _let_go(*words: str) -> None:
-    subprocess.run(words, capture_output=True, timeout=PATIENCE, check=False)
+@contextlib.contextmanager
+def _guarded(device: str, mountpoint: Path) -> Iterator[None]:
+    """Unmount and release a loop device afterwards, even if this process is killed.
+
+    A process that waits for the end of a pipe does it: the pipe ends with us in any case.
+    """
+    words = [
+        "sh",
+        "-c",
+        'read -r _; umount -l "$1"; losetup -d "$2"',
+        "sh",
+        str(mountpoint),
+        device,
+    ]
+    guard = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        guard.communicate(timeout=PATIENCE)
 
 
 def make_durable(directory: Path) -> None:

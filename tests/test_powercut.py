@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import pytest
 from chains import even_chain
-from command import addcow, succeed
+from command import addcow, succeed, tool
 from model import Files, MiB, build, raw, view
 from powercut import (
     SIZE_OF_EVENTS,
@@ -38,7 +40,7 @@ from powercut import (
     make_durable,
 )
 from promises import VIEW, Commit, Flatten, Promise, promise_of
-from victim import Victim
+from victim import PATIENCE, Victim
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import oracle
@@ -206,6 +208,34 @@ def test_what_was_done_stays_done(
         promise = promise_of(words, chain_on(place, rng, 2), rng)
         done_and_cut(disk, tmp_path, *promise.command(2))
         assert promise.broken(done=True) == []
+
+
+# ---- the disks themselves ----
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from powercut import loop_disk
+
+with loop_disk(sys.argv[1], Path(sys.argv[2])) as disk:
+    assert os.path.ismount(disk.mountpoint)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_test_leaves_no_disk_behind(disk: Disk, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    # Returns when the last holder of the pipe has ended, which is the one that tidies up.
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, disk.kind, tmp_path],
+        capture_output=True,
+        env=environment,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not os.path.ismount(tmp_path / disk.kind)
+    assert str(tmp_path) not in tool("losetup", "-a", cwd=tmp_path)
 
 
 # ---- long ----

@@ -161,12 +161,12 @@ def _refuse_kind(file: File, allow_device: bool) -> None:
             raise ImageError(path=file.path, problem=f"it is {kind}; allow it with --allow-device")
     elif not stat.S_ISREG(status.st_mode):
         raise ImageError(path=file.path, problem=f"it is {kind}, not a regular file")
-    elif status.st_dev in _pseudo_devices():
+    elif status.st_dev in pseudo_devices():
         raise ImageError(path=file.path, problem="it is a file of the kernel's, not of a disk")
 
 
 @cache
-def _pseudo_devices() -> frozenset[int]:
+def pseudo_devices() -> frozenset[int]:
     """The file systems in which regular files are not data."""
     found = set()
     for place in ("/proc", "/sys"):

@@ -129,3 +129,11 @@ class _Opening:
                 problem=f"it is in the chain already, as '{other}'; overlay, image file and "
                 "backing file must be different files",
             )
+
+
+def depth_of(layer: Layer | None) -> int:
+    """How many overlays lie above the raw file at the end of the chain."""
+    depth = 0
+    while isinstance(layer, Overlay):
+        depth, layer = depth + 1, layer.backing
+    return depth

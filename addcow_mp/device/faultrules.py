@@ -61,22 +61,32 @@ class Rule:
 
 def load(path: str) -> list[Rule]:
     """Read a rule file. Raises :class:`UsageError`."""
-    from configparser import ConfigParser, Error
+    from configparser import Error
 
-    rules = []
     try:
         with open(path, encoding="utf-8") as file:
-            sections = file.read().split("[inject-error]")[1:]
-        for number, text in enumerate(sections):
-            parser = ConfigParser(inline_comment_prefixes=("#",))
-            parser.read_string("[rule]\n" + text)
-            given = {key: value.strip('"') for key, value in parser["rule"].items()}
-            rules.append(_rule(given, f"{path}.hit-{number}"))
+            before, *sections = file.read().split("[inject-error]")
+        _refuse_other_sections(before, sections)
+        return [_rule(_words(text), f"{path}.hit-{n}") for n, text in enumerate(sections)]
     except (OSError, Error, ValueError, TypeError) as error:
-        raise UsageError(
-            message=f"{path}: not a rule file: {' '.join(str(error).split())}"
-        ) from error
-    return rules
+        told = " ".join(str(error).split())
+        raise UsageError(message=f"{path}: not a rule file: {told}") from error
+
+
+def _refuse_other_sections(before: str, sections: list[str]) -> None:
+    if not sections or any(line.strip() and line[0] != "#" for line in before.splitlines()):
+        raise ValueError("it has to begin with [inject-error]")
+
+
+def _words(text: str) -> dict[str, str]:
+    """The words of one section, which is all that follows its heading."""
+    from configparser import ConfigParser
+
+    parser = ConfigParser(inline_comment_prefixes=("#",), interpolation=None)
+    parser.read_string("[rule]\n" + text)
+    if parser.sections() != ["rule"]:
+        raise ValueError("it has sections of other names than [inject-error]")
+    return {key: value.strip('"') for key, value in parser["rule"].items()}
 
 
 def _rule(given: dict[str, str], marker: str) -> Rule:
@@ -88,7 +98,7 @@ def _rule(given: dict[str, str], marker: str) -> Rule:
         given.get("action", "error"),
         errno=int(given.get("errno", str(errno.EIO)), 0),
         after=int(given.get("after", "0"), 0),
-        once=given.get("once", "off") in ("on", "true", "1"),
+        once=("off", "on").index(given.get("once", "off")) == 1,
         cluster=int(given["cluster"], 0) if "cluster" in given else None,
         marker=marker,
     )

@@ -12,8 +12,9 @@ from addcow_mp.device.files import File
 #: Format names, with the bytes that a file of that format begins with.
 MAGICS = {
     "add-cow": b"ACOW",
-    "qcow2": b"QFI\xfb\x00\x00\x00",
+    # The older format's version makes it the longer of the two: it is looked for first.
     "qcow": b"QFI\xfb\x00\x00\x00\x01",
+    "qcow2": b"QFI\xfb\x00\x00\x00",
     "qed": b"QED\x00",
     "vmdk": b"KDMV",
     "vhdx": b"vhdxfile",

@@ -59,7 +59,7 @@ class Overlay:
         with cow.doing("map its bitmap"):
             if faults.armed:
                 faults.hit("bitmap_load")
-            self.bitmap = CowBitmap(cow.fd, self.header.header_size, self.geometry)
+            self.bitmap = CowBitmap(cow.fd, self.header.header_size, self.geometry, cow.path)
         self.pending = SparseBits()
         self._requests = Requests()
         self._pending_lock = threading.Lock()
@@ -105,6 +105,8 @@ class Overlay:
         """How many clusters are local."""
         if self.all_allocated:
             return self.geometry.clusters
+        if not self.pending:
+            return self.bitmap.count()
         return sum(stop - first for first, stop in self.allocated_runs())
 
     def files(self) -> Iterator[File]:

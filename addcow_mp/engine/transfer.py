@@ -25,7 +25,7 @@ from addcow_mp.device.moving import Manner, Mover, Way
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.pace import Pace
-from addcow_mp.engine.plan import Task
+from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.format.bitmap import Run
 from addcow_mp.format.geometry import Geometry
 
@@ -181,17 +181,24 @@ class Transfer:
         return (Transfer, (*parts, self.manner, self.workers), {"parent": os.getpid()})
 
     def __call__(self, task: Task, slot: int) -> Amount:
-        """Move the clusters of ``task``, counting bytes in ``slot`` of the board."""
+        """Move the clusters of ``task``, counting bytes in ``slot`` of the board.
+
+        A run that is longer than all data of a task is mostly holes, soon done again if the
+        task fails: marking it would cost memory for what costs no time.
+        """
         self._mover.moved.clear()
         totals = [0, 0, 0, 0]
+        most_marked = 2 * TASK_BYTES // self.geometry.cluster_size
         marks, prepare, finish = self.board.bits(TOP), self.target.prepare, self.target.finish
-        for first, stop in self.runs_of(task):
+        # All runs at once: later, the bitmap might have been cut short.
+        for first, stop in list(self.runs_of(task)):
             end_orphan(self.parent)
             start, end = self.geometry.span(first, stop)
             prepare(start, end, self._mover.buffer, self.board)
             self._move(first, stop, self._pieces(start, end), slot, totals)
             finish(start, end, self.board)
-            marks[first:stop] = 1
+            if stop - first <= most_marked:
+                marks[first:stop] = 1
         ways = tuple(self._mover.moved.get(way, 0) for way in Way)
         return Amount(totals[0], totals[1], totals[2], totals[3], ways)
 

@@ -76,7 +76,9 @@ class CowBitmap:
     cluster, ranges are ``[start, stop)``.
     """
 
-    def __init__(self, fd: int, offset: int, geometry: Geometry) -> None:
+    def __init__(self, fd: int, offset: int, geometry: Geometry, path: str = "") -> None:
+        #: What errors call the file.
+        self.path = path
         self.offset = offset
         self.geometry = geometry
         self.clusters = geometry.clusters
@@ -149,11 +151,16 @@ class CowBitmap:
             position = self._seek(data, os.SEEK_HOLE, end)
             yield max(start, self._clusters_at(data)), min(self._clusters_at(position), stop)
 
+    def hole_bytes(self) -> int:
+        """Bytes of the used part of the bitmap that take no space yet."""
+        held = sum(stop - first for first, stop in self.inhabited()) // BITS_PER_BYTE
+        return max(0, self.geometry.bitmap_used - held)
+
     def _refuse_shrunk(self, end: int) -> None:
         """Bits that were there at the opening and are gone now are not 0, but unknown."""
         if os.fstat(self._fd).st_size < end:
             raise FileError(
-                path=os.readlink(f"/proc/self/fd/{self._fd}"),
+                path=self.path,
                 action="look at its bitmap",
                 reason="the file ends early; was it cut short meanwhile?",
             )
@@ -163,6 +170,7 @@ class CowBitmap:
             return os.lseek(self._fd, position, whence)
         except OSError as error:
             if error.errno == errno.ENXIO:
+                self._refuse_shrunk(end)
                 return end
             # A file system that knows no holes: everything is data.
             return position if whence == os.SEEK_DATA else end

@@ -244,9 +244,11 @@ class _Check:
     def check_backing(self) -> None:
         """Every file below is there, of its declared format, and not met before."""
         holder, header, name = self.path, self.header, self.names.get("backing")
-        for _ in range(MAX_DEPTH):
+        for depth in range(1, MAX_DEPTH + 1):
             if header is None or name is None:
                 return
+            if depth == MAX_DEPTH and format_name(header.backing_format) == ADD_COW:
+                break
             # With ALL_ALLOCATED the backing may be absent.
             optional = header.all_allocated
             backing = self._open(holder, name, "backing file", optional=optional)

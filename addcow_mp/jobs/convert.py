@@ -73,6 +73,7 @@ def _new_file(path: str, *, durable: bool) -> Iterator[File]:
 
 def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
     geometry = Geometry(layer.size, _unit(layer))
+    target.cluster_size = geometry.cluster_size
     stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
     tasks = cut(stretches, geometry.clusters)
     move(

@@ -17,9 +17,9 @@ import os
 from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import open_layer
+from addcow_mp.device.chain import depth_of, open_layer
 from addcow_mp.device.files import COW, IMAGE, File, identity_of, kind_of, sync_directory
-from addcow_mp.device.headers import open_claimed, resolve
+from addcow_mp.device.headers import MAX_DEPTH, open_claimed, resolve
 from addcow_mp.device.holes import next_data
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
@@ -185,6 +185,10 @@ def _backing_size(
         return None
     layer = open_layer(backing, format_, access=access)
     try:
+        if depth_of(layer) >= MAX_DEPTH:
+            raise ImageError(
+                path=backing, problem=f"the chain would be deeper than {MAX_DEPTH} overlays"
+            )
         if os.path.exists(image):
             _refuse_in_chain(image, [file.identity for file in layer.files()])
         return layer.size
@@ -319,7 +323,7 @@ class _Making:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._new: list[File] = []
-        self._grown: list[tuple[File, int]] = []
+        self._grown: list[tuple[File, int, bytes]] = []
 
     def __enter__(self) -> _Making:
         return self
@@ -334,20 +338,23 @@ class _Making:
     def grown(self, path: str) -> File:
         """Open a file that exists; it gets its old length back on failure."""
         file = open_claimed(self._access, path, RESIZING, IMAGE, named=True)
-        self._grown.append((file, file.length))
+        # Bytes behind the last whole sector are zeroed before the file grows over them.
+        tail = os.pread(file.fd, SECTOR, virtual_size(file.length))
+        self._grown.append((file, file.length, tail))
         return file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._undo()
-        for file in (*self._new, *(file for file, _ in self._grown)):
+        for file in (*self._new, *(file for file, _, _ in self._grown)):
             file.close()
 
     def _undo(self) -> None:
         with contextlib.suppress(OSError):
-            for file, length in self._grown:
-                if file.length != length:
+            for file, length, tail in self._grown:
+                if file.length != length or tail:
                     os.ftruncate(file.fd, length)
+                    os.pwrite(file.fd, tail, virtual_size(length))
         for file in self._new:
             with contextlib.suppress(OSError):
                 os.unlink(file.path)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from addcow_mp.device.access import Access
+from addcow_mp.device.access import Access, pseudo_devices
 from addcow_mp.device.files import File, identity_of
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
@@ -37,6 +37,9 @@ Identity = tuple[int, int]
 _BACKUP = re.compile(r"\.backup-\d+$")
 
 
+_MEND = "commit or flatten them first, or use --force to change it under them"
+
+
 @dataclass(frozen=True)
 class Named:
     """An overlay somewhere, and the files that it names, by identity."""
@@ -47,7 +50,9 @@ class Named:
     backing: Identity | None
 
 
-def refuse_dependants(overlay: Overlay, changed: list[File], access: Access) -> None:
+def refuse_dependants(
+    overlay: Overlay, changed: list[File], access: Access, mend: str = _MEND
+) -> None:
     """Raise :class:`DependantsError` when other overlays need a file of ``changed``.
 
     ``overlay`` is the job's own chain. With ``access.force`` only a shared image counts.
@@ -66,16 +71,19 @@ def refuse_dependants(overlay: Overlay, changed: list[File], access: Access) -> 
             raise DependantsError(
                 path=file.path,
                 dependants=", ".join(sorted(dependants)),
-                mend="commit or flatten them first, or use --force to change it under them",
+                mend=mend,
             )
 
 
 def _is_member(one: Named, members: dict[Identity, Overlay]) -> bool:
     """Whether ``one`` belongs to the job's own chain, or is what a repair kept of a member."""
+    if one.identity in members:
+        return True
     original = _BACKUP.sub("", one.path)
-    if original == one.path:
-        return one.identity in members
-    return any(os.path.realpath(member.path) == original for member in members.values())
+    return original != one.path and any(
+        os.path.realpath(member.path) == original and member.image.file.identity == one.image
+        for member in members.values()
+    )
 
 
 def refuse_shared_image(image: File, others: list[Named]) -> None:
@@ -114,6 +122,8 @@ def _files_in(directory: str, *, deep: bool) -> Iterator[str]:
     while waiting:
         here = waiting.pop()
         try:
+            if os.stat(here).st_dev in pseudo_devices():
+                continue
             with os.scandir(here) as entries:
                 for entry in entries:
                     if entry.is_file(follow_symlinks=False):

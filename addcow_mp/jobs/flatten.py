@@ -17,7 +17,7 @@ from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.survey import alignment, missing_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
-from addcow_mp.errors import ImageError
+from addcow_mp.errors import ImageError, SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import move
 from addcow_mp.jobs.report import Conduct, Report, reporting
@@ -43,6 +43,7 @@ def flatten(path: str, *, discard: bool = False, conduct: Conduct | None = None)
 
 def _bring_up(overlay: Overlay, conduct: Conduct, report: Report) -> None:
     refuse_short(overlay)
+    _refuse_without_room_for_bits(overlay)
     aligned = alignment(overlay.cluster_size)
     move(
         overlay,
@@ -55,6 +56,13 @@ def _bring_up(overlay: Overlay, conduct: Conduct, report: Report) -> None:
         publish=(overlay, 1),
     )
     overlay.set_all_allocated(True)
+
+
+def _refuse_without_room_for_bits(overlay: Overlay) -> None:
+    """All bits will be set: holes of the bitmap need space too."""
+    needed, free = overlay.bitmap.hole_bytes(), overlay.cow.free_space
+    if needed > free:
+        raise SpaceError(path=overlay.path, needed=needed, free=free)
 
 
 def _discard(overlay: Overlay) -> None:

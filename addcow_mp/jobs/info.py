@@ -94,7 +94,7 @@ def _info(path: str, cow: File, image: File, header: Header, names: Names) -> In
     if names.image_format == RAW:
         geometry = Geometry(virtual_size(image.length), header.cluster_size)
         with cow.doing("map its bitmap"):
-            bitmap = CowBitmap(cow.fd, header.header_size, geometry)
+            bitmap = CowBitmap(cow.fd, header.header_size, geometry, path)
         size, total = geometry.size, geometry.clusters
         allocated = total if header.all_allocated else bitmap.count()
         told = short_bitmap_warning(path) if bitmap.short else []
@@ -122,9 +122,7 @@ def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
     found: list[Info | RawInfo] = []
     seen: set[tuple[int, int]] = set()
     here, format_ = path, ADD_COW
-    while len(found) <= MAX_DEPTH:
-        if format_ != ADD_COW:
-            return [*found, _raw_info(here, format_, access)]
+    while format_ == ADD_COW and len(found) < MAX_DEPTH:
         one = info(here, access, named=not found)
         if one.identity in seen:
             raise ImageError(path=here, problem="the chain comes back to this file")
@@ -133,7 +131,9 @@ def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
         if one.names.backing is None or one.names.backing_format is None:
             return found
         here, format_ = resolve(here, one.names.backing), one.names.backing_format
-    raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
+    if format_ == ADD_COW:
+        raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
+    return [*found, _raw_info(here, format_, access)]
 
 
 def _raw_info(path: str, format_: str, access: Access) -> RawInfo:

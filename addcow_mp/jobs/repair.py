@@ -37,7 +37,8 @@ def repair(path: str, access: Access | None = None, *, everything: bool) -> Chec
     if before.exit_code == 0 or not _is_mendable(before, everything=everything):
         return before
     with open_chain(path, WRITE, access) as overlay:
-        refuse_dependants(overlay, [overlay.image.file], access or Access())
+        mend = "commit or flatten them first"
+        refuse_dependants(overlay, [overlay.image.file], access or Access(), mend)
         mended = _mend(overlay, before, everything=everything)
     after = check(path, access)
     after.repairs, after.backup = mended.repairs, mended.backup
