@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from model import (
+    ALL_ALLOCATED,
     SECTOR,
     Files,
     KiB,
@@ -122,14 +123,12 @@ class Promise:
 
     def _same_header(self) -> Iterator[str]:
         """All of it but the one flag that a job may change."""
+        path = self.files.path
         end = max(4 * KiB, self.cluster_size)
-        now, then = (bytearray(each[:end]) for each in self._cow_then_and_now())
-        now[32] &= ~1
-        then[32] &= ~1
+        now, then = bytearray(read_file(path)[:end]), bytearray(self.before[path][:end])
+        now[32] &= ~ALL_ALLOCATED
+        then[32] &= ~ALL_ALLOCATED
         yield from differs("the header", bytes(now), bytes(then))
-
-    def _cow_then_and_now(self) -> tuple[bytes, bytes]:
-        return self.before[self.files.path], read_file(self.files.path)
 
     def _no_stray_bits(self) -> Iterator[str]:
         stray = stray_bits(self.files.path)

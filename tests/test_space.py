@@ -306,23 +306,44 @@ def test_work_that_was_finished_before_the_disk_was_full_is_kept(
     wide.again()
 
 
-def test_a_full_disk_without_room_for_bits_is_no_crash(memory: Path) -> None:
-    """The bitmap is a hole: its page cannot be had.  Through a mapping this would be SIGBUS."""
+@pytest.fixture
+def bare(memory: Path) -> Path:
+    """A full tmpfs with room for the data of a chain, but none for its bitmap, all a hole."""
     draw_raw(memory / "base.img", "ABC")
     draw_raw(memory / "top.raw", "abc")
     cow = overlay_bytes(image="top.raw", size=3 * CLUSTER, backing="base.img")
     with (memory / "top.add-cow").open("wb") as file:
         file.write(cow[:CLUSTER])
         file.truncate(len(cow))
-    filler = fill(memory)
-    said = refused("flatten", "top.add-cow", cwd=memory)
-    assert said == "addcow: top.add-cow: cannot write its bitmap: No space left on device"
-    assert guest_picture(memory / "top.add-cow") == "ABC"
-    assert bits(memory / "top.add-cow") == "..."
-    filler.unlink()
-    succeed("flatten", "top.add-cow", cwd=memory)
-    assert look(memory / "top.raw") == "ABC"
-    assert bits(memory / "top.add-cow") == "111"
+    fill(memory)
+    return memory
+
+
+def test_looking_at_a_bitmap_of_holes_takes_nothing(bare: Path) -> None:
+    """A tmpfs gives pages to holes that are looked at through a mapping: SIGBUS when full."""
+    before = states(bare)
+    for words in (("info",), ("map",), ("check",), ("io", "-r", "-c", "read -P 0x42 64k 64k")):
+        assert addcow(*words, "top.add-cow", cwd=bare).status in (0, 3), words  # 3: the garbage
+    assert states(bare) == before
+
+
+def test_a_flatten_without_room_for_bits_is_refused(bare: Path) -> None:
+    before = states(bare)
+    said = refused("flatten", "top.add-cow", cwd=bare)
+    assert re.search(r"top\.add-cow: \d+ bytes of free space are needed and 0 are free", said)
+    assert states(bare) == before
+    (bare / "filler").unlink()
+    succeed("flatten", "top.add-cow", cwd=bare)
+    assert look(bare / "top.raw") == "ABC"
+    assert bits(bare / "top.add-cow") == "111"
+
+
+def test_a_write_without_room_for_its_bit_is_not_there(bare: Path) -> None:
+    ended = addcow("io", "-c", "write -P 0x58 64k 64k", "-c", "flush", "top.add-cow", cwd=bare)
+    assert ended.status == 1
+    assert ended.stderr == "addcow: top.add-cow: cannot write its bitmap: No space left on device\n"
+    assert guest_picture(bare / "top.add-cow") == "ABC"
+    assert bits(bare / "top.add-cow") == "..."
 
 
 # ---- the device ----

@@ -73,6 +73,8 @@ ADDRESSES = 8 * GiB
 MEMORY = 200 * MiB
 #: Exit status of a search with finds; any other but 0 is a search that was killed.
 FOUND = 3
+#: Signals that no fault of the program sends: a search that ends with one shows nothing.
+STOPPED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Killed searches after which there is no point in going on.
 DEATHS = 5
 #: Guests up to this size are compared byte by byte.
@@ -611,8 +613,9 @@ def search(number: int, seconds: float, finds: Path, pending: Path) -> int:
     work = Search(time.monotonic() + seconds, finds, pending)
     while time.monotonic() < work.deadline:
         work.round(number)
+        # Every time: the next round may be the one that kills this process.
+        print(f"seed {number}: {work.examined} scenes, {len(work.known)} faults", flush=True)
         number += 1
-    print(f"{work.examined} scenes up to seed {number}, {len(work.known)} faults", flush=True)
     return len(work.known)
 
 
@@ -658,6 +661,9 @@ def supervise(options: argparse.Namespace) -> int:
             words = ("--inside", str(pending), "--seconds", str(left), "--seed", str(number))
             command = [sys.executable, __file__, *words, "--finds", str(options.finds)]
             status = subprocess.run(command, check=False).returncode
+            if -status in STOPPED:
+                print(f"somebody else stopped the search: {signal.Signals(-status).name}")
+                return 1
             if status not in (0, FOUND):
                 scene = Scene.from_json(pending.read_text())
                 save(scene, f"the process ended with status {status}", options.finds)

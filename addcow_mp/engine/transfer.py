@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Kind, Layer, Piece
 from addcow_mp.device.moving import Manner, Mover, Way
-from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.pace import Pace
 from addcow_mp.engine.plan import TASK_BYTES, Task
@@ -190,6 +190,10 @@ class Transfer:
         totals = [0, 0, 0, 0]
         most_marked = 2 * TASK_BYTES // self.geometry.cluster_size
         marks, prepare, finish = self.board.bits(TOP), self.target.prepare, self.target.finish
+        if self.which is not Which.ALL and isinstance(self.layer, Overlay):
+            # A worker that replaces a dead one opens the bitmap anew, and what killed that
+            # one may have been its being cut short: bits that are gone are not 0.
+            refuse_short(self.layer)
         # All runs at once: later, the bitmap might have been cut short.
         for first, stop in list(self.runs_of(task)):
             end_orphan(self.parent)
