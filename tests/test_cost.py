@@ -235,6 +235,8 @@ def python(front: list[str], here: Path, *words: str) -> Result:
     done = subprocess.run(
         [*front, sys.executable, *words],
         cwd=here,
+        # Some systems map 200 MiB of locales for any other.
+        env={**os.environ, "LC_ALL": "C"},
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -157,13 +157,18 @@ class File:
 
         A hole already reads as zeros and is left alone. The length never changes.
         """
-        for first, last in holes.data_runs(self.fd, start, stop):
+        for first, last in self.data_runs(start, stop):
             if not self._punched(first, last):
                 self._write_zeros(first, last)
 
+    def data_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The parts of ``[start, stop)`` that are not in a hole, in order."""
+        with self.doing(f"look for data from {start} on"):
+            yield from holes.data_runs(self.fd, start, stop)
+
     def punch(self, start: int, stop: int) -> None:
         """Free the space of ``[start, stop)`` where the file system can; the length stays."""
-        if start < stop and next(holes.data_runs(self.fd, start, stop), None):
+        if start < stop and next(self.data_runs(start, stop), None):
             self._punched(start, stop)
 
     def _punched(self, start: int, stop: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from addcow_mp.device.files import File, ended_early
-from addcow_mp.device.holes import data_runs
 from addcow_mp.device.layer import Kind, Piece
 from addcow_mp.format.geometry import virtual_size
 
@@ -31,7 +30,7 @@ class RawLayer:
 
     def pieces(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
         """Data and holes of ``[start, stop)``."""
-        for first, last in data_runs(self.file.fd, start, stop):
+        for first, last in self.file.data_runs(start, stop):
             if start < first:
                 yield self._hole(start, first, depth)
             yield Piece(first, last, depth, Kind.DATA)

@@ -153,7 +153,7 @@ class CowBitmap:
 
     def hole_bytes(self) -> int:
         """Bytes of the used part of the bitmap that take no space yet."""
-        held = sum(stop - first for first, stop in self.inhabited()) // BITS_PER_BYTE
+        held = -(-sum(stop - first for first, stop in self.inhabited()) // BITS_PER_BYTE)
         return max(0, self.geometry.bitmap_used - held)
 
     def _refuse_shrunk(self, end: int) -> None:
