@@ -632,6 +632,13 @@ def test_an_io_command_without_a_meaning_is_told_and_the_next_one_runs(
     assert result.lines == ["128 KiB"]
 
 
+def test_io_names_its_commands(tmp_path: Path) -> None:
+    pair(tmp_path, "AB", "-X")
+    said = addcow("io", "-c", "help", "-c", "?", "top.add-cow", cwd=tmp_path).stdout
+    for word in ("read", "write", "aio_flush", "alloc", "map", "quit"):
+        assert word in said
+
+
 def test_a_file_that_ends_inside_its_bitmap_is_read_with_a_warning(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "-X")
     os.truncate(top, CLUSTER)
@@ -689,6 +696,45 @@ def test_without_holes_every_job_does_the_same(tmp_path: Path, top: str) -> None
     addcow_mp.commit(path, jobs=0)
     assert look(tmp_path / "base.img") == wanted
     assert bits(path) == "...."
+
+
+UNNAMED = pytest.mark.xfail(strict=True, reason="the survey and the leaks check say no name")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("map", "top.raw"),
+        ("map", "base.img"),
+        ("commit", "top.raw"),
+        pytest.param("flatten", "top.raw", marks=UNNAMED),
+        pytest.param("flatten", "base.img", marks=UNNAMED),
+        pytest.param("check", "top.raw", marks=UNNAMED),
+        pytest.param("convert", "top.raw", marks=UNNAMED),
+    ],
+)
+def test_a_disk_that_fails_to_say_where_data_is_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: str,
+    name: str,
+) -> None:
+    lseek = os.lseek
+
+    def failing(fd: int, position: int, whence: int) -> int:
+        if whence == os.SEEK_DATA and os.readlink(f"/proc/self/fd/{fd}").endswith(name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return lseek(fd, position, whence)
+
+    top = str(pair(tmp_path, "ABC", "-X-"))
+    monkeypatch.setattr(os, "lseek", failing)
+    options = {"convert": ["-O", "raw", "--jobs", "0", top, str(tmp_path / "new.raw")]}
+    status = run([command, *options.get(command, [top])])
+    complaint = capfd.readouterr().err
+    assert (status, complaint.count("\n")) == (1, 1)
+    assert str(tmp_path / name) in complaint
+    assert "Input/output error" in complaint
 
 
 def test_what_is_no_file_cannot_be_punched(tmp_path: Path) -> None:

@@ -339,8 +339,9 @@ class _Making:
         """Open a file that exists; it gets its old length back on failure."""
         file = open_claimed(self._access, path, RESIZING, IMAGE, named=True)
         # Bytes behind the last whole sector are zeroed before the file grows over them.
-        tail = os.pread(file.fd, SECTOR, virtual_size(file.length))
-        self._grown.append((file, file.length, tail))
+        length, seen = file.length, virtual_size(file.length)
+        tail = os.pread(file.fd, length - seen, seen) if seen < length else b""
+        self._grown.append((file, length, tail))
         return file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
