@@ -38,7 +38,7 @@ FILL = 0xA5
 # line that brings its example back.
 SEARCH = int(os.environ.get("ADDCOW_SEARCH", "0"))
 PROPERTY = settings(
-    max_examples=100 * max(1, SEARCH),
+    max_examples=50 * max(1, SEARCH),
     deadline=None,
     print_blob=True,
     derandomize=not SEARCH,

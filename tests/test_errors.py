@@ -12,12 +12,14 @@ fail, but in one line.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pickle
 import pkgutil
 import resource
 import signal
 import string
+import struct
 import subprocess
 import sys
 import threading
@@ -735,6 +737,37 @@ def test_a_disk_that_fails_to_say_where_data_is_is_named(
     assert (status, complaint.count("\n")) == (1, 1)
     assert str(tmp_path / name) in complaint
     assert "Input/output error" in complaint
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "told"),
+    [
+        (errno.ENOLCK, addcow_mp.FileError, "cannot lock it: No locks available"),
+        (errno.EAGAIN, addcow_mp.LockedError, "in use"),
+    ],
+)
+def test_a_file_that_cannot_be_locked_is_not_opened(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: type[AddcowError],
+    told: str,
+) -> None:
+    usual = fcntl.fcntl
+
+    def without_locks(fd: int, command: int, *rest: Any) -> Any:
+        unlocks = struct.pack("h", fcntl.F_UNLCK)
+        if command == fcntl.F_OFD_SETLK and not rest[0].startswith(unlocks):
+            raise OSError(number, os.strerror(number))
+        return usual(fd, command, *rest)
+
+    top = pair(tmp_path, "ABC", "-X-")
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(fcntl, "fcntl", without_locks)
+    for job in (addcow_mp.open, addcow_mp.commit, addcow_mp.flatten):
+        with pytest.raises(kind, match=told):
+            job(top)
+    assert snapshot(tmp_path) == before
 
 
 def test_what_is_no_file_cannot_be_punched(tmp_path: Path) -> None:
