@@ -163,7 +163,7 @@ def test_aio_is_finished_at_the_end_without_being_asked(here: Path) -> None:
 
 
 def test_aio_zeroes_and_quiet(here: Path) -> None:
-    result = io(TOP, "aio_write -z -q 128k 64k", "aio_read -q -P 0 128k 64k", cwd=here)
+    result = io(TOP, "aio_write -z -q 128k 64k", "aio_flush", "aio_read -q -P 0 128k 64k", cwd=here)
     assert result.lines == []
     assert guest_picture(here / TOP).startswith("AX0D")
 

@@ -21,10 +21,12 @@ import json
 import mmap
 import os
 import random
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -748,6 +750,31 @@ def test_a_step_slower_than_the_limit_is_not_slowed_down(clock: Clock) -> None:
     for _ in range(50):
         worker.move(MiB, 0.5)
     assert clock.now - start == pytest.approx(25, abs=0.2)
+
+
+def test_who_waits_long_looks_up_again_and_again(clock: Clock) -> None:
+    looks: list[float] = []
+    waiting = pace.Pace(1)
+    start = clock.now
+    waiting.spend(100, lambda: looks.append(clock.now))
+    assert clock.now - start == pytest.approx(100, abs=0.2)
+    assert max(after - before for before, after in pairwise([start, *looks])) <= 1
+
+
+@pytest.mark.parametrize("jobs", ["0", "2"])
+def test_the_smallest_limit_is_one_and_an_interrupt_ends_the_wait(
+    tmp_path: Path, jobs: str
+) -> None:
+    """A byte a second: the job would last for days, unless it were not limited at all."""
+    pair(tmp_path, "A" * 40, "X" * 40)
+    base = tmp_path / "base.img"
+    with running("commit", "-r", "1", "--jobs", jobs, "top.add-cow", cwd=tmp_path) as job:
+        job.until(lambda: look(base)[0] == "X", "the first bytes")
+        job.signal(signal.SIGTERM)
+        ended = job.end()
+    assert ended.status == 143
+    assert "the same command goes on from there" in ended.stderr
+    assert "A" in look(base)
 
 
 def test_without_a_limit_nobody_waits(clock: Clock) -> None:

@@ -45,7 +45,9 @@ from command import (
     put,
     refused,
     snapshot,
+    succeed,
 )
+from faulty import Rules, rule, running
 
 import addcow_mp
 from addcow_mp import AddcowError
@@ -700,19 +702,16 @@ def test_without_holes_every_job_does_the_same(tmp_path: Path, top: str) -> None
     assert bits(path) == "...."
 
 
-UNNAMED = pytest.mark.xfail(strict=True, reason="the survey and the leaks check say no name")
-
-
 @pytest.mark.parametrize(
     ("command", "name"),
     [
         ("map", "top.raw"),
         ("map", "base.img"),
         ("commit", "top.raw"),
-        pytest.param("flatten", "top.raw", marks=UNNAMED),
-        pytest.param("flatten", "base.img", marks=UNNAMED),
-        pytest.param("check", "top.raw", marks=UNNAMED),
-        pytest.param("convert", "top.raw", marks=UNNAMED),
+        ("flatten", "top.raw"),
+        ("flatten", "base.img"),
+        ("check", "top.raw"),
+        ("convert", "top.raw"),
     ],
 )
 def test_a_disk_that_fails_to_say_where_data_is_is_named(
@@ -964,3 +963,62 @@ def test_the_kernel_may_take_and_give_less_than_was_asked_for(
     with addcow_mp.open(top, writable=True) as disk:
         disk.write(0, b"Z" * 2 * CLUSTER)
     assert guest_picture(top) == "ZZY"
+
+
+@pytest.mark.parametrize("command", ["info", "map", "check", "flatten", "commit", "convert"])
+def test_a_name_cannot_steer_the_terminal(tmp_path: Path, command: str) -> None:
+    """Whatever is said of files, in whichever stream, has no control character in it."""
+    image, backing = "disk\x1b[31m\x07.raw", "gone\x9b31m\x7f.img"
+    draw_raw(tmp_path / image, "X-")
+    content = overlay_bytes(image=image, size=2 * CLUSTER, backing=backing, local=[0])
+    (tmp_path / "top.add-cow").write_bytes(content)
+    words = ["convert", "-O", "raw"] if command == "convert" else [command]
+    told = addcow(*words, "top.add-cow", *["new.raw"] * (command == "convert"), cwd=tmp_path)
+    assert not any(ord(one) < 32 or 127 <= ord(one) < 160 for one in told.said.replace("\n", ""))
+    if command != "info":
+        assert r"gone\x9b31m\x7f.img" in told.said
+
+
+def test_a_removal_that_may_come_back_is_told_as_one(tmp_path: Path) -> None:
+    top = pair(tmp_path, "AB", "-X")
+    rules = Rules.write(tmp_path / "rules", rule("directory_sync", "error"))
+    with running("flatten", "--discard", "top.add-cow", cwd=tmp_path, rules=rules) as job:
+        ended = job.end()
+    assert ended.status == 1
+    assert f"top.add-cow: cannot make its removal durable: {os.strerror(errno.EIO)}" in ended.stderr
+    assert "it is removed, and may be back after a power cut" in ended.stderr
+    assert not top.exists()
+    assert look(tmp_path / "top.raw") == "AX"
+
+
+def test_an_empty_image_has_no_size_to_take(tmp_path: Path) -> None:
+    """A create that was killed in its first moments leaves one; the next one makes it whole."""
+    draw_raw(tmp_path / "base.img", "ABC")
+    (tmp_path / "top.raw").touch()
+    succeed("create", "-b", "base.img", "-F", "raw", "top.add-cow", cwd=tmp_path)
+    assert (tmp_path / "top.raw").stat().st_size == 3 * CLUSTER
+    assert guest_picture(tmp_path / "top.add-cow") == "ABC"
+
+
+def test_an_empty_image_without_backing_needs_a_size(tmp_path: Path) -> None:
+    (tmp_path / "top.raw").touch()
+    assert "give a size" in refused("create", "top.add-cow", cwd=tmp_path, status=64)
+    assert not (tmp_path / "top.add-cow").exists()
+
+
+def test_a_file_system_that_has_died_is_told_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XFS, shut down, answers even a look at an open file with an error."""
+    top = addcow_mp.open(pair(tmp_path, "AB", "-X"))
+
+    def dead(_: int) -> os.stat_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fstat", dead)
+    with pytest.raises(addcow_mp.FileError, match=r"top\.raw: cannot look at it"):
+        _ = top.image.file.length
+    with pytest.raises(addcow_mp.FileError, match=r"top\.add-cow: cannot look at its bitmap"):
+        list(top.bitmap.inhabited())
+    monkeypatch.undo()
+    top.close()

@@ -262,7 +262,8 @@ FAULTS: dict[str, tuple[str, dict[str, int | str]]] = {
 
 def strikes(event: str, fault: str) -> bool:
     """Say whether a fault is more at this event than another one that is tried there."""
-    return fault != "short" or (event.endswith("_write") and event != "cow_write")
+    cut = event.endswith(("_read", "_write")) and not event.startswith("cow_")
+    return fault != "short" or cut
 
 
 WALKS = [

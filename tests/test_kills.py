@@ -356,7 +356,7 @@ def test_the_whole_group_may_be_asked(here: Path) -> None:
 
 def test_the_whole_group_may_be_asked_while_workers_are_starting(here: Path) -> None:
     wide = Wide.lay(here, "commit", tasks=5)
-    rules = rules_for(here, rule("header_read", "stop"))
+    rules = rules_for(here, rule("bitmap_load", "stop"))
     with running("commit", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
         while not command.workers() or command.pid in command.stopped():
             command.signal(signal.SIGCONT)

@@ -32,7 +32,17 @@ import addcow_mp
 from addcow_mp import AddcowError, FileError, SyncError, WorkerError
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
-from addcow_mp.engine.pool import AHEAD, TRIES, Done, Failed, Pool, Work, serve, usable_cpus
+from addcow_mp.engine.pool import (
+    AHEAD,
+    TRIES,
+    Done,
+    Failed,
+    Parcel,
+    Pool,
+    Work,
+    serve,
+    usable_cpus,
+)
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.run import Assignment, carry_out
 from addcow_mp.engine.transfer import TOP, Amount
@@ -575,7 +585,7 @@ def test_a_worker_whose_parent_has_lost_interest_ends_quietly(
 ) -> None:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, Plain(tmp_path), 0, False))
+    process = context.Process(target=serve, args=(theirs, Parcel(Plain(tmp_path)), 0, False))
     process.start()
     theirs.close()
     assert ours.poll(PATIENCE)
@@ -584,6 +594,25 @@ def test_a_worker_whose_parent_has_lost_interest_ends_quietly(
     process.join(PATIENCE)
     assert capfd.readouterr().err == ""
     assert process.exitcode == 0
+
+
+class Unreadable(Plain):
+    """Cannot be made anew in a worker: the disk that it is made from has died."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (refuse, ())
+
+
+def test_an_error_while_a_worker_starts_is_told_by_the_parent_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        Pool(Unreadable(tmp_path), 2) as pool,
+        pytest.raises(AddcowError, match=r"^a worker process could not start: base\.img: cannot"),
+    ):
+        list(pool.run(tasks_of(4)))
+    assert capfd.readouterr().err == ""
+    assert not active_children()
 
 
 # Interrupts each worker while it is starting, before any line of the package runs.
@@ -714,7 +743,7 @@ def test_what_the_parent_did_while_workers_could_not_start_is_published(
     job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     job.helps = True
     try:
-        with pytest.raises(AddcowError, match="while starting"):
+        with pytest.raises(AddcowError, match="could not start: it ended with status 3"):
             carry_out(job, 1)
         finished = list(board.bits(TOP).search(1))
     finally:

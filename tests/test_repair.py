@@ -132,6 +132,16 @@ def test_leaks_are_freed_although_something_else_is_broken(tmp_path: Path) -> No
     assert checked(tmp_path) == 2
 
 
+def test_leaks_are_freed_although_the_disk_begins_like_another_format(tmp_path: Path) -> None:
+    """What a guest writes at the start of its disk is its own affair."""
+    pair(tmp_path, "ABC", "X-y")
+    put(tmp_path / IMAGE, 0, b"QFI\xfb\0\0\0\3")
+    lines = mend(tmp_path, "leaks", status=2)
+    assert lines[0] == "REPAIRED leaks: 1 clusters were freed in the image file"
+    assert any("begins as qcow2 does" in line for line in lines)
+    assert look(tmp_path / IMAGE)[1:] == "00"
+
+
 def test_all_allocated_makes_every_cluster_local(tmp_path: Path) -> None:
     draw_raw(tmp_path / BASE, "ABC")
     draw(tmp_path / TOP, "xyz", compatible=ALL_ALLOCATED)

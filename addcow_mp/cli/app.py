@@ -421,7 +421,7 @@ def _access(
 
 
 def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None:
-    from addcow_mp.cli.saying import warn
+    from addcow_mp.cli.saying import plain, warn
 
     warn(report.warnings)
     if output is Output.json:
@@ -429,7 +429,7 @@ def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None
 
         print(json.dumps(report.as_json(), indent=4))
     elif sentence and not quiet:
-        print(sentence)
+        print(plain(sentence))
 
 
 def _manner(

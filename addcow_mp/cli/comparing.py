@@ -44,12 +44,15 @@ def _as_json(one: str, other: str, result: Compared) -> dict[str, object]:
 
 
 def _sentences(result: Compared) -> list[str]:
+    """What differs first, by offset; sizes are spoken of once what both have is equal."""
+    first = result.differing[0][0] if result.differing else None
     unequal = result.sizes[0] != result.sizes[1]
     if result.strict and unequal:
         return ["Strict mode: Image size mismatch!"]
-    said = ["Warning: Image size mismatch!"] if unequal else []
-    if result.strict and result.allocation is not None:
-        return [*said, f"Strict mode: Offset {result.allocation} allocation mismatch!"]
-    if result.differing:
-        return [*said, f"Content mismatch at offset {result.differing[0][0]}!"]
+    if result.allocation is not None and (first is None or result.allocation <= first):
+        return [f"Strict mode: Offset {result.allocation} block status mismatch!"]
+    beyond = first is None or first >= min(result.sizes)
+    said = ["Warning: Image size mismatch!"] if unequal and beyond else []
+    if first is not None:
+        return [*said, f"Content mismatch at offset {first}!"]
     return [*said, "Images are identical."]

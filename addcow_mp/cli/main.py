@@ -27,13 +27,22 @@ def run(arguments: Sequence[str]) -> int:
         return complain("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone (a pager, `head`): nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return 1
     except MemoryError:
         return complain("out of memory; give it more, or fewer --jobs", 1)
     except OSError as error:
+        _give_up_output()
         named = f"{error.filename}: " if error.filename else ""
         return complain(f"{named}{error.strerror or error}", 1)
+
+
+def _give_up_output() -> None:
+    """Let what could not be printed go: the interpreter would try once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -59,4 +68,5 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 def _usage(problem: Any) -> str:
     command = problem.ctx.command_path if problem.ctx is not None else "addcow"
-    return f"{problem.format_message().rstrip('.')}; see '{command} --help'"
+    told = " ".join(problem.format_message().split()).rstrip(".")
+    return f"{told}; see '{command} --help'"

@@ -5,6 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+#: Control characters steer a terminal instead of being shown; of them line breaks stay.
+_STEERING = {
+    code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) != "\n"
+}
+
 
 def complain(message: str, status: int) -> int:
     """Say what went wrong, in one line, and pass the exit status on."""
@@ -21,4 +26,9 @@ def warn(messages: Sequence[str]) -> None:
 
 def one_line(text: str) -> str:
     """``text`` without line breaks, which the name of a file may well contain."""
-    return " ".join(text.splitlines())
+    return plain(" ".join(text.splitlines()))
+
+
+def plain(text: str) -> str:
+    """``text`` with control characters spelt out: a name must not steer the terminal."""
+    return text.translate(_STEERING)

@@ -154,7 +154,7 @@ def _libc() -> tuple[Any, Any, Any]:
 
 
 def _refuse_kind(file: File, allow_device: bool) -> None:
-    status = os.fstat(file.fd)
+    status = file.status
     kind = kind_of(status.st_mode)
     if stat.S_ISBLK(status.st_mode):
         if not allow_device:

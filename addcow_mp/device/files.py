@@ -79,9 +79,15 @@ class File:
     # What it is
 
     @property
+    def status(self) -> os.stat_result:
+        """What the system says of the file; a file system that has died says nothing."""
+        with self.doing("look at it"):
+            return os.fstat(self.fd)
+
+    @property
     def length(self) -> int:
         """The file's length, or the device's size, at this moment."""
-        status = os.fstat(self.fd)
+        status = self.status
         if stat.S_ISBLK(status.st_mode):
             return os.lseek(self.fd, 0, os.SEEK_END)
         return status.st_size
@@ -89,17 +95,18 @@ class File:
     @property
     def identity(self) -> tuple[int, int]:
         """The same for every name of one file: device and inode, or the device itself."""
-        return identity_of(os.fstat(self.fd))
+        return identity_of(self.status)
 
     @property
     def allocated(self) -> int:
         """Bytes of disk that the file takes."""
-        return os.fstat(self.fd).st_blocks * 512
+        return self.status.st_blocks * 512
 
     @property
     def free_space(self) -> int:
         """Bytes that can still be written to the file system of this file."""
-        status = os.fstatvfs(self.fd)
+        with self.doing("look at its file system"):
+            status = os.fstatvfs(self.fd)
         blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
         return blocks * status.f_frsize
 
@@ -130,7 +137,7 @@ class File:
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` on; the file must be that long."""
         with self.doing(f"read {len(view)} bytes at {offset}"):
-            self.meet("read", offset, len(view))
+            self.meet_read(offset, len(view))
             while view:
                 done = os.preadv(self.fd, [view], offset)
                 if done == 0:
@@ -143,6 +150,11 @@ class File:
             return length
         role = "header" if self.role == COW else self.role
         return faults.cut(f"{role}_{verb}", length, self._clusters(offset, length))
+
+    def meet_read(self, offset: int, length: int) -> None:
+        """Pass the fault point of reading: a read that is cut short has failed."""
+        if self.meet("read", offset, length) < length:
+            raise faults.failure()
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of ``data`` at ``offset``."""
@@ -160,6 +172,11 @@ class File:
         for first, last in self.data_runs(start, stop):
             if not self._punched(first, last):
                 self._write_zeros(first, last)
+
+    def next_data(self, position: int) -> int | None:
+        """The first byte at or behind ``position`` that is not in a hole; None when none is."""
+        with self.doing(f"look for data from {position} on"):
+            return holes.next_data(self.fd, position)
 
     def data_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The parts of ``[start, stop)`` that are not in a hole, in order."""
@@ -247,7 +264,7 @@ def kind_of(mode: int) -> str:
 
 def sync_directory(path: str) -> None:
     """Make the directory entry of the file at ``path`` durable."""
-    directory = os.path.dirname(path) or "."
+    directory = os.path.dirname(os.path.abspath(path))
     try:
         if faults.armed:
             faults.hit("directory_sync")
@@ -268,7 +285,7 @@ def copy(source: File, target: File, start: int, stop: int, buffer: memoryview) 
         part = buffer if stop - start >= size else buffer[: stop - start]
         try:
             if faults.armed:
-                source.meet("read", start, len(part))
+                source.meet_read(start, len(part))
             done = preadv(here, [part], start)
             if done == 0:
                 raise ended_early()

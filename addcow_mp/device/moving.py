@@ -106,7 +106,7 @@ class Mover:
     def __post_init__(self) -> None:
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self._cannot: set[tuple[Way, int]] = set()
-        self._preallocates = filesystem_of(self.target.fd) == "ext4"
+        self._preallocates = filesystem_of(self.target) == "ext4"
         self._direct: dict[int, int] = {}
 
     def move(self, source: File, start: int, stop: int) -> None:
@@ -199,7 +199,7 @@ class Mover:
 
     def _preallocate(self, start: int, stop: int) -> None:
         """Let the file system place a run that goes into a hole at once, as one piece."""
-        data = holes.next_data(self.target.fd, start)
+        data = self.target.next_data(start)
         if data is None or data >= stop:
             with self.target.doing(f"allocate {stop - start} bytes at {start}"):
                 self._preallocates = holes.allocate(self.target.fd, start, stop)
@@ -292,9 +292,9 @@ def nonzero_runs(view: memoryview, block: int) -> Iterator[tuple[int, int]]:
         yield first, min(position, end)
 
 
-def filesystem_of(fd: int) -> str:
+def filesystem_of(file: File) -> str:
     """The type of the file system that an open file lies on; empty when it cannot be told."""
-    device = os.fstat(fd).st_dev
+    device = file.status.st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with (
         suppress(OSError),

@@ -48,11 +48,13 @@ class Overlay:
     :func:`addcow_mp.device.chain.open_chain` to open one with all its checks.
     """
 
-    def __init__(self, cow: File, image: File, backing: Layer | None) -> None:
+    def __init__(
+        self, cow: File, image: File, backing: Layer | None, header: Header | None = None
+    ) -> None:
         self.cow = cow
         self.image = RawLayer(image)
         self.backing = backing
-        self.header = read_header(cow)
+        self.header = read_header(cow) if header is None else header
         self.geometry = Geometry(self.image.size, self.header.cluster_size)
         for file in self.files():
             file.cluster_size = self.geometry.cluster_size
@@ -67,7 +69,7 @@ class Overlay:
         self._failed: BaseException | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Overlay, (self.cow, self.image.file, self.backing))
+        return (Overlay, (self.cow, self.image.file, self.backing, self.header))
 
     def __enter__(self) -> Overlay:
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from addcow_mp.device.files import File, ended_early
-from addcow_mp.device.layer import Kind, Piece
+from addcow_mp.device.layer import Kind, Layer, Piece
 from addcow_mp.format.geometry import virtual_size
 
 
@@ -56,3 +56,10 @@ class RawLayer:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def cut_off(layer: Layer, done: str) -> list[str]:
+    """What is said of a raw file that does not end with a whole sector: what was not ``done``."""
+    rest = layer.file.length - layer.size if isinstance(layer, RawLayer) else 0
+    told = f"{layer.path}: its last {rest} bytes are no whole sector and were not {done}"
+    return [told] if rest else []

@@ -1,9 +1,10 @@
 """The job's board: shared memory in which workers write what they have finished.
 
-It holds one bitmap for every layer whose bits the job will publish, and one counter
-of bytes per worker. Each byte of a bitmap belongs to one task and each counter to one
-worker, so nothing is ever locked; the parent only reads. A mark is made when the data
-it speaks of has been written, so marks of a worker that died are as good as any.
+It holds one bitmap for every layer whose bits the job will publish, one counter of bytes
+per worker, and the parent's word that the job shall stop. Each byte of a bitmap belongs to
+one task and each counter to one worker, so nothing is ever locked; of these the parent only
+reads. A mark is made when the data it speaks of has been written, so marks of a worker that
+died are as good as any.
 
 The memory is sparse: it costs what is marked, not what the image could hold.
 """
@@ -34,8 +35,9 @@ class Board:
         self._fd = fd
         self._memory = memoryview(mmap.mmap(fd, _size(layers, slots)))
         self._counters = self._memory[: slots * _SLOT].cast("Q")
+        self._stop = slots * _SLOT
         self._bits: list[bitarray] = []
-        start = slots * _SLOT
+        start = self._stop + _SLOT
         for clusters in layers:
             stop = start + -(-clusters // BITS_PER_BYTE)
             self._bits.append(bitarray(buffer=self._memory[start:stop], endian="little"))
@@ -66,6 +68,15 @@ class Board:
         """Bytes that all workers have moved so far."""
         return sum(self._counters)
 
+    def stop(self) -> None:
+        """Say to all workers that the job shall stop."""
+        self._memory[self._stop] = 1
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the job shall stop."""
+        return bool(self._memory[self._stop])
+
     def close(self) -> None:
         """Give the memory back to the system."""
         self._bits.clear()
@@ -75,7 +86,7 @@ class Board:
 
 
 def _size(layers: tuple[int, ...], slots: int) -> int:
-    return slots * _SLOT + sum(-(-clusters // BITS_PER_BYTE) for clusters in layers)
+    return (slots + 1) * _SLOT + sum(-(-clusters // BITS_PER_BYTE) for clusters in layers)
 
 
 def _attached(layers: tuple[int, ...], slots: int, duplicate: Any) -> Board:

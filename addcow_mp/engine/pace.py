@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 from addcow_mp.units import KiB
 
@@ -12,6 +13,9 @@ STEPS_PER_SECOND = 8
 
 #: Steps are never smaller: a limit below it is kept by longer pauses.
 SMALLEST_STEP = 64 * KiB
+
+#: Seconds that a worker sleeps without looking whether its parent is still there.
+LONGEST_PAUSE = 0.5
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "ppc64le": 273, "s390x": 282, "riscv64": 30}
 _WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
@@ -25,12 +29,18 @@ class Pace:
         self.step = max(SMALLEST_STEP, rate // STEPS_PER_SECOND)
         self._free_at = time.monotonic()
 
-    def spend(self, length: int) -> None:
-        """Wait until ``length`` bytes, already moved, have had their time."""
-        if self._rate:
-            now = time.monotonic()
-            self._free_at = max(self._free_at, now - 1 / STEPS_PER_SECOND) + length / self._rate
-            time.sleep(max(0.0, self._free_at - now))
+    def spend(self, length: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait until ``length`` bytes, already moved, have had their time.
+
+        ``meanwhile`` is called again and again: what else has to be kept an eye on.
+        """
+        if not self._rate:
+            return
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now - 1 / STEPS_PER_SECOND) + length / self._rate
+        while (left := self._free_at - time.monotonic()) > 0:
+            time.sleep(min(left, LONGEST_PAUSE))
+            meanwhile()
 
 
 def step_back() -> None:

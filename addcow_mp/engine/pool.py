@@ -66,9 +66,9 @@ class DiedError(AddcowError):
 
 
 class UnstartedError(AddcowError):
-    """A worker process ended before it was ready for its first task."""
+    """A worker process ended, or met an error, before it was ready for its first task."""
 
-    template = "a worker process ended with {status} while starting; try --jobs 0"
+    template = "a worker process could not start: {cause}"
 
 
 class UnexpectedError(AddcowError):
@@ -99,13 +99,46 @@ def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
         return Failed(task, UnexpectedError(error=repr(error)))
 
 
-def serve(pipe: Connection, work: Work, slot: int, idle: bool) -> None:
+class Parcel:
+    """Work on its way to a worker, who unpacks it where an error in doing so can be told.
+
+    Packed while the process is being started, as descriptors must be.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __reduce__(self) -> tuple[object, ...]:
+        from multiprocessing.reduction import ForkingPickler
+
+        return (_Packed, (bytes(ForkingPickler.dumps(self._work)),))
+
+
+class _Packed:
+    """The same at the other end."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def unpacked(self) -> Work | UnstartedError:
+        """The work, or what a file had against its being unpacked."""
+        import pickle
+
+        try:
+            work: Work = pickle.loads(self._content)  # noqa: S301 - the parent's own words
+        except (AddcowError, OSError) as error:
+            return UnstartedError(cause=str(error))
+        return work
+
+
+def serve(pipe: Connection, parcel: _Packed, slot: int, idle: bool) -> None:
     """A worker's life: do the tasks that come through the pipe until it closes."""
     if idle:
         step_back()
+    work = parcel.unpacked()
     try:
-        pipe.send(READY)
-        while True:
+        pipe.send(work if isinstance(work, UnstartedError) else READY)
+        while not isinstance(work, UnstartedError):
             pipe.send(attempt(work, pipe.recv(), slot))
     except (EOFError, OSError):
         # No tidying up: the parent is gone or done, and the board is its to release.
@@ -198,7 +231,7 @@ class Pool:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=serve, args=(theirs, self._work, slot, self._idle), daemon=True
+            target=serve, args=(theirs, Parcel(self._work), slot, self._idle), daemon=True
         )
         # An interrupt goes to the whole group; the parent decides what it means. Blocked
         # signals stay blocked in the new process, from its first instant on.
@@ -252,7 +285,9 @@ class Pool:
     def _answers(self, worker: _Worker) -> Iterator[Done | Failed]:
         try:
             while worker.pipe.poll():
-                result: Done | Failed | str = worker.pipe.recv()
+                result: Done | Failed | UnstartedError | str = worker.pipe.recv()
+                if isinstance(result, UnstartedError):
+                    raise result
                 if isinstance(result, str):
                     worker.ready = True
                     continue
@@ -268,7 +303,8 @@ class Pool:
         worker.pipe.close()
         self._workers.remove(worker)
         if not worker.ready:
-            raise UnstartedError(status=_status(worker.process.exitcode))
+            status = _status(worker.process.exitcode)
+            raise UnstartedError(cause=f"it ended with {status}; try --jobs 0")
         if worker.tasks:
             suspect = worker.tasks.popleft()
             self._waiting.extendleft(reversed(worker.tasks))

@@ -146,8 +146,8 @@ class _Ledger:
     def take(self, result: Done | Failed) -> None:
         """Enter one result. The first failure counts, but a failed sync before all others."""
         if isinstance(result, Failed):
-            if self.failure is None or isinstance(result.error, SyncError):
-                self.failure = result
+            if not isinstance(result.error, StoppedError):
+                self._fail(result)
             done, size = _finished_part(self._board, result.task), 0
         else:
             self.amount += result.result
@@ -155,6 +155,10 @@ class _Ledger:
             done, size = [(result.task.first, result.task.stop)], result.result.bytes_moved
         if not self.unsynced:
             self.checkpoints.add(done, size)
+
+    def _fail(self, result: Failed) -> None:
+        if self.failure is None or isinstance(result.error, SyncError):
+            self.failure = result
 
     def close(self) -> None:
         """Publish all the rest, if that is still right."""
@@ -177,8 +181,9 @@ def carry_out(
     ledger = _Ledger(job)
 
     def enough() -> bool:
-        over = ledger.failure is not None or ledger.checkpoints.failed
-        return over or bool(stopping and stopping())
+        if stopping and stopping():
+            job.board.stop()
+        return ledger.failure is not None or ledger.checkpoints.failed or job.board.stopped
 
     unstarted = _collect(job, workers, progress, enough, ledger)
     ledger.close()

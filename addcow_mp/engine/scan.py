@@ -5,6 +5,9 @@ both sides take the same bytes of the same file, or both read as zeros; when one
 zeros, only the other is read; else both are mapped, window by window, and compared at the
 speed of memory. Where they differ, the range is narrowed down to sectors.
 
+A sector that cannot be read kills whoever looks at it through a mapping. So only a worker,
+which may die, maps; in the parent's own process windows are read, and an error has a name.
+
 A side that is shorter reads as zeros behind its end.
 """
 
@@ -47,7 +50,7 @@ class Differences:
 class Comparison:
     """Compares two views, task by task. Picklable to a worker that is starting.
 
-    ``first_only``: one difference per task is enough.
+    ``first_only``: one difference per task is enough. Files are read; a worker maps them.
     """
 
     def __init__(
@@ -58,11 +61,12 @@ class Comparison:
         self.board = board
         self.first_only = first_only
         self._files = [list(side.files()) for side in self.sides]
+        self._window = reading
         self.parent: int | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         parts = (*self.sides, self.geometry, self.board, self.first_only)
-        return (_received, parts, {"parent": os.getpid()})
+        return (_received, parts, {"parent": os.getpid(), "_window": mapped})
 
     def __call__(self, task: Task, slot: int) -> Differences:
         """The differences within ``task``, which is in units of the geometry's clusters."""
@@ -93,7 +97,7 @@ class Comparison:
 
     def _compared(self, one: Piece, other: Piece, start: int, stop: int) -> Iterator[Run]:
         views = [
-            mapped(files[piece.depth], start, stop) if piece.kind is Kind.DATA else None
+            self._window(files[piece.depth], start, stop) if piece.kind is Kind.DATA else None
             for piece, files in zip((one, other), self._files, strict=True)
         ]
         for first, last in _narrowed(views[0], views[1], stop - start):
@@ -139,6 +143,13 @@ def mapped(file: File, start: int, stop: int) -> memoryview:
         )
         window.madvise(mmap.MADV_SEQUENTIAL)
     return memoryview(window)[start - base :]
+
+
+def reading(file: File, start: int, stop: int) -> memoryview:
+    """The bytes ``[start, stop)`` of ``file``, read into memory of our own."""
+    view = memoryview(bytearray(stop - start))
+    file.read_into(view, start)
+    return view
 
 
 def _narrowed(one: memoryview | None, other: memoryview | None, length: int) -> Iterator[Run]:

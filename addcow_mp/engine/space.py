@@ -8,12 +8,10 @@ when that does not fit is every extent looked at.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 from addcow_mp.device.files import File
-from addcow_mp.device.holes import data_runs
 from addcow_mp.device.layer import Kind, Piece
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import TASK_BYTES, Task
@@ -44,7 +42,7 @@ def refuse_without_space(work: Transfer, tasks: list[Task], jobs: int, *, frees:
 
 
 def _device(file: File) -> int:
-    return os.fstat(file.fd).st_dev
+    return file.status.st_dev
 
 
 def peak(steps: Iterable[tuple[int, int, int]], lag: int) -> int:
@@ -91,17 +89,17 @@ def _arriving(work: Transfer, task: Task) -> Iterator[Piece]:
 
 def growth(work: Transfer, task: Task) -> int:
     """Bytes of ``task`` that go into holes of the target."""
-    fd = work.target.file.fd
+    target = work.target.file
     total = 0
     for piece in _arriving(work, task):
         if piece.kind is Kind.DATA:
-            held = sum(last - first for first, last in data_runs(fd, piece.start, piece.stop))
+            held = sum(last - first for first, last in target.data_runs(piece.start, piece.stop))
             total += piece.stop - piece.start - held
     return total
 
 
 def freed(work: Transfer, task: Task) -> int:
     """Bytes of ``task`` that its old place gives back."""
-    fd = next(work.layer.files()).fd
+    source = next(work.layer.files())
     start, stop = work.geometry.span(task.first, task.stop)
-    return sum(last - first for first, last in data_runs(fd, start, stop))
+    return sum(last - first for first, last in source.data_runs(start, stop))

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from addcow_mp.device.files import File
-from addcow_mp.device.holes import data_runs, next_data
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import TASK_BYTES, Stretch
 from addcow_mp.format.bitmap import Run
@@ -81,12 +80,12 @@ def data_stretches(files: list[File], geometry: Geometry, aligned: int) -> Itera
 
 
 def _next_data(files: list[File], position: int) -> int | None:
-    found = (next_data(file.fd, position) for file in files)
+    found = (file.next_data(position) for file in files)
     return min((place for place in found if place is not None), default=None)
 
 
 def _weight(file: File, start: int, stop: int) -> int:
-    known = list(islice(data_runs(file.fd, start, stop), MAX_PROBES))
+    known = list(islice(file.data_runs(start, stop), MAX_PROBES))
     if len(known) == MAX_PROBES:
         return stop - start
     return sum(last - first for first, last in known)

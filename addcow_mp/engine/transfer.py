@@ -13,7 +13,7 @@ the missing ones from below into the image; convert moves everything into a new 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from operator import add
@@ -26,6 +26,7 @@ from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.pace import Pace
 from addcow_mp.engine.plan import TASK_BYTES, Task
+from addcow_mp.errors import StoppedError
 from addcow_mp.format.bitmap import Run
 from addcow_mp.format.geometry import Geometry
 
@@ -172,9 +173,12 @@ class Transfer:
         self.workers = workers
         self._files = list(layer.files())
         self._mover = Mover(target.file, manner)
-        self._pace = Pace(manner.rate // max(1, workers))
+        # Less than a byte a second for each is still a limit, not none.
+        self._pace = Pace(max(manner.rate // max(1, workers), min(1, manner.rate)))
         #: In a worker, the process that started it.
         self.parent: int | None = None
+        #: Asked where no worker is: whether the job shall stop.
+        self.stopping: Callable[[], bool] = lambda: False
 
     def __reduce__(self) -> tuple[object, ...]:
         parts = (self.layer, self.geometry, self.which, self.target, self.board)
@@ -196,7 +200,7 @@ class Transfer:
             refuse_short(self.layer)
         # All runs at once: later, the bitmap might have been cut short.
         for first, stop in list(self.runs_of(task)):
-            end_orphan(self.parent)
+            self._end_orphan()
             start, end = self.geometry.span(first, stop)
             prepare(start, end, self._mover.buffer, self.board)
             self._move(first, stop, self._pieces(start, end), slot, totals)
@@ -205,6 +209,15 @@ class Transfer:
                 marks[first:stop] = 1
         ways = tuple(self._mover.moved.get(way, 0) for way in Way)
         return Amount(totals[0], totals[1], totals[2], totals[3], ways)
+
+    def _end_orphan(self) -> None:
+        end_orphan(self.parent)
+
+    def _end_wait(self) -> None:
+        """Waiting for a rate is in vain when the parent is gone or the job shall stop."""
+        self._end_orphan()
+        if self.board.stopped or self.stopping():
+            raise StoppedError(path=self.layer.path)
 
     def pieces_of(self, task: Task) -> Iterator[Piece]:
         """What the source of ``task`` is made of, run by run."""
@@ -249,4 +262,4 @@ class Transfer:
             stop = min(start + step, piece.stop)
             self._mover.move(self._files[piece.depth], start, stop)
             self.board.count(slot, stop - start)
-            self._pace.spend(stop - start)
+            self._pace.spend(stop - start, self._end_wait)

@@ -82,10 +82,10 @@ class CowBitmap:
         self.offset = offset
         self.geometry = geometry
         self.clusters = geometry.clusters
-        length = max(0, os.fstat(fd).st_size - offset)
+        self._fd = fd
+        length = max(0, self._end_of_file() - offset)
         #: Whether the file ends inside its bitmap.
         self.short = length < geometry.bitmap_length
-        self._fd = fd
         self._bits = self._map(min(length, geometry.bitmap_length))
         #: Clusters, from the first, whose bits are in the file.
         self.known = min(len(self._bits), self.clusters)
@@ -158,12 +158,18 @@ class CowBitmap:
 
     def _refuse_shrunk(self, end: int) -> None:
         """Bits that were there at the opening and are gone now are not 0, but unknown."""
-        if os.fstat(self._fd).st_size < end:
+        if self._end_of_file() < end:
             raise FileError(
                 path=self.path,
                 action="look at its bitmap",
                 reason="the file ends early; was it cut short meanwhile?",
             )
+
+    def _end_of_file(self) -> int:
+        try:
+            return os.fstat(self._fd).st_size
+        except OSError as error:
+            raise FileError.of(self.path, "look at its bitmap", error) from error
 
     def _seek(self, position: int, whence: int, end: int) -> int:
         try:
@@ -172,6 +178,8 @@ class CowBitmap:
             if error.errno == errno.ENXIO:
                 self._refuse_shrunk(end)
                 return end
+            if error.errno != errno.EINVAL:
+                raise FileError.of(self.path, "look at its bitmap", error) from error
             # A file system that knows no holes: everything is data.
             return position if whence == os.SEEK_DATA else end
 

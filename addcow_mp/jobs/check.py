@@ -28,7 +28,6 @@ from addcow_mp.device.headers import (
     read_name,
     resolve,
 )
-from addcow_mp.device.holes import data_runs
 from addcow_mp.device.locks import READING
 from addcow_mp.device.magic import contradicts, resembles
 from addcow_mp.device.overlay import Overlay
@@ -208,9 +207,8 @@ class _Check:
             return False
         seems = resembles(file) if declared == RAW else None
         if seems is not None:
-            self.corrupt(
-                "formats", f"{what} is declared raw and read as raw, but begins as {seems} does"
-            )
+            told = f"{what} is declared raw and read as raw, but begins as {seems} does"
+            self.report.findings.append(Finding("formats", Severity.CORRUPTION, told, bars=False))
         return True
 
     def _open_overlay(self, image: File) -> None:
@@ -325,7 +323,7 @@ def leaked_clusters(overlay: Overlay) -> Iterator[int]:
     image, geometry = overlay.image.file, overlay.geometry
     last = -1
     _, known = geometry.span(0, overlay.bitmap.known)
-    for start, stop in data_runs(image.fd, 0, known):
+    for start, stop in image.data_runs(0, known):
         for run in overlay.local_runs(0, *geometry.touched(start, stop)):
             for cluster in range(max(run[0], last + 1), run[1]):
                 if _has_data(image, *geometry.span(cluster, cluster + 1)):

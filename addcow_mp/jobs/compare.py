@@ -2,7 +2,7 @@
 
 Sizes may differ: what one has beyond the other must be zeros. With ``strict``, sizes must be
 equal too, and both must hold data in the same places, so that one is a copy of the other in
-what it takes of the disk as well.
+what it takes of the disk as well. Of all that differs the first by offset is what counts.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from addcow_mp.device.chain import open_layer
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
+from addcow_mp.device.raw import cut_off
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task, cut
-from addcow_mp.engine.pool import Done, Failed, Pool
+from addcow_mp.engine.pool import Done, Failed, Pool, attempt
 from addcow_mp.engine.run import workers_for
 from addcow_mp.engine.scan import Comparison, overlapping
 from addcow_mp.engine.survey import alignment, data_stretches
@@ -88,12 +89,16 @@ def compare(
 
 def _compare(one: Layer, other: Layer, conduct: Conduct, *, strict: bool, every: bool) -> Compared:
     result = Compared((one.size, other.size), strict=strict)
-    result.warnings = one.warnings() + other.warnings()
+    for side in (one, other):
+        result.warnings += side.warnings() + cut_off(side, "compared")
+    stop = max(one.size, other.size)
     if strict:
-        result.allocation = _first_unequal_allocation(one, other)
-        if not result.same and not every:
+        if one.size != other.size and not every:
             return result
-    geometry = Geometry(max(one.size, other.size), UNIT)
+        result.allocation = _first_unequal_allocation(one, other)
+        if result.allocation is not None and not every:
+            stop = result.allocation
+    geometry = Geometry(stop, UNIT)
     files = [*one.files(), *other.files()]
     tasks = cut(data_stretches(files, geometry, alignment(UNIT)), geometry.clusters)
     _look(one, other, geometry, tasks, conduct, result, every=every)
@@ -122,7 +127,10 @@ def _look(
             for answer in pool.run(tasks, enough):
                 conduct.progress(min(board.total, total), total)
                 if isinstance(answer, Failed):
-                    raise _failed(one, answer)
+                    # What kills who looks at it through a mapping is named by who reads it.
+                    answer = attempt(work, answer.task, workers)  # noqa: PLW2901
+                if isinstance(answer, Failed):
+                    raise _failed(one, other, answer)
                 if isinstance(answer, Done):
                     finished += 1
                     found += answer.result.runs
@@ -136,9 +144,12 @@ def _look(
     conduct.progress(total, total)
 
 
-def _failed(layer: Layer, answer: Failed) -> AddcowError:
+def _failed(one: Layer, other: Layer, answer: Failed) -> AddcowError:
     return WorkerError(
-        path=layer.path, first=answer.task.first, last=answer.task.stop - 1, cause=str(answer.error)
+        path=f"{one.path} and {other.path}",
+        first=answer.task.first,
+        last=answer.task.stop - 1,
+        cause=str(answer.error),
     )
 
 

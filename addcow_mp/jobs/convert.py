@@ -15,6 +15,7 @@ from addcow_mp.device.files import TARGET, File, sync_directory
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import RESIZING, lock
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.raw import cut_off
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.survey import alignment, data_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
@@ -86,14 +87,7 @@ def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
         report,
         prepare=lambda: target.grow(layer.size, seen=0),
     )
-    report.warnings += _cut_off(layer)
-
-
-def _cut_off(layer: Layer) -> list[str]:
-    """What is said of a raw source that does not end with a whole sector."""
-    rest = 0 if isinstance(layer, Overlay) else next(layer.files()).length - layer.size
-    told = f"{layer.path}: its last {rest} bytes are no whole sector and were not copied"
-    return [told] if rest else []
+    report.warnings += cut_off(layer, "copied")
 
 
 def _unit(layer: Layer) -> int:

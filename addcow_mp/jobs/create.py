@@ -20,7 +20,6 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.chain import depth_of, open_layer
 from addcow_mp.device.files import COW, IMAGE, File, identity_of, kind_of, sync_directory
 from addcow_mp.device.headers import MAX_DEPTH, open_claimed, resolve
-from addcow_mp.device.holes import next_data
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
 from addcow_mp.format.geometry import Geometry, virtual_size
@@ -235,12 +234,14 @@ def _chosen_size(path: str, size: int | None, image: str, backing_size: int | No
                 "is never cut; leave the size out or give a larger one",
             )
         return size
-    if existing is not None:
+    # An empty file is what a create cut off in its first moments leaves: it has no size to take.
+    if existing:
         return virtual_size(existing)
     if backing_size is not None:
         return backing_size
     raise UsageError(
-        message=f"{path}: give a size, for there is neither an image file nor a backing file"
+        message=f"{path}: give a size, for there is neither an image file with data "
+        "nor a backing file"
     )
 
 
@@ -366,7 +367,7 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
     told = []
     if os.path.lexists(path):
         image = making.grown(path)
-        if hidden and next_data(image.fd, 0) is not None:
+        if hidden and image.next_data(0) is not None:
             told.append(f"{path}: the image file holds data that the new overlay hides")
     else:
         image = making.new(path)

@@ -16,12 +16,16 @@ class Severity(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What the check ``name`` found; ``count`` is how many of it there are."""
+    """What the check ``name`` found; ``count`` is how many of it there are.
+
+    ``bars`` says that with it the image may not be opened, not even for a repair.
+    """
 
     name: str
     severity: Severity
     message: str
     count: int = 1
+    bars: bool = True
 
     def as_json(self) -> dict[str, object]:
         """The finding with its public keys."""

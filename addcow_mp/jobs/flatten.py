@@ -17,7 +17,7 @@ from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.survey import alignment, missing_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
-from addcow_mp.errors import ImageError, SpaceError
+from addcow_mp.errors import FileError, ImageError, SpaceError, SyncError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import move
 from addcow_mp.jobs.report import Conduct, Report, reporting
@@ -76,4 +76,16 @@ def _discard(overlay: Overlay) -> None:
             faults.hit("discard")
         os.unlink(path)
     if overlay.cow.durable:
+        _sync_removal(path)
+
+
+def _sync_removal(path: str) -> None:
+    try:
         sync_directory(path)
+    except SyncError as error:
+        reason = error.fields["reason"]
+        raise FileError(
+            path=path,
+            action="make its removal durable",
+            reason=f"{reason}; it is removed, and may be back after a power cut",
+        ) from error

@@ -47,6 +47,7 @@ def move(
             target.file, board, overlay=overlay, value=value, backing=below, frees=frees
         )
         work = Transfer(source, geometry, which, target, board, conduct.manner, max(1, report.jobs))
+        work.stopping = conduct.stopping
         refuse_without_space(work, tasks, report.jobs, frees=frees)
         prepare()
         job = Assignment(work, tasks, geometry, board, publisher, source.path)

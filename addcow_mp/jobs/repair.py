@@ -53,7 +53,8 @@ def _is_mendable(report: CheckReport, *, everything: bool) -> bool:
     """Whether something can be mended, and nothing else forbids to open the image."""
     names = {finding.name for finding in report.findings}
     wanted = {"leaks", *_MENDABLE} if everything else {"leaks"}
-    return bool(names & wanted) and names <= {"leaks", *_MENDABLE}
+    barred = {finding.name for finding in report.findings if finding.bars}
+    return bool(names & wanted) and barred <= {"leaks", *_MENDABLE}
 
 
 def _mend(overlay: Overlay, before: CheckReport, *, everything: bool) -> CheckReport:
