@@ -888,3 +888,40 @@ def test_an_idle_job_moves_the_right_bytes(tmp_path: Path, jobs: str) -> None:
     succeed("commit", "--idle", "--jobs", jobs, "top.add-cow", cwd=tmp_path)
     assert look(tmp_path / "base.img") == "AX0D" * 8
     assert local_clusters(top) == []
+
+
+# ---- the space of what is cloned ----
+
+
+def fill(place: Path, leave: int) -> None:
+    """Take all of the free space but `leave` bytes."""
+    with (place / "filler").open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, free(place) - leave)
+
+
+def half_shared(here: Path, job: str) -> str:
+    """Prepare a job that brings two long runs and a short one into holes of its target."""
+    marks = (LONG * 4 * "A" + "-") * 2 + "A" + "-" * LONG
+    gone = "-" * len(marks)
+    below, local = (gone, marks) if job == "commit" else (marks, gone)
+    pair(here, below, local)
+    return marks.replace("-", "0")
+
+
+@pytest.mark.parametrize("job", ["commit", "flatten"])
+def test_what_is_cloned_needs_no_room(xfs: Path, job: str) -> None:
+    wanted = half_shared(xfs, job)
+    fill(xfs, leave=2 * MiB)
+    said = refused(job, "--copy", "buffer", "top.add-cow", cwd=xfs)
+    assert f"{(LONG * 8 + 1) * CLUSTER} bytes of free space are needed" in said
+    succeed(job, "top.add-cow", cwd=xfs)
+    assert look(xfs / ("base.img" if job == "commit" else "top.raw")) == wanted
+
+
+def test_what_is_copied_beside_clones_does(xfs: Path) -> None:
+    """Each run is one block too short to be cloned."""
+    runs = 40
+    pair(xfs, (LONG * "-") * runs, ((LONG - 1) * "A" + "-") * runs)
+    fill(xfs, leave=2 * MiB)
+    said = refused("commit", "-d", "top.add-cow", cwd=xfs)
+    assert f"{runs * (LONG - 1) * CLUSTER} bytes of free space are needed" in said

@@ -19,7 +19,6 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -27,6 +26,7 @@ from bitarray import bitarray
 
 from addcow_mp.device import faults, holes
 from addcow_mp.device.files import BUFFER_SIZE, File, copy
+from addcow_mp.device.filesystem import filesystem_of
 from addcow_mp.errors import FileError
 from addcow_mp.units import KiB, MiB, round_down, round_up
 
@@ -95,6 +95,15 @@ _CANNOT = (
 _FICLONERANGE = 0x4020940D
 
 
+def clonable(manner: Manner, start: int, stop: int) -> tuple[int, int]:
+    """The part of a run that is cloned where the file system can: whole blocks, or nothing."""
+    # Shared blocks cost nothing, zeros or not: with AUTO, too, nobody looks at them.
+    long_enough = manner.copy is Copy.AUTO and stop - start >= CLONE_FROM
+    if manner.direct or not (long_enough or manner.copy is Copy.CLONE):
+        return start, start
+    return round_up(start, CLONE_BLOCK), round_down(stop, CLONE_BLOCK)
+
+
 @dataclass
 class Mover:
     """Moves runs into ``target``. Counts in ``moved`` how many bytes went which way."""
@@ -114,7 +123,7 @@ class Mover:
         if self.manner.direct:
             self._move_direct(source, start, stop)
             return
-        if self._may(Way.CLONE, source) and self._wants_clone(stop - start):
+        if self._may(Way.CLONE, source):
             start, stop = self._clone(source, start, stop)
         if start < stop and self._may(Way.RANGE, source) and self.manner.copy is Copy.RANGE:
             start = self._copy_range(source, start, stop)
@@ -124,20 +133,14 @@ class Mover:
     def _may(self, way: Way, source: File) -> bool:
         return (way, source.fd) not in self._cannot
 
-    def _wants_clone(self, length: int) -> bool:
-        if self.manner.copy is Copy.AUTO:
-            # Shared blocks cost nothing, zeros or not: no need to look at them.
-            return length >= CLONE_FROM
-        return self.manner.copy is Copy.CLONE
-
     def _count(self, way: Way, length: int) -> None:
         self.moved[way] = self.moved.get(way, 0) + length
 
     # Clone
 
     def _clone(self, source: File, start: int, stop: int) -> tuple[int, int]:
-        """Clone the whole blocks of a run; returns what is left, a tail or all of it."""
-        first, last = round_up(start, CLONE_BLOCK), round_down(stop, CLONE_BLOCK)
+        """Clone what can be of a run; returns what is left, a tail or all of it."""
+        first, last = clonable(self.manner, start, stop)
         # A length of 0 would mean "to the end of the source".
         if first >= last or not self._cloned(source, first, last):
             return start, stop
@@ -290,18 +293,3 @@ def nonzero_runs(view: memoryview, block: int) -> Iterator[tuple[int, int]]:
         while position < end and bits.find(1, position * 8, (position + block) * 8) >= 0:
             position += block
         yield first, min(position, end)
-
-
-def filesystem_of(file: File) -> str:
-    """The type of the file system that an open file lies on; empty when it cannot be told."""
-    device = file.status.st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with (
-        suppress(OSError),
-        open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as lines,
-    ):
-        for line in lines:
-            before, _, after = line.partition(" - ")
-            if before.split()[2] == wanted:
-                return after.split()[0]
-    return ""

@@ -3,7 +3,8 @@
 Bytes that go into holes of the target need space; commit gives space back behind itself,
 checkpoint by checkpoint, when image and target share a file system. What counts is the
 peak in between. The sum of what tasks weigh is an upper bound that costs nothing; only
-when that does not fit is every extent looked at.
+when that does not fit is every extent looked at. What is cloned takes nothing and gives nothing
+back: its blocks are shared.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Iterable, Iterator
 
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Kind, Piece
+from addcow_mp.device.moving import clonable
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.engine.pool import AHEAD
 from addcow_mp.engine.run import CHECKPOINT_BYTES
 from addcow_mp.engine.transfer import OverlayTarget, Transfer
 from addcow_mp.errors import SpaceError
-from addcow_mp.format.bitmap import merged
+from addcow_mp.format.bitmap import Run, merged
 
 
 def refuse_without_space(work: Transfer, tasks: list[Task], jobs: int, *, frees: bool) -> None:
@@ -90,16 +92,34 @@ def _arriving(work: Transfer, task: Task) -> Iterator[Piece]:
 def growth(work: Transfer, task: Task) -> int:
     """Bytes of ``task`` that go into holes of the target."""
     target = work.target.file
-    total = 0
-    for piece in _arriving(work, task):
-        if piece.kind is Kind.DATA:
-            held = sum(last - first for first, last in target.data_runs(piece.start, piece.stop))
-            total += piece.stop - piece.start - held
-    return total
+    pieces = (piece for piece in _arriving(work, task) if piece.kind is Kind.DATA)
+    return sum(
+        stop - start - _held(target, start, stop)
+        for piece in pieces
+        for start, stop in _copied(work, piece)
+    )
+
+
+def _held(file: File, start: int, stop: int) -> int:
+    return sum(last - first for first, last in file.data_runs(start, stop))
+
+
+def _copied(work: Transfer, piece: Piece) -> Iterator[Run]:
+    """The parts of ``piece`` that are not cloned; what is copied up never is."""
+    first = last = piece.start
+    moved = piece.depth == 0 or not isinstance(work.target, OverlayTarget)
+    if moved and work.shares(piece.depth):
+        first, last = clonable(work.manner, piece.start, piece.stop)
+    if last <= first:
+        yield piece.start, piece.stop
+    else:
+        yield piece.start, first
+        yield last, piece.stop
 
 
 def freed(work: Transfer, task: Task) -> int:
     """Bytes of ``task`` that its old place gives back."""
     source = next(work.layer.files())
-    start, stop = work.geometry.span(task.first, task.stop)
-    return sum(last - first for first, last in source.data_runs(start, stop))
+    held = source.data_runs(*work.geometry.span(task.first, task.stop))
+    pieces = (Piece(first, last, 0, Kind.DATA) for first, last in held)
+    return sum(stop - start for piece in pieces for start, stop in _copied(work, piece))

@@ -16,10 +16,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from operator import add
 from typing import NamedTuple, Protocol
 
 from addcow_mp.device.files import File
+from addcow_mp.device.filesystem import can_share
 from addcow_mp.device.layer import Kind, Layer, Piece
 from addcow_mp.device.moving import Manner, Mover, Way
 from addcow_mp.device.overlay import Overlay, refuse_short
@@ -218,6 +220,11 @@ class Transfer:
         self._end_orphan()
         if self.board.stopped or self.stopping():
             raise StoppedError(path=self.layer.path)
+
+    @cache  # noqa: B019 - a transfer lives as long as its job
+    def shares(self, depth: int) -> bool:
+        """Whether blocks of the file at ``depth`` can be shared with the target."""
+        return can_share(self._files[depth], self.target.file)
 
     def pieces_of(self, task: Task) -> Iterator[Piece]:
         """What the source of ``task`` is made of, run by run."""
