@@ -63,6 +63,7 @@ class Promise:
     manner: tuple[str, ...] = ()
     stdin = ""
     stdout = ""
+    done = False
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -100,7 +101,7 @@ class Promise:
 
         ``done``: the job has said that it is; ``stdout`` is what else it has said.
         """
-        self.stdout = stdout
+        self.done, self.stdout = done, stdout
         try:
             return list(self._broken(done))
         except (OSError, ValueError, oracle.OracleError) as error:
@@ -329,7 +330,12 @@ class Io(Promise):
         self.stdin = "".join(write.line() for write in writes)
 
     def again(self) -> Io:
-        return Io(self.files, self.writes)
+        """The same once more: what a run that was cut short did not flush may be there or not.
+
+        It may be seen now and be lost with the power later. But each sector holds what it held
+        before the first run, or what one of the steps wrote: the runs have the same steps.
+        """
+        return Io(self.files, self.writes) if self.done else self
 
     @property
     def _bits_to_change(self) -> int:

@@ -80,6 +80,9 @@ def read_header(path: str) -> Header:
         backing = None
         if b_at != 0 or b_len != 0:
             backing = read_name(file, path, b_at, b_len, end, LONGEST_BACKING_NAME)
+    refuse_protocol(path, image)
+    if backing is not None and not compatible & ALL_ALLOCATED:
+        refuse_protocol(path, backing)
     b_format = read_format(path, b_fmt, may_be_empty=backing is None)
     image = checked_image(path, image, i_fmt)
     return Header(backing, b_format, image, 1 << bits, compatible & ALL_ALLOCATED != 0, end)
@@ -105,9 +108,14 @@ def read_name(file: BinaryIO, path: str, at: int, length: int, end: int, longest
     name = os.fsdecode(file.read(length))
     if "\0" in name:
         raise OracleError(f"{path}: a name with a NUL in it")
-    if ":" in name.split("/", maxsplit=1)[0]:
-        raise OracleError(f"{path}: {name!r} is not a path")
     return os.path.join(os.path.dirname(path), name)
+
+
+def refuse_protocol(path: str, name: str) -> None:
+    """Refuse a path of PATH's directory and a name that is no file's, such as nbd:host:1."""
+    here = os.path.join(os.path.dirname(path), "")
+    if ":" in name.removeprefix(here).split("/", maxsplit=1)[0]:
+        raise OracleError(f"{path}: {name!r} is not a path")
 
 
 def read_format(path: str, field: bytes, *, may_be_empty: bool) -> str:
