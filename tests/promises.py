@@ -327,6 +327,8 @@ class Io(Promise):
     def __init__(self, files: Files, writes: list[Write]) -> None:
         super().__init__(files)
         self.writes = writes
+        #: What has failed in some run: it may have been written in part, or in another run.
+        self.failed: list[Write] = []
         self.stdin = "".join(write.line() for write in writes)
 
     def again(self) -> Io:
@@ -377,7 +379,8 @@ class Io(Promise):
         heard = self._heard(done)
         flushed = self.bits | (self._touched_by(self.writes[: heard.flushed]))
         local = frozenset(oracle.allocated(self.files.path))
-        unsure = self._touched_by(heard.failed)
+        self.failed += heard.failed
+        unsure = self._touched_by(self.failed)
         if (flushed - unsure) - local or local - self.bits - self._written:
             yield f"clusters that are local or not without reason: {sorted(local ^ flushed)}"
         seen = oracle.guest_bytes(self.files.path)

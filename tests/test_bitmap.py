@@ -13,12 +13,13 @@ either of its ends, and none at all when nothing changes.
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 from bitarray import bitarray
@@ -27,7 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from addcow_mp.format import bitmap as bitmap_module
-from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, Run, SparseBits, merged, runs
+from addcow_mp.format import bits as bits_module
+from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
+from addcow_mp.format.bits import WINDOW, WINDOW_BITS, MappedBits, Run, merged, runs
 from addcow_mp.format.geometry import Geometry
 
 OFFSET = 4 * KiB
@@ -133,7 +136,7 @@ def ranges(clusters: int) -> st.SearchStrategy[Run]:
 @contextmanager
 def opened(case: Case) -> Iterator[tuple[CowBitmap, int]]:
     """The bitmap of a new file with this content, and the file's descriptor."""
-    with tempfile.TemporaryFile() as file:
+    with TemporaryFile() as file:
         file.write(case.content)
         file.flush()
         yield CowBitmap(file.fileno(), OFFSET, case.geometry), file.fileno()
@@ -447,3 +450,74 @@ def test_adding_to_other_bits_is_the_union(
     bits.add_to(other, start)
     assert other.tolist() == [n in ones or start + n in model for n in range(length)]
     assert members(bits) == model
+
+
+# ---- windows ----
+
+#: Bits in a window of one page, as these tests have them.
+PANE = 8 * mmap.ALLOCATIONGRANULARITY
+
+#: Places around the borders of windows, and anywhere.
+PLACES = st.one_of(
+    st.builds(
+        lambda pane, by: min(max(0, pane * PANE + by), 5 * PANE),
+        st.integers(0, 5),
+        st.integers(-9, 9),
+    ),
+    st.integers(0, 5 * PANE),
+)
+
+
+@contextmanager
+def small_windows() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bits_module, "WINDOW", mmap.ALLOCATIONGRANULARITY)
+        patch.setattr(bits_module, "WINDOW_BITS", PANE)
+        yield
+
+
+@PROPERTY
+@given(
+    st.lists(st.tuples(PLACES, PLACES).map(sorted), max_size=8),
+    st.tuples(PLACES, PLACES).map(sorted),
+    st.sampled_from([1000, 1024, PANE, 2 * PANE]),
+)
+def test_bits_are_the_same_through_any_window(
+    ones: list[list[int]], asked: list[int], step: int
+) -> None:
+    size, (start, stop) = 5 * PANE, asked
+    wanted = bitarray(size, endian="little")
+    with small_windows(), TemporaryFile(buffering=0) as file:
+        file.truncate(mmap.ALLOCATIONGRANULARITY + size // 8)
+        bits = MappedBits(file.fileno(), mmap.ALLOCATIONGRANULARITY, size, writable=True)
+        for one in ones:
+            bits.set(*one)
+            wanted[one[0] : one[1]] = 1
+        assert list(bits.runs(start, stop)) == list(runs(wanted, 1, start, stop))
+        assert bits.count(start, stop) == wanted.count(1, start, stop)
+        assert bits.any(start, stop) == wanted[start:stop].any()
+        counts = {at: wanted.count(1, at, at + step) for at in range(0, size, step)}
+        assert list(bits.counts(0, size, step)) == [one for one in counts.items() if one[1]]
+        added = bitarray(stop - start, endian="little")
+        bits.add_to(added, start)
+        assert added == wanted[start:stop]
+
+
+def test_no_more_than_a_window_is_mapped(tmp_path: Path) -> None:
+    """A bit in each of 64 windows, of a file whose bits would take a gigabyte."""
+    size = 64 * WINDOW_BITS
+    with (tmp_path / "sparse").open("wb+", buffering=0) as file:
+        file.truncate(size // 8)
+        for number in range(64):
+            os.pwrite(file.fileno(), b"\1", number * WINDOW)
+        bits = MappedBits(file.fileno(), 0, size)
+        mapped = [mapped_bytes(file.name) for _ in bits.runs(0, size)]
+    assert len(mapped) == 64
+    assert set(mapped) == {WINDOW}
+
+
+def mapped_bytes(path: str) -> int:
+    """How much of the file this process has mapped."""
+    maps = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+    spans = (words[0].split("-") for words in maps if words[-1] == path)
+    return sum(int(stop, 16) - int(start, 16) for start, stop in spans)

@@ -298,7 +298,6 @@ def most_resident(here: Path, *command: str) -> int:
     return int(result.stdout) * KiB
 
 
-@pytest.mark.xfail(strict=True, reason="the bitmap is mapped as a whole")
 def test_the_bitmap_is_looked_at_through_a_window(here: Path) -> None:
     Strewn.lay(here, HUGE, SMALLEST)
     succeeds_within(here, "info top.add-cow")
@@ -358,12 +357,9 @@ def test_calls_do_not_grow_with_the_size(here: Path, command: str) -> None:
     assert many <= 1.1 * few
 
 
-STEPS = pytest.mark.xfail(strict=True, reason="a page of bitmap is asked for in 32 steps")
-
-
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(one, marks=STEPS if "commit" in one else ()) for one in COMMANDS],
+    COMMANDS,
 )
 def test_calls_follow_the_data(here: Path, command: str) -> None:
     """In 4 GiB all bits are in two pages of bitmap, in 16 TiB each is in one of its own.

@@ -30,7 +30,6 @@ from addcow_mp.engine.survey import (
     data_stretches,
     local_stretches,
     missing_stretches,
-    steps,
 )
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct
@@ -316,17 +315,6 @@ def test_a_large_empty_disk_is_surveyed_at_a_glance(tmp_path: Path) -> None:
     with addcow_mp.open(made.make(tmp_path)) as overlay:
         assert list(local_stretches(overlay, 8)) == [Stretch(899 * 512, 899 * 512 + 32, 2 * MiB)]
         assert list(missing_stretches(overlay, 8)) == [Stretch(899 * 512, 899 * 512 + 32, BLOCK)]
-
-
-@PROPERTY
-@given(
-    st.lists(st.integers(0, 500), max_size=20, unique=True).map(sorted),
-    st.sampled_from([1, 8, 64, 1000]),
-)
-def test_steps_are_those_that_parts_touch(ends: list[int], step: int) -> None:
-    parts = list(zip(ends[::2], ends[1::2], strict=False))
-    touched = {cluster // step for part in parts for cluster in range(*part)}
-    assert list(steps(parts, step)) == [(n * step, (n + 1) * step) for n in sorted(touched)]
 
 
 # ---- as a job shows it ----

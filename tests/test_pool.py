@@ -56,6 +56,11 @@ Result = Done | Failed
 # ---- works ----
 
 
+def marked(board: Board) -> list[int]:
+    """The clusters that are marked on a board of 64."""
+    return [at for first, stop in board.marks(TOP).runs(0, 64) for at in range(first, stop)]
+
+
 @dataclass(frozen=True)
 class Plain:
     """Writes a line for the try, with task and process, and reports the weight as moved."""
@@ -154,11 +159,11 @@ class Marks:
 
     def __call__(self, task: Task, slot: int) -> Amount:
         half = (task.first + task.stop) // 2
-        self.board.bits(TOP)[task.first : half] = 1
+        self.board.marks(TOP).set(task.first, half)
         self.board.count(slot, half - task.first)
         if task.number == self.fatal:
             kill_myself()
-        self.board.bits(TOP)[half : task.stop] = 1
+        self.board.marks(TOP).set(half, task.stop)
         self.board.count(slot, task.stop - half)
         return Amount()
 
@@ -295,7 +300,7 @@ def test_the_board_is_shared_by_parent_and_workers() -> None:
     board = Board.create((5 * 16,), 2)
     try:
         run(Marks(board, fatal=-1), 2, tasks)
-        assert board.bits(TOP).all()
+        assert list(board.marks(TOP).runs(0, 5 * 16)) == [(0, 5 * 16)]
         assert board.total == 5 * 16
     finally:
         board.close()
@@ -303,11 +308,11 @@ def test_the_board_is_shared_by_parent_and_workers() -> None:
 
 def test_without_workers_the_board_is_private() -> None:
     board = Board.create((100, 0, 9), 0)
-    board.bits(0)[7] = 1
-    board.bits(2)[8] = 1
+    board.marks(0).set(7, 8)
+    board.marks(2).set(8, 9)
     board.count(0, 5)
     board.count(0, 6)
-    assert [board.bits(layer).count() for layer in range(3)] == [1, 0, 1]
+    assert [board.marks(at).count(0, size) for at, size in enumerate((100, 0, 9))] == [1, 0, 1]
     assert board.total == 11
     board.close()
 
@@ -418,7 +423,7 @@ def test_what_a_dead_worker_had_marked_is_kept() -> None:
         results = run(Marks(board, fatal=2), 2, tasks)
         assert isinstance(results[2], Failed)
         wanted = [cluster for cluster in range(64) if not 40 <= cluster < 48]
-        assert list(board.bits(TOP).search(1)) == wanted
+        assert marked(board) == wanted
         assert board.total == 3 * 16 + TRIES * 8
     finally:
         board.close()
@@ -745,7 +750,7 @@ def test_what_the_parent_did_while_workers_could_not_start_is_published(
     try:
         with pytest.raises(AddcowError, match="could not start: it ended with status 3"):
             carry_out(job, 1)
-        finished = list(board.bits(TOP).search(1))
+        finished = marked(board)
     finally:
         board.close()
     assert len(finished) >= 48

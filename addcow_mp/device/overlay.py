@@ -32,7 +32,8 @@ from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.requests import Requests
 from addcow_mp.errors import FileError, ImageError, RangeError
-from addcow_mp.format.bitmap import CowBitmap, Run, SparseBits, merged, runs
+from addcow_mp.format.bitmap import CowBitmap, SparseBits
+from addcow_mp.format.bits import MappedBits, Run, merged, runs
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import FIXED_SIZE, Header
 from addcow_mp.units import KiB
@@ -139,8 +140,7 @@ class Overlay:
         """The runs ``[first, stop)`` of local clusters, in order."""
         if self.all_allocated or self.pending:
             return self.local_runs(1, 0, self.geometry.clusters)
-        inhabited = self.bitmap.inhabited()
-        return merged(run for part in inhabited for run in self.bitmap.runs(1, *part))
+        return self.bitmap.runs(1, 0, self.bitmap.known)
 
     def layout(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """``[start, stop)`` in bytes, cut where clusters begin or cease to be local."""
@@ -294,11 +294,18 @@ class Overlay:
         The data that this announces, or the copies that make it dispensable, must be
         durable already. Bits past the last cluster are left 0.
         """
+        self._publish(done, lambda first, stop: self.bitmap.fill(first, stop, value))
+
+    def publish_marked(self, done: Iterable[Run], marks: MappedBits) -> None:
+        """Publish those of the clusters ``done`` as local that are marked, durably as well."""
+        self._publish(done, lambda first, stop: self.bitmap.add(first, stop, marks))
+
+    def _publish(self, done: Iterable[Run], change: Callable[[int, int], None]) -> None:
         with self.cow.doing("write its bitmap"):
             for first, stop in done:
                 if faults.armed:
                     faults.hit("bitmap_update", (first, stop))
-                self.bitmap.fill(first, stop, value)
+                change(first, stop)
             self.bitmap.clear_stray()
         self.cow.sync()
 

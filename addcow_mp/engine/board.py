@@ -6,7 +6,8 @@ one task and each counter to one worker, so nothing is ever locked; of these the
 reads. A mark is made when the data it speaks of has been written, so marks of a worker that
 died are as good as any.
 
-The memory is sparse: it costs what is marked, not what the image could hold.
+The memory is sparse: it costs what is marked, not what the image could hold. Bitmaps are
+mapped a window at a time, like those of images.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import mmap
 import os
 from typing import Any
 
-from bitarray import bitarray
-
-from addcow_mp.format.geometry import BITS_PER_BYTE
+from addcow_mp.format.bits import BITS_PER_BYTE, MappedBits
+from addcow_mp.units import round_up
 
 #: One processor cache line per counter, so that workers do not slow each other.
 _SLOT = 64
@@ -33,21 +33,20 @@ class Board:
     def __init__(self, layers: tuple[int, ...], slots: int, fd: int) -> None:
         self._layout = (layers, slots)
         self._fd = fd
-        self._memory = memoryview(mmap.mmap(fd, _size(layers, slots)))
-        self._counters = self._memory[: slots * _SLOT].cast("Q")
         self._stop = slots * _SLOT
-        self._bits: list[bitarray] = []
-        start = self._stop + _SLOT
-        for clusters in layers:
-            stop = start + -(-clusters // BITS_PER_BYTE)
-            self._bits.append(bitarray(buffer=self._memory[start:stop], endian="little"))
-            start = stop
+        self._memory = memoryview(mmap.mmap(fd, _page(self._stop + _SLOT)))
+        self._counters = self._memory[: self._stop].cast("Q")
+        starts = _starts(layers, slots)
+        self._marks = [
+            MappedBits(fd, start, clusters, "the board", writable=True)
+            for start, clusters in zip(starts, layers, strict=False)
+        ]
 
     @classmethod
     def create(cls, layers: tuple[int, ...], workers: int) -> Board:
         """A new board, with a counter for each worker and one for this process."""
         fd = os.memfd_create("addcow-board")
-        os.ftruncate(fd, _size(layers, workers + 1))
+        os.ftruncate(fd, _starts(layers, workers + 1)[-1])
         return cls(layers, workers + 1, fd)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,9 +54,9 @@ class Board:
 
         return (_attached, (*self._layout, DupFd(self._fd)))
 
-    def bits(self, layer: int) -> bitarray:
+    def marks(self, layer: int) -> MappedBits:
         """The bitmap of finished clusters of ``layer``."""
-        return self._bits[layer]
+        return self._marks[layer]
 
     def count(self, slot: int, amount: int) -> None:
         """Add ``amount`` bytes to the counter of the worker in ``slot``."""
@@ -79,14 +78,22 @@ class Board:
 
     def close(self) -> None:
         """Give the memory back to the system."""
-        self._bits.clear()
+        self._marks.clear()
         self._counters.release()
         self._memory.release()
         os.close(self._fd)
 
 
-def _size(layers: tuple[int, ...], slots: int) -> int:
-    return (slots + 1) * _SLOT + sum(-(-clusters // BITS_PER_BYTE) for clusters in layers)
+def _page(length: int) -> int:
+    return round_up(length, mmap.ALLOCATIONGRANULARITY)
+
+
+def _starts(layers: tuple[int, ...], slots: int) -> list[int]:
+    """Where in the memory each layer's bitmap begins, and where the last one ends."""
+    starts = [_page((slots + 1) * _SLOT)]
+    for clusters in layers:
+        starts.append(starts[-1] + _page(-(-clusters // BITS_PER_BYTE)))
+    return starts
 
 
 def _attached(layers: tuple[int, ...], slots: int, duplicate: Any) -> Board:

@@ -18,7 +18,7 @@ from addcow_mp.engine.pool import Done, Failed, Pool, UnstartedError, Work, usab
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.transfer import TOP, Amount
 from addcow_mp.errors import AddcowError, StoppedError, SyncError, WorkerError
-from addcow_mp.format.bitmap import Run, runs
+from addcow_mp.format.bits import Run
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import MiB
 
@@ -221,7 +221,7 @@ def _collect(
 
 
 def _finished_part(board: Board, task: Task) -> list[Run]:
-    return list(runs(board.bits(TOP), 1, task.first, task.stop))
+    return list(board.marks(TOP).runs(task.first, task.stop))
 
 
 def _told(path: str, failure: Failed) -> AddcowError:

@@ -25,7 +25,7 @@ from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
-from addcow_mp.format.bitmap import Run, merged
+from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import SECTOR, KiB, MiB, round_down
 

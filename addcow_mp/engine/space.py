@@ -21,7 +21,7 @@ from addcow_mp.engine.pool import AHEAD
 from addcow_mp.engine.run import CHECKPOINT_BYTES
 from addcow_mp.engine.transfer import OverlayTarget, Transfer
 from addcow_mp.errors import SpaceError
-from addcow_mp.format.bitmap import Run, merged
+from addcow_mp.format.bits import Run, merged
 
 
 def refuse_without_space(work: Transfer, tasks: list[Task], jobs: int, *, frees: bool) -> None:

@@ -7,14 +7,14 @@ spreading work; nothing depends on them but balance and the progress bar.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
 from addcow_mp.device.files import File
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import TASK_BYTES, Stretch
-from addcow_mp.format.bitmap import Run
-from addcow_mp.format.geometry import BITS_PER_BYTE, Geometry
+from addcow_mp.format.bits import BITS_PER_BYTE
+from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import round_down, round_up
 
 #: Runs of data looked at in one stretch before it counts as full of data: finely
@@ -40,19 +40,9 @@ def local_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
     if overlay.all_allocated:
         yield from data_stretches([overlay.image.file], geometry, aligned)
         return
-    for first, stop in steps(overlay.bitmap.inhabited(), _step(geometry, aligned)):
-        count = overlay.bitmap.count(first, min(stop, geometry.clusters))
-        if count:
-            yield Stretch(first, stop, count * geometry.cluster_size)
-
-
-def steps(parts: Iterable[Run], step: int) -> Iterator[Run]:
-    """The multiples of ``step`` that ``parts`` touch, each once, as ranges."""
-    done = 0
-    for first, stop in parts:
-        for start in range(max(done, round_down(first, step)), stop, step):
-            yield start, start + step
-            done = start + step
+    step = _step(geometry, aligned)
+    for first, count in overlay.bitmap.counts(step):
+        yield Stretch(first, first + step, count * geometry.cluster_size)
 
 
 def missing_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:

@@ -29,7 +29,7 @@ from addcow_mp.engine.board import Board
 from addcow_mp.engine.pace import Pace
 from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.errors import StoppedError
-from addcow_mp.format.bitmap import Run
+from addcow_mp.format.bits import Run
 from addcow_mp.format.geometry import Geometry
 
 #: The layers of a board: the overlay whose clusters move, and a backing that receives them.
@@ -128,13 +128,15 @@ class OverlayTarget(NamedTuple):
                 self.overlay.copy_up(edge_start, edge_stop, buffer)
 
     def _is_local(self, cluster: int, board: Board) -> bool:
-        return bool(board.bits(BELOW)[cluster] or self.overlay.bitmap.any(cluster, cluster + 1))
+        return board.marks(BELOW).any(cluster, cluster + 1) or self.overlay.bitmap.any(
+            cluster, cluster + 1
+        )
 
     def finish(self, start: int, stop: int, board: Board) -> None:
         """Mark the clusters as local, to be published."""
         if not self.overlay.all_allocated:
             first, last = self.overlay.geometry.touched(start, stop)
-            board.bits(BELOW)[first:last] = 1
+            board.marks(BELOW).set(first, last)
 
     def make_zero(self, start: int, stop: int) -> None:
         """Make a hole in the image file; the cluster is local all the same."""
@@ -195,7 +197,7 @@ class Transfer:
         self._mover.moved.clear()
         totals = [0, 0, 0, 0]
         most_marked = 2 * TASK_BYTES // self.geometry.cluster_size
-        marks, prepare, finish = self.board.bits(TOP), self.target.prepare, self.target.finish
+        mark, prepare, finish = self.board.marks(TOP).set, self.target.prepare, self.target.finish
         if self.which is not Which.ALL and isinstance(self.layer, Overlay):
             # A worker that replaces a dead one opens the bitmap anew, and what killed that
             # one may have been its being cut short: bits that are gone are not 0.
@@ -208,7 +210,7 @@ class Transfer:
             self._move(first, stop, self._pieces(start, end), slot, totals)
             finish(start, end, self.board)
             if stop - first <= most_marked:
-                marks[first:stop] = 1
+                mark(first, stop)
         ways = tuple(self._mover.moved.get(way, 0) for way in Way)
         return Amount(totals[0], totals[1], totals[2], totals[3], ways)
 

@@ -1,10 +1,9 @@
 """The COW bitmap: one bit per cluster, least significant bit first.
 
-The bitmap is a bitarray laid over the file, mapped read-only, without a copy: a
-terabyte's bitmap costs the pages that are looked at. It is never stored through
-the mapping (on a full disk that is a SIGBUS); :meth:`CowBitmap.publish` changes
-it with pwrite, which the mapping sees at once. A file that ends inside its bitmap
-reads as 0 there. Bits past the last cluster are ignored when reading and written 0.
+It is looked at through a mapping, read-only, and never stored through it: on a full disk
+that is a SIGBUS. :meth:`CowBitmap.publish` changes it with pwrite, which the mapping sees
+at once. A file that ends inside its bitmap reads as 0 there. Bits past the last cluster are
+ignored when reading and written 0.
 
 :class:`SparseBits` is the other bitmap: bits that live in memory only, in pages
 that exist once one of their bits is set.
@@ -12,15 +11,14 @@ that exist once one of their bits is set.
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from bitarray import bitarray
 
 from addcow_mp.errors import FileError
-from addcow_mp.format.geometry import BITS_PER_BYTE, Geometry
+from addcow_mp.format.bits import BITS_PER_BYTE, MappedBits, Run, between, merged, runs
+from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import KiB, MiB
 
 #: What a disk and the page cache write at once, however little of it has changed.
@@ -31,42 +29,6 @@ PAGE_BITS = PAGE * BITS_PER_BYTE
 
 #: Bytes of bitmap changed by one pwrite: bounds the memory of publishing.
 PUBLISH_BYTES = 1 * MiB
-
-Run = tuple[int, int]
-
-
-def runs(bits: bitarray, value: int, start: int, stop: int) -> Iterator[Run]:
-    """The runs ``[first, last)`` of bits equal to ``value`` within ``[start, stop)``."""
-    find = bits.find
-    while start < stop and (first := find(value, start, stop)) >= 0:
-        start = find(1 - value, first, stop)
-        if start < 0:
-            start = stop
-        yield first, start
-
-
-def merged(parts: Iterable[Run]) -> Iterator[Run]:
-    """Join runs that touch; ``parts`` must be in order."""
-    pending: Run | None = None
-    for first, stop in parts:
-        if pending is not None and pending[1] >= first:
-            pending = (pending[0], max(stop, pending[1]))
-            continue
-        if pending is not None:
-            yield pending
-        pending = (first, stop)
-    if pending is not None:
-        yield pending
-
-
-def between(ones: Iterable[Run], start: int, stop: int) -> Iterator[Run]:
-    """What ``ones``, in order, leave of ``[start, stop)``."""
-    for first, last in ones:
-        if start < first:
-            yield start, first
-        start = last
-    if start < stop:
-        yield start, stop
 
 
 class CowBitmap:
@@ -83,25 +45,24 @@ class CowBitmap:
         self.geometry = geometry
         self.clusters = geometry.clusters
         self._fd = fd
-        length = max(0, self._end_of_file() - offset)
+        length = max(0, self._file_length() - offset)
         #: Whether the file ends inside its bitmap.
         self.short = length < geometry.bitmap_length
-        self._bits = self._map(min(length, geometry.bitmap_length))
+        #: Bits in the file, those past the last cluster included.
+        self._held = min(length, geometry.bitmap_length) * BITS_PER_BYTE
+        self._bits = MappedBits(fd, offset, self._held, path)
         #: Clusters, from the first, whose bits are in the file.
-        self.known = min(len(self._bits), self.clusters)
+        self.known = min(self._held, self.clusters)
 
-    def _map(self, length: int) -> bitarray:
-        if length == 0:
-            return bitarray(endian="little")
-        window = mmap.mmap(self._fd, length, prot=mmap.PROT_READ, offset=self.offset)
-        # The bitarray owns the window from here on: it is unmapped with it.
-        return bitarray(buffer=window, endian="little")
+    def _file_length(self) -> int:
+        try:
+            return os.fstat(self._fd).st_size
+        except OSError as error:
+            raise FileError.of(self.path, "look at its bitmap", error) from error
 
     def runs(self, value: int, start: int, stop: int) -> Iterator[Run]:
         """The runs of clusters in ``[start, stop)`` whose bit is ``value``."""
-        ones = merged(
-            run for part in self.inhabited(start, stop) for run in runs(self._bits, 1, *part)
-        )
+        ones = self._bits.runs(start, min(stop, self.known))
         return ones if value else between(ones, start, stop)
 
     def any(self, start: int, stop: int) -> bool:
@@ -114,7 +75,18 @@ class CowBitmap:
 
     def count(self, start: int = 0, stop: int | None = None) -> int:
         """How many clusters in ``[start, stop)`` are local; costs what is set."""
-        return sum(self._bits.count(1, *part) for part in self.inhabited(start, stop))
+        return self._bits.count(start, self.known if stop is None else min(stop, self.known))
+
+    def counts(self, step: int) -> Iterator[tuple[int, int]]:
+        """The multiples of ``step`` clusters with local ones, and how many each has."""
+        return self._bits.counts(0, self.known, step)
+
+    def inhabited(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
+        """The parts of ``[start, stop)`` that are not holes in the file, as runs of clusters.
+
+        Outside these runs every bit is 0.
+        """
+        return self._bits.inhabited(start, self.known if stop is None else min(stop, self.known))
 
     def slice(self, start: int, stop: int) -> bitarray:
         """A private copy of the bits ``[start, stop)``, read from the file."""
@@ -128,63 +100,12 @@ class CowBitmap:
 
     def stray(self) -> int:
         """How many bits past the last cluster are set."""
-        parts = self._data(self.clusters, len(self._bits))
-        return sum(self._bits.count(1, *part) for part in parts)
-
-    def inhabited(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
-        """The parts of ``[start, stop)`` that are not holes in the file, as runs of clusters.
-
-        Outside these runs every bit is 0.
-        """
-        return self._data(start, self.known if stop is None else min(stop, self.known))
-
-    def _data(self, start: int, stop: int) -> Iterator[Run]:
-        """The bits in ``[start, stop)`` that are not in a hole.
-
-        A hole is never looked at through the mapping: on a full tmpfs, which would have to
-        give it a page, that is a SIGBUS.
-        """
-        position = self.offset + start // BITS_PER_BYTE
-        end = self.offset + -(-stop // BITS_PER_BYTE)
-        self._refuse_shrunk(end)
-        while position < end and (data := self._seek(position, os.SEEK_DATA, end)) < end:
-            position = self._seek(data, os.SEEK_HOLE, end)
-            yield max(start, self._clusters_at(data)), min(self._clusters_at(position), stop)
+        return self._bits.count(self.clusters, self._held)
 
     def hole_bytes(self) -> int:
         """Bytes of the used part of the bitmap that take no space yet."""
         held = -(-sum(stop - first for first, stop in self.inhabited()) // BITS_PER_BYTE)
         return max(0, self.geometry.bitmap_used - held)
-
-    def _refuse_shrunk(self, end: int) -> None:
-        """Bits that were there at the opening and are gone now are not 0, but unknown."""
-        if self._end_of_file() < end:
-            raise FileError(
-                path=self.path,
-                action="look at its bitmap",
-                reason="the file ends early; was it cut short meanwhile?",
-            )
-
-    def _end_of_file(self) -> int:
-        try:
-            return os.fstat(self._fd).st_size
-        except OSError as error:
-            raise FileError.of(self.path, "look at its bitmap", error) from error
-
-    def _seek(self, position: int, whence: int, end: int) -> int:
-        try:
-            return os.lseek(self._fd, position, whence)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                self._refuse_shrunk(end)
-                return end
-            if error.errno != errno.EINVAL:
-                raise FileError.of(self.path, "look at its bitmap", error) from error
-            # A file system that knows no holes: everything is data.
-            return position if whence == os.SEEK_DATA else end
-
-    def _clusters_at(self, position: int) -> int:
-        return max(0, position - self.offset) * BITS_PER_BYTE
 
     def publish(self, start: int, stop: int, change: Callable[[bitarray, int], None]) -> None:
         """Change the bits ``[start, stop)`` in the file; making them durable is the caller's.
@@ -227,18 +148,15 @@ class CowBitmap:
         for first, last in parts:
             self.publish(first, last, lambda bits, _: bits.setall(value))
 
+    def add(self, start: int, stop: int, marks: MappedBits) -> None:
+        """Publish those clusters in ``[start, stop)`` as local that are marked; costs the marks."""
+        for first, last in marks.inhabited(start, stop):
+            self.publish(first, last, marks.add_to)
+
     def clear_stray(self) -> None:
         """Write 0 to the bits past the last cluster, where one is set."""
-        for part in self._data(self.clusters, len(self._bits)):
-            for first, stop in list(runs(self._bits, 1, *part)):
-                self._clear_raw(first, stop)
-
-    def _clear_raw(self, first: int, stop: int) -> None:
-        first_byte, stop_byte = first // BITS_PER_BYTE, -(-stop // BITS_PER_BYTE)
-        bits = self._bits[first_byte * BITS_PER_BYTE : stop_byte * BITS_PER_BYTE]
-        old = bits.tobytes()
-        bits[first - first_byte * BITS_PER_BYTE : stop - first_byte * BITS_PER_BYTE] = 0
-        self._write_difference(first_byte, old, bits.tobytes())
+        for first, stop in list(self._bits.runs(self.clusters, self._held)):
+            self.publish(first, stop, lambda bits, _: bits.setall(0))
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from addcow_mp.format.bits import BITS_PER_BYTE
 from addcow_mp.units import SECTOR, round_down, round_up
-
-BITS_PER_BYTE = 8
 
 
 def virtual_size(length: int) -> int:

@@ -21,7 +21,7 @@ from addcow_mp.engine.run import workers_for
 from addcow_mp.engine.scan import Comparison, overlapping
 from addcow_mp.engine.survey import alignment, data_stretches
 from addcow_mp.errors import AddcowError, StoppedError, WorkerError
-from addcow_mp.format.bitmap import Run, merged
+from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.units import KiB

@@ -17,7 +17,7 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.chain import WRITE, open_chain
 from addcow_mp.device.files import File, sync_directory
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.format.bitmap import merged
+from addcow_mp.format.bits import merged
 from addcow_mp.format.header import FIXED_SIZE
 from addcow_mp.jobs.check import check, leaked_clusters
 from addcow_mp.jobs.dependants import refuse_dependants
