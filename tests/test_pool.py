@@ -38,6 +38,7 @@ from addcow_mp.engine.pool import (
     Done,
     Failed,
     Parcel,
+    Part,
     Pool,
     Work,
     serve,
@@ -746,7 +747,7 @@ def test_what_the_parent_did_while_workers_could_not_start_is_published(
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Stillborn(board, fatal=-1)
     job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
-    job.helps = True
+    job.part = Part.START
     try:
         with pytest.raises(AddcowError, match="could not start: it ended with status 3"):
             carry_out(job, 1)

@@ -60,7 +60,6 @@ LONG, SHORT = 16 * MiB, 64 * KiB
 
 UNSAFE = ("-t", "unsafe")
 WRITEBACK = ("-t", "writeback")
-JOBS = ("--jobs", str(PROCESSES))
 
 #: How many times as often commands of some ten milliseconds are run.
 OFTEN = 5
@@ -109,7 +108,7 @@ def _qemu_commit(here: Path, *options: str) -> Contender:
 
 def _ceiling(run: int) -> Contenders:
     def contenders(here: Path, total: int) -> list[Contender]:
-        words = (ADDCOW, "commit", "-d", *UNSAFE, *JOBS, "top.add-cow")
+        words = (ADDCOW, "commit", "-d", *UNSAFE, "top.add-cow")
         files, runs = (here / "top.raw", here / "base.raw"), alternating(total, run)
         shown = f"preadv and pwrite by {PROCESSES} processes through {BUFFER // KiB} KiB each"
         return [
@@ -129,14 +128,14 @@ def _commit_cases(name: str, run: int, unsafe: float, durable: float) -> tuple[C
         Case(
             name=f"commit-{name}-unsafe",
             title=f"commit -d, no sync, {name} runs",
-            contenders=_commit((*UNSAFE, *JOBS), UNSAFE),
+            contenders=_commit(UNSAFE, UNSAFE),
             hot=COMMIT_FILES,
             target=unsafe,
         ),
         Case(
             name=f"commit-{name}-durable",
             title=f"commit -d, durable, {name} runs",
-            contenders=_commit(JOBS, WRITEBACK),
+            contenders=_commit((), WRITEBACK),
             hot=COMMIT_FILES,
             target=durable,
         ),

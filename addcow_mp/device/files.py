@@ -20,7 +20,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from addcow_mp.device import faults, holes
+from addcow_mp.device import faults, holes, kernel
 from addcow_mp.errors import FileError, ImageError, SyncError
 from addcow_mp.format.bitmap import write_all
 from addcow_mp.units import KiB
@@ -175,8 +175,10 @@ class File:
 
     def next_data(self, position: int) -> int | None:
         """The first byte at or behind ``position`` that is not in a hole; None when none is."""
-        with self.doing(f"look for data from {position} on"):
+        try:
             return holes.next_data(self.fd, position)
+        except OSError as error:
+            raise FileError.of(self.path, f"look for data from {position} on", error) from error
 
     def data_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The parts of ``[start, stop)`` that are not in a hole, in order."""
@@ -208,6 +210,11 @@ class File:
             self._write_zeros(seen, min(self.length, length))
             if self.length < length:
                 os.ftruncate(self.fd, length)
+
+    def start_writing(self, start: int, stop: int) -> None:
+        """Let the disk begin with ``[start, stop)``, if it will be synced later anyhow."""
+        if self.durable:
+            kernel.start_writing(self.fd, start, stop)
 
     def sync(self) -> None:
         """Make the file's data durable. Final when it fails: see :class:`SyncError`."""

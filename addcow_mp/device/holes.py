@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
+
+from addcow_mp.device.kernel import fallocate
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
@@ -61,20 +61,7 @@ def punch(fd: int, start: int, stop: int) -> bool:
 
 
 def _fallocate(fd: int, mode: int, start: int, stop: int) -> bool:
-    libc, get_errno = _libc()
-    if libc.fallocate(fd, mode, start, stop - start) == 0:
-        return True
-    error: int = get_errno()
-    if error in _CANNOT:
-        return False
-    raise OSError(error, os.strerror(error))
-
-
-@cache
-def _libc() -> tuple[Any, Any]:
-    # Python has no call for it. Loaded at first use: most commands never punch.
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return libc, ctypes.get_errno
+    error = fallocate(fd, mode, start, stop)
+    if error and error not in _CANNOT:
+        raise OSError(error, os.strerror(error))
+    return not error

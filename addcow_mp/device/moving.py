@@ -117,6 +117,7 @@ class Mover:
         self._cannot: set[tuple[Way, int]] = set()
         self._preallocates = filesystem_of(self.target) == "ext4"
         self._direct: dict[int, int] = {}
+        self._views: dict[int, memoryview] = {}
 
     def move(self, source: File, start: int, stop: int) -> None:
         """Move ``[start, stop)`` from ``source``. Raises :class:`FileError`."""
@@ -129,6 +130,37 @@ class Mover:
             start = self._copy_range(source, start, stop)
         if start < stop:
             self._copy(source, start, stop)
+
+    @property
+    def copies_plainly(self) -> bool:
+        """Whether nothing but reading and writing is done with runs too short to be cloned."""
+        usual = self.manner.copy in (Copy.AUTO, Copy.BUFFER)
+        special = self.manner.direct or self.manner.sparse or self.manner.rate or faults.armed
+        return usual and not special
+
+    def move_short(self, source: File, start: int, stop: int) -> bool:
+        """Move ``[start, stop)`` with one read and one write; false when that cannot be.
+
+        It cannot if the run is longer than the buffer, or has a hole, or if something fails:
+        :meth:`move` then meets the same again, and can tell.
+        """
+        length, fd = stop - start, source.fd
+        if length > BUFFER_SIZE:
+            return False
+        part = self._views.get(length)
+        if part is None:
+            part = self._views[length] = self.buffer[:length]
+        try:
+            moved = (
+                os.lseek(fd, start, os.SEEK_HOLE) >= stop
+                and os.preadv(fd, [part], start) == length
+                and os.pwrite(self.target.fd, part, start) == length
+            )
+        except OSError:
+            return False
+        if moved:
+            self._count(Way.BUFFER, length)
+        return moved
 
     def _may(self, way: Way, source: File) -> bool:
         return (way, source.fd) not in self._cannot

@@ -16,9 +16,11 @@ With ``jobs`` 0 the same calls are made in this process, one after the other.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from addcow_mp.engine.pace import step_back
@@ -36,11 +38,26 @@ AHEAD = 2
 #: Times that a task may meet the death of its worker before it has failed.
 TRIES = 2
 
+#: Seconds of work left for which starting processes pays: it takes about half of that.
+WORTH = 0.1
+
 #: A worker's first message. Tasks are kept back until it comes.
 READY = "ready"
 
 #: Seconds between looks at the progress counters while no result arrives.
 TICK = 0.2
+
+
+class Part(Enum):
+    """What part of the work the process takes that hands it out."""
+
+    NONE = "none"
+    START = "tasks, as long as its workers are starting: a small job is done by then"
+    FULL = "that of one of the processes"
+    FIRST = "the same; the others are started if its first tasks take long enough"
+
+
+SHARING = (Part.FULL, Part.FIRST)
 
 
 @dataclass(frozen=True)
@@ -167,18 +184,20 @@ class _Worker:
 
 
 class Pool:
-    """``jobs`` worker processes doing ``work``. A context manager: leaving it ends them.
+    """``jobs`` processes doing ``work``. A context manager: leaving it ends them.
 
-    With ``idle`` they take the disk only when nobody else wants it. With ``helps`` this
-    process does tasks too, as long as workers are still starting: a small job is done by
-    then. Its counter is the one behind the workers'.
+    With ``idle`` they take the disk only when nobody else wants it. ``part`` says what of the
+    work this process does; its counter is the one behind the workers'.
     """
 
-    def __init__(self, work: Work, jobs: int, *, idle: bool = False, helps: bool = False) -> None:
+    def __init__(
+        self, work: Work, jobs: int, *, idle: bool = False, part: Part = Part.NONE
+    ) -> None:
         self._work = work
-        self._helps = helps
+        self._part = part
         self._idle = idle
         self._jobs = jobs
+        self._seconds, self._weight = 0.0, 0
         self._workers: list[_Worker] = []
         self._waiting: deque[Task] = deque()
         self._suspects: deque[Task] = deque()
@@ -203,18 +222,41 @@ class Pool:
             yield from self._in_this_process(tasks, stopping)
             return
         self._waiting.extend(tasks)
-        for slot in range(min(self._jobs, len(tasks))):
-            self._workers.append(self._start(slot))
+        if self._part is not Part.FIRST:
+            self._start_all()
         while self._waiting or self._suspects or any(worker.tasks for worker in self._workers):
             if stopping():
                 self._waiting.clear()
                 self._suspects.clear()
             self._hand_out()
-            if self._helps and self._waiting and not self._all_ready:
-                yield attempt(self._work, self._waiting.popleft(), self._jobs)
+            if self._waiting and self._takes_part:
+                yield self._attempt(self._waiting.popleft())
                 yield from self._collect(patience=0)
             else:
                 yield from self._collect(patience=TICK)
+
+    @property
+    def _takes_part(self) -> bool:
+        return self._part in SHARING or (self._part is Part.START and not self._all_ready)
+
+    def _attempt(self, task: Task) -> Done | Failed:
+        """Do a task here; see from it whether the rest is worth other processes."""
+        begun = time.monotonic()
+        result = attempt(self._work, task, self._jobs)
+        self._seconds += time.monotonic() - begun
+        self._weight += task.weight
+        if self._part is Part.FIRST and not self._workers and self._seconds_left() > WORTH:
+            self._start_all()
+        return result
+
+    def _seconds_left(self) -> float:
+        left = sum(task.weight for task in self._waiting)
+        return self._seconds * left / max(1, self._weight)
+
+    def _start_all(self) -> None:
+        others = self._jobs - (self._part in SHARING)
+        for slot in range(min(others, len(self._waiting))):
+            self._workers.append(self._start(slot))
 
     def _in_this_process(
         self, tasks: Sequence[Task], stopping: Callable[[], bool]
@@ -246,8 +288,9 @@ class Pool:
 
     def _hand_out(self) -> None:
         self._hand_out_suspects()
-        # Nobody takes a second task while one is left for those who are still starting.
-        for depth in range(AHEAD if self._all_ready else 1):
+        # Nobody takes a second task while it may be the last one for somebody else.
+        enough = self._all_ready and len(self._waiting) > len(self._workers)
+        for depth in range(AHEAD if enough else 1):
             for worker in self._workers:
                 free = worker.ready and len(worker.tasks) == depth and not worker.alone
                 if self._waiting and free and worker.give(self._waiting[0]):

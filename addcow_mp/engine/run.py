@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import TASK_BYTES, Task
-from addcow_mp.engine.pool import Done, Failed, Pool, UnstartedError, Work, usable_cpus
+from addcow_mp.engine.pool import Done, Failed, Part, Pool, UnstartedError, Work, usable_cpus
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.transfer import TOP, Amount
 from addcow_mp.errors import AddcowError, StoppedError, SyncError, WorkerError
@@ -125,7 +125,7 @@ class Assignment:
     publisher: Publisher
     path: str
     idle: bool = False
-    helps: bool = False
+    part: Part = Part.NONE
 
 
 class _Ledger:
@@ -206,7 +206,7 @@ def _collect(
     """Let the tasks be done, entering results; the error when workers cannot be started."""
     total = sum(task.weight for task in job.tasks)
     try:
-        with Pool(job.work, workers, idle=job.idle, helps=job.helps) as pool:
+        with Pool(job.work, workers, idle=job.idle, part=job.part) as pool:
             for result in pool.run(job.tasks, enough):
                 progress(min(job.board.total, total), total)
                 if result is not None:

@@ -23,14 +23,23 @@ from typing import NamedTuple, Protocol
 from addcow_mp.device.files import File
 from addcow_mp.device.filesystem import can_share
 from addcow_mp.device.layer import Kind, Layer, Piece
-from addcow_mp.device.moving import Manner, Mover, Way
+from addcow_mp.device.moving import Manner, Mover, Way, clonable
 from addcow_mp.device.overlay import Overlay, refuse_short
+from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.pace import Pace
 from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.errors import StoppedError
 from addcow_mp.format.bits import Run
 from addcow_mp.format.geometry import Geometry
+from addcow_mp.units import MiB
+
+#: Short runs between two looks at what else there is, such as whether the parent is there.
+BATCH = 64
+
+#: The disk is told to begin after so many bytes: it is never idle while processors copy, and
+#: the last sync finds little left to do.
+EARLY_BYTES = 8 * MiB
 
 #: The layers of a board: the overlay whose clusters move, and a backing that receives them.
 TOP, BELOW = 0, 1
@@ -152,6 +161,23 @@ def end_orphan(parent: int | None) -> None:
         os._exit(1)
 
 
+class _Written:
+    """What has been written and lies in memory: the disk begins with it before the sync."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._start = self._stop = self._length = 0
+
+    def add(self, start: int, stop: int, length: int) -> None:
+        """Take note of ``length`` bytes written within ``[start, stop)``."""
+        self._start = min(start, self._start) if self._length else start
+        self._stop = max(stop, self._stop) if self._length else stop
+        self._length += length
+        if self._length >= EARLY_BYTES:
+            self._file.start_writing(self._start, self._stop)
+            self._length = 0
+
+
 class Transfer:
     """Moves the clusters of one task at a time. Picklable to a worker that is starting.
 
@@ -179,6 +205,7 @@ class Transfer:
         self._mover = Mover(target.file, manner)
         # Less than a byte a second for each is still a limit, not none.
         self._pace = Pace(max(manner.rate // max(1, workers), min(1, manner.rate)))
+        self._written = _Written(target.file)
         #: In a worker, the process that started it.
         self.parent: int | None = None
         #: Asked where no worker is: whether the job shall stop.
@@ -203,7 +230,8 @@ class Transfer:
             # one may have been its being cut short: bits that are gone are not 0.
             refuse_short(self.layer)
         # All runs at once: later, the bitmap might have been cut short.
-        for first, stop in list(self.runs_of(task)):
+        left = self._move_short(list(self.runs_of(task)), slot, totals)
+        for first, stop in left:
             self._end_orphan()
             start, end = self.geometry.span(first, stop)
             prepare(start, end, self._mover.buffer, self.board)
@@ -213,6 +241,46 @@ class Transfer:
                 mark(first, stop)
         ways = tuple(self._mover.moved.get(way, 0) for way in Way)
         return Amount(totals[0], totals[1], totals[2], totals[3], ways)
+
+    def _move_short(self, runs: list[Run], slot: int, totals: list[int]) -> list[Run]:
+        """Move those of ``runs`` that are short copies from one raw file; returns the others.
+
+        Images with many thousands of them are the hard case: all that is done for each run,
+        beside reading and writing it, is to look whether it has a hole, and to mark it.
+        """
+        source = self._plain_source()
+        if source is None:
+            return runs
+        left: list[Run] = []
+        move, mark = self._mover.move_short, self.board.marks(TOP).set
+        file, end, size = (
+            source.file,
+            min(source.size, self.geometry.size),
+            self.geometry.cluster_size,
+        )
+        for number in range(0, len(runs), BATCH):
+            self._end_orphan()
+            clusters = 0
+            for run in runs[number : number + BATCH]:
+                first, stop = run
+                if stop * size <= end and move(file, first * size, stop * size):
+                    mark(first, stop)
+                    clusters += stop - first
+                else:
+                    left.append(run)
+            self.board.count(slot, clusters * size)
+            self._written.add(*self.geometry.span(runs[number][0], stop), clusters * size)
+            totals[0] += clusters * size
+            totals[1] += clusters
+        return left
+
+    def _plain_source(self) -> RawLayer | None:
+        """The raw layer that all clusters come from, where moving them is a mere copy."""
+        plain = isinstance(self.target, RawTarget) and self._mover.copies_plainly
+        if not plain or not isinstance(self.layer, Overlay) or self.which is Which.ALL:
+            return None
+        source = self.layer.image if self.which is Which.LOCAL else self.layer.backing
+        return source if isinstance(source, RawLayer) else None
 
     def _end_orphan(self) -> None:
         end_orphan(self.parent)
@@ -227,6 +295,13 @@ class Transfer:
     def shares(self, depth: int) -> bool:
         """Whether blocks of the file at ``depth`` can be shared with the target."""
         return can_share(self._files[depth], self.target.file)
+
+    @property
+    def may_clone(self) -> bool:
+        """Whether long runs of the nearest file they come from are cloned."""
+        depth = int(self.which is Which.MISSING)
+        longest = clonable(self.manner, 0, TASK_BYTES)
+        return depth < len(self._files) and longest[0] < longest[1] and self.shares(depth)
 
     def pieces_of(self, task: Task) -> Iterator[Piece]:
         """What the source of ``task`` is made of, run by run."""
@@ -271,4 +346,5 @@ class Transfer:
             stop = min(start + step, piece.stop)
             self._mover.move(self._files[piece.depth], start, stop)
             self.board.count(slot, stop - start)
+            self._written.add(start, stop, stop - start)
             self._pace.spend(stop - start, self._end_wait)

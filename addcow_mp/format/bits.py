@@ -173,6 +173,11 @@ class MappedBits:
 
     def set(self, start: int, stop: int) -> None:
         """Set the bits ``[start, stop)``, through the mapping: for memory, never for a disk."""
+        number, window = self._last
+        base = number * WINDOW_BITS
+        if base <= start and stop <= base + WINDOW_BITS:  # as it nearly always is
+            window[start - base : stop - base] = 1
+            return
         for bits, _, first, last in self._parts(start, stop):
             bits[first:last] = 1
 

@@ -321,14 +321,22 @@ def leaked_clusters(overlay: Overlay) -> Iterator[int]:
     those clusters is perhaps all that is left of them, and no leak.
     """
     image, geometry = overlay.image.file, overlay.geometry
-    last = -1
-    _, known = geometry.span(0, overlay.bitmap.known)
-    for start, stop in image.data_runs(0, known):
-        for run in overlay.local_runs(0, *geometry.touched(start, stop)):
-            for cluster in range(max(run[0], last + 1), run[1]):
-                if _has_data(image, *geometry.span(cluster, cluster + 1)):
-                    last = cluster
-                    yield cluster
+    data = -1
+    for run in overlay.local_runs(0, 0, overlay.bitmap.known):
+        place, stop = geometry.span(*run)
+        while place < stop:
+            if data < place:
+                found = image.next_data(place)
+                if found is None:
+                    return
+                data = found
+            if data >= stop:
+                break
+            cluster = geometry.cluster_of(data)
+            place, end = geometry.span(cluster, cluster + 1)
+            if _has_data(image, place, end):
+                yield cluster
+            place = end
 
 
 def _has_data(file: File, start: int, stop: int) -> bool:

@@ -9,12 +9,17 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
+from addcow_mp.engine.pool import Part
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.run import Assignment, carry_out, workers_for
 from addcow_mp.engine.space import refuse_without_space
 from addcow_mp.engine.transfer import OverlayTarget, Target, Transfer, Which
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct, Report
+from addcow_mp.units import GiB
+
+#: Bytes that take longer to copy, on any machine, than processes to start.
+LARGE = 1 * GiB
 
 
 def move(
@@ -52,11 +57,22 @@ def move(
         prepare()
         job = Assignment(work, tasks, geometry, board, publisher, source.path)
         job.idle = conduct.manner.idle
-        # Fault rules are for workers, and so are limits: this process would exceed them.
-        job.helps = not (faults.armed or conduct.manner.idle or conduct.manner.rate)
+        job.part = _part(conduct, work, tasks)
         report.amount = carry_out(job, report.jobs, conduct.progress, conduct.stopping)
     finally:
         board.close()
+
+
+def _part(conduct: Conduct, work: Transfer, tasks: list[Task]) -> Part:
+    """What this process does itself: all it can, unless so many workers were asked for."""
+    # Fault rules are for workers, and so are limits: this process would exceed them.
+    if faults.armed or conduct.manner.idle or conduct.manner.rate:
+        return Part.NONE
+    if conduct.jobs is not None:
+        return Part.START
+    # What is small, or can be cloned, is often done before another process has started.
+    small = sum(task.weight for task in tasks) < LARGE
+    return Part.FIRST if small or work.may_clone else Part.FULL
 
 
 def _published_target(target: Target) -> Overlay | None:

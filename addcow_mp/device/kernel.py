@@ -1,0 +1,37 @@
+"""Calls of the kernel that Python has no name for.
+
+They are looked up at first use: most commands make none of them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def fallocate(fd: int, mode: int, start: int, stop: int) -> int:
+    """Allocate or free ``[start, stop)`` as ``mode`` says; the error's number, 0 = done."""
+    libc, get_errno = _libc()
+    return 0 if libc.fallocate(fd, mode, start, stop - start) == 0 else int(get_errno())
+
+
+def start_writing(fd: int, start: int, stop: int) -> None:
+    """Let the disk begin to write what is dirty of ``[start, stop)``; waits for nothing.
+
+    Makes nothing durable and takes no error away from the sync that follows.
+    """
+    libc, _ = _libc()
+    libc.sync_file_range(fd, start, stop - start, _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _libc() -> tuple[Any, Any]:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = ctypes.c_int64
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, place, place)
+    libc.sync_file_range.argtypes = (ctypes.c_int, place, place, ctypes.c_uint)
+    return libc, ctypes.get_errno
