@@ -19,7 +19,8 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import FrameType
@@ -294,6 +295,58 @@ def test_a_slow_task_keeps_nobody_else(tmp_path: Path) -> None:
                 work.gate.unlink()
     assert sorted(done) == list(range(10))
     assert 0 in done[10 - AHEAD :]
+
+
+# ---- this process takes part ----
+
+
+@pytest.mark.parametrize("part", Part)
+@pytest.mark.parametrize("jobs", [0, 1, 2, 3])
+def test_whatever_part_this_process_takes_every_task_is_done_once(
+    tmp_path: Path, part: Part, jobs: int
+) -> None:
+    tasks, most, results = tasks_of(40), 0, []
+    with Pool(Plain(tmp_path), jobs, part=part) as pool:
+        for result in pool.run(tasks):
+            most = max(most, len(own_children()))
+            results += [result] if result is not None else []
+    all_done({result.task.number: result for result in results}, tasks)
+    assert len(results) == 40
+    here = {number for number, process in log_of(tmp_path) if process == os.getpid()}
+    if part is Part.NONE:
+        assert (len(here), most) == (0 if jobs else 40, jobs)
+    elif part is Part.START:
+        assert most == jobs
+    else:
+        assert most <= max(0, jobs - 1)
+        assert here
+
+
+def test_a_small_job_starts_nobody(tmp_path: Path) -> None:
+    with Pool(Plain(tmp_path), 3, part=Part.FIRST) as pool:
+        for _ in pool.run(tasks_of(20)):
+            assert not own_children()
+    assert {process for _, process in log_of(tmp_path)} == {os.getpid()}
+
+
+def test_a_large_job_starts_the_others_after_the_first_task(tmp_path: Path) -> None:
+    """Told by weight: the first task is a trillionth of the job."""
+    first, *rest = tasks_of(20)
+    tasks = [replace(first, weight=1), *(replace(task, weight=10**12) for task in rest)]
+    with Pool(Plain(tmp_path), 3, part=Part.FIRST) as pool:
+        results = pool.run(tasks)
+        assert next(results) == Done(tasks[0], Amount(1, 16))
+        assert len(own_children()) == 2
+        all_done({one.task.number: one for one in results if one is not None}, tasks[1:])
+
+
+@pytest.mark.parametrize("part", [Part.FULL, Part.FIRST])
+def test_this_process_begins_nothing_new_when_it_shall_stop(tmp_path: Path, part: Part) -> None:
+    results: list[Result] = []
+    with Pool(Plain(tmp_path), 2, part=part) as pool:
+        for result in pool.run(tasks_of(400), partial(any, results)):
+            results.extend([result] if result is not None else [])
+    assert len(log_of(tmp_path)) == len(results) < 10
 
 
 def test_the_board_is_shared_by_parent_and_workers() -> None:

@@ -132,7 +132,9 @@ CopyBy = Annotated[CopyWay, typer.Option("--copy", help="pin one way to move dat
 Sparse = Annotated[
     str | None,
     typer.Option(
-        "-S", metavar="SIZE", help="blocks of so many zeros become holes; 0 = do not look"
+        "-S",
+        metavar="SIZE",
+        help="blocks of so many zeros become holes, and nothing is cloned; 0 = do not look",
     ),
 ]
 Rate = Annotated[
@@ -270,7 +272,7 @@ def convert(
     from addcow_mp.jobs.convert import convert as job
 
     access = _access(roots, allow_device, share=share, cache=cache)
-    manner = _manner(copy, cache, "4k" if sparse is None else sparse, rate, idle=idle)
+    manner = _manner(copy, cache, sparse, rate, idle=idle, usual="4k")
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(source, destination, source_format=format.value, conduct=conduct)
     _tell(report, "", output, quiet=quiet)
@@ -433,14 +435,25 @@ def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None
 
 
 def _manner(
-    copy: CopyWay, cache: CacheMode, sparse: str | None, rate: str | None, *, idle: bool
+    copy: CopyWay,
+    cache: CacheMode,
+    sparse: str | None,
+    rate: str | None,
+    *,
+    idle: bool,
+    usual: str = "0",
 ) -> Manner:
-    """How the options want data to be moved."""
+    """How the options want data to be moved; ``usual`` is what -S is where nothing is pinned."""
     from addcow_mp.device.moving import Copy, Manner
     from addcow_mp.errors import UsageError
     from addcow_mp.units import SECTOR, parse_size
 
-    block = 0 if sparse is None else parse_size(sparse, "-S")
+    if sparse is None:
+        block = parse_size(usual, "-S") if copy in (CopyWay.auto, CopyWay.buffer) else 0
+    else:
+        block = parse_size(sparse, "-S")
+        # Only what is read can be looked at: who asks for it does not get it shared or passed on.
+        copy = CopyWay.buffer if block and copy is not CopyWay.clone else copy
     limit = 0 if rate is None else parse_size(rate, "--limit-rate")
     if block % SECTOR:
         raise UsageError(message=f"invalid -S '{sparse}': give a multiple of {SECTOR}, or 0")
