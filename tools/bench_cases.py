@@ -7,7 +7,7 @@ Three things would make a comparison a lie, and are taken care of here:
 
 - `commit -d` leaves everything as it was and can be repeated, but where the file system
   clones, a second clone of the same blocks is nothing to do. There the backing file is made
-  anew before each run, from a copy with the old content, and read into the page cache.
+  anew before each run, from a copy with the old content.
 - What is not the same job by default is made so by options: `qemu-img convert` and cp never
   sync, so addcow convert runs with `-t unsafe` against them, and durable cases ask
   `qemu-img convert` for `-t writeback`, with which it syncs at its end.
@@ -29,7 +29,6 @@ from bench_files import (
     remove,
     same,
     tool,
-    warm,
     write_overlay,
     write_qcow2,
     write_raw,
@@ -314,11 +313,14 @@ def _clone_files(here: Path, total: int) -> None:
 
 
 def _renew(base: Path) -> None:
-    """Give ``base`` its old content again, in the page cache but not yet committed into."""
+    """Give ``base`` its old content again, not yet committed into.
+
+    It is not read into the page cache: nobody reads it, and pages of it that a clone makes
+    invalid have to be taken out of the cache one by one, which is no part of either job.
+    """
     remove(base)
     tool("cp", "--reflink=always", base.with_name(f"{base.stem}-old.raw"), base)
     os.sync()
-    warm(base)
 
 
 def _commit_cloning(here: Path, name: str) -> Around:

@@ -197,7 +197,7 @@ class Pool:
         self._part = part
         self._idle = idle
         self._jobs = jobs
-        self._seconds, self._weight = 0.0, 0
+        self._done_here = 0
         self._workers: list[_Worker] = []
         self._waiting: deque[Task] = deque()
         self._suspects: deque[Task] = deque()
@@ -243,15 +243,14 @@ class Pool:
         """Do a task here; see from it whether the rest is worth other processes."""
         begun = time.monotonic()
         result = attempt(self._work, task, self._jobs)
-        self._seconds += time.monotonic() - begun
-        self._weight += task.weight
-        if self._part is Part.FIRST and not self._workers and self._seconds_left() > WORTH:
-            self._start_all()
+        seconds = time.monotonic() - begun
+        # The very first task also pays for what is done once, and says little about the others.
+        if self._part is Part.FIRST and self._done_here and not self._workers:
+            left = sum(one.weight for one in self._waiting)
+            if seconds * left > WORTH * max(1, task.weight):
+                self._start_all()
+        self._done_here += 1
         return result
-
-    def _seconds_left(self) -> float:
-        left = sum(task.weight for task in self._waiting)
-        return self._seconds * left / max(1, self._weight)
 
     def _start_all(self) -> None:
         others = self._jobs - (self._part in SHARING)
