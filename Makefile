@@ -50,7 +50,7 @@ bench: $(READY)
 	@$(BIN)/python tools/bench.py
 
 bench-quick: $(READY)
-	@$(BIN)/python tools/bench.py --quick
+	@$(BIN)/python tools/bench.py --quick --output build/bench
 
 format: $(READY)
 	@$(BIN)/ruff check --fix .

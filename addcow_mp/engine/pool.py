@@ -10,7 +10,9 @@ the workers end.
 Processes are spawned, never forked: a worker starts from nothing and receives what it
 needs, descriptors included, once. The pool knows tasks by their numbers and no images.
 
-With ``jobs`` 0 the same calls are made in this process, one after the other.
+With ``jobs`` 0 the same calls are made in this process, one after the other. It can also
+take part beside its workers (:class:`Part`): a process less to start, and none at all for a
+job that is done before one would stand ready.
 """
 
 from __future__ import annotations
