@@ -647,7 +647,8 @@ def test_two_workers_share_a_large_commit(tmp_path: Path) -> None:
 def test_interrupt_exits_130(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "-X")
     process = subprocess.Popen(
-        [sys.executable, "-m", "addcow_mp", "io", "top.add-cow"],
+        # Tests that run in the background of a shell inherit that it is ignored.
+        ["env", "--default-signal=INT", sys.executable, "-m", "addcow_mp", "io", "top.add-cow"],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
