@@ -21,6 +21,9 @@ Command = Callable[..., None]
 
 _COMMANDS: dict[str, Command] = {}
 
+#: Commands over many images, in a module of their own.
+FARM = "farm"
+
 
 def command(name: str) -> Callable[[Command], Command]:
     """Give a function its place among the commands."""
@@ -46,9 +49,14 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(addcow)
     first = arguments[0] if arguments else ""
+    known = first in (*_COMMANDS, FARM)
     for name, function in _COMMANDS.items():
-        if first not in _COMMANDS or name == first:
+        if not known or name == first:
             app.command(name)(function)
+    if not known or first == FARM:
+        from addcow_mp.cli.farm import farm
+
+        app.add_typer(farm, name=FARM)
     return app
 
 
@@ -185,7 +193,7 @@ def create(
     """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
     from addcow_mp.cli.creating import create as carry_out
 
-    access = _access(roots, allow_device)
+    access = access_of(roots, allow_device)
     carry_out(format.value, file, size, backing, backing_format, options or [], access, quiet=quiet)
 
 
@@ -204,7 +212,7 @@ def info(
     """Describe an overlay."""
     from addcow_mp.cli.describing import show_info
 
-    access = _access(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share)
     show_info(file, access, as_json=output is Output.json, chain=backing_chain)
 
 
@@ -220,7 +228,7 @@ def map_(
     """Show which file of the chain holds what."""
     from addcow_mp.cli.mapping import show_map
 
-    show_map(file, _access(roots, allow_device, share=share), as_json=output is Output.json)
+    show_map(file, access_of(roots, allow_device, share=share), as_json=output is Output.json)
 
 
 @command("check")
@@ -243,7 +251,7 @@ def check(
     """
     from addcow_mp.cli.checking import show_check
 
-    access = _access(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share)
     as_json, mend = output is Output.json, None if repair is None else repair.value
     raise typer.Exit(show_check(file, access, mend, as_json=as_json, quiet=quiet))
 
@@ -271,7 +279,7 @@ def convert(
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.convert import convert as job
 
-    access = _access(roots, allow_device, share=share, cache=cache)
+    access = access_of(roots, allow_device, share=share, cache=cache)
     manner = _manner(copy, cache, sparse, rate, idle=idle, usual="4k")
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(source, destination, source_format=format.value, conduct=conduct)
@@ -303,7 +311,7 @@ def compare(
     from addcow_mp.cli.comparing import compare as carry_out
     from addcow_mp.cli.working import working
 
-    access = _access(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share)
     manner = _manner(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         formats = (format.value, other_format.value)
@@ -335,7 +343,7 @@ def commit(
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.commit import commit as job
 
-    access = _access(roots, allow_device, cache=cache, force=force)
+    access = access_of(roots, allow_device, cache=cache, force=force)
     manner = _manner(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, keep=keep, conduct=conduct)
@@ -366,7 +374,7 @@ def flatten(
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.flatten import flatten as job
 
-    access = _access(roots, allow_device, cache=cache, force=force)
+    access = access_of(roots, allow_device, cache=cache, force=force)
     manner = _manner(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, discard=discard, conduct=conduct)
@@ -392,11 +400,11 @@ def io_(
 
     if share and not read_only:
         raise UsageError(message="-U is for reading only: give -r as well")
-    access = _access(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share)
     raise typer.Exit(exercise(file, commands, access, read_only=read_only))
 
 
-def _access(
+def access_of(
     roots: list[str] | None,
     allow_device: bool,
     *,

@@ -109,14 +109,14 @@ def overlays_near(paths: list[str], roots: tuple[str, ...]) -> list[Named]:
     places = [(directory, False) for directory in directories]
     places += [(os.path.realpath(root), True) for root in roots]
     for directory, deep in places:
-        for path in _files_in(directory, deep=deep):
+        for path in files_in(directory, deep=deep):
             one = named_by(path)
             if one is not None:
                 found.setdefault(one.identity, one)
     return list(found.values())
 
 
-def _files_in(directory: str, *, deep: bool) -> Iterator[str]:
+def files_in(directory: str, *, deep: bool) -> Iterator[str]:
     """The regular files in ``directory``, and with ``deep`` in all below; no links followed."""
     waiting = [directory]
     while waiting:
@@ -134,7 +134,7 @@ def _files_in(directory: str, *, deep: bool) -> Iterator[str]:
             continue
         except OSError as error:
             raise ImageError(
-                path=here, problem=f"cannot look for dependants there: {error.strerror}"
+                path=here, problem=f"cannot look for overlays there: {error.strerror}"
             ) from error
 
 

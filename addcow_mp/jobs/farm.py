@@ -1,0 +1,125 @@
+"""The farm: every overlay in a set of places, and what each one stands on.
+
+A place is a directory, walked to its ends without following links, a file, or a pattern for
+them. Overlays are found by content, never by suffix, and each file once, whatever its names.
+What cannot be examined stays in the list with the reason: nothing is left out because nobody
+could look. Headers, bitmaps and lengths are all that is read.
+
+Who backs whom is told by inode, so that a name says nothing. *Depth* counts the overlays below
+an image, down to a raw file or to nothing; a chain that bites its tail has none.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from addcow_mp.device.access import Access
+from addcow_mp.errors import AddcowError, FormatError, ImageError
+from addcow_mp.jobs.dependants import Identity, Named, files_in, named_by
+from addcow_mp.jobs.info import Info, info
+
+
+@dataclass(frozen=True)
+class Member:
+    """One overlay of the farm. ``about`` is None where ``problem`` says why it is unknown."""
+
+    named: Named
+    about: Info | None
+    problem: AddcowError | None
+    depth: int | None = None
+
+    @property
+    def filename(self) -> str:
+        """The path that it was found under."""
+        return self.named.path
+
+    @property
+    def state(self) -> str:
+        """In a word, what can be said of it without its content."""
+        if self.problem is not None:
+            return _state_of(self.problem)
+        about = self.about
+        if about is None or about.names.backing is None or about.header.all_allocated:
+            return "standalone"
+        if self.named.backing is None:
+            return "missing-backing"
+        return "overlay" if self.depth is not None else "cycle"
+
+    @property
+    def local_size(self) -> int | None:
+        """Bytes of the guest's disk that are local, the partial last cluster as a whole one."""
+        if self.about is None or self.about.allocated_clusters is None:
+            return None
+        return self.about.allocated_clusters * self.about.header.cluster_size
+
+    @property
+    def percent_local(self) -> float | None:
+        """The part of its clusters that is local."""
+        about = self.about
+        if about is None or about.allocated_clusters is None or not about.total_clusters:
+            return None
+        return 100 * about.allocated_clusters / about.total_clusters
+
+
+def _state_of(problem: AddcowError) -> str:
+    if isinstance(problem, FormatError):
+        return "damaged"
+    missing = problem.fields.get("errno") in (errno.ENOENT, errno.ENOTDIR)
+    return "missing-image" if missing else "unexamined"
+
+
+def members(places: Iterable[str], access: Access | None = None) -> list[Member]:
+    """The overlays in ``places``, in order of their paths.
+
+    Names inside images may lead beneath any directory among ``places`` as well. Raises
+    :class:`ImageError` when a place is not there or cannot be read.
+    """
+    paths = list(_expanded(places))
+    roots = tuple(path for path in paths if os.path.isdir(path))
+    access = access or Access()
+    access = access._replace(roots=(*roots, *access.roots))
+    found: dict[Identity, Named] = {}
+    for one in sorted(_found(paths), key=lambda one: one.path):
+        found.setdefault(one.identity, one)
+    return [_member(one, found, access) for one in found.values()]
+
+
+def _expanded(places: Iterable[str]) -> Iterator[str]:
+    """Each place, and for a pattern all that it fits."""
+    for place in places:
+        fitting = [place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True))
+        if not fitting:
+            raise ImageError(path=place, problem="no such file or directory; name another place")
+        yield from fitting
+
+
+def _found(paths: Iterable[str]) -> Iterator[Named]:
+    for path in paths:
+        for file in files_in(path, deep=True) if os.path.isdir(path) else [path]:
+            one = named_by(file)
+            if one is not None:
+                yield one
+
+
+def _member(named: Named, found: dict[Identity, Named], access: Access) -> Member:
+    try:
+        about, problem = info(named.path, access), None
+    except AddcowError as error:
+        about, problem = None, error
+    return Member(named, about, problem, _depth(named, found))
+
+
+def _depth(named: Named, found: dict[Identity, Named]) -> int | None:
+    """How many overlays lie below; None where they come back to one of themselves."""
+    seen = {named.identity}
+    below = found.get(named.backing) if named.backing else None
+    while below is not None:
+        if below.identity in seen:
+            return None
+        seen.add(below.identity)
+        below = found.get(below.backing) if below.backing else None
+    return len(seen) - 1

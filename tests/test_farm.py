@@ -1,0 +1,205 @@
+"""`addcow farm ls`: every overlay of a farm is in the list, once, with what can be said of it.
+
+Farms are drawn by hand, with what goes wrong in real ones: files under two names, suffixes that
+mean nothing, images and backings that are gone, headers that are damaged, chains that bite their
+tail. What the list must say is written here, not asked of the tool; nothing may change by it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import (
+    CLUSTER,
+    addcow,
+    draw,
+    draw_raw,
+    overlay_bytes,
+    put,
+    refused,
+    snapshot,
+    succeed,
+)
+
+
+@pytest.fixture
+def farm(tmp_path: Path) -> Path:
+    """A base, two overlays over it, and one over an overlay, in a directory of its own."""
+    here = tmp_path / "farm"
+    (here / "deep" / "deeper").mkdir(parents=True)
+    draw_raw(here / "base.img", "ABCD")
+    draw(here / "one.add-cow", "X---", "base.img")
+    draw(here / "two.add-cow", "XY--", "base.img")
+    deep = here / "deep" / "deeper" / "three.add-cow"
+    draw(deep, "----", "../../two.add-cow", backing_format="add-cow")
+    return here
+
+
+def images(*words: str, cwd: Path) -> dict[str, dict[str, Any]]:
+    listed = succeed("farm", "ls", "--output", "json", *words, cwd=cwd).json["images"]
+    names = [one["filename"] for one in listed]
+    assert len(names) == len(set(names))
+    return {one["filename"]: one for one in listed}
+
+
+def test_all_are_found_with_what_they_stand_on(farm: Path) -> None:
+    before = snapshot(farm)
+    found = images(".", cwd=farm)
+    assert {name: (one["depth"], one["state"]) for name, one in found.items()} == {
+        "./one.add-cow": (0, "overlay"),
+        "./two.add-cow": (0, "overlay"),
+        "./deep/deeper/three.add-cow": (1, "overlay"),
+    }
+    assert found["./two.add-cow"] == {
+        "filename": "./two.add-cow",
+        "backing-filename": "base.img",
+        "full-backing-filename": "./base.img",
+        "depth": 0,
+        "virtual-size": 4 * CLUSTER,
+        "local-size": 2 * CLUSTER,
+        "percent-local": 50.0,
+        "state": "overlay",
+    }
+    assert snapshot(farm) == before
+
+
+def test_content_decides_and_not_the_suffix(farm: Path) -> None:
+    (farm / "one.add-cow").rename(farm / "one.txt")
+    (farm / "base.add-cow").write_bytes(b"not one")
+    assert set(images(".", cwd=farm)) == {
+        "./one.txt",
+        "./two.add-cow",
+        "./deep/deeper/three.add-cow",
+    }
+
+
+def test_a_file_under_two_names_is_one(farm: Path) -> None:
+    os.link(farm / "one.add-cow", farm / "also.add-cow")
+    (farm / "link.add-cow").symlink_to("one.add-cow")
+    assert set(images(".", "two.add-cow", str(farm), cwd=farm)) == {
+        "./also.add-cow",
+        "./two.add-cow",
+        "./deep/deeper/three.add-cow",
+    }
+
+
+@pytest.mark.parametrize("words", [("*.add-cow",), ("one.add-cow", "two.add-cow")])
+def test_files_and_patterns_are_places(farm: Path, words: tuple[str, ...]) -> None:
+    assert set(images(*words, cwd=farm)) == {"one.add-cow", "two.add-cow"}
+
+
+def test_places_come_from_a_file_or_from_stdin(farm: Path) -> None:
+    (farm / "list").write_text("one.add-cow\ntwo.add-cow\n")
+    assert set(images("--from-file", "list", cwd=farm)) == {"one.add-cow", "two.add-cow"}
+    words = ("farm", "ls", "--output", "jsonl", "--from-file", "-", "two.add-cow")
+    result = addcow(*words, cwd=farm, stdin="one.add-cow\n")
+    lines = [json.loads(line)["filename"] for line in result.stdout.splitlines()]
+    assert (result.status, lines) == (0, ["one.add-cow", "two.add-cow"])
+
+
+def bite_tail(here: Path) -> None:
+    draw(here / "bad.add-cow", "X---", "tail.add-cow", backing_format="add-cow")
+    draw(here / "tail.add-cow", "X---", "bad.add-cow", backing_format="add-cow")
+
+
+def lose_backing(here: Path) -> None:
+    draw(here / "bad.add-cow", "X---", "nowhere.img")
+
+
+def lose_image(here: Path) -> None:
+    draw(here / "bad.add-cow", "X---", "base.img")
+    (here / "bad.raw").unlink()
+
+
+def damage(here: Path) -> None:
+    draw(here / "bad.add-cow", "X---", "base.img")
+    put(here / "bad.add-cow", 24, b"\xff")
+
+
+def lead_out(here: Path) -> None:
+    draw_raw(here.parent / "outside.raw", "A")
+    content = overlay_bytes(image="../outside.raw", size=CLUSTER, backing="base.img")
+    (here / "bad.add-cow").write_bytes(content)
+
+
+def stand_alone(here: Path) -> None:
+    draw_raw(here / "bad.raw", "ABCD")
+    (here / "bad.add-cow").write_bytes(overlay_bytes(image="bad.raw", size=4 * CLUSTER))
+
+
+STATES = {
+    "cycle": bite_tail,
+    "missing-backing": lose_backing,
+    "missing-image": lose_image,
+    "damaged": damage,
+    "unexamined": lead_out,
+    "standalone": stand_alone,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_is_wrong_is_in_the_list(farm: Path, state: str) -> None:
+    STATES[state](farm)
+    found = images(".", cwd=farm)
+    assert found["./bad.add-cow"]["state"] == state
+    known = state in ("cycle", "missing-backing", "standalone")
+    assert ("problem" in found["./bad.add-cow"]) != known
+    assert found["./one.add-cow"]["state"] == "overlay"
+    table = succeed("farm", "ls", ".", cwd=farm).stdout
+    (line,) = (line for line in table.splitlines() if "  ./bad.add-cow" in line and state in line)
+    assert known != line.lstrip().startswith("?")
+
+
+def test_what_lies_outside_is_examined_with_a_root(farm: Path) -> None:
+    lead_out(farm)
+    assert images("--root", "..", ".", cwd=farm)["./bad.add-cow"]["state"] == "overlay"
+
+
+KEYS = {
+    "name": ["deep/deeper/three", "one", "two"],
+    "local": ["deep/deeper/three", "one", "two"],
+    "percent": ["deep/deeper/three", "one", "two"],
+    "depth": ["one", "two", "deep/deeper/three"],
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_lists_are_sorted(farm: Path, key: str) -> None:
+    lose_image(farm)
+    wanted = [f"./{name}.add-cow" for name in KEYS[key]]
+    there = [name for name in images(".", "--sort", key, cwd=farm) if "bad" not in name]
+    assert there == wanted
+    back = list(images(".", "--sort", key, "--reverse", cwd=farm))
+    if key in ("local", "percent"):  # of the bad one that is not known
+        assert back == [*reversed(wanted), "./bad.add-cow"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        ((), 64, "name at least one directory or file"),
+        (("nowhere",), 1, "nowhere: no such file or directory"),
+        (("*.nothing",), 1, "*.nothing: no such file or directory"),
+        (("--from-file", "nowhere"), 1, "nowhere: No such file or directory"),
+        (("--sort", "colour", "."), 64, "--sort"),
+    ],
+)
+def test_what_cannot_be_listed_is_told(
+    farm: Path, words: tuple[str, ...], status: int, told: str
+) -> None:
+    assert told in refused("farm", "ls", *words, cwd=farm, status=status)
+
+
+def test_an_empty_farm_is_an_empty_list(tmp_path: Path) -> None:
+    assert images(".", cwd=tmp_path) == {}
+
+
+def test_a_name_cannot_forge_a_line(farm: Path) -> None:
+    (farm / "one.add-cow").rename(farm / "o\nn\x1be.add-cow")
+    lines = succeed("farm", "ls", ".", cwd=farm).stdout.splitlines()
+    assert len(lines) == 4
+    assert any(line.endswith(r"  ./o n\x1be.add-cow over base.img") for line in lines)
