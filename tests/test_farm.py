@@ -1,4 +1,4 @@
-"""`addcow farm ls`: every overlay of a farm is in the list, once, with what can be said of it.
+"""`addcow farm`: every overlay is in the list, once, with what can be said of it.
 
 Farms are drawn by hand, with what goes wrong in real ones: files under two names, suffixes that
 mean nothing, images and backings that are gone, headers that are damaged, chains that bite their
@@ -203,3 +203,112 @@ def test_a_name_cannot_forge_a_line(farm: Path) -> None:
     lines = succeed("farm", "ls", ".", cwd=farm).stdout.splitlines()
     assert len(lines) == 4
     assert any(line.endswith(r"  ./o n\x1be.add-cow over base.img") for line in lines)
+
+
+# ---- check ----
+
+
+def checked(*words: str, cwd: Path, status: int) -> dict[str, Any]:
+    result = addcow("farm", "check", "--output", "json", *words, cwd=cwd)
+    assert result.status == status, result
+    report: dict[str, Any] = result.json
+    return report
+
+
+JOBS = pytest.mark.parametrize("jobs", [(), ("--jobs", "0"), ("--jobs", "2")])
+
+
+@JOBS
+def test_a_clean_farm_is_clean(farm: Path, jobs: tuple[str, ...]) -> None:
+    before = snapshot(farm)
+    report = checked(*jobs, ".", cwd=farm, status=0)
+    assert [(one["filename"], one["exit"], one["findings"]) for one in report["images"]] == [
+        ("./deep/deeper/three.add-cow", 0, []),
+        ("./one.add-cow", 0, []),
+        ("./two.add-cow", 0, []),
+    ]
+    assert report["graph"] == []
+    assert report["summary"] == {
+        "images": 3,
+        "clean": 3,
+        "corrupt": 0,
+        "leaking": 0,
+        "unexamined": 0,
+        "graph-findings": 0,
+    }
+    assert snapshot(farm) == before
+
+
+@JOBS
+def test_each_image_is_told_as_if_it_were_checked_alone(farm: Path, jobs: tuple[str, ...]) -> None:
+    """Three parcels of images, of which some leak, some are corrupt, some cannot be looked at."""
+    for number in range(90):
+        name = f"more-{number:02}"
+        draw(farm / f"{name}.add-cow", "X-y-" if number % 9 == 1 else "X---", "base.img")
+        if number % 9 == 2:
+            put(farm / f"{name}.add-cow", CLUSTER, b"\xff")  # bits of clusters that there are not
+        if number % 9 == 3:
+            (farm / f"{name}.raw").unlink()
+            (farm / f"{name}.raw").symlink_to("/etc/passwd")
+    report = checked(*jobs, ".", cwd=farm, status=2)
+    assert len(report["images"]) == 93
+    for one in report["images"]:
+        alone = addcow("check", "--root", ".", "--output", "json", one["filename"], cwd=farm)
+        assert (one["exit"], one["findings"]) == (alone.status, alone.json["findings"])
+    summary = report["summary"]
+    assert [summary[key] for key in ("clean", "corrupt", "leaking", "unexamined")] == [
+        63,
+        10,
+        10,
+        10,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "status"),
+    [(["X---", "X-y-"], 3), (["X-y-", "?"], 1), (["?", "!"], 2), (["X-y-", "!"], 2)],
+)
+def test_the_exit_status_is_that_of_the_worst(farm: Path, pictures: list[str], status: int) -> None:
+    for number, picture in enumerate(pictures):
+        path = farm / f"more-{number}.add-cow"
+        draw(path, "X---" if picture in "?!" else picture, "base.img")
+        if picture == "?":
+            path.with_suffix(".raw").unlink()
+            path.with_suffix(".raw").symlink_to("/etc/passwd")
+        elif picture == "!":
+            put(path, CLUSTER, b"\xff")
+    assert checked(".", cwd=farm, status=status)["summary"]["images"] == 5
+
+
+def test_an_image_of_two_overlays_is_a_finding_of_the_farm(farm: Path) -> None:
+    content = overlay_bytes(image="one.raw", size=4 * CLUSTER, backing="base.img")
+    (farm / "thief.add-cow").write_bytes(content)
+    report = checked(".", cwd=farm, status=2)
+    (finding,) = report["graph"]
+    assert (finding["name"], finding["severity"]) == ("shared-image", "corruption")
+    assert "./one.add-cow, ./thief.add-cow" in finding["message"]
+    # No image can know that of itself: to the thief, what the other has written is a leak.
+    assert [report["summary"][key] for key in ("clean", "leaking")] == [3, 1]
+
+
+def test_an_image_that_is_a_backing_file_besides_is_a_finding(farm: Path) -> None:
+    draw(farm / "wrong.add-cow", "X---", "one.raw")
+    report = checked(".", cwd=farm, status=2)
+    (finding,) = report["graph"]
+    assert finding["name"] == "image-as-backing"
+    assert "./one.add-cow" in finding["message"]
+    assert "./wrong.add-cow" in finding["message"]
+
+
+def test_findings_are_lines_with_the_name_of_the_image(farm: Path) -> None:
+    draw(farm / "leaky.add-cow", "X-y-", "base.img")
+    result = addcow("farm", "check", ".", cwd=farm)
+    assert result.status == 3
+    finding, summary = result.lines
+    assert finding.startswith("./leaky.add-cow: LEAK leaks: 1 clusters that are not local")
+    assert summary == "4 images, 3 clean, 0 corrupt, 1 leaking, 0 unexamined, 0 graph findings"
+    assert addcow("farm", "check", "-q", ".", cwd=farm).lines == [finding]
+
+
+def test_an_empty_farm_is_clean(tmp_path: Path) -> None:
+    assert checked(".", cwd=tmp_path, status=0)["images"] == []

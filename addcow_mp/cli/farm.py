@@ -7,10 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from addcow_mp.cli.app import Devices, Roots, Share, access_of
+from addcow_mp.cli.app import (
+    Devices,
+    HowToPrint,
+    Idle,
+    Jobs,
+    Output,
+    Quiet,
+    Roots,
+    Share,
+    ShowProgress,
+    access_of,
+)
 
 if TYPE_CHECKING:
     from addcow_mp.jobs.farm import Member
+    from addcow_mp.jobs.farmcheck import FarmReport
 
 farm = typer.Typer(help="Look at many images at once.", rich_markup_mode=None)
 
@@ -64,6 +76,35 @@ def ls(
 
     found = members(_all_places(places, from_file), access_of(roots, allow_device, share=share))
     _PRINTERS[output](_sorted(found, sort, reverse=reverse))
+
+
+@farm.command("check")
+def check(
+    places: Places = None,
+    from_file: FromFile = None,
+    progress: ShowProgress = False,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToPrint = Output.human,
+    idle: Idle = False,
+    share: Share = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
+) -> None:
+    """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
+    from addcow_mp.cli.working import working
+    from addcow_mp.device.moving import Manner
+    from addcow_mp.jobs.farmcheck import farm_check
+
+    listed = _all_places(places, from_file)
+    access = access_of(roots, allow_device, share=share)
+    with working(jobs, access, Manner(idle=idle), progress=progress and not quiet) as conduct:
+        report = farm_check(listed, conduct)
+    if output is Output.json:
+        _print_report_as_json(report)
+    else:
+        _print_report(report, quiet=quiet)
+    raise typer.Exit(report.exit_code)
 
 
 def _all_places(places: list[str] | None, from_file: str | None) -> list[str]:
@@ -161,6 +202,47 @@ def _row(one: Member) -> str:
     over = f" over {backing}" if backing is not None else ""
     columns = f"{shown[0]:>12}  {shown[1]:>10}  {percent:>5}  {depth:>5}  {one.state:<15}"
     return f"{columns}  {one.filename}{over}"
+
+
+def _summary(report: FarmReport) -> dict[str, int]:
+    return {
+        "images": len(report.images),
+        "clean": report.count(0),
+        "corrupt": report.count(2),
+        "leaking": report.count(3),
+        "unexamined": report.count(1),
+        "graph-findings": len(report.graph),
+    }
+
+
+def _print_report_as_json(report: FarmReport) -> None:
+    import json
+
+    images = [
+        {
+            "filename": one.filename,
+            "exit": one.exit_code,
+            "findings": [finding.as_json() for finding in one.findings],
+        }
+        for one in report.images
+    ]
+    graph = [finding.as_json() for finding in report.graph]
+    print(json.dumps({"images": images, "graph": graph, "summary": _summary(report)}, indent=4))
+
+
+def _print_report(report: FarmReport, *, quiet: bool) -> None:
+    """A line for each finding, in words that can be searched for, and one for all."""
+    from addcow_mp.cli.saying import one_line
+
+    for image in report.images:
+        for finding in image.findings:
+            told = f"{finding.severity.value.upper()} {finding.name}: {finding.message}"
+            print(one_line(f"{image.filename}: {told}"))
+    for finding in report.graph:
+        print(one_line(f"{finding.severity.value.upper()} {finding.name}: {finding.message}"))
+    if not quiet:
+        counts = (f"{count} {word}" for word, count in _summary(report).items())
+        print(", ".join(counts).replace("-", " "))
 
 
 _PRINTERS = {

@@ -78,14 +78,19 @@ def members(places: Iterable[str], access: Access | None = None) -> list[Member]
     Names inside images may lead beneath any directory among ``places`` as well. Raises
     :class:`ImageError` when a place is not there or cannot be read.
     """
+    named, access = found_in(places, access or Access())
+    found = {one.identity: one for one in named}
+    return [_member(one, found, access) for one in named]
+
+
+def found_in(places: Iterable[str], access: Access) -> tuple[list[Named], Access]:
+    """The overlays in ``places``, each once, and ``access`` with those directories as roots."""
     paths = list(_expanded(places))
     roots = tuple(path for path in paths if os.path.isdir(path))
-    access = access or Access()
-    access = access._replace(roots=(*roots, *access.roots))
     found: dict[Identity, Named] = {}
     for one in sorted(_found(paths), key=lambda one: one.path):
         found.setdefault(one.identity, one)
-    return [_member(one, found, access) for one in found.values()]
+    return list(found.values()), access._replace(roots=(*roots, *access.roots))
 
 
 def _expanded(places: Iterable[str]) -> Iterator[str]:
