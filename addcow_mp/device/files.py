@@ -81,8 +81,10 @@ class File:
     @property
     def status(self) -> os.stat_result:
         """What the system says of the file; a file system that has died says nothing."""
-        with self.doing("look at it"):
+        try:
             return os.fstat(self.fd)
+        except OSError as error:
+            raise FileError.of(self.path, "look at it", error) from error
 
     @property
     def length(self) -> int:
@@ -136,13 +138,17 @@ class File:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` on; the file must be that long."""
-        with self.doing(f"read {len(view)} bytes at {offset}"):
-            self.meet_read(offset, len(view))
+        length, start = len(view), offset
+        try:
+            if faults.armed:
+                self.meet_read(offset, length)
             while view:
                 done = os.preadv(self.fd, [view], offset)
                 if done == 0:
                     raise ended_early()
                 view, offset = view[done:], offset + done
+        except OSError as error:
+            raise FileError.of(self.path, f"read {length} bytes at {start}", error) from error
 
     def meet(self, verb: str, offset: int, length: int) -> int:
         """Pass the fault point of this role and ``verb``; returns how much may be done."""
