@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from addcow_mp.device.overlay import Overlay
     from addcow_mp.errors import (
         AddcowError,
+        BeginsAnewError,
         DependantsError,
         FileError,
         FormatError,
@@ -64,7 +65,7 @@ _HOMES = {
         *("AddcowError", "DependantsError", "FileError", "FormatError", "ImageError"),
         *("LockedError", "NotAddcowError", "OutsideError", "RangeError", "SpaceError"),
         *("StoppedError", "SyncError", "UnfinishedError", "UnsupportedError", "UsageError"),
-        *("InterruptedJobError", "TerminatedJobError", "WorkerError"),
+        *("BeginsAnewError", "InterruptedJobError", "TerminatedJobError", "WorkerError"),
     ),
     "addcow_mp.format.names": ("path_combine", "path_has_protocol", "read_string"),
 }
@@ -72,6 +73,7 @@ _HOMES = {
 __all__ = [
     "Access",
     "AddcowError",
+    "BeginsAnewError",
     "DependantsError",
     "Extent",
     "FileError",

@@ -136,6 +136,12 @@ class UnfinishedError(StoppedError):
     template = "{path}: stopped; the unfinished file was removed, run the command again"
 
 
+class BeginsAnewError(StoppedError):
+    """A job was stopped that keeps no record of what it has done."""
+
+    template = "{path}: stopped; nothing was lost by it, the same command begins anew"
+
+
 class InterruptedJobError(StoppedError):
     """A job that SIGINT stopped; ``message`` says what became of its work."""
 

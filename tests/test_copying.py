@@ -925,3 +925,36 @@ def test_what_is_copied_beside_clones_does(xfs: Path) -> None:
     fill(xfs, leave=2 * MiB)
     said = refused("commit", "-d", "top.add-cow", cwd=xfs)
     assert f"{runs * (LONG - 1) * CLUSTER} bytes of free space are needed" in said
+
+
+@pytest.mark.parametrize("job", ["commit", "flatten"])
+def test_a_limit_is_no_reason_to_copy_what_can_be_cloned(xfs: Path, job: str) -> None:
+    """Steps of a limited worker are never too short for it: the space is not there."""
+    half_shared(xfs, job)
+    fill(xfs, leave=2 * MiB)
+    words = (job, "-r", "20M", "--jobs", "2", "--output", "json", "top.add-cow")
+    assert succeed(*words, cwd=xfs).json["moved-by"]["clone"] == LONG * 8 * CLUSTER
+
+
+def test_large_blocks_of_the_file_system_are_cloned_whole(tmp_path: Path) -> None:
+    """An end that is no whole block is copied, and clones nothing away from the rest."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    here = tmp_path / "disk"
+    here.mkdir()
+    with (tmp_path / "device").open("wb") as device:
+        device.truncate(320 * MiB)
+    tool("mkfs.xfs", "-q", "-m", "reflink=1", "-b", "size=16k", "device", cwd=tmp_path)
+    mount = ["mount", "-o", "loop", str(tmp_path / "device"), str(here)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system with blocks of 16 KiB here: {done.stderr.strip()}")
+    try:
+        size = 8 * MiB + 4 * KiB
+        draw_raw(here / "base.img", "A" * (8 * MiB // CLUSTER + 1))
+        succeed("create", "-b", "base.img", "-F", "raw", "top.add-cow", str(size), cwd=here)
+        moved = succeed("flatten", "--output", "json", "top.add-cow", cwd=here).json["moved-by"]
+        assert (moved["clone"], moved["buffer"]) == (8 * MiB, 4 * KiB)
+        assert (here / "top.raw").read_bytes() == b"A" * size
+    finally:
+        subprocess.run(["umount", str(here)], check=True)

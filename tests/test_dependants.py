@@ -25,6 +25,7 @@ from command import (
     ALL_ALLOCATED,
     CLUSTER,
     PATIENCE,
+    KiB,
     TiB,
     addcow,
     bits,
@@ -33,6 +34,7 @@ from command import (
     guest_picture,
     look,
     overlay_bytes,
+    pair,
     patch,
     refused,
     snapshot,
@@ -513,12 +515,72 @@ def without_override() -> list[str]:
     return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
 
 
-def test_unreadable_candidates_are_passed_over(here: Path) -> None:
-    (here / OTHER).write_bytes(named())
+@pytest.mark.parametrize("size", [100, 64 * KiB])
+def test_what_may_not_be_read_may_be_an_overlay(here: Path, size: int) -> None:
+    """Only force goes past it, unless it is too small for an overlay."""
+    (here / OTHER).write_bytes(named()[:size])
     (here / OTHER).chmod(0)
+    before = look(here / BASE)
     command = [*without_override(), sys.executable, "-m", "addcow_mp", "commit", TOP]
-    done = subprocess.run(
-        command, cwd=here, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    for options in [[]] if size < 4 * KiB else [[], ["--force"]]:
+        done = subprocess.run(
+            [*command, *options],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        if size >= 4 * KiB and not options:
+            assert done.returncode == 1
+            assert f"{OTHER}: it cannot be read, and may be an overlay" in done.stderr
+            assert look(here / BASE) == before
     assert (done.returncode, done.stderr) == (0, "")
     assert look(here / BASE) == "AXC"
+
+
+# ---- other names for files ----
+
+
+def test_a_dependant_behind_a_link_is_one(tmp_path: Path) -> None:
+    """Names inside are resolved where the link is, and the overlay is in daily use there."""
+    pair(tmp_path, "ABC", "X--")
+    (tmp_path / "store").mkdir()
+    draw(tmp_path / "b.add-cow", "-Y-", "base.img")
+    (tmp_path / "b.add-cow").rename(tmp_path / "store" / "b.add-cow")
+    (tmp_path / "b.add-cow").symlink_to("store/b.add-cow")
+    before = snapshot(tmp_path)
+    assert str(tmp_path / "b.add-cow") in refused("commit", "top.add-cow", cwd=tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_one_file_in_two_directories_names_two_files(tmp_path: Path) -> None:
+    """A hard link elsewhere has the same names in it, which mean other files there."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for directory in (here, there):
+        directory.mkdir()
+        draw_raw(directory / "base.img", "ABC")
+    draw(there / "twin.add-cow", "-Y-", "base.img")
+    os.link(there / "twin.add-cow", here / "twin.add-cow")
+    draw(here / "top.add-cow", "X--", "../there/base.img")
+    words = ("commit", "--root", str(there), "top.add-cow")
+    assert str(there / "twin.add-cow") in refused(*words, cwd=here)
+    assert look(there / "base.img") == "ABC"
+
+
+def test_a_link_to_a_member_of_the_chain_is_no_other_overlay(tmp_path: Path) -> None:
+    pair(tmp_path, "ABC", "X--")
+    os.link(tmp_path / "top.add-cow", tmp_path / "hard.add-cow")
+    (tmp_path / "soft.add-cow").symlink_to("top.add-cow")
+    succeed("commit", "top.add-cow", cwd=tmp_path)
+    assert look(tmp_path / "base.img") == "XBC"
+
+
+def test_an_image_of_two_overlays_is_not_written(tmp_path: Path) -> None:
+    pair(tmp_path, "ABC", "X--")
+    shutil.copy(tmp_path / "top.add-cow", tmp_path / "copy.add-cow")
+    before = snapshot(tmp_path)
+    said = refused("io", "-c", "write -P 9 0 64k", "top.add-cow", cwd=tmp_path)
+    assert "two overlays cannot share an image file" in said
+    assert snapshot(tmp_path) == before
+    succeed("io", "-r", "-c", "read 0 64k", "top.add-cow", cwd=tmp_path)

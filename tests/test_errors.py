@@ -56,6 +56,8 @@ from addcow_mp.device import holes
 from addcow_mp.engine import run as run_module
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import Failed, Pool, Work
+from addcow_mp.jobs.commit import commit as commit_job
+from addcow_mp.jobs.compare import compare as compare_job
 from addcow_mp.jobs.report import Conduct
 
 # ---- all of them ----
@@ -194,6 +196,11 @@ def worker_error(here: Path) -> None:
         addcow_mp.commit(top, jobs=0)
 
 
+def begins_anew_error(here: Path) -> None:
+    conduct = Conduct(jobs=0, stopping=lambda: True)
+    commit_job(str(pair(here, "ABC", "XXX")), keep=True, conduct=conduct)
+
+
 def stopped_error(here: Path) -> None:
     from addcow_mp.jobs.commit import commit
 
@@ -299,6 +306,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "RangeError": range_error,
     "WorkerError": worker_error,
     "StoppedError": stopped_error,
+    "BeginsAnewError": begins_anew_error,
     "UnfinishedError": unfinished_error,
     "InterruptedJobError": interrupted_error,
     "TerminatedJobError": terminated_error,
@@ -1022,3 +1030,69 @@ def test_a_file_system_that_has_died_is_told_of_its_file(
         list(top.bitmap.inhabited())
     monkeypatch.undo()
     top.close()
+
+
+# ---- streams that are closed or full ----
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("command", ["info top", "flatten -p top", "commit -q top", "info gone"])
+def test_what_is_closed_is_no_reason_to_fail(tmp_path: Path, command: str, closed: str) -> None:
+    """Least of all for an image to be opened as the stream that complaints go to."""
+    pair(tmp_path, "ABC", "-X-")
+    words = f'"$0" -m addcow_mp {command}.add-cow {closed}'
+    done = subprocess.run(
+        ["sh", "-c", words, sys.executable],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == ("gone" in command)
+    assert "Traceback" not in done.stderr
+    picture = {"flatten": ("AXC", "111"), "commit": ("AXC", "...")}
+    shown = picture.get(command.split(maxsplit=1)[0], ("AXC", ".1."))
+    assert (guest_picture(tmp_path / "top.add-cow"), bits(tmp_path / "top.add-cow")) == shown
+
+
+def test_a_name_cannot_forge_a_line_of_info(tmp_path: Path) -> None:
+    draw(tmp_path / "top.add-cow", "-X", backing="base\nvirtual size: 9 TiB")
+    lines = addcow("info", "top.add-cow", cwd=tmp_path).lines
+    assert [line for line in lines if line.startswith("virtual size")] == [
+        "virtual size: 128 KiB (131072 bytes)"
+    ]
+
+
+def test_a_root_without_a_name_is_none(tmp_path: Path) -> None:
+    pair(tmp_path, "ABC", "-X-")
+    assert "--root ''" in refused("info", "--root", "", "top.add-cow", cwd=tmp_path, status=64)
+
+
+def test_what_cannot_be_removed_in_the_end_is_refused_in_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = pair(tmp_path, "ABC", "-X-")
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # noqa: ARG005
+    with pytest.raises(addcow_mp.ImageError, match="leave --discard out"):
+        addcow_mp.flatten(top, discard=True)
+    assert snapshot(tmp_path) == before
+
+
+def stopped_commit(here: Path, conduct: Conduct) -> None:
+    commit_job(str(here / "top.add-cow"), keep=True, conduct=conduct)
+
+
+def stopped_compare(here: Path, conduct: Conduct) -> None:
+    names = str(here / "top.add-cow"), str(here / "base.img")
+    compare_job(*names, ("add-cow", "raw"), conduct=conduct)
+
+
+@pytest.mark.parametrize("job", [stopped_commit, stopped_compare])
+def test_what_keeps_no_record_says_so_when_it_is_stopped(
+    tmp_path: Path, job: Callable[[Path, Conduct], None]
+) -> None:
+    pair(tmp_path, "ABC", "XXX")
+    with pytest.raises(addcow_mp.StoppedError, match="the same command begins anew"):
+        job(tmp_path, Conduct(jobs=0, stopping=lambda: True))

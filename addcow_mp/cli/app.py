@@ -134,7 +134,11 @@ Share = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="change files that other overlays need")]
 Cache = Annotated[
     CacheMode,
-    typer.Option("-t", "--cache", help="writeback; none: past the page cache; unsafe: no syncs"),
+    typer.Option(
+        "-t",
+        "--cache",
+        help="writeback; none: past the page cache, whatever --copy; unsafe: no syncs",
+    ),
 ]
 CopyBy = Annotated[CopyWay, typer.Option("--copy", help="pin one way to move data")]
 Sparse = Annotated[
@@ -142,7 +146,7 @@ Sparse = Annotated[
     typer.Option(
         "-S",
         metavar="SIZE",
-        help="blocks of so many zeros become holes, and nothing is cloned; 0 = do not look",
+        help="blocks of so many zeros become holes; 0 = do not look; clones only with --copy clone",
     ),
 ]
 Rate = Annotated[
@@ -417,9 +421,12 @@ def access_of(
 
     from addcow_mp.cli.saying import warn
     from addcow_mp.device.access import Access
+    from addcow_mp.errors import UsageError
 
     if cache is CacheMode.unsafe:
         warn(["-t unsafe: nothing is synced, a power cut may lose data whose bits are set"])
+    if roots and "" in roots:
+        raise UsageError(message="--root '': name a directory; '.' is the current one")
     everywhere = [root for root in os.environ.get("ADDCOW_ROOTS", "").split(":") if root]
     return Access(
         roots=(*(roots or ()), *everywhere),
@@ -431,7 +438,7 @@ def access_of(
 
 
 def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None:
-    from addcow_mp.cli.saying import plain, warn
+    from addcow_mp.cli.saying import warn
 
     warn(report.warnings)
     if output is Output.json:
@@ -439,7 +446,7 @@ def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None
 
         print(json.dumps(report.as_json(), indent=4))
     elif sentence and not quiet:
-        print(plain(sentence))
+        print(sentence)
 
 
 def _manner(

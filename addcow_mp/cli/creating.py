@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from addcow_mp.cli.saying import plain, warn
+from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.errors import UsageError
 from addcow_mp.jobs.create import DEFAULT_CLUSTER_SIZE, create_raw, default_image
@@ -84,7 +84,7 @@ def _create_raw(file: str, size: int | None, options: dict[str, str], *, quiet: 
         raise UsageError(message=f"{file}: a raw file needs a size")
     create_raw(file, size)
     if not quiet:
-        print(plain(f"Formatting '{file}', fmt=raw size={size}"))
+        print(one_line(f"Formatting '{file}', fmt=raw size={size}"))
 
 
 def _create_overlay(
@@ -109,4 +109,4 @@ def _create_overlay(
             f" {key}='{shown[key]}'" for key in ("backing_file", "image_file") if key in shown
         )
         told = f"fmt=add-cow size={made.size}{names} cluster_size={cluster_size}"
-        print(plain(f"Formatting '{file}', {told}"))
+        print(one_line(f"Formatting '{file}', {told}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from addcow_mp.cli.saying import plain, warn
+from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.info import Info, RawInfo, chain_info, info
 from addcow_mp.units import human_size
@@ -21,7 +21,7 @@ def show_info(file: str, access: Access, *, as_json: bool, chain: bool) -> None:
         described = [describe(one) for one in found]
         print(json.dumps(described if chain else described[0], indent=4))
     else:
-        print("\n\n".join(plain("\n".join(_lines(one))) for one in found))
+        print("\n\n".join("\n".join(map(one_line, _lines(one))) for one in found))
 
 
 def describe(one: Info | RawInfo) -> dict[str, object]:

@@ -23,10 +23,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from addcow_mp.cli.saying import warn
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, WRITE, open_chain
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import AddcowError, RangeError, UsageError
+from addcow_mp.jobs.dependants import refuse_shared_images
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, MiB, parse_size
 
 #: What is held in memory of one request: bounds a `write 0 100G`.
@@ -42,8 +44,9 @@ DEFAULT_PATTERN = 0xCD
 def exercise(path: str, commands: list[str] | None, access: Access, *, read_only: bool) -> int:
     """Run the commands, or those on standard input, and return the exit status."""
     with open_chain(path, READ if read_only else WRITE, access) as disk:
-        for message in disk.warnings():
-            print(f"addcow: warning: {message}", file=sys.stderr)
+        if not read_only:
+            refuse_shared_images(disk, access)
+        warn(disk.warnings())
         session = _Session(disk)
         for line in commands if commands is not None else _lines():
             if not session.run(line):

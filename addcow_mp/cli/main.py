@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -20,6 +21,8 @@ def run(arguments: Sequence[str]) -> int:
         # Names of files are bytes: what the terminal cannot show is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return _dispatch(arguments)
     except AddcowError as error:
         return complain(str(error), error.exit_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from addcow_mp.cli.saying import plain, warn
+from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, open_chain
 from addcow_mp.device.extent import Extent
@@ -18,7 +18,7 @@ def show_map(file: str, access: Access, *, as_json: bool) -> None:
         if as_json:
             print("[" + ",\n".join(_extent(one) for one in overlay.extents()) + "]")
         else:
-            paths = [plain(opened.path) for opened in overlay.files()]
+            paths = [one_line(opened.path) for opened in overlay.files()]
             _print_table(overlay.extents(), paths)
 
 

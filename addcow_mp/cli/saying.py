@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
-#: Control characters steer a terminal instead of being shown; of them line breaks stay.
-_STEERING = {
-    code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) != "\n"
-}
+#: Control characters steer a terminal instead of being shown.
+_STEERING = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 
 def complain(message: str, status: int) -> int:
     """Say what went wrong, in one line, and pass the exit status on."""
     sys.stdout.flush()
-    print(f"addcow: {one_line(message)}", file=sys.stderr)
+    tell(f"addcow: {one_line(message)}")
     return status
 
 
 def warn(messages: Sequence[str]) -> None:
     """Say what the user should know although the command goes on."""
     for message in messages:
-        print(f"addcow: warning: {one_line(message)}", file=sys.stderr)
+        tell(f"addcow: warning: {one_line(message)}")
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr; a job goes on though nobody can be told of it."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks, which the name of a file may well contain."""
-    return plain(" ".join(text.splitlines()))
+    """``text`` without line breaks, and with control characters spelt out.
 
-
-def plain(text: str) -> str:
-    """``text`` with control characters spelt out: a name must not steer the terminal."""
-    return text.translate(_STEERING)
+    The name of a file may contain anything: it must neither forge a line nor steer the terminal.
+    """
+    return " ".join(text.splitlines()).translate(_STEERING)

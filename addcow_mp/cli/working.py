@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from addcow_mp.cli.saying import tell
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.run import Progress, no_progress
@@ -73,7 +74,7 @@ def _show(show: Progress, asked: list[int], done: int, total: int) -> None:
     show(done, total)
     if asked:
         asked.clear()
-        print(_line(done, total), file=sys.stderr, flush=True)
+        tell(_line(done, total))
 
 
 @contextmanager
@@ -105,7 +106,7 @@ class _Lines:
             return
         self._shown = step
         rate = done / max(time.monotonic() - self._start, 1e-6)
-        print(f"{_line(done, total)}, {human_size(rate)}/s", file=sys.stderr, flush=True)
+        tell(f"{_line(done, total)}, {human_size(rate)}/s")
 
 
 @contextmanager

@@ -112,6 +112,12 @@ class File:
         blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
         return blocks * status.f_frsize
 
+    @property
+    def block_size(self) -> int:
+        """Bytes in a block of its file system: extents begin at multiples of it."""
+        with self.doing("look at its file system"):
+            return os.fstatvfs(self.fd).f_frsize
+
     def close(self) -> None:
         """Let go of locks and close the descriptor; calling it twice does no harm."""
         if self.fd < 0:

@@ -69,9 +69,6 @@ class Manner:
 #: Cloning takes 50 us a call and more whatever the length: shorter runs are copied sooner.
 CLONE_FROM = 512 * KiB
 
-#: Extents of files begin at multiples of this on every file system that clones.
-CLONE_BLOCK = 4 * KiB
-
 #: One request of copy_file_range; also the longest time that an interrupt has to wait.
 RANGE_STEP = 64 * MiB
 
@@ -96,13 +93,13 @@ _CANNOT = (
 _FICLONERANGE = 0x4020940D
 
 
-def clonable(manner: Manner, start: int, stop: int) -> tuple[int, int]:
+def clonable(manner: Manner, start: int, stop: int, block: int) -> tuple[int, int]:
     """The part of a run that is cloned where the file system can: whole blocks, or nothing."""
     # Shared blocks cost nothing, zeros or not: with AUTO, too, nobody looks at them.
     long_enough = manner.copy is Copy.AUTO and stop - start >= CLONE_FROM
     if manner.direct or not (long_enough or manner.copy is Copy.CLONE):
         return start, start
-    return round_up(start, CLONE_BLOCK), round_down(stop, CLONE_BLOCK)
+    return round_up(start, block), round_down(stop, block)
 
 
 @dataclass
@@ -117,6 +114,7 @@ class Mover:
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self._cannot: set[tuple[Way, int]] = set()
         self._preallocates = filesystem_of(self.target) == "ext4"
+        self._block = self.target.block_size
         self._direct: dict[int, int] = {}
         self._views: dict[int, memoryview] = {}
 
@@ -173,7 +171,7 @@ class Mover:
 
     def _clone(self, source: File, start: int, stop: int) -> tuple[int, int]:
         """Clone what can be of a run; returns what is left, a tail or all of it."""
-        first, last = clonable(self.manner, start, stop)
+        first, last = clonable(self.manner, start, stop, self._block)
         # A length of 0 would mean "to the end of the source".
         if first >= last or not self._cloned(source, first, last):
             return start, stop
@@ -282,7 +280,7 @@ class Mover:
             if os.preadv(here, [view], offset) != len(view):
                 raise OSError(errno.EINVAL, "short direct read")
             self._write_direct(there, view, offset)
-            self._count(Way.DIRECT, len(view))
+        self._count(Way.DIRECT, stop - start)
 
     def _write_direct(self, there: int, view: memoryview, offset: int) -> None:
         """Write ``view``, or what of it is not zero when zeros are looked for."""

@@ -109,7 +109,7 @@ def _copied(work: Transfer, piece: Piece) -> Iterator[Run]:
     first = last = piece.start
     moved = piece.depth == 0 or not isinstance(work.target, OverlayTarget)
     if moved and work.shares(piece.depth):
-        first, last = clonable(work.manner, piece.start, piece.stop)
+        first, last = clonable(work.manner, piece.start, piece.stop, work.target.file.block_size)
     if last <= first:
         yield piece.start, piece.stop
     else:

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 from addcow_mp.device.files import File
 from addcow_mp.device.filesystem import can_share
 from addcow_mp.device.layer import Kind, Layer, Piece
-from addcow_mp.device.moving import Manner, Mover, Way, clonable
+from addcow_mp.device.moving import CLONE_FROM, Manner, Mover, Way, clonable
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.board import Board
@@ -178,6 +178,18 @@ class _Written:
             self._length = 0
 
 
+def _steps(start: int, stop: int, step: int) -> Iterator[Run]:
+    """``[start, stop)`` in steps; what would be left at the end belongs to the last one.
+
+    So none is shorter than ``step``, and what is long enough to be cloned stays so.
+    """
+    while stop - start >= 2 * step:
+        yield start, start + step
+        start += step
+    if start < stop:
+        yield start, stop
+
+
 class Transfer:
     """Moves the clusters of one task at a time. Picklable to a worker that is starting.
 
@@ -300,7 +312,7 @@ class Transfer:
     def may_clone(self) -> bool:
         """Whether long runs of the nearest file they come from are cloned."""
         depth = int(self.which is Which.MISSING)
-        longest = clonable(self.manner, 0, TASK_BYTES)
+        longest = clonable(self.manner, 0, TASK_BYTES, self.target.file.block_size)
         return depth < len(self._files) and longest[0] < longest[1] and self.shares(depth)
 
     def pieces_of(self, task: Task) -> Iterator[Piece]:
@@ -341,9 +353,8 @@ class Transfer:
         totals[3] += stop - first - clusters
 
     def _move_data(self, piece: Piece, slot: int) -> None:
-        step = self._pace.step if self.manner.rate else piece.stop - piece.start
-        for start in range(piece.start, piece.stop, step):
-            stop = min(start + step, piece.stop)
+        step = max(self._pace.step, CLONE_FROM) if self.manner.rate else piece.stop - piece.start
+        for start, stop in _steps(piece.start, piece.stop, step):
             self._mover.move(self._files[piece.depth], start, stop)
             self.board.count(slot, stop - start)
             self._written.add(start, stop, stop - start)

@@ -12,6 +12,8 @@ is local.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, open_chain
@@ -22,7 +24,7 @@ from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.survey import alignment, local_stretches
 from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
-from addcow_mp.errors import ImageError
+from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import move
 from addcow_mp.jobs.report import Conduct, Report, reporting
@@ -39,22 +41,32 @@ def commit(path: str, *, keep: bool = False, conduct: Conduct | None = None) -> 
         backing = _accepted_backing(overlay)
         changed = list(islice(backing.files(), 1)) + ([] if keep else [overlay.image.file])
         refuse_dependants(overlay, [*_cow_of(backing), *changed], conduct.access)
-        move(
-            overlay,
-            overlay.geometry,
-            Which.LOCAL,
-            _target(backing),
-            _tasks(overlay, backing),
-            conduct,
-            report,
-            publish=None if keep else (overlay, 0),
-            frees=not keep,
-            prepare=lambda: _prepare(overlay, backing, keep=keep),
-        )
+        with _saying_what_is_kept(overlay.path, keep=keep):
+            move(
+                overlay,
+                overlay.geometry,
+                Which.LOCAL,
+                _target(backing),
+                _tasks(overlay, backing),
+                conduct,
+                report,
+                publish=None if keep else (overlay, 0),
+                frees=not keep,
+                prepare=lambda: _prepare(overlay, backing, keep=keep),
+            )
         if not keep:
             # Also what an earlier commit, cut off between clearing and freeing, left behind.
             overlay.image.file.punch(0, overlay.size)
     return report
+
+
+@contextmanager
+def _saying_what_is_kept(path: str, *, keep: bool) -> Iterator[None]:
+    """With ``keep`` no bit says which clusters have been copied: the next run copies them all."""
+    try:
+        yield
+    except StoppedError as error:
+        raise (BeginsAnewError(path=path) if keep else error) from None
 
 
 def _accepted_backing(overlay: Overlay) -> Layer:

@@ -20,7 +20,7 @@ from addcow_mp.engine.pool import Done, Failed, Pool, attempt
 from addcow_mp.engine.run import workers_for
 from addcow_mp.engine.scan import Comparison, overlapping
 from addcow_mp.engine.survey import alignment, data_stretches
-from addcow_mp.errors import AddcowError, StoppedError, WorkerError
+from addcow_mp.errors import AddcowError, BeginsAnewError, StoppedError, WorkerError
 from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct
@@ -140,7 +140,7 @@ def _look(
     result.differing = list(merged(sorted(found)))
     result.complete &= finished == len(tasks)
     if not found and finished < len(tasks):
-        raise StoppedError(path=one.path)
+        raise BeginsAnewError(path=one.path)
     conduct.progress(total, total)
 
 

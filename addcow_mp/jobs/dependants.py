@@ -3,8 +3,8 @@
 They are found by content, whatever they are called: files that begin with the add-cow
 magic, in the directories of the files concerned and anywhere beneath the roots that the
 user gave. What such a file names as backing or image is compared by inode. Members of the
-job's own chain do not count. Files that cannot be read, or whose header is damaged beyond
-its names, name nothing.
+job's own chain do not count. Files whose header is damaged beyond its names name nothing; one
+that may not be read might name anything, and is refused unless forced.
 
 An image file named by two overlays has no meaning: each takes the other's clusters for
 garbage. That is refused always; other dependants can be overridden by force.
@@ -27,6 +27,7 @@ from addcow_mp.format.header import (
     FIXED_SIZE,
     IMAGE_NAME_LIMIT,
     MAGIC,
+    MIN_HEADER_SIZE,
     Header,
 )
 from addcow_mp.format.names import path_combine, path_has_protocol, read_string
@@ -61,7 +62,15 @@ def refuse_dependants(
         return
     members = {one.cow.identity: one for one in _members(overlay)}
     near = [file.path for file in (*overlay.files(), *(one.cow for one in _members(overlay)))]
-    others = [one for one in overlays_near(near, access.roots) if not _is_member(one, members)]
+    unread: list[str] = []
+    found = overlays_near(near, access.roots, unread)
+    others = [one for one in found if not _is_member(one, members)]
+    if unread and not access.force:
+        raise ImageError(
+            path=unread[0],
+            problem="it cannot be read, and may be an overlay that needs what is to be changed; "
+            "make it readable, or use --force",
+        )
     images = {one.image.file.identity for one in members.values()}
     for file in changed:
         if file.identity in images:
@@ -75,9 +84,19 @@ def refuse_dependants(
             )
 
 
+def refuse_shared_images(overlay: Overlay, access: Access) -> None:
+    """Raise when another overlay names the image file of ``overlay``, which is to be written."""
+    image = overlay.image.file
+    near = overlays_near([image.path, overlay.path], access.roots)
+    members = {one.cow.identity: one for one in _members(overlay)}
+    others = [one for one in near if not _is_member(one, members)]
+    refuse_shared_image(image, [one for one in others if one.image == image.identity])
+
+
 def _is_member(one: Named, members: dict[Identity, Overlay]) -> bool:
     """Whether ``one`` belongs to the job's own chain, or is what a repair kept of a member."""
-    if one.identity in members:
+    # Under another name elsewhere, the same file may name other files: then it is another.
+    if one.identity in members and one.image == members[one.identity].image.file.identity:
         return True
     original = _BACKUP.sub("", one.path)
     return original != one.path and any(
@@ -102,22 +121,31 @@ def _members(layer: Layer | None) -> Iterator[Overlay]:
         layer = layer.backing
 
 
-def overlays_near(paths: list[str], roots: tuple[str, ...]) -> list[Named]:
-    """The overlays in the directories of ``paths`` and beneath ``roots``, each once."""
-    found: dict[Identity, Named] = {}
+def overlays_near(
+    paths: list[str], roots: tuple[str, ...], unread: list[str] | None = None
+) -> list[Named]:
+    """The overlays in the directories of ``paths`` and beneath ``roots``, each meaning once.
+
+    A file that is not allowed to be read, and large enough for an overlay, goes to ``unread``.
+    """
+    found: dict[tuple[Identity, Identity | None, Identity | None], Named] = {}
     directories = dict.fromkeys(os.path.dirname(os.path.realpath(path)) for path in paths)
     places = [(directory, False) for directory in directories]
     places += [(os.path.realpath(root), True) for root in roots]
     for directory, deep in places:
         for path in files_in(directory, deep=deep):
-            one = named_by(path)
+            one = named_by(path, unread)
             if one is not None:
-                found.setdefault(one.identity, one)
+                found.setdefault((one.identity, one.image, one.backing), one)
     return list(found.values())
 
 
 def files_in(directory: str, *, deep: bool) -> Iterator[str]:
-    """The regular files in ``directory``, and with ``deep`` in all below; no links followed."""
+    """The regular files in ``directory``, and with ``deep`` in all below it.
+
+    A link to a file counts: names inside it are resolved where the link is. Links to
+    directories are not followed.
+    """
     waiting = [directory]
     while waiting:
         here = waiting.pop()
@@ -126,7 +154,7 @@ def files_in(directory: str, *, deep: bool) -> Iterator[str]:
                 continue
             with os.scandir(here) as entries:
                 for entry in entries:
-                    if entry.is_file(follow_symlinks=False):
+                    if _is_file(entry):
                         yield entry.path
                     elif deep and entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
@@ -138,10 +166,21 @@ def files_in(directory: str, *, deep: bool) -> Iterator[str]:
             ) from error
 
 
-def named_by(path: str) -> Named | None:
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False  # a link that leads in circles
+
+
+def named_by(path: str, unread: list[str] | None = None) -> Named | None:
     """What the file at ``path`` names; None when it is no overlay or cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError:
+        if unread is not None and os.stat(path).st_size >= MIN_HEADER_SIZE:
+            unread.append(path)
+        return None
     except OSError:
         return None
     try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from addcow_mp.device.access import Access
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import Done, Part, Pool, usable_cpus
-from addcow_mp.errors import StoppedError
+from addcow_mp.errors import BeginsAnewError
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.farm import found_in
@@ -74,7 +74,7 @@ def _unexamined(path: str, error: Exception) -> CheckReport:
 def farm_check(places: Iterable[str], conduct: Conduct | None = None) -> FarmReport:
     """Check every overlay in ``places``. Raises :class:`ImageError` for a place that is not there.
 
-    Raises :class:`StoppedError` when ``conduct`` stops it: a list of some is no answer.
+    Raises :class:`BeginsAnewError` when ``conduct`` stops it: a list of some is no answer.
     """
     conduct = conduct or Conduct()
     found, access = found_in(places, conduct.access)
@@ -102,7 +102,7 @@ def _checked(paths: list[str], access: Access, conduct: Conduct) -> list[CheckRe
                 )
                 conduct.progress(sum(map(len, done.values())), count)
     if len(done) < len(tasks):
-        raise StoppedError(path=f"{len(tasks)} parcels of images")
+        raise BeginsAnewError(path=f"{count} images")
     return [report for task in tasks for report in done[task.number]]
 
 

@@ -34,11 +34,23 @@ def flatten(path: str, *, discard: bool = False, conduct: Conduct | None = None)
         changed = [overlay.image.file] if not overlay.all_allocated else []
         changed += [overlay.cow] if discard else []
         refuse_dependants(overlay, changed, conduct.access)
+        if discard:
+            _refuse_unremovable(overlay)
         if not overlay.all_allocated:
             _bring_up(overlay, conduct, report)
         if discard:
             _discard(overlay)
     return report
+
+
+def _refuse_unremovable(overlay: Overlay) -> None:
+    directory = os.path.dirname(os.path.realpath(overlay.path))
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ImageError(
+            path=overlay.path,
+            problem=f"it cannot be removed from {directory}: no permission to write there; "
+            "leave --discard out",
+        )
 
 
 def _bring_up(overlay: Overlay, conduct: Conduct, report: Report) -> None:
