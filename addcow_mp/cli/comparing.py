@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 from addcow_mp.cli.saying import warn
+from addcow_mp.format.bits import merged
 from addcow_mp.jobs.compare import Compared
 from addcow_mp.jobs.compare import compare as job
 from addcow_mp.jobs.report import Conduct
+from addcow_mp.units import SECTOR, round_down, round_up
 
 
 def compare(
@@ -31,7 +33,11 @@ def compare(
 
 
 def _as_json(one: str, other: str, result: Compared) -> dict[str, object]:
-    extents = [{"start": start, "length": stop - start} for start, stop in result.differing]
+    # In whole sectors: a raw file may end within one, and with it what differs.
+    sectors = merged(
+        (round_down(start, SECTOR), round_up(stop, SECTOR)) for start, stop in result.differing
+    )
+    extents = [{"start": start, "length": stop - start} for start, stop in sectors]
     return {
         "filenames": [one, other],
         "virtual-sizes": list(result.sizes),

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
-from addcow_mp.device.chain import open_layer
+from addcow_mp.device.chain import open_whole
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
-from addcow_mp.device.raw import cut_off
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Done, Failed, Pool, attempt
@@ -77,7 +76,7 @@ def compare(
     with ExitStack() as opened:
         try:
             sides = [
-                opened.enter_context(closing(open_layer(path, format_, access=conduct.access)))
+                opened.enter_context(closing(open_whole(path, format_, conduct.access)))
                 for path, format_ in zip((one, other), formats, strict=True)
             ]
             return _compare(sides[0], sides[1], conduct, strict=strict, every=every)
@@ -90,7 +89,7 @@ def compare(
 def _compare(one: Layer, other: Layer, conduct: Conduct, *, strict: bool, every: bool) -> Compared:
     result = Compared((one.size, other.size), strict=strict)
     for side in (one, other):
-        result.warnings += side.warnings() + cut_off(side, "compared")
+        result.warnings += side.warnings()
     stop = max(one.size, other.size)
     if strict:
         if one.size != other.size and not every:

@@ -87,7 +87,7 @@ def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
         report,
         prepare=lambda: target.grow(layer.size, seen=0),
     )
-    report.warnings += cut_off(layer, "copied")
+    report.warnings += cut_off(layer)
 
 
 def _unit(layer: Layer) -> int:
