@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Any
 
-from addcow_mp.cli.saying import complain
+from addcow_mp.cli.saying import complain, lead_nowhere
 from addcow_mp.errors import AddcowError, UsageError
 
 INTERRUPTED = 130
@@ -41,11 +40,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _give_up_output() -> None:
-    """Let what could not be printed go: the interpreter would try once more at its end."""
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
