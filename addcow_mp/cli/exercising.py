@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from addcow_mp.cli.saying import warn
@@ -56,12 +57,15 @@ def exercise(path: str, commands: list[str] | None, access: Access, *, read_only
 
 
 def _lines() -> Iterator[str]:
-    prompt = "addcow> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            yield input(prompt)
-        except EOFError:
-            return
+    """The lines of standard input; a person at a terminal is asked for each."""
+    if not sys.stdin.isatty():
+        # Not by input(), which lets an interrupt of one of its moments pass unseen.
+        while line := sys.stdin.readline():
+            yield line.removesuffix("\n")
+        return
+    with suppress(EOFError):
+        while True:
+            yield input("addcow> ")
 
 
 class _RefusedError(Exception):
