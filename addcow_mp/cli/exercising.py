@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TextIO
 
 from addcow_mp.cli.saying import warn
 from addcow_mp.device.access import Access
@@ -59,13 +60,19 @@ def exercise(path: str, commands: list[str] | None, access: Access, *, read_only
 def _lines() -> Iterator[str]:
     """The lines of standard input; a person at a terminal is asked for each."""
     if not sys.stdin.isatty():
-        # Not by input(), which lets an interrupt of one of its moments pass unseen.
-        while line := sys.stdin.readline():
+        # Not by input(), which lets an interrupt of one of its moments pass unseen. Like it,
+        # all answers are given before the next line is waited for.
+        while line := _answered().readline():
             yield line.removesuffix("\n")
         return
     with suppress(EOFError):
         while True:
             yield input("addcow> ")
+
+
+def _answered() -> TextIO:
+    sys.stdout.flush()
+    return sys.stdin
 
 
 class _RefusedError(Exception):
