@@ -300,6 +300,26 @@ def test_an_image_that_is_a_backing_file_besides_is_a_finding(farm: Path) -> Non
     assert "./wrong.add-cow" in finding["message"]
 
 
+def test_a_circle_is_one_finding_of_the_farm(farm: Path) -> None:
+    bite_tail(farm)
+    draw(farm / "above.add-cow", "X---", "bad.add-cow", backing_format="add-cow")
+    draw(farm / "own.add-cow", "X---", "own.add-cow", backing_format="add-cow")
+    report = checked(".", cwd=farm, status=2)
+    circles = {one["message"].rpartition(": ")[2] for one in report["graph"]}
+    assert {one["name"] for one in report["graph"]} == {"chain-cycle"}
+    assert circles == {"./bad.add-cow, ./tail.add-cow", "./own.add-cow"}
+    guilty = {one["filename"] for one in report["images"] if one["findings"]}
+    assert guilty == {"./above.add-cow", "./bad.add-cow", "./own.add-cow", "./tail.add-cow"}
+
+
+def test_a_header_cut_short_is_not_overlooked(farm: Path) -> None:
+    os.truncate(farm / "one.add-cow", 50)
+    report = checked(".", cwd=farm, status=2)
+    (one,) = (one for one in report["images"] if one["filename"] == "./one.add-cow")
+    assert [finding["name"] for finding in one["findings"]] == ["header"]
+    assert images(".", cwd=farm)["./one.add-cow"]["state"] == "damaged"
+
+
 def test_findings_are_lines_with_the_name_of_the_image(farm: Path) -> None:
     draw(farm / "leaky.add-cow", "X-y-", "base.img")
     result = addcow("farm", "check", ".", cwd=farm)

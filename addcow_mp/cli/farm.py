@@ -21,8 +21,8 @@ from addcow_mp.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from addcow_mp.jobs.farm import Member
-    from addcow_mp.jobs.farmcheck import FarmReport
+    from addcow_mp.farm.check import FarmReport
+    from addcow_mp.farm.members import Member
 
 farm = typer.Typer(help="Look at many images at once.", rich_markup_mode=None)
 
@@ -72,7 +72,7 @@ def ls(
     allow_device: Devices = False,
 ) -> None:
     """List every overlay: what it stands on, how large it is, how much of it is local."""
-    from addcow_mp.jobs.farm import members
+    from addcow_mp.farm.members import members
 
     found = members(_all_places(places, from_file), access_of(roots, allow_device, share=share))
     _PRINTERS[output](_sorted(found, sort, reverse=reverse))
@@ -94,7 +94,7 @@ def check(
     """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
     from addcow_mp.cli.working import working
     from addcow_mp.device.moving import Manner
-    from addcow_mp.jobs.farmcheck import farm_check
+    from addcow_mp.farm.check import farm_check
 
     listed = _all_places(places, from_file)
     access = access_of(roots, allow_device, share=share)
@@ -220,7 +220,7 @@ def _print_report_as_json(report: FarmReport) -> None:
 
     images = [
         {
-            "filename": one.filename,
+            "filename": one.path,
             "exit": one.exit_code,
             "findings": [finding.as_json() for finding in one.findings],
         }
@@ -237,7 +237,7 @@ def _print_report(report: FarmReport, *, quiet: bool) -> None:
     for image in report.images:
         for finding in image.findings:
             told = f"{finding.severity.value.upper()} {finding.name}: {finding.message}"
-            print(one_line(f"{image.filename}: {told}"))
+            print(one_line(f"{image.path}: {told}"))
     for finding in report.graph:
         print(one_line(f"{finding.severity.value.upper()} {finding.name}: {finding.message}"))
     if not quiet:

@@ -23,19 +23,24 @@ MAGICS = {
     "cow": b"OOOM",
 }
 
-_LONGEST = max(map(len, MAGICS.values()))
+#: As many of the first bytes as any magic needs.
+LONGEST_MAGIC = max(map(len, MAGICS.values()))
 
 
 def head(file: File) -> bytes:
     """As many of the first bytes as any magic needs."""
-    view = memoryview(bytearray(min(_LONGEST, file.length)))
+    view = memoryview(bytearray(min(LONGEST_MAGIC, file.length)))
     file.read_into(view, 0)
     return bytes(view)
 
 
 def resembles(file: File) -> str | None:
     """The format whose magic ``file`` begins with, if any."""
-    first = head(file)
+    return magic_of(head(file))
+
+
+def magic_of(first: bytes) -> str | None:
+    """The format whose magic a file has that begins with the bytes ``first``, if any."""
     return next((name for name, magic in MAGICS.items() if first.startswith(magic)), None)
 
 

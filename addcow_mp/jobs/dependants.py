@@ -41,7 +41,7 @@ _BACKUP = re.compile(r"\.backup-\d+$")
 _MEND = "commit or flatten them first, or use --force to change it under them"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Named:
     """An overlay somewhere, and the files that it names, by identity."""
 
@@ -185,8 +185,10 @@ def named_by(path: str, unread: list[str] | None = None) -> Named | None:
         return None
     try:
         head = os.pread(fd, FIXED_SIZE, 0)
-        if len(head) < FIXED_SIZE or not head.startswith(MAGIC):
+        if not head.startswith(MAGIC):
             return None
+        if len(head) < FIXED_SIZE:
+            return Named(path, identity_of(os.fstat(fd)), None, None)
         header = Header.unpack(head)
         image = _file(path, fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
         backing = _file(path, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)

@@ -1,7 +1,5 @@
-"""The farm: every overlay in a set of places, and what each one stands on.
+"""The members of a farm: every overlay in a set of places, and what each one stands on.
 
-A place is a directory, walked to its ends without following links, a file, or a pattern for
-them. Overlays are found by content, never by suffix, and each file once, whatever its names.
 What cannot be examined stays in the list with the reason: nothing is left out because nobody
 could look. Headers, bitmaps and lengths are all that is read.
 
@@ -12,14 +10,13 @@ an image, down to a raw file or to nothing; a chain that bites its tail has none
 from __future__ import annotations
 
 import errno
-import glob
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
-from addcow_mp.errors import AddcowError, FormatError, ImageError
-from addcow_mp.jobs.dependants import Identity, Named, files_in, named_by
+from addcow_mp.errors import AddcowError, FormatError
+from addcow_mp.farm.places import files_of, overlays_of
+from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.info import Info, info
 
 
@@ -78,36 +75,10 @@ def members(places: Iterable[str], access: Access | None = None) -> list[Member]
     Names inside images may lead beneath any directory among ``places`` as well. Raises
     :class:`ImageError` when a place is not there or cannot be read.
     """
-    named, access = found_in(places, access or Access())
+    paths, access = files_of(places, access or Access())
+    named = overlays_of(paths)
     found = {one.identity: one for one in named}
     return [_member(one, found, access) for one in named]
-
-
-def found_in(places: Iterable[str], access: Access) -> tuple[list[Named], Access]:
-    """The overlays in ``places``, each once, and ``access`` with those directories as roots."""
-    paths = list(_expanded(places))
-    roots = tuple(path for path in paths if os.path.isdir(path))
-    found: dict[Identity, Named] = {}
-    for one in sorted(_found(paths), key=lambda one: one.path):
-        found.setdefault(one.identity, one)
-    return list(found.values()), access._replace(roots=(*roots, *access.roots))
-
-
-def _expanded(places: Iterable[str]) -> Iterator[str]:
-    """Each place, and for a pattern all that it fits."""
-    for place in places:
-        fitting = [place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True))
-        if not fitting:
-            raise ImageError(path=place, problem="no such file or directory; name another place")
-        yield from fitting
-
-
-def _found(paths: Iterable[str]) -> Iterator[Named]:
-    for path in paths:
-        for file in files_in(path, deep=True) if os.path.isdir(path) else [path]:
-            one = named_by(file)
-            if one is not None:
-                yield one
 
 
 def _member(named: Named, found: dict[Identity, Named], access: Access) -> Member:

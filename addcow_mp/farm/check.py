@@ -1,0 +1,205 @@
+"""Farm check: every image of a farm by itself, and then what no image can know of itself.
+
+Each image goes through the checks of :mod:`addcow_mp.jobs.check`, and its report is the same as
+if it had been checked alone. Over all of them stand the checks of the *graph*: a file that two
+overlays take for their image, an image that is somebody's backing file besides, and circles.
+
+Files are dealt out in parcels to the engine's pool: this process takes part, and others are
+started only when there are so many that it pays. There is no process for each image. Most images
+are proved clean by a glance (:mod:`addcow_mp.farm.glance`); the others get the full check.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from addcow_mp.device.access import Access
+from addcow_mp.engine.plan import Task
+from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
+from addcow_mp.errors import BeginsAnewError
+from addcow_mp.farm.glance import Glance, LookCloserError
+from addcow_mp.farm.places import files_of
+from addcow_mp.jobs.check import check
+from addcow_mp.jobs.dependants import Identity, Named, named_by
+from addcow_mp.jobs.findings import CheckReport, Finding, Severity
+from addcow_mp.jobs.report import Conduct
+
+#: Files in one task: enough that handing it out costs nothing against it.
+PARCEL = 128
+
+#: Exit statuses of single images, the worst first.
+WORST_FIRST = (2, 1, 3, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An overlay, what is wrong with it, and the files that it names, where that is known."""
+
+    path: str
+    named: Named | None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """The exit status that the check of this image alone would have."""
+        return CheckReport(self.path, list(self.findings)).exit_code if self.findings else 0
+
+
+@dataclass
+class FarmReport:
+    """The report of each image, in order of paths, and the findings about the farm as a whole."""
+
+    images: list[Checked] = field(default_factory=list)
+    graph: list[Finding] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """That of the worst image; a finding about the graph is a corruption."""
+        statuses = {one.exit_code for one in self.images} | ({2} if self.graph else {0})
+        return next(status for status in WORST_FIRST if status in statuses)
+
+    def count(self, status: int) -> int:
+        """How many images have this exit status."""
+        return sum(1 for one in self.images if one.exit_code == status)
+
+
+class _Checks:
+    """The work of a task: the overlays among the files ``[first, stop)`` of the list."""
+
+    def __init__(self, paths: list[str], access: Access) -> None:
+        self.paths = paths
+        self.access = access
+        self._glance: Glance | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_Checks, (self.paths, self.access))
+
+    def __call__(self, task: Task, slot: int) -> list[Checked]:  # noqa: ARG002
+        self._glance = self._glance or Glance(self.access)
+        looked_at = map(self._checked, self.paths[task.first : task.stop])
+        return [one for one in looked_at if one is not None]
+
+    def _checked(self, path: str) -> Checked | None:
+        assert self._glance is not None  # noqa: S101 - made by the call above
+        try:
+            sight = self._glance.at(path)
+        except LookCloserError:
+            return looked_closely(path, self.access)
+        if sight is None:
+            return None
+        return Checked(path, Named(path, sight.identity, sight.image, sight.backing))
+
+
+def looked_closely(path: str, access: Access) -> Checked | None:
+    """What the full check says of ``path``; None when it is no overlay."""
+    try:
+        report = check(path, access)
+    except OSError as error:
+        return _unexamined(path, error)
+    if not (report.is_addcow and os.path.lexists(path)):
+        return None
+    return Checked(path, named_by(path), tuple(report.findings))
+
+
+def _unexamined(path: str, error: Exception) -> Checked:
+    """An image that nobody could look at: it is not clean, and ends alone."""
+    finding = Finding("file", Severity.CHECK_ERROR, str(error))
+    return Checked(path, None, (finding,))
+
+
+def farm_check(places: Iterable[str], conduct: Conduct | None = None) -> FarmReport:
+    """Check every overlay in ``places``. Raises :class:`ImageError` for a place that is not there.
+
+    Raises :class:`BeginsAnewError` when ``conduct`` stops it: a list of some is no answer.
+    """
+    conduct = conduct or Conduct()
+    paths, access = files_of(places, conduct.access)
+    found = list(each_once(_checked(paths, access, conduct)))
+    graph = list(graph_findings([one.named for one in found if one.named is not None]))
+    return FarmReport(found, graph)
+
+
+def each_once(found: Iterable[Checked]) -> Iterator[Checked]:
+    """Each overlay under the first of its names."""
+    seen: set[Identity] = set()
+    for one in found:
+        if one.named is None or one.named.identity not in seen:
+            yield one
+        if one.named is not None:
+            seen.add(one.named.identity)
+
+
+def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Checked]:
+    count = len(paths)
+    tasks = [
+        Task(number, first, min(first + PARCEL, count), min(PARCEL, count - first))
+        for number, first in enumerate(range(0, count, PARCEL))
+    ]
+    done: dict[int, list[Checked]] = {}
+    looked_at = 0
+    jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
+    with Pool(_Checks(paths, access), jobs, idle=conduct.manner.idle, part=Part.FIRST) as pool:
+        for result in pool.run(tasks, conduct.stopping):
+            if result is not None:
+                done[result.task.number] = _of(result, paths)
+                looked_at += result.task.weight
+                conduct.progress(looked_at, count)
+    if len(done) < len(tasks):
+        raise BeginsAnewError(path=f"{count} files")
+    for task in tasks:
+        yield from done.pop(task.number)
+
+
+def _of(result: Done | Failed, paths: list[str]) -> list[Checked]:
+    """What came of a task; when its worker died, each of its files by itself remains unknown."""
+    if isinstance(result, Done):
+        checked: list[Checked] = result.result
+        return checked
+    return [_unexamined(path, result.error) for path in paths[result.task.first : result.task.stop]]
+
+
+def graph_findings(found: list[Named]) -> Iterator[Finding]:
+    """What is wrong between images: each file at fault once, with all who name it."""
+    images = _by(found, lambda one: one.image)
+    backings = _by(found, lambda one: one.backing)
+    for identity, owners in images.items():
+        names = ", ".join(one.path for one in owners)
+        if len(owners) > 1:
+            told = f"one image file is named by several overlays: {names}"
+            yield Finding("shared-image", Severity.CORRUPTION, told)
+        if identity in backings:
+            users = ", ".join(one.path for one in backings[identity])
+            told = f"the image file of {names} is the backing file of {users}"
+            yield Finding("image-as-backing", Severity.CORRUPTION, told)
+    for cycle in cycles(found):
+        names = ", ".join(one.path for one in cycle)
+        told = f"following their backing files leads in a circle: {names}"
+        yield Finding("chain-cycle", Severity.CORRUPTION, told)
+
+
+def cycles(found: list[Named]) -> Iterator[list[Named]]:
+    """The overlays whose backing files lead back to themselves, each circle once."""
+    by_identity = {one.identity: one for one in found}
+    passed: set[Identity] = set()
+    for one in found:
+        way: dict[Identity, Named] = {}
+        here: Named | None = one
+        while here is not None and here.identity not in passed:
+            passed.add(here.identity)
+            way[here.identity] = here
+            here = by_identity.get(here.backing) if here.backing else None
+        if here is not None and here.identity in way:
+            members = list(way.values())
+            yield sorted(members[list(way).index(here.identity) :], key=lambda one: one.path)
+
+
+def _by(found: list[Named], of: Callable[[Named], Identity | None]) -> dict[Identity, list[Named]]:
+    groups: dict[Identity, list[Named]] = defaultdict(list)
+    for one in found:
+        identity = of(one)
+        if identity is not None:
+            groups[identity].append(one)
+    return groups

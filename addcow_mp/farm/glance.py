@@ -1,0 +1,278 @@
+"""A glance: proof that an overlay is clean, in a few system calls, or the advice to look closer.
+
+Of ten thousand images nearly all are clean and laid out plainly: names right behind the header,
+the image file beside it, a small bitmap, data where bits are set. For those a glance asserts all
+that :mod:`addcow_mp.jobs.check` asserts, looking only once at what a thousand of them share.
+Whatever is the least bit out of the ordinary, sound or not, is *not* judged here: the full check
+does that, and alone has words for it. So a glance that gives up costs time, never a finding.
+
+What was seen of a file is remembered for the files above it. No lock is taken: one that a guest
+takes while an image is glanced at is as good as one taken right after the check.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
+
+from bitarray import bitarray
+
+from addcow_mp.device.access import Access, pseudo_devices
+from addcow_mp.device.files import identity_of
+from addcow_mp.device.headers import MAX_DEPTH
+from addcow_mp.device.holes import data_runs, next_data
+from addcow_mp.device.locks import READING, stands_free
+from addcow_mp.device.magic import LONGEST_MAGIC, magic_of
+from addcow_mp.format.geometry import Geometry, virtual_size
+from addcow_mp.format.header import ADD_COW, FIXED_SIZE, MAGIC, RAW, Header, format_name, violations
+from addcow_mp.format.names import path_has_protocol
+from addcow_mp.jobs.dependants import Identity
+from addcow_mp.units import KiB
+
+#: What is read of a file at once: a plainly laid out header has its names in it.
+HEAD = 4 * KiB
+
+#: A longer bitmap is left to the full check, which maps it.
+LONGEST_BITMAP = 256 * KiB
+
+#: Files and directories remembered; then it begins anew, so that memory stays flat.
+REMEMBERED = 1024
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+Place = tuple[str, str]
+"""A directory without links on the way, ending with a slash, and a name in it."""
+
+
+class LookCloserError(Exception):
+    """The file is not plain enough to be judged at a glance."""
+
+
+class Sight(NamedTuple):
+    """A file with nothing wrong about it, as far as files above it are concerned.
+
+    ``identities``: its own and those of all files below it, ``overlays`` how many of them are
+    overlays. ``clean`` says that the full check of it would find nothing at all.
+    """
+
+    identity: Identity
+    image: Identity | None = None
+    backing: Identity | None = None
+    identities: frozenset[Identity] = frozenset()
+    overlays: int = 0
+    clean: bool = True
+
+
+#: What is seen below an overlay without a backing file: no file has this identity.
+NOTHING = Sight((-1, -1))
+
+
+class _Plain(NamedTuple):
+    """A legal header with its names right behind it and nothing else."""
+
+    header: Header
+    image: str
+    backing: str
+
+
+class Glance:
+    """The glances of one process; ``access`` says where names may lead."""
+
+    def __init__(self, access: Access) -> None:
+        self._share = access.share
+        self._roots = tuple(os.path.realpath(root).rstrip("/") + "/" for root in access.roots)
+        self._sights: dict[Place, Sight] = {}
+        self._directories: dict[str, str] = {}
+        self._under_way: set[Place] = set()
+
+    def at(self, path: str) -> Sight | None:
+        """What was seen of the file at ``path``; None when it does not begin as an overlay does.
+
+        Raises :class:`LookCloserError` when only the full check can say how it is.
+        """
+        sight = self._sight(self._place(path), self._overlay)
+        if sight is not None and not sight.clean:
+            raise LookCloserError
+        return sight
+
+    def _place(self, path: str) -> Place:
+        directory, slash, name = path.rpartition("/")
+        return self._real(directory + slash), name
+
+    def _real(self, directory: str) -> str:
+        real = self._directories.get(directory)
+        if real is None:
+            real = os.path.realpath(directory or ".").rstrip("/") + "/"
+            _remember(self._directories, directory, real)
+        return real
+
+    def _sight(self, place: Place, look: Callable[[Place, int], Sight | None]) -> Sight | None:
+        """What is remembered of ``place``, or what ``look`` sees there."""
+        known = self._sights.get(place)
+        if known is not None:
+            return known
+        if place in self._under_way:
+            raise LookCloserError
+        self._under_way.add(place)
+        try:
+            with _opened("".join(place)) as fd:
+                sight = look(place, fd)
+        finally:
+            self._under_way.discard(place)
+        if sight is not None:
+            _remember(self._sights, place, sight)
+        return sight
+
+    # One file
+
+    def _overlay(self, place: Place, fd: int) -> Sight | None:
+        head = os.pread(fd, HEAD, 0)
+        if not head.startswith(MAGIC):
+            return None
+        status = self._status(fd)
+        plain = _plain(fd, head, status.st_size)
+        below = self._below(place, plain)
+        with _opened(place[0] + plain.image) as image:
+            held = self._status(image)
+            if magic_of(os.pread(image, LONGEST_MAGIC, 0)) is not None:
+                raise LookCloserError
+            clean = _is_clean(fd, status.st_size, plain.header, image, held)
+        own = identity_of(status), identity_of(held)
+        identities = below.identities.union(own)
+        overlays = below.overlays + 1
+        if len(identities) < len(below.identities) + len(own) or overlays >= MAX_DEPTH:
+            raise LookCloserError
+        backing = None if below is NOTHING else below.identity
+        return Sight(*own, backing, identities, overlays, clean)
+
+    def _raw(self, _: Place, fd: int) -> Sight:
+        identity = identity_of(self._status(fd))
+        if magic_of(os.pread(fd, LONGEST_MAGIC, 0)) is not None:
+            raise LookCloserError
+        return Sight(identity, identities=frozenset([identity]))
+
+    def _below(self, place: Place, plain: _Plain) -> Sight:
+        """What was seen of the backing file."""
+        if not plain.header.has_backing:
+            return NOTHING
+        name, format_ = plain.backing, format_name(plain.header.backing_format)
+        below = self._place(name if name.startswith("/") else place[0] + name)
+        if below[0] != place[0] and not below[0].startswith(self._roots):
+            raise LookCloserError
+        look = {ADD_COW: self._overlay, RAW: self._raw}.get(format_)
+        sight = self._sight(below, look) if look is not None else None
+        if sight is None:
+            raise LookCloserError
+        return sight
+
+    def _status(self, fd: int) -> os.stat_result:
+        """The status of a plain file that nobody changes at this moment."""
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_dev in pseudo_devices():
+            raise LookCloserError
+        if not self._share and not stands_free(fd, READING):
+            raise LookCloserError
+        return status
+
+
+def _remember(memory: dict[K, V], key: K, value: V) -> None:
+    if len(memory) >= REMEMBERED:
+        memory.clear()
+    memory[key] = value
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    try:
+        fd = os.open(path, _FLAGS)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        raise LookCloserError from error
+
+
+# The header
+
+
+def _plain(fd: int, head: bytes, length: int) -> _Plain:
+    """The header of a file of ``length`` bytes that begins with ``head``."""
+    header = _legal(head[:FIXED_SIZE])
+    end = _end_of_names(header)
+    if length < header.header_size or head[end:] != bytes(len(head) - end):
+        raise LookCloserError
+    if not _is_empty(fd, len(head), header.header_size):
+        raise LookCloserError
+    image = _name(head, header.image_offset, header.image_size)
+    backing = _name(head, header.backing_offset, header.backing_size)
+    if "/" in image or format_name(header.image_format) != RAW:
+        raise LookCloserError
+    return _Plain(header, image, backing)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _legal(fixed: bytes) -> Header:
+    """The header in ``fixed``; many images have the same one, names apart."""
+    if len(fixed) < FIXED_SIZE:
+        raise LookCloserError
+    header = Header.unpack(fixed)
+    if next(violations(header), None) is not None:
+        raise LookCloserError
+    return header
+
+
+def _end_of_names(header: Header) -> int:
+    end = FIXED_SIZE
+    for start, stop in header.name_ranges():
+        if start != end or stop > HEAD:
+            raise LookCloserError
+        end = stop
+    return end
+
+
+def _name(head: bytes, offset: int, size: int) -> str:
+    name = os.fsdecode(head[offset : offset + size])
+    if "\0" in name or path_has_protocol(name):
+        raise LookCloserError
+    return name
+
+
+def _is_empty(fd: int, start: int, stop: int) -> bool:
+    """Whether ``[start, stop)`` is zeros; where the file has a hole, nothing is read."""
+    data = next_data(fd, start) if start < stop else None
+    return data is None or data >= stop or os.pread(fd, stop - data, data) == bytes(stop - data)
+
+
+# The bitmap
+
+
+def _is_clean(fd: int, length: int, header: Header, image: int, held: os.stat_result) -> bool:
+    """Whether the bitmap is whole, without stray bits, and all data of the image is local."""
+    geometry = Geometry(virtual_size(held.st_size), header.cluster_size)
+    stop = header.header_size + geometry.bitmap_length
+    if length < stop or geometry.bitmap_length > LONGEST_BITMAP:
+        return False
+    bits = _bits(fd, header.header_size, stop)
+    if bits.find(1, geometry.clusters) >= 0:
+        return False
+    if header.all_allocated or not held.st_blocks:
+        return True
+    return not any(
+        bits.find(0, *geometry.touched(*run)) >= 0 for run in data_runs(image, 0, geometry.size)
+    )
+
+
+def _bits(fd: int, start: int, stop: int) -> bitarray:
+    """The bits in ``[start, stop)`` of the file; what lies in holes is not read."""
+    content = bytearray(stop - start)
+    for first, last in data_runs(fd, start, stop):
+        content[first - start : last - start] = os.pread(fd, last - first, first)
+    return bitarray(buffer=content, endian="little")

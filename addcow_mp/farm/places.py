@@ -1,0 +1,53 @@
+"""Places: where a farm's files are looked for.
+
+A place is a directory, walked to its ends without following links, a file, or a pattern for
+them. Overlays are known by their content, never by a suffix, and each file counts once, whatever
+its names. Names inside images may lead beneath any directory among the places.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+
+from addcow_mp.device.access import Access
+from addcow_mp.errors import ImageError
+from addcow_mp.jobs.dependants import Identity, Named, files_in, named_by
+
+
+def files_of(places: Iterable[str], access: Access) -> tuple[list[str], Access]:
+    """The files in ``places``, in order, and ``access`` with those directories as roots.
+
+    Raises :class:`ImageError` when a place is not there or cannot be read.
+    """
+    paths = list(_expanded(places))
+    roots = tuple(path for path in paths if os.path.isdir(path))
+    return sorted(set(_files(paths))), access._replace(roots=(*roots, *access.roots))
+
+
+def _expanded(places: Iterable[str]) -> Iterator[str]:
+    """Each place, and for a pattern all that it fits."""
+    for place in places:
+        fitting = [place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True))
+        if not fitting:
+            raise ImageError(path=place, problem="no such file or directory; name another place")
+        yield from fitting
+
+
+def _files(paths: Iterable[str]) -> Iterator[str]:
+    for path in paths:
+        if os.path.isdir(path):
+            yield from files_in(path, deep=True)
+        else:
+            yield path
+
+
+def overlays_of(paths: Iterable[str]) -> list[Named]:
+    """Those of ``paths``, in their order, that are overlays; a file under two names once."""
+    found: dict[Identity, Named] = {}
+    for path in paths:
+        one = named_by(path)
+        if one is not None:
+            found.setdefault(one.identity, one)
+    return list(found.values())
