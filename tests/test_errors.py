@@ -54,8 +54,9 @@ from addcow_mp import AddcowError
 from addcow_mp.cli.main import run
 from addcow_mp.device import holes
 from addcow_mp.engine import run as run_module
+from addcow_mp.engine.delivery import Work
 from addcow_mp.engine.plan import Task
-from addcow_mp.engine.pool import Failed, Pool, Work
+from addcow_mp.engine.pool import Failed, Pool
 from addcow_mp.jobs.commit import commit as commit_job
 from addcow_mp.jobs.compare import compare as compare_job
 from addcow_mp.jobs.report import Conduct

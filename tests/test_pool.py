@@ -32,16 +32,15 @@ from command import PATIENCE, local_clusters
 import addcow_mp
 from addcow_mp import AddcowError, FileError, SyncError, WorkerError
 from addcow_mp.engine.board import Board
+from addcow_mp.engine.delivery import Parcel, Work
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import (
     AHEAD,
     TRIES,
     Done,
     Failed,
-    Parcel,
     Part,
     Pool,
-    Work,
     serve,
     usable_cpus,
 )

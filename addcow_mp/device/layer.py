@@ -60,6 +60,9 @@ class Layer(Protocol):
     def close(self) -> None:
         """Close this layer and all below."""
 
+    def abandon(self) -> None:
+        """The same, whatever has not been flushed."""
+
 
 def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Join pieces that touch and are alike."""

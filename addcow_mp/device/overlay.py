@@ -79,7 +79,7 @@ class Overlay:
         if kind is None:
             self.close()
         else:
-            self._close_files()
+            self.abandon()
 
     # What it is
 
@@ -321,14 +321,17 @@ class Overlay:
         try:
             if self.cow.fd >= 0 and self._failed is None:
                 self.flush()
+            if self.backing is not None:
+                self.backing.close()
         finally:
-            self._close_files()
+            self.abandon()
 
-    def _close_files(self) -> None:
+    def abandon(self) -> None:
+        """Close all files, without a flush: what was not flushed was never announced."""
         self.cow.close()
         self.image.close()
         if self.backing is not None:
-            self.backing.close()
+            self.backing.abandon()
 
     # Refusing
 

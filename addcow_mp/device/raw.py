@@ -58,6 +58,8 @@ class RawLayer:
         """Close the file."""
         self.file.close()
 
+    abandon = close
+
 
 class WholeRaw(RawLayer):
     """A raw file by itself, in no chain: what it has of a last sector is shown, zeros behind it.

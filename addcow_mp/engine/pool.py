@@ -13,18 +13,23 @@ needs, descriptors included, once. The pool knows tasks by their numbers and no 
 With ``jobs`` 0 the same calls are made in this process, one after the other. It can also
 take part beside its workers (:class:`Part`): a process less to start, and none at all for a
 job that is done before one would stand ready.
+
+A pool is made for one work. Others can be lent to it while it runs: their tasks go before those
+of its own, in the same processes, and what comes of either is kept for whoever asks for it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
+from addcow_mp.engine.delivery import Delivery, Packed, Parcel, UnstartedError, Work, deliver
 from addcow_mp.engine.pace import step_back
 from addcow_mp.engine.plan import Task
 from addcow_mp.errors import AddcowError
@@ -61,6 +66,12 @@ class Part(Enum):
 
 SHARING = (Part.FULL, Part.FIRST)
 
+#: The number of the work that a pool is made for; those lent to it have others.
+OWN = 0
+
+Order = tuple[int, Task]
+"""A task, and the number of the work that it belongs to."""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -84,23 +95,10 @@ class DiedError(AddcowError):
     template = "a worker process ended with {status} at this place"
 
 
-class UnstartedError(AddcowError):
-    """A worker process ended, or met an error, before it was ready for its first task."""
-
-    template = "a worker process could not start: {cause}"
-
-
 class UnexpectedError(AddcowError):
     """A fault in this program, met by a worker."""
 
     template = "unexpected {error}; please report it"
-
-
-class Work(Protocol):
-    """What a worker does with a task; ``slot`` numbers the worker."""
-
-    def __call__(self, task: Task, slot: int) -> object:
-        """Do ``task``; what is returned crosses to the parent."""
 
 
 def usable_cpus() -> int:
@@ -118,50 +116,48 @@ def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
         return Failed(task, UnexpectedError(error=repr(error)))
 
 
-class Parcel:
-    """Work on its way to a worker, who unpacks it where an error in doing so can be told.
+@dataclass(frozen=True)
+class _Withdrawal:
+    """Word that no more tasks of work ``number`` will come."""
 
-    Packed while the process is being started, as descriptors must be.
-    """
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def __reduce__(self) -> tuple[object, ...]:
-        from multiprocessing.reduction import ForkingPickler
-
-        return (_Packed, (bytes(ForkingPickler.dumps(self._work)),))
+    number: int
 
 
-class _Packed:
-    """The same at the other end."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def unpacked(self) -> Work | UnstartedError:
-        """The work, or what a file had against its being unpacked."""
-        import pickle
-
-        try:
-            work: Work = pickle.loads(self._content)  # noqa: S301 - the parent's own words
-        except (AddcowError, OSError) as error:
-            return UnstartedError(cause=str(error))
-        return work
-
-
-def serve(pipe: Connection, parcel: _Packed, slot: int, idle: bool) -> None:
+def serve(pipe: Connection, parcel: Packed, slot: int, idle: bool) -> None:
     """A worker's life: do the tasks that come through the pipe until it closes."""
     if idle:
         step_back()
     work = parcel.unpacked()
     try:
         pipe.send(work if isinstance(work, UnstartedError) else READY)
-        while not isinstance(work, UnstartedError):
-            pipe.send(attempt(work, pipe.recv(), slot))
+        if not isinstance(work, UnstartedError):
+            _serve(pipe, {OWN: work}, slot)
     except (EOFError, OSError):
         # No tidying up: the parent is gone or done, and the board is its to release.
         os._exit(0)
+
+
+def _serve(pipe: Connection, works: dict[int, Work | UnstartedError], slot: int) -> None:
+    while True:
+        message: Order | Delivery | _Withdrawal = pipe.recv()
+        if isinstance(message, Delivery):
+            works[message.number] = message.received(pipe)
+        elif isinstance(message, _Withdrawal):
+            _release(works.pop(message.number))
+        else:
+            number, task = message
+            work = works[number]
+            if isinstance(work, UnstartedError):
+                pipe.send((number, Failed(task, work)))
+            else:
+                pipe.send((number, attempt(work, task, slot)))
+
+
+def _release(work: Work | UnstartedError) -> None:
+    """Let go of what a lent work has open here."""
+    close: Callable[[], None] | None = getattr(work, "close", None)
+    if close is not None:
+        close()
 
 
 @dataclass
@@ -169,20 +165,34 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     slot: int
-    tasks: deque[Task] = field(default_factory=deque)
+    orders: deque[Order] = field(default_factory=deque)
+    works: set[int] = field(default_factory=lambda: {OWN})
     ready: bool = False
     used: bool = False
     alone: bool = False
 
-    def give(self, task: Task, *, alone: bool = False) -> bool:
+    def give(self, order: Order, work: Work, *, alone: bool = False) -> bool:
         """Hand over a task; false when the worker has died, as its sentinel will say."""
+        number, _ = order
         try:
-            self.pipe.send(task)
+            if number not in self.works:
+                deliver(self.pipe, number, work)
+                self.works.add(number)
+            self.pipe.send(order)
         except OSError:
             return False
-        self.tasks.append(task)
+        self.orders.append(order)
         self.used, self.alone = True, alone
         return True
+
+    def withdraw(self, number: int) -> None:
+        """Let the worker forget a work that was lent."""
+        if number in self.works:
+            self.works.discard(number)
+            try:
+                self.pipe.send(_Withdrawal(number))
+            except OSError:
+                return  # it has died, as its sentinel will say
 
 
 class Pool:
@@ -195,15 +205,21 @@ class Pool:
     def __init__(
         self, work: Work, jobs: int, *, idle: bool = False, part: Part = Part.NONE
     ) -> None:
-        self._work = work
+        self._works: dict[int, Work] = {OWN: work}
+        self._numbers = count(OWN + 1)
         self._part = part
         self._idle = idle
         self._jobs = jobs
         self._done_here = 0
+        #: Whether other processes are worth their start; with Part.FIRST that shows in time.
+        self._pays = part is not Part.FIRST
         self._workers: list[_Worker] = []
-        self._waiting: deque[Task] = deque()
-        self._suspects: deque[Task] = deque()
-        self._tries: dict[int, int] = {}
+        self._waiting: deque[Order] = deque()
+        self._suspects: deque[Order] = deque()
+        self._tries: Counter[tuple[int, int]] = Counter()
+        #: Of each work: tasks that are still to come back, and results that nobody took yet.
+        self._left: Counter[int] = Counter()
+        self._results: defaultdict[int, list[Done | Failed]] = defaultdict(list)
 
     def __enter__(self) -> Pool:
         return self
@@ -213,59 +229,125 @@ class Pool:
             _end(worker)
         self._workers.clear()
 
+    @property
+    def jobs(self) -> int:
+        """How many processes there may be; the counter of this one is behind theirs."""
+        return self._jobs
+
     def run(
-        self, tasks: Sequence[Task], stopping: Callable[[], bool] = lambda: False
+        self,
+        tasks: Sequence[Task],
+        stopping: Callable[[], bool] = lambda: False,
+        work: Work | None = None,
     ) -> Iterator[Done | Failed | None]:
         """Do the tasks, yielding each result as it comes, and None at every tick.
 
-        When ``stopping()`` turns true, no new task is begun; those begun are finished.
+        When ``stopping()`` turns true, no new task is begun; those begun are finished. The
+        tasks are those of the pool's own work, or of ``work``, lent to it until they are done.
         """
-        if self._jobs == 0:
-            yield from self._in_this_process(tasks, stopping)
-            return
-        self._waiting.extend(tasks)
-        if self._part is not Part.FIRST:
-            self._start_all()
-        while self._waiting or self._suspects or any(worker.tasks for worker in self._workers):
-            if stopping():
-                self._waiting.clear()
-                self._suspects.clear()
-            self._hand_out()
+        number = OWN if work is None else self._lend(work)
+        try:
+            self._add(number, tasks)
+            while self._left[number] or self._results[number]:
+                if stopping():
+                    self.abandon(number)
+                yield from self.turn(number)
+                yield None
+        except UnstartedError:
+            yield from self.take(number)
+            raise
+        finally:
+            if work is not None:
+                self._withdraw(number)
+
+    def _lend(self, work: Work) -> int:
+        number = next(self._numbers)
+        self._works[number] = work
+        return number
+
+    def _withdraw(self, number: int) -> None:
+        self.abandon(number)
+        for worker in self._workers:
+            worker.withdraw(number)
+        del self._works[number]
+
+    def _add(self, number: int, tasks: Sequence[Task]) -> None:
+        """What is lent goes first: somebody waits for it."""
+        orders = [(number, task) for task in tasks]
+        self._waiting = deque(
+            [*self._waiting, *orders] if number == OWN else [*orders, *self._waiting]
+        )
+        self._left[number] += len(orders)
+
+    def add(self, tasks: Sequence[Task]) -> None:
+        """Take further tasks of the pool's own work; what comes of them :meth:`turn` says."""
+        self._add(OWN, tasks)
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks nobody has begun yet."""
+        return len(self._waiting)
+
+    def abandon(self, number: int = OWN) -> list[Task]:
+        """Forget the tasks that nobody has begun; returns them."""
+        dropped = [task for owner, task in (*self._waiting, *self._suspects) if owner == number]
+        self._waiting = deque(one for one in self._waiting if one[0] != number)
+        self._suspects = deque(one for one in self._suspects if one[0] != number)
+        self._left[number] -= len(dropped)
+        return dropped
+
+    def turn(self, number: int = OWN) -> list[Done | Failed]:
+        """Hand out tasks, do one here if this process takes part, and return what has come back.
+
+        Waits a moment for it. Results of other works are kept for those who ask for them.
+        """
+        self._staff()
+        self._hand_out()
+        if not self._results[number]:
             if self._waiting and self._takes_part:
-                yield self._attempt(self._waiting.popleft())
-                yield from self._collect(patience=0)
+                order = self._waiting.popleft()
+                self._file(order[0], self._attempt(order))
+                self._staff()
+                self._gather(patience=0)
             else:
-                yield from self._collect(patience=TICK)
+                self._gather(patience=TICK)
+        return self.take(number)
+
+    def take(self, number: int = OWN) -> list[Done | Failed]:
+        """What has come back and was not taken yet."""
+        return self._results.pop(number, [])
+
+    def _file(self, number: int, result: Done | Failed) -> None:
+        self._left[number] -= 1
+        self._results[number].append(result)
 
     @property
     def _takes_part(self) -> bool:
-        return self._part in SHARING or (self._part is Part.START and not self._all_ready)
+        starting = self._part is Part.START and not self._all_ready
+        return self._jobs == 0 or self._part in SHARING or starting
 
-    def _attempt(self, task: Task) -> Done | Failed:
+    def _attempt(self, order: Order) -> Done | Failed:
         """Do a task here; see from it whether the rest is worth other processes."""
+        number, task = order
         begun = time.monotonic()
-        result = attempt(self._work, task, self._jobs)
+        result = attempt(self._works[number], task, self._jobs)
         seconds = time.monotonic() - begun
         # The very first task also pays for what is done once, and says little about the others.
-        if self._part is Part.FIRST and self._done_here and not self._workers:
-            left = sum(one.weight for one in self._waiting)
-            if seconds * left > WORTH * max(1, task.weight):
-                self._start_all()
+        if self._part is Part.FIRST and self._done_here and not self._pays:
+            left = sum(one.weight for _, one in self._waiting)
+            self._pays = seconds * left > WORTH * max(1, task.weight)
         self._done_here += 1
         return result
 
-    def _start_all(self) -> None:
+    def _staff(self) -> None:
+        """Start processes, as many as have something to do."""
         others = self._jobs - (self._part in SHARING)
-        for slot in range(min(others, len(self._waiting))):
+        if not self._pays or len(self._workers) >= others:
+            return
+        wanted = len(self._waiting) - sum(1 for worker in self._workers if not worker.orders)
+        free = sorted(set(range(others)) - {worker.slot for worker in self._workers})
+        for slot in free[: max(0, wanted)]:
             self._workers.append(self._start(slot))
-
-    def _in_this_process(
-        self, tasks: Sequence[Task], stopping: Callable[[], bool]
-    ) -> Iterator[Done | Failed | None]:
-        for task in tasks:
-            if stopping():
-                return
-            yield attempt(self._work, task, 0)
 
     def _start(self, slot: int) -> _Worker:
         import signal
@@ -274,7 +356,7 @@ class Pool:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=serve, args=(theirs, Parcel(self._work), slot, self._idle), daemon=True
+            target=serve, args=(theirs, Parcel(self._works[OWN]), slot, self._idle), daemon=True
         )
         # An interrupt goes to the whole group; the parent decides what it means. Blocked
         # signals stay blocked in the new process, from its first instant on.
@@ -293,9 +375,12 @@ class Pool:
         enough = self._all_ready and len(self._waiting) > len(self._workers)
         for depth in range(AHEAD if enough else 1):
             for worker in self._workers:
-                free = worker.ready and len(worker.tasks) == depth and not worker.alone
-                if self._waiting and free and worker.give(self._waiting[0]):
+                free = worker.ready and len(worker.orders) == depth and not worker.alone
+                if self._waiting and free and self._give(worker, self._waiting[0]):
                     self._waiting.popleft()
+
+    def _give(self, worker: _Worker, order: Order, *, alone: bool = False) -> bool:
+        return worker.give(order, self._works[order[0]], alone=alone)
 
     @property
     def _all_ready(self) -> bool:
@@ -304,10 +389,10 @@ class Pool:
     def _hand_out_suspects(self) -> None:
         """What killed a worker is tried again in a fresh process, with nothing else at stake."""
         for worker in list(self._workers):
-            if self._suspects and worker.ready and not worker.tasks:
+            if self._suspects and worker.ready and not worker.orders:
                 if worker.used:
                     self._renew(worker)
-                elif worker.give(self._suspects[0], alone=True):
+                elif self._give(worker, self._suspects[0], alone=True):
                     self._suspects.popleft()
 
     def _renew(self, worker: _Worker) -> None:
@@ -315,7 +400,8 @@ class Pool:
         _end(worker)
         self._workers.append(self._start(worker.slot))
 
-    def _collect(self, patience: float) -> Iterator[Done | Failed | None]:
+    def _gather(self, patience: float) -> None:
+        """File what the workers have answered, waiting for it as long as that."""
         from multiprocessing.connection import wait
 
         sources: dict[Any, _Worker] = {}
@@ -323,25 +409,24 @@ class Pool:
             sources[worker.pipe] = sources[worker.process.sentinel] = worker
         ready = wait(list(sources), timeout=patience)
         for worker in {sources[source].slot: sources[source] for source in ready}.values():
-            yield from self._answers(worker)
-        yield None
+            self._answers(worker)
 
-    def _answers(self, worker: _Worker) -> Iterator[Done | Failed]:
+    def _answers(self, worker: _Worker) -> None:
         try:
             while worker.pipe.poll():
-                result: Done | Failed | UnstartedError | str = worker.pipe.recv()
-                if isinstance(result, UnstartedError):
-                    raise result
-                if isinstance(result, str):
+                answer: tuple[int, Done | Failed] | UnstartedError | str = worker.pipe.recv()
+                if isinstance(answer, UnstartedError):
+                    raise answer
+                if isinstance(answer, str):
                     worker.ready = True
                     continue
-                worker.tasks.popleft()
+                worker.orders.popleft()
                 worker.alone = False
-                yield result
+                self._file(*answer)
         except (EOFError, OSError):
-            yield from self._bury(worker)
+            self._bury(worker)
 
-    def _bury(self, worker: _Worker) -> Iterator[Failed]:
+    def _bury(self, worker: _Worker) -> None:
         """A worker has died: its task is suspect, or has failed; the worker is replaced."""
         worker.process.join()
         worker.pipe.close()
@@ -349,16 +434,20 @@ class Pool:
         if not worker.ready:
             status = _status(worker.process.exitcode)
             raise UnstartedError(cause=f"it ended with {status}; try --jobs 0")
-        if worker.tasks:
-            suspect = worker.tasks.popleft()
-            self._waiting.extendleft(reversed(worker.tasks))
-            self._tries[suspect.number] = self._tries.get(suspect.number, 0) + 1
-            if self._tries[suspect.number] < TRIES:
-                self._suspects.append(suspect)
-            else:
-                yield Failed(suspect, DiedError(status=_status(worker.process.exitcode)))
+        if worker.orders:
+            self._suspect(worker.orders.popleft(), worker)
+            self._waiting.extendleft(reversed(worker.orders))
         if self._waiting or self._suspects:
             self._workers.append(self._start(worker.slot))
+
+    def _suspect(self, order: Order, worker: _Worker) -> None:
+        number, task = order
+        self._tries[number, task.number] += 1
+        if self._tries[number, task.number] < TRIES:
+            self._suspects.append(order)
+        else:
+            status = _status(worker.process.exitcode)
+            self._file(number, Failed(task, DiedError(status=status)))
 
 
 def _end(worker: _Worker) -> None:

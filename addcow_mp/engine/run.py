@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from addcow_mp.engine.board import Board
+from addcow_mp.engine.delivery import UnstartedError, Work
 from addcow_mp.engine.plan import TASK_BYTES, Task
-from addcow_mp.engine.pool import Done, Failed, Part, Pool, UnstartedError, Work, usable_cpus
+from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.transfer import TOP, Amount
 from addcow_mp.errors import AddcowError, StoppedError, SyncError, WorkerError

@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 from operator import add
 from typing import NamedTuple, Protocol
 
@@ -218,6 +217,7 @@ class Transfer:
         # Less than a byte a second for each is still a limit, not none.
         self._pace = Pace(max(manner.rate // max(1, workers), min(1, manner.rate)))
         self._written = _Written(target.file)
+        self._shares: dict[int, bool] = {}
         #: In a worker, the process that started it.
         self.parent: int | None = None
         #: Asked where no worker is: whether the job shall stop.
@@ -226,6 +226,11 @@ class Transfer:
     def __reduce__(self) -> tuple[object, ...]:
         parts = (self.layer, self.geometry, self.which, self.target, self.board)
         return (Transfer, (*parts, self.manner, self.workers), {"parent": os.getpid()})
+
+    def close(self) -> None:
+        """Close what was opened for this process alone."""
+        self.layer.abandon()
+        self.board.close()
 
     def __call__(self, task: Task, slot: int) -> Amount:
         """Move the clusters of ``task``, counting bytes in ``slot`` of the board.
@@ -303,10 +308,12 @@ class Transfer:
         if self.board.stopped or self.stopping():
             raise StoppedError(path=self.layer.path)
 
-    @cache  # noqa: B019 - a transfer lives as long as its job
     def shares(self, depth: int) -> bool:
         """Whether blocks of the file at ``depth`` can be shared with the target."""
-        return can_share(self._files[depth], self.target.file)
+        known = self._shares.get(depth)
+        if known is None:
+            known = self._shares[depth] = can_share(self._files[depth], self.target.file)
+        return known
 
     @property
     def may_clone(self) -> bool:
