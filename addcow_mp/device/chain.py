@@ -45,6 +45,8 @@ READ: Uses = {}
 WRITE: Uses = {0: Use(WRITING, WRITING)}
 #: Overlay and backing are written, and the backing may grow.
 COMMIT: Uses = {0: Use(RESIZING, WRITING), 1: Use(RESIZING, RESIZING)}
+#: Nothing is written yet: a look at what a commit will do, also where ALL_ALLOCATED is set.
+FORESEEING: Uses = {1: Use(READING, READING)}
 #: Only the backing is written.
 COMMIT_KEEPING: Uses = {1: Use(RESIZING, RESIZING)}
 

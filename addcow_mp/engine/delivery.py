@@ -9,8 +9,6 @@ What goes wrong in unpacking is told in words at the other end; it does not end 
 from __future__ import annotations
 
 import os
-import pickle
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +56,8 @@ class Packed:
 
     def unpacked(self) -> Work | UnstartedError:
         """The work, or what a file had against its being unpacked."""
+        import pickle
+
         try:
             work: Work = pickle.loads(self._content)  # noqa: S301 - the parent's own words
         except (AddcowError, OSError) as error:
@@ -89,6 +89,7 @@ class Delivery:
 
 def deliver(pipe: Connection, number: int, work: Work) -> None:
     """Send ``work`` to the process at the other end. Raises :class:`OSError` when it has died."""
+    import socket
     from multiprocessing import context
     from multiprocessing.reduction import ForkingPickler
 
@@ -105,6 +106,8 @@ def deliver(pipe: Connection, number: int, work: Work) -> None:
 
 
 def _receive(pipe: Connection, count: int) -> list[int]:
+    import socket
+
     if not count:
         return []
     with socket.socket(fileno=os.dup(pipe.fileno())) as channel:

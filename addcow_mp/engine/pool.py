@@ -402,6 +402,8 @@ class Pool:
 
     def _gather(self, patience: float) -> None:
         """File what the workers have answered, waiting for it as long as that."""
+        if not self._workers:
+            return
         from multiprocessing.connection import wait
 
         sources: dict[Any, _Worker] = {}

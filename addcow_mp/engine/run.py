@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from addcow_mp.engine.board import Board
@@ -127,6 +128,16 @@ class Assignment:
     path: str
     idle: bool = False
     part: Part = Part.NONE
+    crew: Pool | None = None
+
+    @contextmanager
+    def pool(self, workers: int) -> Iterator[tuple[Pool, Work | None]]:
+        """A pool that does the job, and the work to lend to it if it was made for another."""
+        if self.crew is not None:
+            yield self.crew, self.work
+            return
+        with Pool(self.work, workers, idle=self.idle, part=self.part) as pool:
+            yield pool, None
 
 
 class _Ledger:
@@ -207,8 +218,8 @@ def _collect(
     """Let the tasks be done, entering results; the error when workers cannot be started."""
     total = sum(task.weight for task in job.tasks)
     try:
-        with Pool(job.work, workers, idle=job.idle, part=job.part) as pool:
-            for result in pool.run(job.tasks, enough):
+        with job.pool(workers) as (pool, lent):
+            for result in pool.run(job.tasks, enough, lent):
                 progress(min(job.board.total, total), total)
                 if result is not None:
                     ledger.take(result)

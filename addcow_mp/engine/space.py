@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Kind, Piece
@@ -24,23 +25,39 @@ from addcow_mp.errors import SpaceError
 from addcow_mp.format.bits import Run, merged
 
 
+@dataclass(frozen=True)
+class Room:
+    """The space that a transfer takes in the target's file system, in bytes.
+
+    ``peak`` is the most of it at any time, ``kept`` what of it remains, ``freed`` what the old
+    place gives back by then.
+    """
+
+    peak: int = 0
+    kept: int = 0
+    freed: int = 0
+
+
 def refuse_without_space(work: Transfer, tasks: list[Task], jobs: int, *, frees: bool) -> None:
     """Raise :class:`SpaceError` when the target's file system cannot take what is moved.
 
     ``frees`` says that what was moved is freed at its old place.
     """
-    target = work.target.file
-    free = target.free_space
+    free = work.target.file.free_space
     if sum(task.weight for task in tasks) * _stretch(work) <= free:
         return
-    gives_back = frees and isinstance(work.layer, Overlay)
-    gives_back = gives_back and _device(work.layer.image.file) == _device(target)  # type: ignore[attr-defined]
-    steps = (
-        (task.weight, growth(work, task), freed(work, task) if gives_back else 0) for task in tasks
-    )
-    needed = peak(steps, 2 * CHECKPOINT_BYTES + max(1, jobs) * AHEAD * TASK_BYTES)
+    needed = room_for(work, tasks, jobs, frees=frees).peak
     if needed > free:
-        raise SpaceError(path=target.path, needed=needed, free=free)
+        raise SpaceError(path=work.target.file.path, needed=needed, free=free)
+
+
+def room_for(work: Transfer, tasks: list[Task], jobs: int, *, frees: bool) -> Room:
+    """The space that ``tasks`` take and give back; every extent is looked at."""
+    frees = frees and isinstance(work.layer, Overlay)
+    frees = frees and _device(work.layer.image.file) == _device(work.target.file)  # type: ignore[attr-defined]
+    steps = [(task.weight, growth(work, task), freed(work, task) if frees else 0) for task in tasks]
+    lag = 2 * CHECKPOINT_BYTES + max(1, jobs) * AHEAD * TASK_BYTES
+    return Room(peak(steps, lag), sum(step[1] for step in steps), sum(step[2] for step in steps))
 
 
 def _device(file: File) -> int:

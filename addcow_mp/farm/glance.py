@@ -88,16 +88,18 @@ class Glance:
     def __init__(self, access: Access) -> None:
         self._share = access.share
         self._roots = tuple(os.path.realpath(root).rstrip("/") + "/" for root in access.roots)
-        self._sights: dict[Place, Sight] = {}
+        self._sights: dict[tuple[str, str, str], Sight] = {}
         self._directories: dict[str, str] = {}
-        self._under_way: set[Place] = set()
+        self._under_way: set[tuple[str, str, str]] = set()
+        self._ways: dict[str, Callable[[Place, int], Sight | None]]
+        self._ways = {ADD_COW: self._overlay, RAW: self._raw}
 
     def at(self, path: str) -> Sight | None:
         """What was seen of the file at ``path``; None when it does not begin as an overlay does.
 
         Raises :class:`LookCloserError` when only the full check can say how it is.
         """
-        sight = self._sight(self._place(path), self._overlay)
+        sight = self._sight(self._place(path), ADD_COW)
         if sight is not None and not sight.clean:
             raise LookCloserError
         return sight
@@ -113,21 +115,22 @@ class Glance:
             _remember(self._directories, directory, real)
         return real
 
-    def _sight(self, place: Place, look: Callable[[Place, int], Sight | None]) -> Sight | None:
-        """What is remembered of ``place``, or what ``look`` sees there."""
-        known = self._sights.get(place)
+    def _sight(self, place: Place, format_: str) -> Sight | None:
+        """What is remembered of ``place``, looked at as ``format_``, or what is seen there."""
+        key = (*place, format_)
+        known = self._sights.get(key)
         if known is not None:
             return known
-        if place in self._under_way:
+        if key in self._under_way or format_ not in self._ways:
             raise LookCloserError
-        self._under_way.add(place)
+        self._under_way.add(key)
         try:
             with _opened("".join(place)) as fd:
-                sight = look(place, fd)
+                sight = self._ways[format_](place, fd)
         finally:
-            self._under_way.discard(place)
+            self._under_way.discard(key)
         if sight is not None:
-            _remember(self._sights, place, sight)
+            _remember(self._sights, key, sight)
         return sight
 
     # One file
@@ -143,7 +146,7 @@ class Glance:
             held = self._status(image)
             if magic_of(os.pread(image, LONGEST_MAGIC, 0)) is not None:
                 raise LookCloserError
-            clean = _is_clean(fd, status.st_size, plain.header, image, held)
+            clean = _is_clean(fd, status.st_size, plain.header, image, held.st_size)
         own = identity_of(status), identity_of(held)
         identities = below.identities.union(own)
         overlays = below.overlays + 1
@@ -166,8 +169,7 @@ class Glance:
         below = self._place(name if name.startswith("/") else place[0] + name)
         if below[0] != place[0] and not below[0].startswith(self._roots):
             raise LookCloserError
-        look = {ADD_COW: self._overlay, RAW: self._raw}.get(format_)
-        sight = self._sight(below, look) if look is not None else None
+        sight = self._sight(below, format_)
         if sight is None:
             raise LookCloserError
         return sight
@@ -254,16 +256,16 @@ def _is_empty(fd: int, start: int, stop: int) -> bool:
 # The bitmap
 
 
-def _is_clean(fd: int, length: int, header: Header, image: int, held: os.stat_result) -> bool:
+def _is_clean(fd: int, length: int, header: Header, image: int, size: int) -> bool:
     """Whether the bitmap is whole, without stray bits, and all data of the image is local."""
-    geometry = Geometry(virtual_size(held.st_size), header.cluster_size)
+    geometry = Geometry(virtual_size(size), header.cluster_size)
     stop = header.header_size + geometry.bitmap_length
     if length < stop or geometry.bitmap_length > LONGEST_BITMAP:
         return False
     bits = _bits(fd, header.header_size, stop)
     if bits.find(1, geometry.clusters) >= 0:
         return False
-    if header.all_allocated or not held.st_blocks:
+    if header.all_allocated:
         return True
     return not any(
         bits.find(0, *geometry.touched(*run)) >= 0 for run in data_runs(image, 0, geometry.size)

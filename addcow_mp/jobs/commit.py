@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, open_chain
+from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, FORESEEING, open_chain
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay, refuse_short
@@ -26,8 +26,8 @@ from addcow_mp.engine.survey import alignment, local_stretches
 from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
 from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
 from addcow_mp.jobs.dependants import refuse_dependants
-from addcow_mp.jobs.moving import move
-from addcow_mp.jobs.report import Conduct, Report, reporting
+from addcow_mp.jobs.moving import Movement, move, room
+from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
 
 
 def commit(path: str, *, keep: bool = False, conduct: Conduct | None = None) -> Report:
@@ -38,26 +38,46 @@ def commit(path: str, *, keep: bool = False, conduct: Conduct | None = None) -> 
     conduct = conduct or Conduct()
     uses = COMMIT_KEEPING if keep else COMMIT
     with reporting("commit", path) as report, open_chain(path, uses, conduct.access) as overlay:
-        backing = _accepted_backing(overlay)
-        changed = list(islice(backing.files(), 1)) + ([] if keep else [overlay.image.file])
-        refuse_dependants(overlay, [*_cow_of(backing), *changed], conduct.access)
+        movement = _movement(overlay, conduct, keep=keep)
         with _saying_what_is_kept(overlay.path, keep=keep):
-            move(
-                overlay,
-                overlay.geometry,
-                Which.LOCAL,
-                _target(backing),
-                _tasks(overlay, backing),
-                conduct,
-                report,
-                publish=None if keep else (overlay, 0),
-                frees=not keep,
-                prepare=lambda: _prepare(overlay, backing, keep=keep),
-            )
+            move(movement, conduct, report)
         if not keep:
             # Also what an earlier commit, cut off between clearing and freeing, left behind.
             overlay.image.file.punch(0, overlay.size)
     return report
+
+
+def foresee(path: str, conduct: Conduct) -> Prospect | None:
+    """What a commit of ``path`` would do; None when there is nothing to do.
+
+    Raises what the commit would be refused for.
+    """
+    with open_chain(path, FORESEEING, conduct.access) as overlay:
+        if overlay.backing is None or _is_done(overlay):
+            return None
+        movement = _movement(overlay, conduct, keep=False)
+        target = movement.target.file
+        return Prospect(movement.weight, room(movement, conduct), target.path, target.identity[0])
+
+
+def _is_done(overlay: Overlay) -> bool:
+    """Whether no cluster is local, and no space is left to be freed."""
+    data = overlay.image.file.next_data(0)
+    return overlay.allocated_clusters == 0 and (data is None or data >= overlay.size)
+
+
+def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
+    """What is moved, once it is known that it may be."""
+    backing = _accepted_backing(overlay)
+    changed = list(islice(backing.files(), 1)) + ([] if keep else [overlay.image.file])
+    changed = [*_cow_of(backing), *changed]
+    refuse_dependants(overlay, changed, conduct.access, around=conduct.around)
+    target, tasks = _target(backing), _tasks(overlay, backing)
+    movement = Movement(overlay, overlay.geometry, Which.LOCAL, target, tasks)
+    movement.publish = None if keep else (overlay, 0)
+    movement.frees = not keep
+    movement.prepare = lambda: _prepare(overlay, backing, keep=keep)
+    return movement
 
 
 @contextmanager

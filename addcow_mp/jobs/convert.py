@@ -22,7 +22,7 @@ from addcow_mp.engine.transfer import RawTarget, Which
 from addcow_mp.errors import StoppedError, UnfinishedError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
-from addcow_mp.jobs.moving import move
+from addcow_mp.jobs.moving import Movement, move
 from addcow_mp.jobs.report import Conduct, Report, reporting
 from addcow_mp.units import KiB
 
@@ -77,16 +77,9 @@ def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
     target.cluster_size = geometry.cluster_size
     stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
     tasks = cut(stretches, geometry.clusters)
-    move(
-        layer,
-        geometry,
-        Which.ALL,
-        RawTarget(target, fresh=True),
-        tasks,
-        conduct,
-        report,
-        prepare=lambda: target.grow(layer.size, seen=0),
-    )
+    movement = Movement(layer, geometry, Which.ALL, RawTarget(target, fresh=True), tasks)
+    movement.prepare = lambda: target.grow(layer.size, seen=0)
+    move(movement, conduct, report)
     report.warnings += cut_off(layer)
 
 

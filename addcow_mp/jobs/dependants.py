@@ -38,36 +38,52 @@ Identity = tuple[int, int]
 _BACKUP = re.compile(r"\.backup-\d+$")
 
 
+#: Dependants that an error names; a base may have thousands.
+MOST_LISTED = 20
+
 _MEND = "commit or flatten them first, or use --force to change it under them"
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """An overlay somewhere, and the files that it names, by identity."""
+    """An overlay somewhere, and the files that it names, by identity and by path."""
 
     path: str
     identity: Identity
     image: Identity | None
     backing: Identity | None
+    image_path: str | None = None
+    backing_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The overlays around the files of a job, and files that may be ones but cannot be read."""
+
+    overlays: tuple[Named, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def refuse_dependants(
-    overlay: Overlay, changed: list[File], access: Access, mend: str = _MEND
+    overlay: Overlay,
+    changed: list[File],
+    access: Access,
+    mend: str = _MEND,
+    around: Surroundings | None = None,
 ) -> None:
     """Raise :class:`DependantsError` when other overlays need a file of ``changed``.
 
-    ``overlay`` is the job's own chain. With ``access.force`` only a shared image counts.
+    ``overlay`` is the job's own chain. With ``access.force`` only a shared image counts. Who
+    knows what is ``around`` it already spares looking for it.
     """
     if not changed:
         return
     members = {one.cow.identity: one for one in _members(overlay)}
-    near = [file.path for file in (*overlay.files(), *(one.cow for one in _members(overlay)))]
-    unread: list[str] = []
-    found = overlays_near(near, access.roots, unread)
-    others = [one for one in found if not _is_member(one, members)]
-    if unread and not access.force:
+    around = _around(overlay, access) if around is None else around
+    others = [one for one in around.overlays if not _is_member(one, members)]
+    if around.unread and not access.force:
         raise ImageError(
-            path=unread[0],
+            path=around.unread[0],
             problem="it cannot be read, and may be an overlay that needs what is to be changed; "
             "make it readable, or use --force",
         )
@@ -79,9 +95,21 @@ def refuse_dependants(
         if dependants and not access.force:
             raise DependantsError(
                 path=file.path,
-                dependants=", ".join(sorted(dependants)),
+                dependants=_listed(dependants),
                 mend=mend,
             )
+
+
+def _around(overlay: Overlay, access: Access) -> Surroundings:
+    near = [file.path for file in (*overlay.files(), *(one.cow for one in _members(overlay)))]
+    unread: list[str] = []
+    found = overlays_near(near, access.roots, unread)
+    return Surroundings(tuple(found), tuple(unread))
+
+
+def _listed(paths: list[str]) -> str:
+    named = sorted(paths)
+    return ", ".join(named[:MOST_LISTED]) + (" and more" if len(named) > MOST_LISTED else "")
 
 
 def refuse_shared_images(overlay: Overlay, access: Access) -> None:
@@ -110,7 +138,7 @@ def refuse_shared_image(image: File, others: list[Named]) -> None:
     if others:
         raise DependantsError(
             path=image.path,
-            dependants=", ".join(sorted(one.path for one in others)),
+            dependants=_listed([one.path for one in others]),
             mend="two overlays cannot share an image file; give one of them a copy",
         )
 
@@ -190,21 +218,29 @@ def named_by(path: str, unread: list[str] | None = None) -> Named | None:
         if len(head) < FIXED_SIZE:
             return Named(path, identity_of(os.fstat(fd)), None, None)
         header = Header.unpack(head)
-        image = _file(path, fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
-        backing = _file(path, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
-        return Named(path, identity_of(os.fstat(fd)), image, backing)
+        image = _path(path, fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
+        backing = _path(path, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
+        own = identity_of(os.fstat(fd))
+        return Named(path, own, _identity(image), _identity(backing), image, backing)
     except OSError:
         return None
     finally:
         os.close(fd)
 
 
-def _file(path: str, fd: int, offset: int, size: int, limit: int) -> Identity | None:
-    """The identity of the file whose name lies there; None when there is none."""
+def _path(path: str, fd: int, offset: int, size: int, limit: int) -> str | None:
+    """The path of the file whose name lies there; None when there is none."""
     if not offset or not size:
         return None
     try:
         name = read_string(fd, offset, size, limit)
-        return None if path_has_protocol(name) else identity_of(os.stat(path_combine(path, name)))
     except (ImageError, OSError):
+        return None
+    return None if path_has_protocol(name) else path_combine(path, name)
+
+
+def _identity(path: str | None) -> Identity | None:
+    try:
+        return None if path is None else identity_of(os.stat(path))
+    except OSError:
         return None

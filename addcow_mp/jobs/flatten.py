@@ -11,16 +11,17 @@ from __future__ import annotations
 import os
 
 from addcow_mp.device import faults
-from addcow_mp.device.chain import WRITE, open_chain
+from addcow_mp.device.chain import READ, WRITE, open_chain
 from addcow_mp.device.files import identity_of, sync_directory
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.engine.plan import cut
+from addcow_mp.engine.space import Room
 from addcow_mp.engine.survey import alignment, missing_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
 from addcow_mp.errors import FileError, ImageError, SpaceError, SyncError
 from addcow_mp.jobs.dependants import refuse_dependants
-from addcow_mp.jobs.moving import move
-from addcow_mp.jobs.report import Conduct, Report, reporting
+from addcow_mp.jobs.moving import Movement, move, room
+from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
 
 
 def flatten(path: str, *, discard: bool = False, conduct: Conduct | None = None) -> Report:
@@ -31,16 +32,39 @@ def flatten(path: str, *, discard: bool = False, conduct: Conduct | None = None)
     """
     conduct = conduct or Conduct()
     with reporting("flatten", path) as report, open_chain(path, WRITE, conduct.access) as overlay:
-        changed = [overlay.image.file] if not overlay.all_allocated else []
-        changed += [overlay.cow] if discard else []
-        refuse_dependants(overlay, changed, conduct.access)
-        if discard:
-            _refuse_unremovable(overlay)
+        _refuse(overlay, conduct, discard=discard)
         if not overlay.all_allocated:
-            _bring_up(overlay, conduct, report)
+            move(_movement(overlay), conduct, report)
+            overlay.set_all_allocated(True)
         if discard:
             _discard(overlay)
     return report
+
+
+def foresee(path: str, conduct: Conduct, *, discard: bool = False) -> Prospect | None:
+    """What a flatten of ``path`` would do; None when there is nothing to do.
+
+    Raises what the flatten would be refused for.
+    """
+    with open_chain(path, READ, conduct.access) as overlay:
+        image = overlay.image.file
+        if overlay.all_allocated and not discard:
+            return None
+        _refuse(overlay, conduct, discard=discard)
+        if overlay.all_allocated:
+            return Prospect(0, Room(), image.path, image.identity[0])
+        movement = _movement(overlay)
+        taken, bits = room(movement, conduct), overlay.bitmap.hole_bytes()
+        taken = Room(taken.peak + bits, taken.kept + bits, taken.freed)
+        return Prospect(movement.weight, taken, image.path, image.identity[0])
+
+
+def _refuse(overlay: Overlay, conduct: Conduct, *, discard: bool) -> None:
+    changed = [overlay.image.file] if not overlay.all_allocated else []
+    changed += [overlay.cow] if discard else []
+    refuse_dependants(overlay, changed, conduct.access, around=conduct.around)
+    if discard:
+        _refuse_unremovable(overlay)
 
 
 def _refuse_unremovable(overlay: Overlay) -> None:
@@ -53,21 +77,12 @@ def _refuse_unremovable(overlay: Overlay) -> None:
         )
 
 
-def _bring_up(overlay: Overlay, conduct: Conduct, report: Report) -> None:
+def _movement(overlay: Overlay) -> Movement:
     refuse_short(overlay)
     _refuse_without_room_for_bits(overlay)
-    aligned = alignment(overlay.cluster_size)
-    move(
-        overlay,
-        overlay.geometry,
-        Which.MISSING,
-        RawTarget(overlay.image.file),
-        cut(missing_stretches(overlay, aligned), overlay.geometry.clusters),
-        conduct,
-        report,
-        publish=(overlay, 1),
-    )
-    overlay.set_all_allocated(True)
+    geometry, target = overlay.geometry, RawTarget(overlay.image.file)
+    tasks = cut(missing_stretches(overlay, alignment(overlay.cluster_size)), geometry.clusters)
+    return Movement(overlay, geometry, Which.MISSING, target, tasks, publish=(overlay, 1))
 
 
 def _refuse_without_room_for_bits(overlay: Overlay) -> None:

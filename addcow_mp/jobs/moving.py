@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from addcow_mp.device import faults
 from addcow_mp.device.layer import Layer
@@ -12,7 +13,7 @@ from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import Part
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.run import Assignment, carry_out, workers_for
-from addcow_mp.engine.space import refuse_without_space
+from addcow_mp.engine.space import Room, refuse_without_space, room_for
 from addcow_mp.engine.transfer import OverlayTarget, Target, Transfer, Which
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct, Report
@@ -22,45 +23,76 @@ from addcow_mp.units import GiB
 LARGE = 1 * GiB
 
 
-def move(
-    source: Layer,
-    geometry: Geometry,
-    which: Which,
-    target: Target,
-    tasks: list[Task],
-    conduct: Conduct,
-    report: Report,
-    *,
-    publish: tuple[Overlay, int] | None = None,
-    frees: bool = False,
-    prepare: Callable[[], None] = lambda: None,
-) -> None:
-    """Move the clusters of ``tasks`` from ``source`` into ``target`` and publish them.
+@dataclass
+class Movement:
+    """What a job moves: ``which`` clusters of ``source``, cut into ``tasks``, into ``target``.
 
-    ``publish`` is the overlay whose bits become the given value for what was moved;
-    an add-cow target's own bits are published before them. ``frees`` then gives back
-    the space of what was moved. ``prepare`` is called when nothing is left to refuse.
+    ``publish`` is the overlay whose bits become the given value for what was moved; an add-cow
+    target's own bits are published before them. ``frees`` then gives back the space of what was
+    moved. ``prepare`` is called when nothing is left to refuse.
     """
-    report.warnings = source.warnings()
+
+    source: Layer
+    geometry: Geometry
+    which: Which
+    target: Target
+    tasks: list[Task]
+    publish: tuple[Overlay, int] | None = None
+    frees: bool = False
+    prepare: Callable[[], None] = lambda: None
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes there are to move."""
+        return sum(task.weight for task in self.tasks)
+
+    def transfer(self, board: Board, conduct: Conduct, workers: int) -> Transfer:
+        """The work of one task."""
+        parts = (self.source, self.geometry, self.which, self.target)
+        work = Transfer(*parts, board, conduct.manner, workers)
+        work.stopping = conduct.stopping
+        return work
+
+
+def room(movement: Movement, conduct: Conduct) -> Room:
+    """The space that ``movement`` would take, and give back; nothing is moved."""
+    board = Board.create((0, 0), 0)
+    try:
+        work = movement.transfer(board, conduct, 1)
+        return room_for(work, movement.tasks, 1, frees=movement.frees)
+    finally:
+        board.close()
+
+
+def move(movement: Movement, conduct: Conduct, report: Report) -> None:
+    """Move the clusters and publish them. Raises before the first byte where that is possible."""
+    tasks, geometry, target = movement.tasks, movement.geometry, movement.target
+    report.warnings = movement.source.warnings()
     below = _published_target(target)
-    report.jobs = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
+    report.jobs = _processes(conduct, tasks)
     layers = (geometry.clusters, below.geometry.clusters if below is not None else 0)
     board = Board.create(layers, report.jobs)
     try:
-        overlay, value = publish if publish is not None else (None, 0)
+        overlay, value = movement.publish if movement.publish is not None else (None, 0)
         publisher = Publisher(
-            target.file, board, overlay=overlay, value=value, backing=below, frees=frees
+            target.file, board, overlay=overlay, value=value, backing=below, frees=movement.frees
         )
-        work = Transfer(source, geometry, which, target, board, conduct.manner, max(1, report.jobs))
-        work.stopping = conduct.stopping
-        refuse_without_space(work, tasks, report.jobs, frees=frees)
-        prepare()
-        job = Assignment(work, tasks, geometry, board, publisher, source.path)
+        work = movement.transfer(board, conduct, max(1, report.jobs))
+        refuse_without_space(work, tasks, report.jobs, frees=movement.frees)
+        movement.prepare()
+        job = Assignment(work, tasks, geometry, board, publisher, movement.source.path)
         job.idle = conduct.manner.idle
         job.part = _part(conduct, work, tasks)
+        job.crew = conduct.crew
         report.amount = carry_out(job, report.jobs, conduct.progress, conduct.stopping)
     finally:
         board.close()
+
+
+def _processes(conduct: Conduct, tasks: list[Task]) -> int:
+    if conduct.crew is not None:
+        return conduct.crew.jobs
+    return workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
 
 
 def _part(conduct: Conduct, work: Transfer, tasks: list[Task]) -> Part:

@@ -6,11 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner, Way
 from addcow_mp.engine.run import Progress, no_progress
 from addcow_mp.engine.transfer import Amount
+
+if TYPE_CHECKING:
+    from addcow_mp.engine.pool import Pool
+    from addcow_mp.engine.space import Room
+    from addcow_mp.jobs.dependants import Surroundings
 
 
 def never() -> bool:
@@ -22,10 +28,11 @@ def never() -> bool:
 class Conduct:
     """How a job is carried out, whatever it does.
 
-    ``jobs``: worker processes; 0 = in this process, None = the usable processors.
-    ``progress`` is called with bytes done and bytes in all; ``stopping`` is asked
-    between tasks, and once it is true no new one is begun. ``access`` says what may be
-    opened and how, ``manner`` how bytes are moved.
+    ``jobs``: worker processes; 0 = in this process, None = the usable processors. ``crew``:
+    processes that work for several jobs, instead of its own. ``progress`` is called with bytes
+    done and bytes in all; ``stopping`` is asked between tasks, and once it is true no new one
+    is begun. ``access`` says what may be opened and how, ``manner`` how bytes are moved,
+    ``around`` what is known of other overlays nearby; None = look.
     """
 
     jobs: int | None = None
@@ -33,6 +40,18 @@ class Conduct:
     stopping: Callable[[], bool] = never
     access: Access = field(default_factory=Access)
     manner: Manner = field(default_factory=Manner)
+    crew: Pool | None = None
+    around: Surroundings | None = None
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a job would do: about so many bytes to move, into ``target`` on ``device``."""
+
+    weight: int
+    room: Room
+    target: str
+    device: int
 
 
 @dataclass

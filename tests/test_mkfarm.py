@@ -1,0 +1,240 @@
+"""`addcow farm check` against farms of which it is known what is wrong with them.
+
+`tools/mkfarm.py` builds the farm from a seed and says what a check has to find there, knowing
+nothing of the package. All that was planted must be found, in each image and between them, and
+nothing else; and looking may change nothing. That the farms are what they are meant to be, as
+varied and as damaged, is tested too: a check that is shown only plain images proves little.
+
+The seed is printed with every failure; ADDCOW_SEED=... builds the same farms again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import ALL_ALLOCATED, KiB, addcow, read_header, snapshot
+
+MKFARM = Path(__file__).parent.parent / "tools" / "mkfarm.py"
+
+SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
+
+# A farm that was looked at: what must not depend on chance is tested with this one.
+KNOWN_SEED = "1"
+
+FEW = ("--images", "150", "--bases", "4")
+DEPTH = 5
+
+# Each of these is a way to check: the default, no workers, two of them.
+WAYS = [(), ("--jobs", "0"), ("--jobs", "2")]
+
+# All names that findings can have, but "file": root reads everything.
+FINDINGS = {
+    *("header", "names", "reserved-bytes", "formats", "image-file", "backing-file"),
+    *("missing-file", "same-file", "chain-cycle", "chain", "bitmap-length", "stray-bits", "leaks"),
+}
+GRAPH_FINDINGS = {"shared-image", "image-as-backing", "chain-cycle"}
+
+# Of ten thousand images on disk; they are sparse, or nobody could keep them for a test.
+ROOM = 1536 * KiB * KiB
+
+
+@dataclass(frozen=True)
+class Farm:
+    """A farm, and what its builder says about it."""
+
+    place: Path
+    images: int
+    found: dict[str, Any]
+    graph: list[dict[str, Any]]
+
+
+def mkfarm(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, MKFARM, place, *words], capture_output=True, text=True, check=False
+    )
+
+
+def built(place: Path, *words: str, seed: str = SEED) -> Farm:
+    print(f"ADDCOW_SEED={seed}")  # noqa: T201 - shown with a failure
+    done = mkfarm(place, "--seed", seed, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert told["seed"] == int(seed)
+    return Farm(place, told["images"], told["expected"]["images"], told["expected"]["graph"])
+
+
+def checked(farm: Farm, *words: str) -> tuple[int, dict[str, Any]]:
+    """Check a farm; return the exit status and the report."""
+    result = addcow("farm", "check", "--output", "json", *words, ".", cwd=farm.place)
+    assert result.stderr == ""
+    return result.status, result.json
+
+
+def findings_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of images that are not clean, as the builder would have said it."""
+    return {
+        one["filename"].removeprefix("./"): {
+            "exit": one["exit"],
+            "findings": sorted(finding["name"] for finding in one["findings"]),
+        }
+        for one in report["images"]
+        if one["exit"] or one["findings"]
+    }
+
+
+def graph_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The findings about the graph, each with the overlays whose names are in its message."""
+    names = [one["filename"] for one in report["images"]]
+    graph = [
+        {
+            "name": finding["name"],
+            "filenames": sorted(n.removeprefix("./") for n in names if n in finding["message"]),
+        }
+        for finding in report["graph"]
+    ]
+    return in_order(graph)
+
+
+def in_order(graph: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(graph, key=lambda one: (one["name"], one["filenames"]))
+
+
+def expect_all_and_only_what_is_wrong(farm: Farm, *words: str) -> None:
+    status, report = checked(farm, *words)
+    assert findings_of(report) == farm.found
+    assert graph_of(report) == in_order(farm.graph)
+    names = [one["filename"] for one in report["images"]]
+    assert (len(names), len(set(names))) == (farm.images, farm.images)
+    statuses = Counter(one["exit"] for one in farm.found.values())
+    assert report["summary"] == {
+        "images": farm.images,
+        "clean": farm.images - len(farm.found),
+        "corrupt": statuses[2],
+        "leaking": statuses[3],
+        "unexamined": statuses[1],
+        "graph-findings": len(farm.graph),
+    }
+    assert status == (2 if farm.found or farm.graph else 0)
+
+
+def stamps(directory: Path) -> dict[str, tuple[int, int, int]]:
+    """What shows that a file was changed, without reading it."""
+    found = ((str(path), path.lstat()) for path in directory.rglob("*"))
+    return {name: (one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in found}
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Farm:
+    return built(tmp_path_factory.mktemp("farms") / "farm", *FEW, "--faults", "2")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Farm:
+    """A farm without faults that is the same in every run."""
+    place = tmp_path_factory.mktemp("farms") / "sound"
+    return built(place, *FEW, "--no-faults", "--depth", str(DEPTH), seed=KNOWN_SEED)
+
+
+# ---- the check ----
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_all_that_was_planted_is_found_and_nothing_else(farm: Farm, way: tuple[str, ...]) -> None:
+    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
+    before = snapshot(farm.place), stamps(farm.place)
+    expect_all_and_only_what_is_wrong(farm, *way)
+    assert (snapshot(farm.place), stamps(farm.place)) == before
+
+
+def test_every_turn_of_every_fault_is_found(tmp_path: Path) -> None:
+    """The same fault has up to five turns, of which a farm with less of them has the first."""
+    words = ("--images", "20", "--faults", "6", "--size", "100K", "--cluster", "4K")
+    expect_all_and_only_what_is_wrong(built(tmp_path / "farm", *words))
+
+
+@pytest.mark.parametrize("words", [(), ("--cluster", "2M", "--size", "20M"), ("--size", "5000")])
+def test_a_farm_without_faults_is_clean(tmp_path: Path, words: tuple[str, ...]) -> None:
+    farm = built(tmp_path / "farm", *FEW, "--no-faults", *words)
+    assert (farm.images, farm.found, farm.graph) == (150, {}, [])
+    expect_all_and_only_what_is_wrong(farm)
+
+
+def test_what_each_image_is_said_to_be_it_is_alone(farm: Farm) -> None:
+    """Some of the faults, by the command for single images; each of them is a process."""
+    for name in random.Random(SEED).sample(sorted(farm.found), 12):
+        result = addcow("check", "--root", ".", "--output", "json", name, cwd=farm.place)
+        names = sorted(finding["name"] for finding in result.json["findings"])
+        assert {name: {"exit": result.status, "findings": names}} == {name: farm.found[name]}
+
+
+def test_ten_thousand_images(tmp_path: Path) -> None:
+    farm = built(tmp_path / "farm", "--images", "10000", "--faults", "5")
+    assert sum(path.lstat().st_blocks * 512 for path in farm.place.rglob("*")) < ROOM
+    before = stamps(farm.place)
+    expect_all_and_only_what_is_wrong(farm)
+    assert stamps(farm.place) == before
+
+
+# ---- the farms ----
+
+
+def test_the_same_seed_builds_the_same_farm(tmp_path: Path, farm: Farm) -> None:
+    again = built(tmp_path / "somewhere" / "else", *FEW, "--faults", "2")
+    assert snapshot(again.place) == snapshot(farm.place)
+    assert (again.images, again.found, again.graph) == (farm.images, farm.found, farm.graph)
+
+
+def test_another_seed_builds_another_farm(tmp_path: Path, farm: Farm) -> None:
+    other = built(tmp_path / "farm", *FEW, "--faults", "2", seed=str(int(SEED) + 1))
+    assert snapshot(other.place) != snapshot(farm.place)
+
+
+def test_faults_of_every_kind_are_planted(farm: Farm) -> None:
+    assert {name for one in farm.found.values() for name in one["findings"]} == FINDINGS
+    assert {one["name"] for one in farm.graph} == GRAPH_FINDINGS
+    assert {one["exit"] for one in farm.found.values()} == {1, 2, 3}
+
+
+def overlays(farm: Farm) -> list[Path]:
+    listed = addcow("farm", "ls", "--output", "json", ".", cwd=farm.place).json["images"]
+    return [farm.place / one["filename"] for one in listed]
+
+
+def test_healthy_overlays_are_varied(sound: Farm) -> None:
+    headers = {path: read_header(path) for path in overlays(sound)}
+    assert len(headers) == 150
+    assert {one.cluster for one in headers.values()} == {4096 << power for power in range(5)}
+    assert {one.backing_format for one in headers.values()} == {"", "raw", "add-cow"}
+    assert any(one.compatible & ALL_ALLOCATED for one in headers.values())
+    assert {"", ".txt", ".add-cow"} <= {path.suffix for path in headers}
+    assert any("/" in one.image for one in headers.values())
+    sizes = {(path.parent / one.image).stat().st_size for path, one in headers.items()}
+    assert len(sizes) > 20
+    assert any(size % 512 for size in sizes)
+
+
+def test_chains_are_as_deep_as_they_may_be_and_no_deeper(sound: Farm) -> None:
+    listed = addcow("farm", "ls", "--output", "json", ".", cwd=sound.place).json["images"]
+    # It counts the overlays below.
+    assert {one["depth"] for one in listed} == set(range(DEPTH))
+
+
+def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    done = mkfarm(tmp_path, *FEW)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"mkfarm: {tmp_path}: it is not empty; name a new directory\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+
+def test_a_directory_that_is_empty_will_do(tmp_path: Path) -> None:
+    assert built(tmp_path, "--images", "3", "--no-faults").images == 3
