@@ -40,6 +40,16 @@ class Listing(StrEnum):
     jsonl = "jsonl"
 
 
+class Drawing(StrEnum):
+    """How a graph is drawn."""
+
+    human = "human"
+    json = "json"
+    jsonl = "jsonl"
+    dot = "dot"
+    svg = "svg"
+
+
 class Key(StrEnum):
     """What a list is sorted by."""
 
@@ -76,6 +86,23 @@ def ls(
 
     found = members(_all_places(places, from_file), access_of(roots, allow_device, share=share))
     _PRINTERS[output](_sorted(found, sort, reverse=reverse))
+
+
+@farm.command("graph")
+def graph(
+    places: Places = None,
+    from_file: FromFile = None,
+    output: Annotated[Drawing, typer.Option("--output", help="how to draw")] = Drawing.human,
+    share: Share = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
+) -> None:
+    """Draw who backs whom, what is missing, and what nobody names."""
+    from addcow_mp.cli.drawing import DRAWERS
+    from addcow_mp.farm.graph import farm_graph
+
+    access = access_of(roots, allow_device, share=share)
+    DRAWERS[output](farm_graph(_all_places(places, from_file), access))
 
 
 @farm.command("check")

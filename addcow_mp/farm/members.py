@@ -75,27 +75,36 @@ def members(places: Iterable[str], access: Access | None = None) -> list[Member]
     Names inside images may lead beneath any directory among ``places`` as well. Raises
     :class:`ImageError` when a place is not there or cannot be read.
     """
-    paths, access = files_of(places, access or Access())
+    return members_of(*files_of(places, access or Access()))
+
+
+def members_of(paths: Iterable[str], access: Access) -> list[Member]:
+    """Those of ``paths``, in their order, that are overlays; a file under two names once."""
     named = overlays_of(paths)
-    found = {one.identity: one for one in named}
-    return [_member(one, found, access) for one in named]
+    depths = _depths({one.identity: one for one in named})
+    return [_member(one, depths[one.identity], access) for one in named]
 
 
-def _member(named: Named, found: dict[Identity, Named], access: Access) -> Member:
+def _member(named: Named, depth: int | None, access: Access) -> Member:
     try:
         about, problem = info(named.path, access), None
     except AddcowError as error:
         about, problem = None, error
-    return Member(named, about, problem, _depth(named, found))
+    return Member(named, about, problem, depth)
 
 
-def _depth(named: Named, found: dict[Identity, Named]) -> int | None:
-    """How many overlays lie below; None where they come back to one of themselves."""
-    seen = {named.identity}
-    below = found.get(named.backing) if named.backing else None
-    while below is not None:
-        if below.identity in seen:
-            return None
-        seen.add(below.identity)
-        below = found.get(below.backing) if below.backing else None
-    return len(seen) - 1
+def _depths(found: dict[Identity, Named]) -> dict[Identity, int | None]:
+    """How many overlays lie below each; None where they come back to one of themselves."""
+    depths: dict[Identity, int | None] = {}
+    for one in found.values():
+        way: dict[Identity, Named] = {}
+        here: Named | None = one
+        # Down to what is known: each overlay is passed once, however long its chain.
+        while here is not None and here.identity not in depths and here.identity not in way:
+            way[here.identity] = here
+            here = found.get(here.backing) if here.backing else None
+        depth = -1 if here is None else depths.get(here.identity)
+        for identity in reversed(way):
+            depth = None if depth is None else depth + 1
+            depths[identity] = depth
+    return depths
