@@ -154,3 +154,10 @@ class TerminatedJobError(StoppedError):
 
     template = "{message}"
     exit_code = 143
+
+
+class TimeLimitError(StoppedError):
+    """A job that reached its time limit; the status is sysexits' "try again later"."""
+
+    template = "{message}"
+    exit_code = 75

@@ -24,6 +24,9 @@ THREE_DIGITS = 100
 _UNITS = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1024 * TiB, "e": EiB}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|0x[0-9a-f]+)([bkmgtpe]?)", re.IGNORECASE)
 
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)", re.IGNORECASE)
+
 
 def parse_size(text: str, what: str = "size") -> int:
     """Read a size in bytes with qemu-img's suffixes (``k``, ``M``, ... powers of 1024).
@@ -41,6 +44,18 @@ def parse_size(text: str, what: str = "size") -> int:
     if size > MAX_SIZE:
         raise UsageError(message=f"invalid {what} '{text}': more than 8 EiB")
     return size
+
+
+def parse_duration(text: str, what: str) -> float:
+    """Read a time in seconds, or a number with s, m, h or d ("90s", "1.5h").
+
+    Raises :class:`UsageError`, which calls it ``what``.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        told = "give seconds, or a number with s, m, h or d"
+        raise UsageError(message=f"invalid {what} '{text}': {told}")
+    return float(match[1]) * _SECONDS[match[2].lower()]
 
 
 def _scale(number: str, unit: int) -> int:

@@ -284,7 +284,7 @@ def convert(
     from addcow_mp.jobs.convert import convert as job
 
     access = access_of(roots, allow_device, share=share, cache=cache)
-    manner = _manner(copy, cache, sparse, rate, idle=idle, usual="4k")
+    manner = manner_of(copy, cache, sparse, rate, idle=idle, usual="4k")
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(source, destination, source_format=format.value, conduct=conduct)
     _tell(report, "", output, quiet=quiet)
@@ -316,7 +316,7 @@ def compare(
     from addcow_mp.cli.working import working
 
     access = access_of(roots, allow_device, share=share)
-    manner = _manner(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
+    manner = manner_of(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         formats = (format.value, other_format.value)
         status = carry_out(
@@ -348,7 +348,7 @@ def commit(
     from addcow_mp.jobs.commit import commit as job
 
     access = access_of(roots, allow_device, cache=cache, force=force)
-    manner = _manner(copy, cache, sparse, rate, idle=idle)
+    manner = manner_of(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, keep=keep, conduct=conduct)
     _tell(report, "Image committed.", output, quiet=quiet)
@@ -379,7 +379,7 @@ def flatten(
     from addcow_mp.jobs.flatten import flatten as job
 
     access = access_of(roots, allow_device, cache=cache, force=force)
-    manner = _manner(copy, cache, sparse, rate, idle=idle)
+    manner = manner_of(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, discard=discard, conduct=conduct)
     _tell(report, "Image flattened.", output, quiet=quiet)
@@ -449,7 +449,7 @@ def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None
         print(sentence)
 
 
-def _manner(
+def manner_of(
     copy: CopyWay,
     cache: CacheMode,
     sparse: str | None,

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from addcow_mp.cli.app import (
+    Cache,
+    CacheMode,
+    CopyBy,
+    CopyWay,
     Devices,
-    HowToPrint,
+    Force,
     Idle,
     Jobs,
-    Output,
     Quiet,
+    Rate,
     Roots,
     Share,
-    ShowProgress,
+    Sparse,
     access_of,
+    manner_of,
 )
-
-if TYPE_CHECKING:
-    from addcow_mp.farm.check import FarmReport
-    from addcow_mp.farm.members import Member
 
 farm = typer.Typer(help="Look at many images at once.", rich_markup_mode=None)
 
@@ -61,6 +62,27 @@ class Key(StrEnum):
     state = "state"
 
 
+class Operation(StrEnum):
+    """What is done with each image."""
+
+    commit = "commit"
+    flatten = "flatten"
+
+
+class OnError(StrEnum):
+    """What an image that is refused or fails means for the others."""
+
+    skip = "skip"
+    stop = "stop"
+
+
+class ProgressIn(StrEnum):
+    """How progress is told."""
+
+    human = "human"
+    json = "json"
+
+
 Places = Annotated[
     list[str] | None, typer.Argument(metavar="PLACE...", help="directories, files, patterns")
 ]
@@ -68,6 +90,27 @@ FromFile = Annotated[
     str | None,
     typer.Option("--from-file", metavar="FILE", help="further places, one a line; - is stdin"),
 ]
+HowToList = Annotated[Listing, typer.Option("--output", help="human, json or jsonl")]
+ShowBar = Annotated[bool, typer.Option("-p", help="show progress on stderr")]
+ProgressForm = Annotated[
+    ProgressIn | None, typer.Option("--progress", help="progress for people, or JSON lines")
+]
+ProgressFd = Annotated[
+    int | None,
+    typer.Option("--progress-fd", metavar="N", min=0, help="progress goes there, as JSON lines"),
+]
+LogFile = Annotated[
+    str | None, typer.Option("--log", metavar="FILE", help="append a JSON object for each event")
+]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option("--time-limit", metavar="TIME", help="stop after 90s, 30m, 2h; the rest is left"),
+]
+AtError = Annotated[
+    OnError, typer.Option("--on-error", help="skip: the others go on; stop: begin nothing more")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be done")]
+Discard = Annotated[bool, typer.Option("--discard", help="flatten: then remove the .add-cow files")]
 
 
 @farm.command("ls")
@@ -76,16 +119,17 @@ def ls(
     from_file: FromFile = None,
     sort: Annotated[Key, typer.Option("--sort", help="the order of the lines")] = Key.name,
     reverse: Annotated[bool, typer.Option("--reverse", help="the other way round")] = False,
-    output: Annotated[Listing, typer.Option("--output", help="how to print")] = Listing.human,
+    output: HowToList = Listing.human,
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
 ) -> None:
     """List every overlay: what it stands on, how large it is, how much of it is local."""
+    from addcow_mp.cli.listing import PRINTERS, in_order
     from addcow_mp.farm.members import members
 
     found = members(_all_places(places, from_file), access_of(roots, allow_device, share=share))
-    _PRINTERS[output](_sorted(found, sort, reverse=reverse))
+    PRINTERS[output](in_order(found, sort, reverse=reverse))
 
 
 @farm.command("graph")
@@ -109,29 +153,160 @@ def graph(
 def check(
     places: Places = None,
     from_file: FromFile = None,
-    progress: ShowProgress = False,
+    bar: ShowBar = False,
+    progress: ProgressForm = None,
+    progress_fd: ProgressFd = None,
     quiet: Quiet = False,
     jobs: Jobs = None,
-    output: HowToPrint = Output.human,
+    output: HowToList = Listing.human,
     idle: Idle = False,
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
 ) -> None:
     """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
+    from addcow_mp.cli import verdicts
+    from addcow_mp.cli.progressing import counting
     from addcow_mp.cli.working import working
     from addcow_mp.device.moving import Manner
     from addcow_mp.farm.check import farm_check
 
     listed = _all_places(places, from_file)
     access = access_of(roots, allow_device, share=share)
-    with working(jobs, access, Manner(idle=idle), progress=progress and not quiet) as conduct:
-        report = farm_check(listed, conduct)
-    if output is Output.json:
-        _print_report_as_json(report)
-    else:
-        _print_report(report, quiet=quiet)
+    form = _form(bar, progress, quiet=quiet)
+    with (
+        working(jobs, access, Manner(idle=idle), progress=False) as conduct,
+        counting(form, progress_fd, conduct) as counted,
+    ):
+        report = farm_check(listed, counted)
+    verdicts.PRINTERS[output](report, quiet=quiet)
     raise typer.Exit(report.exit_code)
+
+
+@farm.command("plan")
+def plan(
+    operation: Annotated[Operation, typer.Argument(metavar="commit|flatten")],
+    places: Places = None,
+    from_file: FromFile = None,
+    discard: Discard = False,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToList = Listing.human,
+    force: Force = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
+) -> None:
+    """Say what a commit or flatten of every overlay would do, in which order, and what it needs."""
+    from addcow_mp.cli.farming import Wishes, carry_out
+
+    if discard and operation is Operation.commit:
+        raise typer.BadParameter("--discard is for flatten")
+    access = access_of(roots, allow_device, force=force)
+    wishes = Wishes(operation, output, discard=discard, dry_run=True, quiet=quiet, jobs=jobs)
+    carry_out(_all_places(places, from_file), access, wishes)
+
+
+@farm.command("commit")
+def commit(
+    places: Places = None,
+    from_file: FromFile = None,
+    dry_run: DryRun = False,
+    on_error: AtError = OnError.skip,
+    time_limit: TimeLimit = None,
+    bar: ShowBar = False,
+    progress: ProgressForm = None,
+    progress_fd: ProgressFd = None,
+    log: LogFile = None,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToList = Listing.human,
+    cache: Cache = CacheMode.writeback,
+    copy: CopyBy = CopyWay.auto,
+    sparse: Sparse = None,
+    rate: Rate = None,
+    idle: Idle = False,
+    force: Force = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
+) -> None:
+    """Commit every overlay into its backing file, the deepest chains first.
+
+    The same command run again does only what is left. Exit status: 0 all done, 1 some image was
+    refused or failed, 75 the time limit was reached.
+    """
+    from addcow_mp.cli.farming import Wishes, carry_out
+
+    access = access_of(roots, allow_device, cache=cache, force=force)
+    wishes = Wishes(
+        Operation.commit,
+        output,
+        dry_run=dry_run,
+        stops_at_error=on_error is OnError.stop,
+        time_limit=time_limit,
+        form=_form(bar, progress, quiet=quiet),
+        progress_fd=progress_fd,
+        log=log,
+        quiet=quiet,
+        jobs=jobs,
+        manner=manner_of(copy, cache, sparse, rate, idle=idle),
+    )
+    carry_out(_all_places(places, from_file), access, wishes)
+
+
+@farm.command("flatten")
+def flatten(
+    places: Places = None,
+    from_file: FromFile = None,
+    discard: Discard = False,
+    dry_run: DryRun = False,
+    on_error: AtError = OnError.skip,
+    time_limit: TimeLimit = None,
+    bar: ShowBar = False,
+    progress: ProgressForm = None,
+    progress_fd: ProgressFd = None,
+    log: LogFile = None,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToList = Listing.human,
+    cache: Cache = CacheMode.writeback,
+    copy: CopyBy = CopyWay.auto,
+    sparse: Sparse = None,
+    rate: Rate = None,
+    idle: Idle = False,
+    force: Force = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
+) -> None:
+    """Bring every cluster of every overlay into its image file, the deepest chains first.
+
+    The same command run again does only what is left. Exit status: 0 all done, 1 some image was
+    refused or failed, 75 the time limit was reached.
+    """
+    from addcow_mp.cli.farming import Wishes, carry_out
+
+    access = access_of(roots, allow_device, cache=cache, force=force)
+    wishes = Wishes(
+        Operation.flatten,
+        output,
+        discard=discard,
+        dry_run=dry_run,
+        stops_at_error=on_error is OnError.stop,
+        time_limit=time_limit,
+        form=_form(bar, progress, quiet=quiet),
+        progress_fd=progress_fd,
+        log=log,
+        quiet=quiet,
+        jobs=jobs,
+        manner=manner_of(copy, cache, sparse, rate, idle=idle),
+    )
+    carry_out(_all_places(places, from_file), access, wishes)
+
+
+def _form(bar: bool, progress: ProgressIn | None, *, quiet: bool) -> str | None:
+    """How progress is shown: as asked for, by -p for people; -q spares them."""
+    if progress is not None:
+        return progress.value
+    return "human" if bar and not quiet else None
 
 
 def _all_places(places: list[str] | None, from_file: str | None) -> list[str]:
@@ -154,126 +329,3 @@ def _lines_of(path: str) -> list[str]:
         with open(path, "rb") as file:
             content = file.read()
     return [os.fsdecode(line) for line in content.split(b"\n") if line]
-
-
-def _sorted(found: list[Member], key: Key, *, reverse: bool) -> list[Member]:
-    """In the order asked for; what has no such value is behind all that do, in either order."""
-    values = {id(one): _value(one, key) for one in found}
-    known = [one for one in found if values[id(one)] is not None]
-    known.sort(key=lambda one: values[id(one)], reverse=reverse)  # type: ignore[arg-type,return-value]
-    return known + [one for one in found if values[id(one)] is None]
-
-
-def _value(one: Member, key: Key) -> object:
-    values: dict[Key, object] = {
-        Key.name: one.filename,
-        Key.depth: one.depth,
-        Key.size: None if one.about is None else one.about.virtual_size,
-        Key.local: one.local_size,
-        Key.percent: one.percent_local,
-        Key.state: one.state,
-    }
-    return values[key]
-
-
-# Printing
-
-
-def describe(one: Member) -> dict[str, object]:
-    """The keys of one image, in qemu-img's manner."""
-    about = one.about
-    return {
-        "filename": one.filename,
-        "backing-filename": None if about is None else about.names.backing,
-        "full-backing-filename": None if about is None else about.full_backing,
-        "depth": one.depth,
-        "virtual-size": None if about is None else about.virtual_size,
-        "local-size": one.local_size,
-        "percent-local": None if one.percent_local is None else round(one.percent_local, 2),
-        "state": one.state,
-        **({} if one.problem is None else {"problem": str(one.problem)}),
-    }
-
-
-def _print_json(found: list[Member]) -> None:
-    import json
-
-    print(json.dumps({"images": [describe(one) for one in found]}, indent=4))
-
-
-def _print_jsonl(found: list[Member]) -> None:
-    import json
-
-    for one in found:
-        print(json.dumps(describe(one)))
-
-
-def _print_table(found: list[Member]) -> None:
-    from addcow_mp.cli.saying import one_line
-
-    print(f"{'Virtual size':>12}  {'Local':>10}  {'%':>5}  {'Depth':>5}  {'State':<15}  Image")
-    for one in found:
-        print(one_line(_row(one)))
-        if one.problem is not None:
-            print(f"{'':>12}  {one_line(str(one.problem))}")
-
-
-def _row(one: Member) -> str:
-    from addcow_mp.units import human_size
-
-    size = None if one.about is None else one.about.virtual_size
-    shown = ["?" if each is None else human_size(each) for each in (size, one.local_size)]
-    percent = "?" if one.percent_local is None else f"{one.percent_local:.1f}"
-    depth = "?" if one.depth is None else str(one.depth)
-    backing = one.about.names.backing if one.about is not None else None
-    over = f" over {backing}" if backing is not None else ""
-    columns = f"{shown[0]:>12}  {shown[1]:>10}  {percent:>5}  {depth:>5}  {one.state:<15}"
-    return f"{columns}  {one.filename}{over}"
-
-
-def _summary(report: FarmReport) -> dict[str, int]:
-    return {
-        "images": len(report.images),
-        "clean": report.count(0),
-        "corrupt": report.count(2),
-        "leaking": report.count(3),
-        "unexamined": report.count(1),
-        "graph-findings": len(report.graph),
-    }
-
-
-def _print_report_as_json(report: FarmReport) -> None:
-    import json
-
-    images = [
-        {
-            "filename": one.path,
-            "exit": one.exit_code,
-            "findings": [finding.as_json() for finding in one.findings],
-        }
-        for one in report.images
-    ]
-    graph = [finding.as_json() for finding in report.graph]
-    print(json.dumps({"images": images, "graph": graph, "summary": _summary(report)}, indent=4))
-
-
-def _print_report(report: FarmReport, *, quiet: bool) -> None:
-    """A line for each finding, in words that can be searched for, and one for all."""
-    from addcow_mp.cli.saying import one_line
-
-    for image in report.images:
-        for finding in image.findings:
-            told = f"{finding.severity.value.upper()} {finding.name}: {finding.message}"
-            print(one_line(f"{image.path}: {told}"))
-    for finding in report.graph:
-        print(one_line(f"{finding.severity.value.upper()} {finding.name}: {finding.message}"))
-    if not quiet:
-        counts = (f"{count} {word}" for word, count in _summary(report).items())
-        print(", ".join(counts).replace("-", " "))
-
-
-_PRINTERS = {
-    Listing.human: _print_table,
-    Listing.json: _print_json,
-    Listing.jsonl: _print_jsonl,
-}

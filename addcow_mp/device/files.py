@@ -108,9 +108,7 @@ class File:
     def free_space(self) -> int:
         """Bytes that can still be written to the file system of this file."""
         with self.doing("look at its file system"):
-            status = os.fstatvfs(self.fd)
-        blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
-        return blocks * status.f_frsize
+            return free_bytes(os.fstatvfs(self.fd))
 
     @property
     def block_size(self) -> int:
@@ -266,6 +264,12 @@ def identity_of(status: os.stat_result) -> tuple[int, int]:
     if stat.S_ISBLK(status.st_mode):
         return -1, status.st_rdev
     return status.st_dev, status.st_ino
+
+
+def free_bytes(status: os.statvfs_result) -> int:
+    """Bytes that we can still write to a file system of this ``status``."""
+    blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
+    return blocks * status.f_frsize
 
 
 def kind_of(mode: int) -> str:

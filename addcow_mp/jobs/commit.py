@@ -47,17 +47,21 @@ def commit(path: str, *, keep: bool = False, conduct: Conduct | None = None) -> 
     return report
 
 
-def foresee(path: str, conduct: Conduct) -> Prospect | None:
+def foresee(path: str, conduct: Conduct, *, receives: bool = False) -> Prospect | None:
     """What a commit of ``path`` would do; None when there is nothing to do.
 
-    Raises what the commit would be refused for.
+    ``receives`` says that there will be, since others are committed into it before. Raises what
+    the commit would be refused for.
     """
     with open_chain(path, FORESEEING, conduct.access) as overlay:
-        if overlay.backing is None or _is_done(overlay):
+        if overlay.backing is None or (_is_done(overlay) and not receives):
             return None
         movement = _movement(overlay, conduct, keep=False)
         target = movement.target.file
-        return Prospect(movement.weight, room(movement, conduct), target.path, target.identity[0])
+        device = target.status.st_dev
+        gives_back = overlay.image.file.status.st_dev == device
+        taken = room(movement, conduct)
+        return Prospect(movement.weight, taken, target.path, device, gives_back)
 
 
 def _is_done(overlay: Overlay) -> bool:

@@ -39,7 +39,7 @@ _BACKUP = re.compile(r"\.backup-\d+$")
 
 
 #: Dependants that an error names; a base may have thousands.
-MOST_LISTED = 20
+MOST_LISTED = 5
 
 _MEND = "commit or flatten them first, or use --force to change it under them"
 

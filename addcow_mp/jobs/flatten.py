@@ -52,11 +52,11 @@ def foresee(path: str, conduct: Conduct, *, discard: bool = False) -> Prospect |
             return None
         _refuse(overlay, conduct, discard=discard)
         if overlay.all_allocated:
-            return Prospect(0, Room(), image.path, image.identity[0])
+            return Prospect(0, Room(), image.path, image.status.st_dev)
         movement = _movement(overlay)
         taken, bits = room(movement, conduct), overlay.bitmap.hole_bytes()
         taken = Room(taken.peak + bits, taken.kept + bits, taken.freed)
-        return Prospect(movement.weight, taken, image.path, image.identity[0])
+        return Prospect(movement.weight, taken, image.path, image.status.st_dev)
 
 
 def _refuse(overlay: Overlay, conduct: Conduct, *, discard: bool) -> None:

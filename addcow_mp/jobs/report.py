@@ -46,12 +46,16 @@ class Conduct:
 
 @dataclass(frozen=True)
 class Prospect:
-    """What a job would do: about so many bytes to move, into ``target`` on ``device``."""
+    """What a job would do: about so many bytes to move, into ``target`` on ``device``.
+
+    ``gives_back`` says that what was moved is freed on that device.
+    """
 
     weight: int
     room: Room
     target: str
     device: int
+    gives_back: bool = False
 
 
 @dataclass

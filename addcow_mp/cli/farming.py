@@ -1,0 +1,91 @@
+"""Commit and flatten of a whole farm from the command line: planned, watched, and reported."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import typer
+
+from addcow_mp.cli.outcomes import PRINTERS
+from addcow_mp.cli.saying import warn
+from addcow_mp.cli.watching import watching
+from addcow_mp.cli.working import working
+from addcow_mp.device.access import Access
+from addcow_mp.device.moving import Manner
+from addcow_mp.errors import StoppedError, TimeLimitError
+from addcow_mp.farm.errand import Operation
+from addcow_mp.farm.plan import Plan, State, plan
+from addcow_mp.farm.work import carry_out as work
+from addcow_mp.jobs.report import Conduct
+from addcow_mp.units import parse_duration
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the options ask for; ``output`` and ``form`` are words of the command line."""
+
+    operation: str
+    output: str
+    discard: bool = False
+    dry_run: bool = False
+    stops_at_error: bool = False
+    time_limit: str | None = None
+    form: str | None = None
+    progress_fd: int | None = None
+    log: str | None = None
+    quiet: bool = False
+    jobs: int | None = None
+    manner: Manner = field(default_factory=Manner)
+
+
+def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
+    """Plan it, do it unless that is all, print what has become of each image, and exit."""
+    limit = _Limit(wishes.time_limit)
+    with working(wishes.jobs, access, wishes.manner, progress=False) as conduct:
+        bounded = replace(conduct, stopping=lambda: conduct.stopping() or limit.is_reached)
+        made = plan(places, Operation(wishes.operation), bounded, discard=wishes.discard)
+        if not wishes.dry_run:
+            _work(made, bounded, wishes)
+        PRINTERS[wishes.output](made, quiet=wishes.quiet)
+        if made.count(State.STOPPED) or made.count(State.LEFT):
+            _say_what_stopped_it(made, conduct, limit)
+    if not wishes.dry_run:
+        raise typer.Exit(1 if made.count(State.REFUSED) or made.count(State.FAILED) else 0)
+
+
+def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> None:
+    with watching(wishes.form, wishes.progress_fd, wishes.log, conduct.progress) as (watch, log):
+        log.write("farm-begun", operation=wishes.operation, images=len(made.steps))
+        try:
+            work(made, conduct, stops_at_error=wishes.stops_at_error, watch=watch)
+        finally:
+            counts = {str(state): made.count(state) for state in State if made.count(state)}
+            log.write("farm-ended", operation=wishes.operation, **counts)
+    for step in made.steps:
+        warn([] if step.report is None else step.report.warnings)
+
+
+class _Limit:
+    """The time from which on nothing more is begun; none without ``text``."""
+
+    def __init__(self, text: str | None) -> None:
+        self._end = None
+        if text is not None:
+            self._end = time.monotonic() + parse_duration(text, "--time-limit")
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether it is over."""
+        return self._end is not None and time.monotonic() >= self._end
+
+
+def _say_what_stopped_it(made: Plan, conduct: Conduct, limit: _Limit) -> None:
+    """Raise unless an error was what stopped it: that has been told."""
+    left = made.count(State.STOPPED) + made.count(State.LEFT)
+    named = f"{left} of {len(made.steps)} images left"
+    if conduct.stopping():
+        raise StoppedError(path=named)
+    if limit.is_reached:
+        told = "the time limit was reached; what was finished is kept, the same command goes on"
+        raise TimeLimitError(message=f"{named}: {told} from there")

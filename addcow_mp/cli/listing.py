@@ -1,0 +1,82 @@
+"""The list of a farm's overlays: sorted, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from addcow_mp.cli.saying import one_line
+from addcow_mp.farm.members import Member
+from addcow_mp.units import human_size
+
+
+def in_order(found: list[Member], key: str, *, reverse: bool) -> list[Member]:
+    """In the order asked for; what has no such value is behind all that do, in either order."""
+    values = {id(one): _value(one, key) for one in found}
+    known = [one for one in found if values[id(one)] is not None]
+    known.sort(key=lambda one: values[id(one)], reverse=reverse)  # type: ignore[arg-type,return-value]
+    return known + [one for one in found if values[id(one)] is None]
+
+
+def _value(one: Member, key: str) -> object:
+    values: dict[str, object] = {
+        "name": one.filename,
+        "depth": one.depth,
+        "size": None if one.about is None else one.about.virtual_size,
+        "local": one.local_size,
+        "percent": one.percent_local,
+        "state": one.state,
+    }
+    return values[key]
+
+
+def describe(one: Member) -> dict[str, object]:
+    """The keys of one image, in qemu-img's manner."""
+    about = one.about
+    return {
+        "filename": one.filename,
+        "backing-filename": None if about is None else about.names.backing,
+        "full-backing-filename": None if about is None else about.full_backing,
+        "depth": one.depth,
+        "virtual-size": None if about is None else about.virtual_size,
+        "local-size": one.local_size,
+        "percent-local": None if one.percent_local is None else round(one.percent_local, 2),
+        "state": one.state,
+        **({} if one.problem is None else {"problem": str(one.problem)}),
+    }
+
+
+def _print_json(found: list[Member]) -> None:
+    print(json.dumps({"images": [describe(one) for one in found]}, indent=4))
+
+
+def _print_jsonl(found: list[Member]) -> None:
+    for one in found:
+        print(json.dumps(describe(one)))
+
+
+def _print_table(found: list[Member]) -> None:
+    print(f"{'Virtual size':>12}  {'Local':>10}  {'%':>5}  {'Depth':>5}  {'State':<15}  Image")
+    for one in found:
+        print(one_line(_row(one)))
+        if one.problem is not None:
+            print(f"{'':>12}  {one_line(str(one.problem))}")
+
+
+def _row(one: Member) -> str:
+    size = None if one.about is None else one.about.virtual_size
+    shown = ["?" if each is None else human_size(each) for each in (size, one.local_size)]
+    percent = "?" if one.percent_local is None else f"{one.percent_local:.1f}"
+    depth = "?" if one.depth is None else str(one.depth)
+    backing = one.about.names.backing if one.about is not None else None
+    over = f" over {backing}" if backing is not None else ""
+    columns = f"{shown[0]:>12}  {shown[1]:>10}  {percent:>5}  {depth:>5}  {one.state:<15}"
+    return f"{columns}  {one.filename}{over}"
+
+
+#: How to print, by the word for it on the command line.
+PRINTERS: dict[str, Callable[[list[Member]], None]] = {
+    "human": _print_table,
+    "json": _print_json,
+    "jsonl": _print_jsonl,
+}

@@ -1,0 +1,60 @@
+"""The report of a farm's check: for people, findings in words that can be searched for."""
+
+from __future__ import annotations
+
+import json
+
+from addcow_mp.cli.saying import one_line
+from addcow_mp.farm.check import Checked, FarmReport
+
+
+def _summary(report: FarmReport) -> dict[str, int]:
+    return {
+        "images": len(report.images),
+        "clean": report.count(0),
+        "corrupt": report.count(2),
+        "leaking": report.count(3),
+        "unexamined": report.count(1),
+        "graph-findings": len(report.graph),
+    }
+
+
+def _image(one: Checked) -> dict[str, object]:
+    findings = [finding.as_json() for finding in one.findings]
+    return {"filename": one.path, "exit": one.exit_code, "findings": findings}
+
+
+def _whole(report: FarmReport) -> dict[str, object]:
+    """What is said of the farm, and of no image by itself."""
+    graph = [finding.as_json() for finding in report.graph]
+    return {"graph": graph, "summary": _summary(report)}
+
+
+def print_json(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001 - all print in one manner
+    """Print one document."""
+    images = [_image(one) for one in report.images]
+    print(json.dumps({"images": images, **_whole(report)}, indent=4))
+
+
+def print_jsonl(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001
+    """Print a line for each image, and one for the farm as a whole."""
+    for one in report.images:
+        print(json.dumps(_image(one)))
+    print(json.dumps(_whole(report)))
+
+
+def print_lines(report: FarmReport, *, quiet: bool) -> None:
+    """A line for each finding, in words that can be searched for, and one for all."""
+    for image in report.images:
+        for finding in image.findings:
+            told = f"{finding.severity.value.upper()} {finding.name}: {finding.message}"
+            print(one_line(f"{image.path}: {told}"))
+    for finding in report.graph:
+        print(one_line(f"{finding.severity.value.upper()} {finding.name}: {finding.message}"))
+    if not quiet:
+        counts = (f"{count} {word}" for word, count in _summary(report).items())
+        print(", ".join(counts).replace("-", " "))
+
+
+#: How to print, by the word for it on the command line.
+PRINTERS = {"human": print_lines, "json": print_json, "jsonl": print_jsonl}

@@ -1,0 +1,103 @@
+"""How work on a farm is watched: a log with one line an event, and progress.
+
+A full disk under the log is told once and never ends the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from addcow_mp.cli.outcomes import describe
+from addcow_mp.cli.progressing import Show, shown
+from addcow_mp.cli.saying import warn
+from addcow_mp.device.files import cannot_open
+from addcow_mp.farm.plan import State, Step
+from addcow_mp.farm.tally import Tally
+from addcow_mp.farm.work import Watch
+
+if TYPE_CHECKING:
+    from addcow_mp.engine.run import Progress
+
+
+class Watching(Watch):
+    """Shows and logs what happens. ``conducted`` is how a single job tells its progress."""
+
+    def __init__(self, show: Show, log: Log, conducted: Progress) -> None:
+        self._show = show
+        self._log = log
+        self._conducted = conducted
+
+    def begun(self, step: Step) -> None:
+        """Log it."""
+        self._log.write("image-begun", filename=step.path, operation=step.errand.operation)
+
+    def ended(self, step: Step) -> None:
+        """Log what became of an image."""
+        self._log.write(f"image-{_EVENTS[step.state]}", **describe(step))
+
+    def progress(self, tally: Tally) -> None:
+        """Show it, also to whoever asks by signal."""
+        self._show(tally)
+        self._conducted(tally.bytes_done, tally.bytes)
+
+
+_EVENTS = {
+    State.IDLE: "idle",
+    State.REFUSED: "refused",
+    State.DONE: "done",
+    State.FAILED: "failed",
+    State.STOPPED: "stopped",
+    State.LEFT: "left",
+}
+
+
+# The log
+
+
+class Log:
+    """A file with one JSON object a line, each appended at once; None is no log."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._fd: int | None = None
+        if path is not None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            try:
+                self._fd = os.open(path, flags, 0o644)
+            except (OSError, ValueError) as error:
+                raise cannot_open(path, "write the log there", error) from error
+
+    def write(self, event: str, **about: object) -> None:
+        """Append one event."""
+        if self._fd is None:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "event": event, **about}) + "\n"
+        try:
+            os.write(self._fd, line.encode())
+        except OSError as error:
+            self.close()
+            warn([f"{self._path}: cannot write the log any more: {error.strerror}"])
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+@contextmanager
+def watching(
+    form: str | None, fd: int | None, log: str | None, conducted: Progress
+) -> Iterator[tuple[Watching, Log]]:
+    """A watch with progress in ``form`` on descriptor ``fd``, by default stderr, and a log."""
+    with ExitStack() as opened:
+        journal = Log(log)
+        opened.callback(journal.close)
+        show = opened.enter_context(shown(form, fd))
+        yield Watching(show, journal, conducted), journal

@@ -1,0 +1,51 @@
+"""An errand: one image, and what shall be done with it. Whoever runs it runs the image's own job.
+
+The farm adds nothing to what commit and flatten do, and takes nothing away: each image is opened,
+locked, refused or worked on by its own job, with its own checkpoints. What the farm knows already,
+the overlays around the image, travels with the errand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from addcow_mp.jobs import commit, flatten
+from addcow_mp.jobs.dependants import Surroundings
+from addcow_mp.jobs.report import Conduct, Prospect, Report
+
+
+class Operation(StrEnum):
+    """What is done with each image."""
+
+    COMMIT = "commit"
+    FLATTEN = "flatten"
+
+
+@dataclass(frozen=True)
+class Errand:
+    """``operation`` on the overlay at ``path``; ``discard`` is flatten's.
+
+    ``receives``: before it, clusters will be committed into this overlay, so that there is
+    something to do although nothing in it is local yet.
+    """
+
+    path: str
+    operation: Operation
+    around: Surroundings
+    discard: bool = False
+    receives: bool = False
+
+    def foresee(self, conduct: Conduct) -> Prospect | None:
+        """What it would do, None for nothing. Raises what it would be refused for."""
+        conduct = replace(conduct, around=self.around)
+        if self.operation is Operation.FLATTEN:
+            return flatten.foresee(self.path, conduct, discard=self.discard)
+        return commit.foresee(self.path, conduct, receives=self.receives)
+
+    def run(self, conduct: Conduct) -> Report:
+        """Do it. Raises :class:`AddcowError`."""
+        conduct = replace(conduct, around=self.around)
+        if self.operation is Operation.FLATTEN:
+            return flatten.flatten(self.path, discard=self.discard, conduct=conduct)
+        return commit.commit(self.path, conduct=conduct)

@@ -1,0 +1,154 @@
+"""Neighbours: the overlays around the files of a farm, kept up to date while the farm is changed.
+
+A job on one image looks through the directories of its files, and beneath the roots, for other
+overlays that need what it will change. For ten thousand images that would be done ten thousand
+times: here it is done once, and each job is handed those overlays that name a file of its own.
+A farm's jobs may take hours. A directory whose time of change is another than when it was looked
+through is looked through again, so that an overlay that somebody creates meanwhile counts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from addcow_mp.device.access import Access, pseudo_devices
+from addcow_mp.errors import ImageError
+from addcow_mp.jobs.dependants import Identity, Named, Surroundings, named_by
+
+#: More that name one file are not handed on: one is enough for a refusal, these for its words.
+MOST_TOLD = 8
+
+
+class Neighbours:
+    """All overlays in ``paths``, in the directories of the files they name, and beneath roots."""
+
+    def __init__(self, paths: Iterable[str], access: Access) -> None:
+        self._users: defaultdict[Identity, list[Named]] = defaultdict(list)
+        self._overlays: dict[Identity, Named] = {}
+        self._meanings: set[tuple[Identity, Identity | None, Identity | None]] = set()
+        self._unread: list[str] = []
+        self._known: set[str] = set()
+        self._homes: dict[str, str] = {}
+        #: When each directory was changed last, as it was looked through.
+        self._changed: dict[str, int] = {}
+        self._deep: set[str] = set()
+        for path in paths:
+            self._look_at(path)
+        #: The overlays among ``paths``, in that order, each file once.
+        self.farm = list(self._overlays.values())
+        for root in access.roots:
+            self._look_through(os.path.realpath(root), deep=True)
+        for directory in sorted(set(self._directories())):
+            self._look_through(directory, deep=directory in self._deep)
+
+    def below(self, named: Named) -> Named | None:
+        """The overlay that is the backing file of ``named``, if it is one."""
+        return None if named.backing is None else self._overlays.get(named.backing)
+
+    def around(self, named: Named, *, as_backing: bool) -> Surroundings:
+        """The overlays that name a file of ``named``: those that a job on it would find.
+
+        ``as_backing`` says that its backing file is changed too, not only its own files.
+        """
+        own = [named.identity, named.image]
+        below = self.below(named)
+        changed = [*own, named.backing, None if below is None else below.image]
+        files = {file for file in (changed if as_backing else own) if file is not None}
+        users = {id(one): one for file in files for one in self._foremost(file)}
+        return Surroundings(tuple(users.values()), tuple(self._unread[:1]))
+
+    def _foremost(self, file: Identity) -> list[Named]:
+        """Overlays that name ``file``; those before all that take it for their image file."""
+        return sorted(self._users[file], key=lambda one: one.image != file)[:MOST_TOLD]
+
+    def look_again(self) -> None:
+        """Take note of overlays that are new in a directory that was changed."""
+        for directory, changed in list(self._changed.items()):
+            try:
+                same = os.stat(directory).st_mtime_ns == changed
+            except OSError:
+                same = True  # it is gone, and what was in it: that can only do less harm
+            if not same:
+                del self._changed[directory]
+                self._look_through(directory, deep=directory in self._deep)
+
+    # Directories
+
+    def _directories(self) -> Iterator[str]:
+        """Those of all files of the chains, as far down as they can be followed."""
+        waiting, followed = list(self.farm), {one.identity for one in self.farm}
+        while waiting:
+            one = waiting.pop()
+            for path in (one.path, one.image_path, one.backing_path):
+                if path is not None:
+                    yield self._home(path)
+                    if os.path.islink(path):  # others may lie beside the file itself
+                        yield os.path.dirname(os.path.realpath(path))
+            if one.backing is not None and one.backing not in followed:
+                followed.add(one.backing)
+                below = named_by(one.backing_path or "")
+                waiting += [] if below is None else [below]
+
+    def _home(self, path: str) -> str:
+        """The directory of ``path`` without links on the way."""
+        directory = os.path.dirname(path)
+        home = self._homes.get(directory)
+        if home is None:
+            home = self._homes[directory] = os.path.realpath(directory)
+        return home
+
+    def _look_through(self, directory: str, *, deep: bool) -> None:
+        waiting = [directory]
+        while waiting:
+            here = waiting.pop()
+            try:
+                waiting += self._entries(here, deep=deep)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                problem = f"cannot look for overlays there: {error.strerror}"
+                raise ImageError(path=here, problem=problem) from error
+
+    def _entries(self, here: str, *, deep: bool) -> list[str]:
+        """Look at the files of one directory; returns those below it if they count."""
+        status = os.stat(here)
+        if here in self._changed or status.st_dev in pseudo_devices():
+            return []
+        self._changed[here] = status.st_mtime_ns
+        below = []
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if _is_file(entry):
+                    self._look_at(entry.path)
+                elif deep and entry.is_dir(follow_symlinks=False):
+                    below.append(entry.path)
+        self._deep |= {here} if deep else set()
+        return below
+
+    # Files
+
+    def _look_at(self, path: str) -> None:
+        """Take note of the file at ``path``, once."""
+        real = f"{self._home(path)}/{os.path.basename(path)}"
+        if real in self._known:
+            return
+        self._known.add(real)
+        one = named_by(path, self._unread)
+        if one is None:
+            return
+        # Under another name elsewhere, the same file may name other files: then it is another.
+        meaning = (one.identity, one.image, one.backing)
+        if meaning not in self._meanings:
+            self._meanings.add(meaning)
+            self._overlays.setdefault(one.identity, one)
+            for file in filter(None, {one.image, one.backing}):
+                self._users[file].append(one)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False  # a link that leads in circles
