@@ -320,6 +320,16 @@ def test_a_header_cut_short_is_not_overlooked(farm: Path) -> None:
     assert images(".", cwd=farm)["./one.add-cow"]["state"] == "damaged"
 
 
+def test_what_a_repair_kept_is_no_image_of_the_farm(farm: Path) -> None:
+    put(farm / "one.add-cow", CLUSTER, b"\xff")
+    assert addcow("check", "-r", "all", "one.add-cow", cwd=farm).status == 0
+    assert (farm / "one.add-cow.backup-1").exists()
+    assert checked(".", cwd=farm, status=0)["summary"]["images"] == 3
+    assert len(images(".", cwd=farm)) == 3
+    (farm / "one.add-cow").unlink()  # then it is all that is left
+    assert "./one.add-cow.backup-1" in images(".", cwd=farm)
+
+
 def test_findings_are_lines_with_the_name_of_the_image(farm: Path) -> None:
     draw(farm / "leaky.add-cow", "X-y-", "base.img")
     result = addcow("farm", "check", ".", cwd=farm)

@@ -21,6 +21,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from bitarray import bitarray
 
@@ -111,12 +112,16 @@ class Mover:
     moved: dict[Way, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self._cannot: set[tuple[Way, int]] = set()
         self._preallocates = filesystem_of(self.target) == "ext4"
         self._block = self.target.block_size
         self._direct: dict[int, int] = {}
         self._views: dict[int, memoryview] = {}
+
+    @cached_property
+    def buffer(self) -> memoryview:
+        """What is read and written through; made when it is needed first."""
+        return memoryview(bytearray(BUFFER_SIZE))
 
     def move(self, source: File, start: int, stop: int) -> None:
         """Move ``[start, stop)`` from ``source``. Raises :class:`FileError`."""

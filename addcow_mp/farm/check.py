@@ -21,7 +21,7 @@ from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
 from addcow_mp.errors import BeginsAnewError
 from addcow_mp.farm.glance import Glance, LookCloserError
-from addcow_mp.farm.places import files_of
+from addcow_mp.farm.places import files_of, without_backups
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.dependants import Identity, Named, named_by
 from addcow_mp.jobs.findings import CheckReport, Finding, Severity
@@ -118,8 +118,10 @@ def farm_check(places: Iterable[str], conduct: Conduct | None = None) -> FarmRep
     conduct = conduct or Conduct()
     paths, access = files_of(places, conduct.access)
     found = list(each_once(_checked(paths, access, conduct)))
-    graph = list(graph_findings([one.named for one in found if one.named is not None]))
-    return FarmReport(found, graph)
+    named = without_backups(one.named for one in found if one.named is not None)
+    counted = {one.path for one in named}
+    found = [one for one in found if one.named is None or one.path in counted]
+    return FarmReport(found, list(graph_findings(named)))
 
 
 def each_once(found: Iterable[Checked]) -> Iterator[Checked]:

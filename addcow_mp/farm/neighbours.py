@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from addcow_mp.device.access import Access, pseudo_devices
 from addcow_mp.errors import ImageError
+from addcow_mp.farm.places import without_backups
 from addcow_mp.jobs.dependants import Identity, Named, Surroundings, named_by
 
 #: More that name one file are not handed on: one is enough for a refusal, these for its words.
@@ -37,7 +38,7 @@ class Neighbours:
         for path in paths:
             self._look_at(path)
         #: The overlays among ``paths``, in that order, each file once.
-        self.farm = list(self._overlays.values())
+        self.farm = without_backups(self._overlays.values())
         for root in access.roots:
             self._look_through(os.path.realpath(root), deep=True)
         for directory in sorted(set(self._directories())):
@@ -52,16 +53,14 @@ class Neighbours:
 
         ``as_backing`` says that its backing file is changed too, not only its own files.
         """
-        own = [named.identity, named.image]
-        below = self.below(named)
-        changed = [*own, named.backing, None if below is None else below.image]
-        files = {file for file in (changed if as_backing else own) if file is not None}
-        users = {id(one): one for file in files for one in self._foremost(file)}
-        return Surroundings(tuple(users.values()), tuple(self._unread[:1]))
-
-    def _foremost(self, file: Identity) -> list[Named]:
-        """Overlays that name ``file``; those before all that take it for their image file."""
-        return sorted(self._users[file], key=lambda one: one.image != file)[:MOST_TOLD]
+        below = self.below(named) if as_backing else None
+        others = (named.backing, None if below is None else below.image)
+        changed = (named.image, *(others if as_backing else (named.identity,)))
+        files = {file for file in changed if file is not None}
+        users = {id(one): one for file in files for one in self._users[file] if one is not named}
+        # An image file that is shared is refused always: those who share one come first.
+        told = sorted(users.values(), key=lambda one: one.image not in files)[:MOST_TOLD]
+        return Surroundings(tuple(told), len(users) - len(told), tuple(self._unread[:1]))
 
     def look_again(self) -> None:
         """Take note of overlays that are new in a directory that was changed."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from addcow_mp.device.access import Access
 from addcow_mp.errors import ImageError
-from addcow_mp.jobs.dependants import Identity, Named, files_in, named_by
+from addcow_mp.jobs.dependants import BACKUP, Identity, Named, files_in, named_by
 
 
 def files_of(places: Iterable[str], access: Access) -> tuple[list[str], Access]:
@@ -50,4 +50,17 @@ def overlays_of(paths: Iterable[str]) -> list[Named]:
         one = named_by(path)
         if one is not None:
             found.setdefault(one.identity, one)
-    return list(found.values())
+    return without_backups(found.values())
+
+
+def without_backups(found: Iterable[Named]) -> list[Named]:
+    """``found`` without what a repair kept of an overlay beside it: that is no image of its own."""
+    by_path = {one.path: one for one in found}
+    return [one for one in by_path.values() if not _is_backup(one, by_path)]
+
+
+def _is_backup(one: Named, by_path: dict[str, Named]) -> bool:
+    if not BACKUP.search(one.path):
+        return False
+    original = by_path.get(BACKUP.sub("", one.path))
+    return original is not None and original.image == one.image

@@ -35,11 +35,8 @@ from addcow_mp.format.names import path_combine, path_has_protocol, read_string
 Identity = tuple[int, int]
 
 #: What `check -r` appends to the name of an overlay whose header and bitmap it keeps.
-_BACKUP = re.compile(r"\.backup-\d+$")
+BACKUP = re.compile(r"\.backup-\d+$")
 
-
-#: Dependants that an error names; a base may have thousands.
-MOST_LISTED = 5
 
 _MEND = "commit or flatten them first, or use --force to change it under them"
 
@@ -58,9 +55,13 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The overlays around the files of a job, and files that may be ones but cannot be read."""
+    """The overlays around the files of a job, and files that may be ones but cannot be read.
+
+    ``more`` of them are left out, since these are enough for a refusal.
+    """
 
     overlays: tuple[Named, ...] = ()
+    more: int = 0
     unread: tuple[str, ...] = ()
 
 
@@ -95,7 +96,7 @@ def refuse_dependants(
         if dependants and not access.force:
             raise DependantsError(
                 path=file.path,
-                dependants=_listed(dependants),
+                dependants=_listed(dependants, around.more),
                 mend=mend,
             )
 
@@ -104,12 +105,11 @@ def _around(overlay: Overlay, access: Access) -> Surroundings:
     near = [file.path for file in (*overlay.files(), *(one.cow for one in _members(overlay)))]
     unread: list[str] = []
     found = overlays_near(near, access.roots, unread)
-    return Surroundings(tuple(found), tuple(unread))
+    return Surroundings(tuple(found), unread=tuple(unread))
 
 
-def _listed(paths: list[str]) -> str:
-    named = sorted(paths)
-    return ", ".join(named[:MOST_LISTED]) + (" and more" if len(named) > MOST_LISTED else "")
+def _listed(paths: list[str], more: int = 0) -> str:
+    return ", ".join(sorted(paths)) + (f" and {more} more" if more else "")
 
 
 def refuse_shared_images(overlay: Overlay, access: Access) -> None:
@@ -126,7 +126,7 @@ def _is_member(one: Named, members: dict[Identity, Overlay]) -> bool:
     # Under another name elsewhere, the same file may name other files: then it is another.
     if one.identity in members and one.image == members[one.identity].image.file.identity:
         return True
-    original = _BACKUP.sub("", one.path)
+    original = BACKUP.sub("", one.path)
     return original != one.path and any(
         os.path.realpath(member.path) == original and member.image.file.identity == one.image
         for member in members.values()
