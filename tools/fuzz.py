@@ -13,7 +13,8 @@ A scene is *examined* by running every reading command on it, inside this proces
 - nothing outside the directory is opened: an audit hook sees what Python opens, an inotify
   watch on a directory beside it sees what the kernel opens by any way;
 - no file is changed, no command takes long, and none takes much memory;
-- what convert wrote is what the independent reader says, and it accepts what convert does.
+- what convert wrote is what the independent reader says, and it accepts what convert does;
+- the farm's check says of each image what the check of that image alone says.
 
 The search runs in a process of its own, and the scene at work is written down first: what
 kills that process (a signal, a hang in C code, the memory limit) is a find as well.
@@ -89,6 +90,12 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("check", "--output", "json", "{box}/top.add-cow"),
     ("io", "-r", "-c", "read 0 4k", "-c", "read -v 1k 64", "-c", "map", "{box}/top.add-cow"),
     ("convert", "-O", "raw", "--jobs", "0", "{box}/top.add-cow", "{out}/new.raw"),
+    ("farm", "ls", "--output", "json", "{box}"),
+    ("farm", "graph", "{box}"),
+    ("farm", "graph", "--output", "json", "{box}"),
+    ("farm", "plan", "commit", "--jobs", "0", "--output", "json", "{box}"),
+    ("farm", "plan", "flatten", "--discard", "--jobs", "0", "--output", "json", "{box}"),
+    ("farm", "check", "--jobs", "0", "--output", "json", "{box}"),
 )
 
 
@@ -191,10 +198,18 @@ class _Guard:
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.active and event == "open" and isinstance(arguments[0], str | bytes):
             self.active = False  # what this looks up is its own business
-            path = os.path.realpath(os.fsdecode(arguments[0]))
+            path = _led_to(os.fsdecode(arguments[0]), arguments[2])
             if not f"{path}/".startswith(self.allowed) and not _KERNELS.fullmatch(path):
                 self.met.append(path)
             self.active = True
+
+
+def _led_to(path: str, flags: int) -> str:
+    """What such an opening would open; a link at the end is not followed by all of them."""
+    if flags & os.O_NOFOLLOW:
+        directory, name = os.path.split(path)
+        return os.path.join(os.path.realpath(directory), name)
+    return os.path.realpath(path)
 
 
 #: Where the holder of a lock is looked for, and what kind of file system there is.
@@ -284,14 +299,25 @@ def _examine(command: list[str], places: dict[str, str], watch: Watch) -> str | 
         return f"it took more than {PATIENCE} seconds"
     except BaseException as error:
         return f"it raised {type(error).__name__}: {error}"
-    opened = _guard.met + [event.path for event in watch.events()]
+    opened = set(_guard.met + [event.path for event in watch.events()])
+    if command[0] == "farm":
+        # A link in a place that the user named is a file of that place, wherever it leads.
+        opened -= set(_linked(places["box"]))
     if opened:
-        return f"it opened {opened[0]}, which lies outside"
+        return f"it opened {min(opened)}, which lies outside"
     if _fingerprint(places["box"]) != before:
         return "a file was changed"
     if _peak() - memory > MEMORY:
         return f"it took {(_peak() - memory) // MiB} MiB of memory"
     return _judge(command, outcome, places)
+
+
+def _linked(box: str) -> Iterator[str]:
+    """The files that links in the box lead to, but those of the kernel."""
+    for entry in os.scandir(box):
+        path = os.path.realpath(entry.path)
+        if entry.is_symlink() and os.path.isfile(path) and not path.startswith(("/proc", "/sys")):
+            yield path
 
 
 def _fingerprint(box: str) -> list[tuple[object, ...]]:
@@ -330,7 +356,22 @@ def _judge(command: list[str], outcome: Outcome, places: dict[str, str]) -> str 
             json.loads(outcome.out)
         except ValueError as error:
             return f"its JSON is none: {error}"
-    return _compare(command, outcome, places) if command[0] == "convert" else None
+    judge = {"convert": _compare, "farm check": _compare_checks}
+    verb = " ".join(command[: 1 + (command[0] == "farm")])
+    return judge[verb](command, outcome, places) if verb in judge else None
+
+
+def _compare_checks(_: list[str], outcome: Outcome, places: dict[str, str]) -> str | None:
+    if outcome.status == 1 and not outcome.out:
+        return None
+    for image in json.loads(outcome.out)["images"]:
+        with _limited(places["box"], places["out"]):
+            words = ("--root", places["box"], "--output", "json", image["filename"])
+            alone = run(("check", *words))
+        findings = json.loads(alone.out)["findings"] if alone.out else []
+        if (image["exit"], image["findings"]) != (alone.status, findings):
+            return f"of {image['filename']} it says {image}, alone {alone.status}: {findings}"
+    return None
 
 
 def _is_told(line: str, verb: str) -> bool:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from addcow_mp.device.access import Access, pseudo_devices
 from addcow_mp.errors import ImageError
 from addcow_mp.farm.places import without_backups
-from addcow_mp.jobs.dependants import Identity, Named, Surroundings, named_by
+from addcow_mp.jobs.dependants import Identity, Named, Surroundings, is_file, named_by
 
 #: More that name one file are not handed on: one is enough for a refusal, these for its words.
 MOST_TOLD = 8
@@ -26,6 +27,7 @@ class Neighbours:
     """All overlays in ``paths``, in the directories of the files they name, and beneath roots."""
 
     def __init__(self, paths: Iterable[str], access: Access) -> None:
+        self._roots = tuple(map(os.path.realpath, access.roots))
         self._users: defaultdict[Identity, list[Named]] = defaultdict(list)
         self._overlays: dict[Identity, Named] = {}
         self._meanings: set[tuple[Identity, Identity | None, Identity | None]] = set()
@@ -39,8 +41,8 @@ class Neighbours:
             self._look_at(path)
         #: The overlays among ``paths``, in that order, each file once.
         self.farm = without_backups(self._overlays.values())
-        for root in access.roots:
-            self._look_through(os.path.realpath(root), deep=True)
+        for root in self._roots:
+            self._look_through(root, deep=True)
         for directory in sorted(set(self._directories())):
             self._look_through(directory, deep=directory in self._deep)
 
@@ -76,19 +78,30 @@ class Neighbours:
     # Directories
 
     def _directories(self) -> Iterator[str]:
-        """Those of all files of the chains, as far down as they can be followed."""
-        waiting, followed = list(self.farm), {one.identity for one in self.farm}
+        """Those of all files of the chains, as far down as names may lead."""
+        waiting = [(one, self._home(one.path)) for one in self.farm]
+        followed = {one.identity for one in self.farm}
         while waiting:
-            one = waiting.pop()
+            one, top = waiting.pop()
             for path in (one.path, one.image_path, one.backing_path):
                 if path is not None:
-                    yield self._home(path)
-                    if os.path.islink(path):  # others may lie beside the file itself
-                        yield os.path.dirname(os.path.realpath(path))
-            if one.backing is not None and one.backing not in followed:
+                    yield from filter(partial(self._may_lead, top), self._homes_of(path))
+            below = one.backing_path
+            if below is not None and one.backing is not None and one.backing not in followed:
                 followed.add(one.backing)
-                below = named_by(one.backing_path or "")
-                waiting += [] if below is None else [below]
+                real = os.path.realpath(below)
+                named = named_by(below) if self._may_lead(top, os.path.dirname(real)) else None
+                waiting += [] if named is None else [(named, top)]
+
+    def _homes_of(self, path: str) -> list[str]:
+        """The directory of ``path``, and if that is a link also the one of the file itself."""
+        real = [os.path.dirname(os.path.realpath(path))] if os.path.islink(path) else []
+        return [self._home(path), *real]
+
+    def _may_lead(self, top: str, directory: str) -> bool:
+        """Whether names inside the overlay in ``top``, and below it, may lead to ``directory``."""
+        here = directory.rstrip("/") + "/"
+        return any(here.startswith(root.rstrip("/") + "/") for root in (top, *self._roots))
 
     def _home(self, path: str) -> str:
         """The directory of ``path`` without links on the way."""
@@ -119,7 +132,7 @@ class Neighbours:
         below = []
         with os.scandir(here) as entries:
             for entry in entries:
-                if _is_file(entry):
+                if is_file(entry):
                     self._look_at(entry.path)
                 elif deep and entry.is_dir(follow_symlinks=False):
                     below.append(entry.path)
@@ -144,10 +157,3 @@ class Neighbours:
             self._overlays.setdefault(one.identity, one)
             for file in filter(None, {one.image, one.backing}):
                 self._users[file].append(one)
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:
-        return False  # a link that leads in circles

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -182,7 +183,7 @@ def files_in(directory: str, *, deep: bool) -> Iterator[str]:
                 continue
             with os.scandir(here) as entries:
                 for entry in entries:
-                    if _is_file(entry):
+                    if is_file(entry):
                         yield entry.path
                     elif deep and entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
@@ -194,9 +195,13 @@ def files_in(directory: str, *, deep: bool) -> Iterator[str]:
             ) from error
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether ``entry`` is a regular file, or a link to one, and not one of the kernel's own."""
     try:
-        return entry.is_file()
+        if not entry.is_symlink():
+            return entry.is_file()
+        status = entry.stat()
+        return stat.S_ISREG(status.st_mode) and status.st_dev not in pseudo_devices()
     except OSError:
         return False  # a link that leads in circles
 
