@@ -29,6 +29,7 @@ from bench_files import (
     remove,
     same,
     tool,
+    write_many_qcow2,
     write_overlay,
     write_qcow2,
     write_raw,
@@ -367,6 +368,39 @@ def _sparse(here: Path, _: int) -> list[Contender]:
     return [huge, small]
 
 
+# ---- farms ----
+
+#: The whole farm's images, at full scale.
+IMAGES = 10_000
+FULL = 4 * GiB
+
+
+def _farm_files(images: int) -> Build:
+    """A farm of small overlays, and as many of qcow2 over one base."""
+
+    def build(here: Path, total: int) -> None:
+        count = max(1, images * total // FULL)
+        options = ("--images", str(count), "--seed", "1", "--no-faults")
+        tool(sys.executable, Path(__file__).parent / "mkfarm.py", here / "farm", *options)
+        write_raw(here / "base.raw", MiB, [(0, 64 * KiB)], OLD)
+        write_many_qcow2(here, "base.raw", count)
+
+    return build
+
+
+def _farm_check(here: Path, _: int) -> list[Contender]:
+    each = ("qemu-img", "check", "-q")
+    peer = ("xargs", "-a", "images", f"-P{PROCESSES}", "-n1", *each)
+    return [
+        addcow("farm", "check", "farm", cwd=here),
+        command(*peer, cwd=here, name="xargs qemu-img check"),
+    ]
+
+
+def _farm_case(name: str, title: str, target: float) -> Case:
+    return Case(name=name, title=title, contenders=_farm_check, target=target)
+
+
 # ---- all of them ----
 
 START = Case(
@@ -435,6 +469,16 @@ SPARSE = Case(
 #: Room: the files that are built, and one result at a time.
 STAGES = (
     Stage(build=_small_files, cases=(START,), room=0),
+    Stage(
+        build=_farm_files(IMAGES),
+        cases=(_farm_case("farm-check", "farm check of 10,000 overlays", 30.0),),
+        room=0.5,
+    ),
+    Stage(
+        build=_farm_files(IMAGES // 10),
+        cases=(_farm_case("farm-check-1000", "farm check of 1,000 overlays", 8.0),),
+        room=0.05,
+    ),
     Stage(build=_commit_files(LONG), cases=_commit_cases("16m", LONG, 1.15, 1.2), room=4),
     Stage(
         build=_commit_files(SHORT),

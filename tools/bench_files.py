@@ -35,6 +35,9 @@ OLD, NEW = 0, 1
 
 CLUSTER = 64 * KiB
 
+#: Blocks of the file system: what is empty of them becomes a hole.
+BLOCK = 4 * KiB
+
 #: One request of making files: no run is longer.
 LONGEST = 16 * MiB
 
@@ -103,6 +106,30 @@ def write_qcow2(path: Path, backing: str, image: Path) -> None:
     convert = ("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={CLUSTER}")
     tool(*convert, image, path)
     tool("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", backing, path)
+
+
+def write_many_qcow2(here: Path, backing: str, count: int) -> None:
+    """Make ``count`` empty qcow2 overlays over ``backing``, and a list of their names."""
+    directory = here / "qcow2"
+    directory.mkdir()
+    first = directory / "vm-0.qcow2"
+    tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", f"../{backing}", first)
+    content = first.read_bytes()
+    for number in range(1, count):
+        _write_sparse(directory / f"vm-{number}.qcow2", content)
+    names = [f"qcow2/vm-{number}.qcow2" for number in range(count)]
+    (here / "images").write_text("\n".join(names))
+
+
+def _write_sparse(path: Path, content: bytes) -> None:
+    """Write a file whose empty blocks are holes, as qemu-img leaves them."""
+    with path.open("wb") as file:
+        for start in range(0, len(content), BLOCK):
+            block = content[start : start + BLOCK]
+            if block.strip(b"\0"):
+                file.seek(start)
+                file.write(block)
+        file.truncate(len(content))
 
 
 def same(one: Path, other: Path, other_format: str = "raw") -> None:

@@ -1,8 +1,8 @@
 """A glance: proof that an overlay is clean, in a few system calls, or the advice to look closer.
 
-Of ten thousand images nearly all are clean and laid out plainly: names right behind the header,
-the image file beside it, a small bitmap, data where bits are set. For those a glance asserts all
-that :mod:`addcow_mp.jobs.check` asserts, looking only once at what a thousand of them share.
+Of ten thousand images nearly all are clean and laid out plainly: names at the beginning of the
+header, a small bitmap, data where bits are set. For those a glance asserts all that
+:mod:`addcow_mp.jobs.check` asserts, looking only once at what a thousand of them share.
 Whatever is the least bit out of the ordinary, sound or not, is *not* judged here: the full check
 does that, and alone has words for it. So a glance that gives up costs time, never a finding.
 
@@ -17,6 +17,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import starmap
 from typing import NamedTuple, TypeVar
 
 from bitarray import bitarray
@@ -27,6 +28,7 @@ from addcow_mp.device.headers import MAX_DEPTH
 from addcow_mp.device.holes import data_runs, next_data
 from addcow_mp.device.locks import READING, stands_free
 from addcow_mp.device.magic import LONGEST_MAGIC, magic_of
+from addcow_mp.format.bits import Run, runs
 from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import ADD_COW, FIXED_SIZE, MAGIC, RAW, Header, format_name, violations
 from addcow_mp.format.names import path_has_protocol
@@ -38,6 +40,11 @@ HEAD = 4 * KiB
 
 #: A longer bitmap is left to the full check, which maps it.
 LONGEST_BITMAP = 256 * KiB
+
+#: Bytes that are looked at for zeros; more are left to the full check as well.
+MOST_READ = 256 * KiB
+
+_ZEROS = bytes(MOST_READ)
 
 #: Files and directories remembered; then it begins anew, so that memory stays flat.
 REMEMBERED = 1024
@@ -75,7 +82,7 @@ NOTHING = Sight((-1, -1))
 
 
 class _Plain(NamedTuple):
-    """A legal header with its names right behind it and nothing else."""
+    """A legal header, its names, and nothing else."""
 
     header: Header
     image: str
@@ -142,7 +149,7 @@ class Glance:
         status = self._status(fd)
         plain = _plain(fd, head, status.st_size)
         below = self._below(place, plain)
-        with _opened(place[0] + plain.image) as image:
+        with _opened("".join(self._led_to(place, plain.image))) as image:
             held = self._status(image)
             if magic_of(os.pread(image, LONGEST_MAGIC, 0)) is not None:
                 raise LookCloserError
@@ -165,14 +172,22 @@ class Glance:
         """What was seen of the backing file."""
         if not plain.header.has_backing:
             return NOTHING
-        name, format_ = plain.backing, format_name(plain.header.backing_format)
-        below = self._place(name if name.startswith("/") else place[0] + name)
-        if below[0] != place[0] and not below[0].startswith(self._roots):
-            raise LookCloserError
-        sight = self._sight(below, format_)
+        below = self._led_to(place, plain.backing)
+        if plain.header.all_allocated and not os.path.lexists("".join(below)):
+            return NOTHING  # nobody needs it
+        sight = self._sight(below, format_name(plain.header.backing_format))
         if sight is None:
             raise LookCloserError
         return sight
+
+    def _led_to(self, place: Place, name: str) -> Place:
+        """Where ``name``, in the overlay at ``place``, leads, if it may lead there."""
+        if "/" not in name:
+            return place[0], name
+        there = self._place(name if name.startswith("/") else place[0] + name)
+        if not there[0].startswith((place[0], *self._roots)):
+            raise LookCloserError
+        return there
 
     def _status(self, fd: int) -> os.stat_result:
         """The status of a plain file that nobody changes at this moment."""
@@ -208,14 +223,15 @@ def _opened(path: str) -> Iterator[int]:
 def _plain(fd: int, head: bytes, length: int) -> _Plain:
     """The header of a file of ``length`` bytes that begins with ``head``."""
     header = _legal(head[:FIXED_SIZE])
-    end = _end_of_names(header)
-    if length < header.header_size or head[end:] != bytes(len(head) - end):
+    if header.name_ranges()[-1][1] > len(head):
+        head = os.pread(fd, header.header_size, 0)
+    if length < header.header_size or not _is_zero(_without_names(head, header)):
         raise LookCloserError
     if not _is_empty(fd, len(head), header.header_size):
         raise LookCloserError
     image = _name(head, header.image_offset, header.image_size)
     backing = _name(head, header.backing_offset, header.backing_size)
-    if "/" in image or format_name(header.image_format) != RAW:
+    if format_name(header.image_format) != RAW:
         raise LookCloserError
     return _Plain(header, image, backing)
 
@@ -231,13 +247,17 @@ def _legal(fixed: bytes) -> Header:
     return header
 
 
-def _end_of_names(header: Header) -> int:
-    end = FIXED_SIZE
+def _without_names(head: bytes, header: Header) -> bytes:
+    """What is left of ``head`` behind the fixed header when the names are taken out."""
+    left, end = [], FIXED_SIZE
     for start, stop in header.name_ranges():
-        if start != end or stop > HEAD:
-            raise LookCloserError
-        end = stop
-    return end
+        left.append(head[end:start])
+        end = max(end, stop)  # names may lie over each other
+    return b"".join((*left, head[end:]))
+
+
+def _is_zero(data: bytes) -> bool:
+    return data == _ZEROS[: len(data)] or not data.strip(b"\0")
 
 
 def _name(head: bytes, offset: int, size: int) -> str:
@@ -250,7 +270,7 @@ def _name(head: bytes, offset: int, size: int) -> str:
 def _is_empty(fd: int, start: int, stop: int) -> bool:
     """Whether ``[start, stop)`` is zeros; where the file has a hole, nothing is read."""
     data = next_data(fd, start) if start < stop else None
-    return data is None or data >= stop or os.pread(fd, stop - data, data) == bytes(stop - data)
+    return data is None or data >= stop or _is_zero(os.pread(fd, stop - data, data))
 
 
 # The bitmap
@@ -267,9 +287,17 @@ def _is_clean(fd: int, length: int, header: Header, image: int, size: int) -> bo
         return False
     if header.all_allocated:
         return True
-    return not any(
-        bits.find(0, *geometry.touched(*run)) >= 0 for run in data_runs(image, 0, geometry.size)
-    )
+    return all(_is_sound(image, run, bits, geometry) for run in data_runs(image, 0, geometry.size))
+
+
+def _is_sound(image: int, run: Run, bits: bitarray, geometry: Geometry) -> bool:
+    """Whether what lies in ``run`` of the image file is local, or written zeros, and not many."""
+    foreign = runs(bits, 0, *geometry.touched(*run))
+    parts = [
+        (max(start, run[0]), min(stop, run[1])) for start, stop in starmap(geometry.span, foreign)
+    ]
+    few = sum(stop - start for start, stop in parts) <= MOST_READ
+    return few and all(_is_zero(os.pread(image, stop - start, start)) for start, stop in parts)
 
 
 def _bits(fd: int, start: int, stop: int) -> bitarray:
