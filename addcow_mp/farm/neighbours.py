@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
 from addcow_mp.device.access import Access, pseudo_devices
@@ -50,19 +50,28 @@ class Neighbours:
         """The overlay that is the backing file of ``named``, if it is one."""
         return None if named.backing is None else self._overlays.get(named.backing)
 
-    def around(self, named: Named, *, as_backing: bool) -> Surroundings:
+    def around(
+        self, named: Named, *, as_backing: bool, leaving: Collection[Identity] = ()
+    ) -> Surroundings:
         """The overlays that name a file of ``named``: those that a job on it would find.
 
         ``as_backing`` says that its backing file is changed too, not only its own files.
+        ``leaving`` are overlays that will be gone by then.
         """
         below = self.below(named) if as_backing else None
         others = (named.backing, None if below is None else below.image)
         changed = (named.image, *(others if as_backing else (named.identity,)))
         files = {file for file in changed if file is not None}
-        users = {id(one): one for file in files for one in self._users[file] if one is not named}
+        found = {id(one): one for file in files for one in self._users[file] if one is not named}
+        users = {key: one for key, one in found.items() if one.identity not in leaving}
         # An image file that is shared is refused always: those who share one come first.
         told = sorted(users.values(), key=lambda one: one.image not in files)[:MOST_TOLD]
         return Surroundings(tuple(told), len(users) - len(told), tuple(self._unread[:1]))
+
+    def forget(self, named: Named) -> None:
+        """Take note that an overlay is gone."""
+        for file in filter(None, {named.image, named.backing}):
+            self._users[file] = [one for one in self._users[file] if one is not named]
 
     def look_again(self) -> None:
         """Take note of overlays that are new in a directory that was changed."""

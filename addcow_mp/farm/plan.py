@@ -21,13 +21,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import free_bytes
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
 from addcow_mp.engine.space import Room
-from addcow_mp.errors import AddcowError, BeginsAnewError, SpaceError
+from addcow_mp.errors import AddcowError, BeginsAnewError, DependantsError, SpaceError
 from addcow_mp.farm.errand import Errand, Operation
 from addcow_mp.farm.neighbours import Neighbours
 from addcow_mp.farm.places import files_of
@@ -125,7 +126,8 @@ def plan(
     conduct = conduct or Conduct()
     paths, access = files_of(places, conduct.access)
     neighbours = Neighbours(paths, access)
-    steps = [_step(one, operation, neighbours, discard=discard) for one in neighbours.farm]
+    wanted = _Wanted(operation, discard, frozenset(one.identity for one in neighbours.farm))
+    steps = [_step(one, wanted, neighbours) for one in neighbours.farm]
     steps.sort(key=lambda step: (-step.depth, step.path))
     conduct = replace(conduct, access=access)
     for step, outlook in zip(steps, _foreseen(steps, conduct), strict=True):
@@ -135,11 +137,20 @@ def plan(
     return made
 
 
-def _step(named: Named, operation: Operation, neighbours: Neighbours, *, discard: bool) -> Step:
-    commits = operation is Operation.COMMIT
-    errand = Errand(
-        named.path, operation, neighbours.around(named, as_backing=commits), discard=discard
-    )
+class _Wanted(NamedTuple):
+    """What is to be done, and with which overlays."""
+
+    operation: Operation
+    discard: bool
+    overlays: frozenset[Identity]
+
+
+def _step(named: Named, wanted: _Wanted, neighbours: Neighbours) -> Step:
+    commits = wanted.operation is Operation.COMMIT
+    # Those above are gone by then; if one is not, its step says so, and the accounts below.
+    leaving = wanted.overlays if wanted.discard else frozenset()
+    around = neighbours.around(named, as_backing=commits, leaving=leaving)
+    errand = Errand(named.path, wanted.operation, around, discard=wanted.discard)
     chain = tuple(_chain(named, neighbours))
     return Step(named, errand, len(chain), chain, written=2 if commits else 1)
 
@@ -227,6 +238,8 @@ class _Accounts:
         self._steps = steps
         self._conduct = conduct
         self._by_identity = {step.named.identity: step for step in steps}
+        #: Paths of overlays that are not discarded, by what they stand on.
+        self._staying: dict[Identity, list[str]] = {}
         #: Bytes that steps so far bring into each overlay.
         self._brought: dict[Identity, int] = {}
         self._paths: dict[int, str] = {}
@@ -237,13 +250,28 @@ class _Accounts:
     def settle(self) -> list[FileSystem]:
         """Refuse the steps that do not fit; what the others take of each file system."""
         for step in self._steps:
+            self._refuse_while_needed(step)
             self._receive(step)
             if step.state is State.READY and step.prospect is not None:
                 self._take(step, step.prospect)
+            self._leave(step)
         return [
             FileSystem(path, self._free[device], self._peak[device], self._taken[device])
             for device, path in self._paths.items()
         ]
+
+    def _refuse_while_needed(self, step: Step) -> None:
+        """An overlay is not discarded while one stands on it that will not be."""
+        needing = self._staying.get(step.named.identity)
+        if needing and step.state is State.READY and not self._conduct.access.force:
+            mend = "mend or remove them first, or leave --discard out"
+            names = ", ".join(sorted(needing))
+            step.refuse(DependantsError(path=step.path, dependants=names, mend=mend))
+
+    def _leave(self, step: Step) -> None:
+        """Take note of an overlay that stays, for the one that it stands on."""
+        if step.errand.discard and step.state is not State.READY and step.named.backing:
+            self._staying.setdefault(step.named.backing, []).append(step.path)
 
     def _receive(self, step: Step) -> None:
         """Count what deeper ones bring here; an overlay that was idle has something to do then."""

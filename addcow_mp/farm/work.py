@@ -321,6 +321,8 @@ class _Farm:
         self._agenda.finish(number)
         if isinstance(outcome, Report):
             step.state, step.report = State.DONE, outcome
+            if step.errand.discard:
+                self._plan.neighbours.forget(step.named)
         else:
             step.state, step.problem = _state_after(outcome), outcome
         before = self._done
