@@ -58,6 +58,12 @@ class FormatError(ImageError):
     template = "{path}: {problem} ({rule}); run 'addcow check' for every finding"
 
 
+class ManifestError(ImageError):
+    """A manifest that cannot be used as one."""
+
+    template = "{path}: {problem}; it cannot be used, make it anew with --replace"
+
+
 class UnsupportedError(ImageError):
     """A legal image that this tool does not handle in this operation."""
 

@@ -1,0 +1,197 @@
+"""One task of hashing: the digests of what a layer holds, leaf by leaf, for some groups of leaves.
+
+Only what can be other than zero is read: data of the file, in clusters that are local. Whole
+leaves are read in one go through a buffer that stays in the processor's cache and hashed from
+there; a leaf of which only a part is local is put together in a buffer of zeros. What the guest
+sees is read through the chain, and only where leaves alone do not say it: where a leaf mixes
+layers, and where an overlay ends within a leaf that its backing file goes on with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from bitarray import bitarray
+
+from addcow_mp.device.files import BUFFER_SIZE, File
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.engine.plan import Task
+from addcow_mp.engine.transfer import end_orphan
+from addcow_mp.format.bits import Run, merged, runs
+from addcow_mp.format.manifest import (
+    DIGEST,
+    FAN,
+    GROUP,
+    LEAF,
+    ZERO_BLOCK,
+    Group,
+    digest,
+)
+
+
+def file_of(layer: Layer) -> File:
+    """The raw file that holds what ``layer`` itself holds."""
+    return next(layer.files())
+
+
+def is_all_local(layer: Layer) -> bool:
+    """Whether nothing below ``layer`` decides what is seen."""
+    return not isinstance(layer, Overlay) or layer.all_allocated
+
+
+class Leaves:
+    """Hashes the groups of a task. Picklable to a worker; returns records of a manifest."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.parent: int | None = None
+        self._file = file_of(layer)
+        self._buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._views = [self._buffer[at : at + LEAF] for at in range(0, BUFFER_SIZE, LEAF)]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Leaves, (self.layer,), {"parent": os.getpid()})
+
+    def __call__(self, task: Task, slot: int) -> bytes:  # noqa: ARG002
+        """The records of the groups ``[first, stop)``."""
+        packed = []
+        for number in groups_of(self.layer, task.first, task.stop):
+            end_orphan(self.parent)
+            packed.append(self.group(number).pack(number))
+        return b"".join(packed)
+
+    def group(self, number: int) -> Group:
+        """What the layer says of one group."""
+        group, spans = Group(), list(local_spans(self.layer, number))
+        if not is_all_local(self.layer):
+            group.covered = _leaves(spans, number)
+            whole = _whole_leaves(spans, number, self.layer.size)
+            group.mixed = group.covered & ~whole | self._cut(number, group.covered)
+            group.covered |= group.mixed
+        held = bytearray(ZERO_BLOCK)
+        for leaf, value in self._held(number, spans, group.mixed):
+            held[leaf * DIGEST : (leaf + 1) * DIGEST] = value
+        group.held = bytes(held)
+        if group.mixed.any():
+            group.seen = self._seen(number, group.mixed)
+        return group
+
+    def _cut(self, number: int, covered: bitarray) -> bitarray:
+        """The last leaf, if it ends within and what lies below goes on behind that."""
+        bits, size = bitarray(FAN, endian="little"), self.layer.size
+        below = self.layer.backing if isinstance(self.layer, Overlay) else None
+        leaf = size // LEAF - number * FAN
+        if size % LEAF and below is not None and below.size > size and 0 <= leaf < FAN:
+            bits[leaf] = not covered[leaf]
+        return bits
+
+    # What the layer holds
+
+    def _held(self, number: int, spans: list[Run], mixed: bitarray) -> Iterator[tuple[int, bytes]]:
+        """Leaf and digest for each leaf with data in ``spans``."""
+        data = [part for span in spans for part in self._file.data_runs(*span)]
+        touched = _leaves(data, number)
+        for first, stop in runs(touched & ~mixed, 1, 0, FAN):
+            yield from self._whole(number, first, stop)
+        for first, stop in runs(touched & mixed, 1, 0, FAN):
+            for leaf in range(first, stop):
+                yield leaf, self._part(number * FAN + leaf, data)
+
+    def _whole(self, number: int, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        step = len(self._views)
+        for leaf in range(first, stop, step):
+            start = (number * FAN + leaf) * LEAF
+            count = min(step, stop - leaf)
+            length = min(count * LEAF, self.layer.size - start)
+            self._file.read_into(self._buffer[:length], start)
+            if length < count * LEAF:
+                self._buffer[length : count * LEAF] = bytes(count * LEAF - length)
+            for place in range(count):
+                yield leaf + place, digest(self._views[place])
+
+    def _part(self, leaf: int, data: list[Run]) -> bytes:
+        """The digest of a leaf of which only ``data`` counts."""
+        view = self._views[0]
+        view[:] = bytes(LEAF)
+        for start, stop in _within(data, leaf * LEAF, (leaf + 1) * LEAF):
+            self._file.read_into(view[start - leaf * LEAF : stop - leaf * LEAF], start)
+        return digest(view)
+
+    # What the guest sees
+
+    def _seen(self, number: int, mixed: bitarray) -> bytes:
+        seen = bytearray(ZERO_BLOCK)
+        for first, stop in runs(mixed, 1, 0, FAN):
+            for leaf in range(first, stop):
+                seen[leaf * DIGEST : (leaf + 1) * DIGEST] = self._view(number * FAN + leaf)
+        return bytes(seen)
+
+    def _view(self, leaf: int) -> bytes:
+        view, start = self._views[0], leaf * LEAF
+        length = min(LEAF, self.layer.size - start)
+        self.layer.read_into(view[:length], start)
+        view[length:] = bytes(LEAF - length)
+        return digest(view)
+
+
+# Which leaves
+
+
+def groups_of(layer: Layer, first: int, stop: int) -> Iterator[int]:
+    """The groups in ``[first, stop)`` of which there is something to say."""
+    start, end = first * GROUP, min(stop * GROUP, layer.size)
+    last = -1
+    for span_start, span_stop in _inhabited(layer, start, end):
+        for number in range(max(last + 1, span_start // GROUP), -(-span_stop // GROUP)):
+            yield number
+            last = number
+    # The leaf that is cut by the end of the view.
+    final = (layer.size - 1) // GROUP
+    if layer.size % LEAF and first <= final < stop and last < final:
+        yield final
+
+
+def _inhabited(layer: Layer, start: int, end: int) -> Iterator[Run]:
+    if isinstance(layer, Overlay) and not layer.all_allocated:
+        first, stop = layer.geometry.touched(start, end)
+        return (layer.geometry.span(*run) for run in layer.local_runs(1, first, stop))
+    return file_of(layer).data_runs(start, end)
+
+
+def local_spans(layer: Layer, number: int) -> Iterator[Run]:
+    """The bytes of a group that are the layer's own."""
+    start, stop = number * GROUP, min((number + 1) * GROUP, layer.size)
+    if not isinstance(layer, Overlay) or layer.all_allocated:
+        yield start, stop
+        return
+    first, last = layer.geometry.touched(start, stop)
+    for run in layer.local_runs(1, first, last):
+        here, there = layer.geometry.span(*run)
+        yield max(here, start), min(there, stop)
+
+
+def _leaves(spans: list[Run], number: int) -> bitarray:
+    """The leaves of a group that ``spans`` touch."""
+    bits = bitarray(FAN, endian="little")
+    for start, stop in spans:
+        bits[start // LEAF - number * FAN : -(-stop // LEAF) - number * FAN] = 1
+    return bits
+
+
+def _whole_leaves(spans: list[Run], number: int, size: int) -> bitarray:
+    """The leaves of a group that lie in ``spans`` with all bytes that the view has of them."""
+    bits, base = bitarray(FAN, endian="little"), number * FAN
+    for start, stop in merged(spans):
+        end = -(-stop // LEAF) if stop == size else stop // LEAF
+        first = -(-start // LEAF)
+        if first < end:
+            bits[first - base : end - base] = 1
+    return bits
+
+
+def _within(spans: list[Run], start: int, stop: int) -> Iterator[Run]:
+    for first, last in spans:
+        if first < stop and start < last:
+            yield max(first, start), min(last, stop)

@@ -1,0 +1,327 @@
+"""Manifests: digests of what a layer holds, leaf by leaf, and of what its guest sees.
+
+The format is told to the byte in docs/manifest.md. Here are its words: leaves of 64 KiB of the
+guest's offsets, groups of 256 leaves, the tree over them, and the file. Nothing is read from an
+image, and nothing is known of clusters: a :class:`Group` says of its leaves which are covered,
+which are mixed, and what their digests are, as arrays of bits and of 32 bytes.
+
+Zeros cost nothing: a leaf of zeros has no digest in a file, a group of zeros no record, and every
+level of the tree one constant.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+from bitarray import bitarray
+from blake3 import blake3
+
+from addcow_mp.errors import ManifestError
+from addcow_mp.format.bits import runs
+from addcow_mp.units import KiB
+
+MAGIC, VERSION = b"ACOWMANI", 1
+
+#: Bytes of the guest's offsets in one leaf: fixed by the format, so that digests of images with
+#: different clusters are the same.
+LEAF = 64 * KiB
+
+#: Leaves in a group, which is a node's children and a record in the file.
+FAN = 256
+GROUP = FAN * LEAF
+
+DIGEST = 32
+
+_CONTEXT = b"add-cow guest 1\0"
+#: The head's place in the file: what it says is short, whatever the image.
+HEAD = 4 * KiB
+
+_HEAD = struct.Struct("<8sII")
+_RECORD = struct.Struct("<Q32s32s32s32s")
+
+
+def digest(data: Any) -> bytes:
+    """The BLAKE3 of some bytes."""
+    return blake3(data).digest()
+
+
+#: The digest of a leaf of zeros.
+ZERO_LEAF = digest(bytes(LEAF))
+
+
+@cache
+def zero_node(level: int) -> bytes:
+    """The node of ``level`` over nothing but zeros; leaves are level 0."""
+    return digest(zero_node(level - 1) * FAN) if level else ZERO_LEAF
+
+
+ZERO_BLOCK = ZERO_LEAF * FAN
+
+
+def leaves_of(size: int) -> int:
+    """How many leaves a guest's view of ``size`` bytes has."""
+    return -(-size // LEAF)
+
+
+def guest_digest(size: int, blocks: Iterable[tuple[int, bytes]]) -> bytes:
+    """The digest of a view of ``size`` bytes.
+
+    ``blocks``: for each group that is not all zeros its number and the 256 digests of its leaves,
+    one after the other.
+    """
+    nodes = {number: digest(block) for number, block in blocks}
+    width, level = -(-leaves_of(size) // FAN), 1
+    while width > 1:
+        nodes = dict(_parents(nodes, level))
+        width, level = -(-width // FAN), level + 1
+    top = nodes.get(0, zero_node(level))
+    return digest(_CONTEXT + struct.pack("<Q", size) + top)
+
+
+def _parents(nodes: dict[int, bytes], level: int) -> Iterator[tuple[int, bytes]]:
+    families: dict[int, bytearray] = {}
+    for number, node in nodes.items():
+        parent, place = divmod(number, FAN)
+        family = families.setdefault(parent, bytearray(zero_node(level) * FAN))
+        family[place * DIGEST : (place + 1) * DIGEST] = node
+    return ((parent, digest(family)) for parent, family in families.items())
+
+
+def _no_leaves() -> bitarray:
+    return bitarray(FAN, endian="little")
+
+
+@dataclass
+class Group:
+    """What a layer says of 256 leaves; ``held`` and ``seen`` are 256 digests each."""
+
+    covered: bitarray = field(default_factory=_no_leaves)
+    mixed: bitarray = field(default_factory=_no_leaves)
+    held: bytes = ZERO_BLOCK
+    seen: bytes = ZERO_BLOCK
+
+    def pack(self, number: int) -> bytes:
+        """The record in the file, empty when there is nothing to record."""
+        stored = [_nonzero(self.held), _nonzero(self.seen) & self.mixed]
+        maps = [self.covered, self.mixed, *stored]
+        if not any(one.any() for one in maps):
+            return b""
+        packed = _RECORD.pack(number, *(one.tobytes() for one in maps))
+        return packed + _chosen(self.held, stored[0]) + _chosen(self.seen, stored[1])
+
+    def guest_block(self, below: bytes) -> bytes:
+        """The 256 digests of what the guest sees, ``below`` being those of the backing file."""
+        block = _replaced(below, self.held, self.covered & ~self.mixed)
+        return _replaced(block, self.seen, self.mixed)
+
+
+def _places(bits: bitarray) -> Iterator[tuple[int, int]]:
+    """The runs of ones, as bytes of a block of digests."""
+    return ((first * DIGEST, stop * DIGEST) for first, stop in runs(bits, 1, 0, FAN))
+
+
+def _nonzero(block: bytes) -> bitarray:
+    if block == ZERO_BLOCK:
+        return _no_leaves()
+    each = (block[at : at + DIGEST] != ZERO_LEAF for at in range(0, len(block), DIGEST))
+    return bitarray(each, endian="little")
+
+
+def _chosen(block: bytes, bits: bitarray) -> bytes:
+    return b"".join(block[start:stop] for start, stop in _places(bits))
+
+
+def _replaced(block: bytes, other: bytes, bits: bitarray) -> bytes:
+    """``block`` with the digests of ``other`` where ``bits`` are 1."""
+    if not bits.any():
+        return block
+    mended = bytearray(block)
+    for start, stop in _places(bits):
+        mended[start:stop] = other[start:stop]
+    return bytes(mended)
+
+
+def _spread(digests: memoryview, bits: bitarray) -> bytes:
+    """A whole block: ``digests`` where ``bits`` are 1, leaves of zeros elsewhere."""
+    block, at = bytearray(ZERO_BLOCK), 0
+    for start, stop in _places(bits):
+        block[start:stop] = digests[at : at + stop - start]
+        at += stop - start
+    return bytes(block)
+
+
+# The file
+
+
+class FileState(NamedTuple):
+    """By what a file is known to be the same and unchanged: bytes, inode, nanoseconds."""
+
+    size: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """That of a file of this ``status``."""
+        return cls(status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+
+_STATE_KEYS = ("size", "inode", "mtime-ns", "ctime-ns")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a manifest says of its layer as a whole. Digests are hexadecimal; None = has none."""
+
+    kind: str
+    virtual_size: int
+    all_local: bool
+    files: dict[str, FileState]
+    header_digest: str | None = None
+    bitmap_digest: str | None = None
+    backing_digest: str | None = None
+    backing_size: int | None = None
+    guest_digest: str = ""
+    groups: int = 0
+
+    def pack(self) -> bytes:
+        """The first 4096 bytes of the file."""
+        told: dict[str, object] = {
+            "kind": self.kind,
+            "virtual-size": self.virtual_size,
+            "all-local": self.all_local,
+            "guest-digest": self.guest_digest,
+            "groups": self.groups,
+            "files": {
+                name: dict(zip(_STATE_KEYS, state, strict=True))
+                for name, state in self.files.items()
+            },
+        }
+        if self.header_digest is not None:
+            told |= {"header-digest": self.header_digest, "bitmap-digest": self.bitmap_digest}
+        if self.backing_digest is not None:
+            below = {"guest-digest": self.backing_digest, "virtual-size": self.backing_size}
+            told["backing"] = below
+        text = json.dumps(told).encode()
+        return (_HEAD.pack(MAGIC, VERSION, len(text)) + text).ljust(HEAD, b"\0")
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Head:
+        """Read what :meth:`pack` wrote. Raises :class:`ValueError` for anything else."""
+        magic, version, length = _HEAD.unpack_from(raw)
+        if magic != MAGIC or version != VERSION or length > HEAD - _HEAD.size:
+            raise ValueError
+        told = json.loads(raw[_HEAD.size : _HEAD.size + length])
+        try:
+            below = told.get("backing", {})
+            return cls(
+                kind=told["kind"],
+                virtual_size=int(told["virtual-size"]),
+                all_local=bool(told["all-local"]),
+                files={
+                    name: FileState(*(int(state[key]) for key in _STATE_KEYS))
+                    for name, state in told["files"].items()
+                },
+                header_digest=told.get("header-digest"),
+                bitmap_digest=told.get("bitmap-digest"),
+                backing_digest=below.get("guest-digest"),
+                backing_size=below.get("virtual-size"),
+                guest_digest=told["guest-digest"],
+                groups=int(told["groups"]),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError from error
+
+
+class Manifest:
+    """A manifest whose ``content`` is mapped; :meth:`load` opens one that is finished."""
+
+    def __init__(self, path: str, content: mmap.mmap | bytes, head: Head, end: int) -> None:
+        self.path = path
+        self.head = head
+        self._content = memoryview(content)
+        #: Where each record begins, by the number of its group, in order.
+        self.records = dict(_records(self._content, end))
+
+    @classmethod
+    def load(cls, path: str) -> Manifest:
+        """Open a manifest. Raises :class:`ManifestError` for a file that is not a whole one.
+
+        Raises :class:`OSError` when it cannot be read.
+        """
+        content = _mapped(path)
+        end = len(content) - DIGEST
+        if end < HEAD or content[: len(MAGIC)] != MAGIC:
+            raise ManifestError(path=path, problem="it is not a whole manifest")
+        if digest(memoryview(content)[:end]) != content[end:]:
+            raise ManifestError(path=path, problem="its own digest says that it was changed")
+        try:
+            return cls(path, content, Head.unpack(content[:HEAD]), end)
+        except (ValueError, struct.error) as error:
+            raise ManifestError(path=path, problem="it is of no known version") from error
+
+    def group(self, number: int) -> Group:
+        """What is said of the leaves of a group."""
+        place = self.records.get(number)
+        group = Group() if place is None else _unpacked(self._content, place)
+        if self.head.all_local:
+            group.covered = covered_by(self.head.virtual_size, number)
+        return group
+
+
+def covered_by(size: int, number: int) -> bitarray:
+    """The leaves of a group that a view of ``size`` bytes has."""
+    bits = _no_leaves()
+    bits[: max(0, min(FAN, leaves_of(size) - number * FAN))] = 1
+    return bits
+
+
+def _records(content: memoryview, end: int) -> Iterator[tuple[int, int]]:
+    """Number and place of each record, which lie before ``end``."""
+    place = HEAD
+    while place < end:
+        number, _, _, held, seen = _RECORD.unpack_from(content, place)
+        yield number, place
+        place += _RECORD.size + DIGEST * (_count(held) + _count(seen))
+
+
+def _unpacked(content: memoryview, place: int) -> Group:
+    """The group whose record begins at ``place``."""
+    _, *maps = _RECORD.unpack_from(content, place)
+    covered, mixed, held, seen = (bitarray(bytes(one), endian="little") for one in maps)
+    first = place + _RECORD.size
+    middle = first + DIGEST * held.count()
+    held_block = _spread(content[first:middle], held)
+    return Group(covered, mixed, held_block, _spread(content[middle:], seen))
+
+
+def _count(bits: bytes) -> int:
+    return int.from_bytes(bits, "little").bit_count()
+
+
+def _mapped(path: str) -> mmap.mmap | bytes:
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+
+
+def guest_blocks(chain: list[Manifest], size: int) -> Iterator[tuple[int, bytes]]:
+    """What a view of ``size`` bytes over ``chain``, from the top down, says of its leaves."""
+    groups = -(-leaves_of(size) // FAN)
+    numbers = sorted({number for one in chain for number in one.records if number < groups})
+    for number in numbers:
+        block = ZERO_BLOCK
+        for manifest in reversed(chain):
+            within = covered_by(manifest.head.virtual_size, number)
+            block = _replaced(ZERO_BLOCK, manifest.group(number).guest_block(block), within)
+        if block != ZERO_BLOCK:
+            yield number, block

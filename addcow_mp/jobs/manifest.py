@@ -1,0 +1,221 @@
+"""Manifest: write down what each layer of a chain holds, so that anybody can check it later.
+
+From the bottom up, each layer that has no manifest gets one; what the guest of an overlay sees
+is put together from its own digests and those of the layers below, which are not read again. A
+manifest that is there is taken if it is of these files as they are now, and never replaced
+unless that is asked for.
+
+It is written beside the layer under another name, made durable and then renamed: a manifest is
+there whole or not at all. A layer that changes while it is read gets none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from addcow_mp.device.chain import open_layer
+from addcow_mp.device.files import sync_directory
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.sidecar import manifest_of
+from addcow_mp.engine.leaves import Leaves, file_of, is_all_local
+from addcow_mp.engine.plan import Task, cut
+from addcow_mp.engine.pool import Failed, Part, Pool
+from addcow_mp.engine.run import workers_for
+from addcow_mp.engine.survey import data_stretches
+from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError, WorkerError
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.header import ADD_COW
+from addcow_mp.format.manifest import (
+    DIGEST,
+    GROUP,
+    HEAD,
+    FileState,
+    Head,
+    Manifest,
+    digest,
+    guest_blocks,
+    guest_digest,
+)
+from addcow_mp.jobs.report import Conduct
+
+
+@dataclass(frozen=True)
+class Made:
+    """The manifest of one layer; ``written`` unless it was there already."""
+
+    path: str
+    guest_digest: str
+    written: bool
+
+
+def create(
+    path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW, replaces: bool = False
+) -> list[Made]:
+    """Write a manifest for each layer of ``path`` that has none, the deepest first.
+
+    Raises :class:`ManifestError` for one that is there and not of these files, unless it
+    ``replaces`` those.
+    """
+    conduct = conduct or Conduct()
+    layer = open_layer(path, format_, access=conduct.access)
+    try:
+        made: list[Made] = []
+        below: list[Manifest] = []
+        for one in reversed(list(layers_of(layer))):
+            manifest, written = _manifest_of(one, below, conduct, replaces=replaces)
+            below.insert(0, manifest)
+            made.append(Made(manifest.path, manifest.head.guest_digest, written))
+        return made
+    finally:
+        layer.close()
+
+
+def layers_of(layer: Layer | None) -> Iterator[Layer]:
+    """``layer`` and all below it."""
+    while layer is not None:
+        yield layer
+        layer = layer.backing if isinstance(layer, Overlay) else None
+
+
+def _manifest_of(
+    layer: Layer, below: list[Manifest], conduct: Conduct, *, replaces: bool
+) -> tuple[Manifest, bool]:
+    """The manifest of a layer, and whether it had to be written."""
+    path = manifest_of(layer.path)
+    wanted = head_of(layer, below)
+    if os.path.lexists(path) and not replaces:
+        manifest = Manifest.load(path)
+        if replace(manifest.head, guest_digest="", groups=0) != wanted:
+            problem = f"it is of another state of {layer.path} or of what lies below"
+            raise ManifestError(path=path, problem=problem)
+        return manifest, False
+    with _draft(path) as fd:
+        _write(fd, layer, wanted, below, conduct)
+        if head_of(layer, below) != wanted:
+            raise ImageError(path=layer.path, problem="it was changed meanwhile; try again")
+        with _saying(path, "make it durable"):
+            os.fsync(fd)
+            os.rename(f"{path}.part", path)
+        sync_directory(path)
+    return Manifest.load(path), True
+
+
+def head_of(layer: Layer, below: list[Manifest]) -> Head:
+    """What a manifest of ``layer``, as it is now, says before any leaf is looked at."""
+    files = {"image": FileState.of(file_of(layer).status)}
+    if not isinstance(layer, Overlay):
+        return Head("raw", layer.size, all_local=True, files=files)
+    header, bitmap = cow_digests(layer)
+    head = Head(ADD_COW, layer.size, layer.all_allocated, files, header, bitmap)
+    files["cow"] = FileState.of(layer.cow.status)
+    if below:
+        known = below[0].head
+        head = replace(head, backing_digest=known.guest_digest, backing_size=known.virtual_size)
+    return head
+
+
+def cow_digests(overlay: Overlay) -> tuple[str, str]:
+    """The digests of header and bitmap, in hexadecimal."""
+    size = overlay.header.header_size
+    stop = min(overlay.cow.length, size + overlay.geometry.bitmap_length)
+    with overlay.cow.doing("map its bitmap"):
+        content = mmap.mmap(overlay.cow.fd, stop, prot=mmap.PROT_READ)
+    view = memoryview(content)
+    return digest(view[:size]).hex(), digest(view[size:]).hex()
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def _saying(path: str, action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError.of(path, action, error) from error
+
+
+@contextlib.contextmanager
+def _draft(path: str) -> Iterator[int]:
+    """A file beside ``path`` that is not yet it; what a killed writer left is begun anew."""
+    part = f"{path}.part"
+    with _saying(path, "write it"):
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        with _saying(path, "write it"):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # somebody else may be at it
+        yield from _emptied(fd, part)
+    finally:
+        os.close(fd)
+
+
+def _emptied(fd: int, part: str) -> Iterator[int]:
+    try:
+        with _saying(part, "write it"):
+            os.ftruncate(fd, 0)
+        yield fd
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Conduct) -> None:
+    with _saying(manifest_of(layer.path), "write it"), os.fdopen(os.dup(fd), "r+b") as file:
+        file.write(bytes(HEAD))
+        for records in _hashed(layer, conduct):
+            file.write(records)
+        file.flush()
+        end = file.tell()
+        own = _mapped(fd, end)
+        draft = Manifest(layer.path, own, head, end)
+        chain = [draft] if is_all_local(layer) else [draft, *below]
+        told = guest_digest(layer.size, guest_blocks(chain, layer.size)).hex()
+        file.seek(0)
+        file.write(replace(head, guest_digest=told, groups=len(draft.records)).pack())
+        file.flush()
+        file.seek(end)
+        file.write(digest(own))
+        file.flush()
+    assert os.fstat(fd).st_size == end + DIGEST  # noqa: S101 - nothing else was written
+
+
+def _mapped(fd: int, length: int) -> mmap.mmap:
+    return mmap.mmap(fd, length, prot=mmap.PROT_READ)
+
+
+def _hashed(layer: Layer, conduct: Conduct) -> Iterator[bytes]:
+    """The records of all groups, in order."""
+    tasks = tasks_of(layer)
+    workers = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
+    part = Part.NONE if conduct.manner.idle else Part.FIRST
+    waiting: dict[int, bytes] = {}
+    due, done, total = 0, 0, sum(task.weight for task in tasks)
+    with Pool(Leaves(layer), workers, idle=conduct.manner.idle, part=part) as pool:
+        for result in pool.run(tasks, conduct.stopping):
+            if result is None:
+                continue
+            if isinstance(result, Failed):
+                first, stop = result.task.first, result.task.stop
+                cause = str(result.error)
+                raise WorkerError(path=layer.path, first=first, last=stop - 1, cause=cause)
+            waiting[result.task.number] = result.result
+            done += result.task.weight
+            conduct.progress(done, total)
+            while due in waiting:
+                yield waiting.pop(due)
+                due += 1
+    if due < len(tasks):
+        raise BeginsAnewError(path=layer.path)
+
+
+def tasks_of(layer: Layer) -> list[Task]:
+    """All groups of ``layer``, cut by the data that there is to read."""
+    geometry = Geometry(layer.size, GROUP)
+    return cut(data_stretches([file_of(layer)], geometry, 1), geometry.clusters)
