@@ -31,6 +31,7 @@ from addcow_mp.device.headers import short_bitmap_warning
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.requests import Requests
+from addcow_mp.device.sidecar import invalidate
 from addcow_mp.errors import FileError, ImageError, RangeError
 from addcow_mp.format.bitmap import CowBitmap, SparseBits
 from addcow_mp.format.bits import MappedBits, Run, merged, runs
@@ -68,6 +69,7 @@ class Overlay:
         self._pending_lock = threading.Lock()
         self._flushing = threading.Lock()
         self._failed: BaseException | None = None
+        self._has_changed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Overlay, (self.cow, self.image.file, self.backing, self.header))
@@ -224,11 +226,19 @@ class Overlay:
         if length == 0:
             return
         first, stop = self.geometry.touched(offset, offset + length)
+        self._invalidate()
         with self._requests.holding(first, stop):
             if not self.all_allocated:
                 self._copy_up_around(offset, offset + length)
             store()
             self._make_local(first, stop)
+
+    def _invalidate(self) -> None:
+        """Take away what a manifest says of this overlay, before the first change of it."""
+        with self._pending_lock:
+            if not self._has_changed:
+                invalidate(self.path, durable=self.cow.durable)
+                self._has_changed = True
 
     def _make_local(self, first: int, stop: int) -> None:
         if self.all_allocated or (not self.pending and self.bitmap.all(first, stop)):

@@ -41,15 +41,67 @@ def is_all_local(layer: Layer) -> bool:
     return not isinstance(layer, Overlay) or layer.all_allocated
 
 
+class Hasher:
+    """Hashes what a layer of ``size`` bytes holds in its ``file``. Counts what it reads."""
+
+    def __init__(self, file: File, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._views = [self._buffer[at : at + LEAF] for at in range(0, BUFFER_SIZE, LEAF)]
+        self.bytes_read = 0
+
+    def held(self, number: int, spans: list[Run], mixed: bitarray) -> bytes:
+        """The 256 digests of a group of which ``spans`` are the layer's own, in bytes.
+
+        Leaves that are ``mixed`` are put together, all others read as a whole.
+        """
+        held = bytearray(ZERO_BLOCK)
+        for leaf, value in self._held(number, spans, mixed):
+            held[leaf * DIGEST : (leaf + 1) * DIGEST] = value
+        return bytes(held)
+
+    def _held(self, number: int, spans: list[Run], mixed: bitarray) -> Iterator[tuple[int, bytes]]:
+        """Leaf and digest for each leaf with data in ``spans``."""
+        data = [part for span in spans for part in self._file.data_runs(*span)]
+        touched = leaves_touched(data, number)
+        for first, stop in runs(touched & ~mixed, 1, 0, FAN):
+            yield from self._whole(number, first, stop)
+        for first, stop in runs(touched & mixed, 1, 0, FAN):
+            for leaf in range(first, stop):
+                yield leaf, self._part(number * FAN + leaf, data)
+
+    def _whole(self, number: int, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        step = len(self._views)
+        for leaf in range(first, stop, step):
+            start = (number * FAN + leaf) * LEAF
+            count = min(step, stop - leaf)
+            length = min(count * LEAF, self._size - start)
+            self._file.read_into(self._buffer[:length], start)
+            self.bytes_read += length
+            if length < count * LEAF:
+                self._buffer[length : count * LEAF] = bytes(count * LEAF - length)
+            for place in range(count):
+                yield leaf + place, digest(self._views[place])
+
+    def _part(self, leaf: int, data: list[Run]) -> bytes:
+        """The digest of a leaf of which only ``data`` counts."""
+        view = self._views[0]
+        view[:] = bytes(LEAF)
+        for start, stop in _within(data, leaf * LEAF, (leaf + 1) * LEAF):
+            self._file.read_into(view[start - leaf * LEAF : stop - leaf * LEAF], start)
+            self.bytes_read += stop - start
+        return digest(view)
+
+
 class Leaves:
     """Hashes the groups of a task. Picklable to a worker; returns records of a manifest."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.parent: int | None = None
-        self._file = file_of(layer)
-        self._buffer = memoryview(bytearray(BUFFER_SIZE))
-        self._views = [self._buffer[at : at + LEAF] for at in range(0, BUFFER_SIZE, LEAF)]
+        self._hasher = Hasher(file_of(layer), layer.size)
+        self._view = memoryview(bytearray(LEAF))
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Leaves, (self.layer,), {"parent": os.getpid()})
@@ -66,14 +118,11 @@ class Leaves:
         """What the layer says of one group."""
         group, spans = Group(), list(local_spans(self.layer, number))
         if not is_all_local(self.layer):
-            group.covered = _leaves(spans, number)
+            group.covered = leaves_touched(spans, number)
             whole = _whole_leaves(spans, number, self.layer.size)
             group.mixed = group.covered & ~whole | self._cut(number, group.covered)
             group.covered |= group.mixed
-        held = bytearray(ZERO_BLOCK)
-        for leaf, value in self._held(number, spans, group.mixed):
-            held[leaf * DIGEST : (leaf + 1) * DIGEST] = value
-        group.held = bytes(held)
+        group.held = self._hasher.held(number, spans, group.mixed)
         if group.mixed.any():
             group.seen = self._seen(number, group.mixed)
         return group
@@ -87,49 +136,15 @@ class Leaves:
             bits[leaf] = not covered[leaf]
         return bits
 
-    # What the layer holds
-
-    def _held(self, number: int, spans: list[Run], mixed: bitarray) -> Iterator[tuple[int, bytes]]:
-        """Leaf and digest for each leaf with data in ``spans``."""
-        data = [part for span in spans for part in self._file.data_runs(*span)]
-        touched = _leaves(data, number)
-        for first, stop in runs(touched & ~mixed, 1, 0, FAN):
-            yield from self._whole(number, first, stop)
-        for first, stop in runs(touched & mixed, 1, 0, FAN):
-            for leaf in range(first, stop):
-                yield leaf, self._part(number * FAN + leaf, data)
-
-    def _whole(self, number: int, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        step = len(self._views)
-        for leaf in range(first, stop, step):
-            start = (number * FAN + leaf) * LEAF
-            count = min(step, stop - leaf)
-            length = min(count * LEAF, self.layer.size - start)
-            self._file.read_into(self._buffer[:length], start)
-            if length < count * LEAF:
-                self._buffer[length : count * LEAF] = bytes(count * LEAF - length)
-            for place in range(count):
-                yield leaf + place, digest(self._views[place])
-
-    def _part(self, leaf: int, data: list[Run]) -> bytes:
-        """The digest of a leaf of which only ``data`` counts."""
-        view = self._views[0]
-        view[:] = bytes(LEAF)
-        for start, stop in _within(data, leaf * LEAF, (leaf + 1) * LEAF):
-            self._file.read_into(view[start - leaf * LEAF : stop - leaf * LEAF], start)
-        return digest(view)
-
-    # What the guest sees
-
     def _seen(self, number: int, mixed: bitarray) -> bytes:
         seen = bytearray(ZERO_BLOCK)
         for first, stop in runs(mixed, 1, 0, FAN):
             for leaf in range(first, stop):
-                seen[leaf * DIGEST : (leaf + 1) * DIGEST] = self._view(number * FAN + leaf)
+                seen[leaf * DIGEST : (leaf + 1) * DIGEST] = self._guest_leaf(number * FAN + leaf)
         return bytes(seen)
 
-    def _view(self, leaf: int) -> bytes:
-        view, start = self._views[0], leaf * LEAF
+    def _guest_leaf(self, leaf: int) -> bytes:
+        view, start = self._view, leaf * LEAF
         length = min(LEAF, self.layer.size - start)
         self.layer.read_into(view[:length], start)
         view[length:] = bytes(LEAF - length)
@@ -172,7 +187,7 @@ def local_spans(layer: Layer, number: int) -> Iterator[Run]:
         yield max(here, start), min(there, stop)
 
 
-def _leaves(spans: list[Run], number: int) -> bitarray:
+def leaves_touched(spans: list[Run], number: int) -> bitarray:
     """The leaves of a group that ``spans`` touch."""
     bits = bitarray(FAN, endian="little")
     for start, stop in spans:

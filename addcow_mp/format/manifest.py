@@ -185,6 +185,7 @@ class Head:
     virtual_size: int
     all_local: bool
     files: dict[str, FileState]
+    header_size: int | None = None
     header_digest: str | None = None
     bitmap_digest: str | None = None
     backing_digest: str | None = None
@@ -206,7 +207,11 @@ class Head:
             },
         }
         if self.header_digest is not None:
-            told |= {"header-digest": self.header_digest, "bitmap-digest": self.bitmap_digest}
+            told |= {
+                "header-size": self.header_size,
+                "header-digest": self.header_digest,
+                "bitmap-digest": self.bitmap_digest,
+            }
         if self.backing_digest is not None:
             below = {"guest-digest": self.backing_digest, "virtual-size": self.backing_size}
             told["backing"] = below
@@ -230,6 +235,7 @@ class Head:
                     name: FileState(*(int(state[key]) for key in _STATE_KEYS))
                     for name, state in told["files"].items()
                 },
+                header_size=told.get("header-size"),
                 header_digest=told.get("header-digest"),
                 bitmap_digest=told.get("bitmap-digest"),
                 backing_digest=below.get("guest-digest"),

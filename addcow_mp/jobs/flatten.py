@@ -14,6 +14,7 @@ from addcow_mp.device import faults
 from addcow_mp.device.chain import READ, WRITE, open_chain
 from addcow_mp.device.files import identity_of, sync_directory
 from addcow_mp.device.overlay import Overlay, refuse_short
+from addcow_mp.device.sidecar import invalidate
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.space import Room
 from addcow_mp.engine.survey import alignment, missing_stretches
@@ -82,7 +83,9 @@ def _movement(overlay: Overlay) -> Movement:
     _refuse_without_room_for_bits(overlay)
     geometry, target = overlay.geometry, RawTarget(overlay.image.file)
     tasks = cut(missing_stretches(overlay, alignment(overlay.cluster_size)), geometry.clusters)
-    return Movement(overlay, geometry, Which.MISSING, target, tasks, publish=(overlay, 1))
+    movement = Movement(overlay, geometry, Which.MISSING, target, tasks, publish=(overlay, 1))
+    movement.changed = (overlay.path,)
+    return movement
 
 
 def _refuse_without_room_for_bits(overlay: Overlay) -> None:
@@ -99,6 +102,7 @@ def _discard(overlay: Overlay) -> None:
     with overlay.cow.doing("remove it"):
         if identity_of(os.stat(path)) != overlay.cow.identity:
             raise ImageError(path=path, problem="it was replaced meanwhile, and is not removed")
+        invalidate(overlay.path, durable=overlay.cow.durable)
         if faults.armed:
             faults.hit("discard")
         os.unlink(path)

@@ -112,7 +112,8 @@ def head_of(layer: Layer, below: list[Manifest]) -> Head:
     if not isinstance(layer, Overlay):
         return Head("raw", layer.size, all_local=True, files=files)
     header, bitmap = cow_digests(layer)
-    head = Head(ADD_COW, layer.size, layer.all_allocated, files, header, bitmap)
+    size = layer.header.header_size
+    head = Head(ADD_COW, layer.size, layer.all_allocated, files, size, header, bitmap)
     files["cow"] = FileState.of(layer.cow.status)
     if below:
         known = below[0].head
