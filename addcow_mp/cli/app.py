@@ -21,8 +21,8 @@ Command = Callable[..., None]
 
 _COMMANDS: dict[str, Command] = {}
 
-#: Commands over many images, in a module of their own.
-FARM = "farm"
+#: Commands with commands of their own, each in a module that is loaded for it alone.
+FARM, MANIFEST = "farm", "manifest"
 
 
 def command(name: str) -> Callable[[Command], Command]:
@@ -49,7 +49,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(addcow)
     first = arguments[0] if arguments else ""
-    known = first in (*_COMMANDS, FARM)
+    known = first in (*_COMMANDS, FARM, MANIFEST)
     for name, function in _COMMANDS.items():
         if not known or name == first:
             app.command(name)(function)
@@ -57,6 +57,10 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         from addcow_mp.cli.farm import farm
 
         app.add_typer(farm, name=FARM)
+    if not known or first == MANIFEST:
+        from addcow_mp.cli.manifest import manifest
+
+        app.add_typer(manifest, name=MANIFEST)
     return app
 
 
@@ -258,6 +262,34 @@ def check(
     access = access_of(roots, allow_device, share=share)
     as_json, mend = output is Output.json, None if repair is None else repair.value
     raise typer.Exit(show_check(file, access, mend, as_json=as_json, quiet=quiet))
+
+
+@command("verify")
+def verify(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="the image")],
+    progress: ShowProgress = False,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToPrint = Output.human,
+    format: Annotated[Format, typer.Option("-f", "--format", help="what FILE is")] = Format.addcow,
+    idle: Idle = False,
+    share: Share = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
+) -> None:
+    """Hold every layer against its manifest, and say which bytes of which file differ.
+
+    Exit status: 0 all as it was, 1 something could not be verified, 2 something differs.
+    """
+    from addcow_mp.cli.verifying import show_verdicts
+    from addcow_mp.cli.working import working
+    from addcow_mp.jobs.verify import verify as job
+
+    access = access_of(roots, allow_device, share=share)
+    manner = manner_of(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
+    with working(jobs, access, manner, progress=progress and not quiet) as conduct:
+        verdicts = job(file, conduct, format_=format.value)
+    raise typer.Exit(show_verdicts(file, verdicts, as_json=output is Output.json, quiet=quiet))
 
 
 @command("convert")

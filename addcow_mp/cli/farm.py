@@ -183,6 +183,43 @@ def check(
     raise typer.Exit(report.exit_code)
 
 
+@farm.command("verify")
+def verify(
+    places: Places = None,
+    from_file: FromFile = None,
+    bar: ShowBar = False,
+    progress: ProgressForm = None,
+    progress_fd: ProgressFd = None,
+    quiet: Quiet = False,
+    jobs: Jobs = None,
+    output: HowToList = Listing.human,
+    idle: Idle = False,
+    share: Share = False,
+    roots: Roots = None,
+    allow_device: Devices = False,
+) -> None:
+    """Hold every layer against its manifest, each once; the exit status is that of the worst.
+
+    Exit status: 0 all as it was, 1 something could not be verified, 2 something differs.
+    """
+    from addcow_mp.cli.progressing import counting
+    from addcow_mp.cli.verifying import FARM_PRINTERS, worst
+    from addcow_mp.cli.working import working
+    from addcow_mp.device.moving import Manner
+    from addcow_mp.farm.verify import farm_verify
+
+    listed = _all_places(places, from_file)
+    access = access_of(roots, allow_device, share=share)
+    form = _form(bar, progress, quiet=quiet)
+    with (
+        working(jobs, access, Manner(idle=idle), progress=False) as conduct,
+        counting(form, progress_fd, conduct) as counted,
+    ):
+        found = farm_verify(listed, counted)
+    FARM_PRINTERS[output](found, quiet=quiet)
+    raise typer.Exit(worst(found.all))
+
+
 @farm.command("plan")
 def plan(
     operation: Annotated[Operation, typer.Argument(metavar="commit|flatten")],

@@ -89,12 +89,14 @@ def _manifest_of(
     """The manifest of a layer, and whether it had to be written."""
     path = manifest_of(layer.path)
     wanted = head_of(layer, below)
-    if os.path.lexists(path) and not replaces:
-        manifest = Manifest.load(path)
-        if replace(manifest.head, guest_digest="", groups=0) != wanted:
-            problem = f"it is of another state of {layer.path} or of what lies below"
-            raise ManifestError(path=path, problem=problem)
-        return manifest, False
+    try:
+        there = _found(layer, path, wanted)
+    except ManifestError:
+        if not replaces:
+            raise
+        there = None
+    if there is not None:
+        return there, False
     with _draft(path) as fd:
         _write(fd, layer, wanted, below, conduct)
         if head_of(layer, below) != wanted:
@@ -104,6 +106,18 @@ def _manifest_of(
             os.rename(f"{path}.part", path)
         sync_directory(path)
     return Manifest.load(path), True
+
+
+def _found(layer: Layer, path: str, wanted: Head) -> Manifest | None:
+    """The manifest that is there already. Raises :class:`ManifestError` for a useless one."""
+    if not os.path.lexists(path):
+        return None
+    with _saying(path, "read it"):
+        manifest = Manifest.load(path)
+    if replace(manifest.head, guest_digest="", groups=0) != wanted:
+        problem = f"it is of another state of {layer.path} or of what lies below"
+        raise ManifestError(path=path, problem=problem)
+    return manifest
 
 
 def head_of(layer: Layer, below: list[Manifest]) -> Head:

@@ -1,0 +1,89 @@
+"""Farm verify: every layer of a farm held against its manifest, each once.
+
+A base that a thousand overlays share is read once, as is every overlay; what stands above a layer
+that differs is known from the graph. Files with a manifest that nobody names any more count too:
+they may be overlays whose header was damaged beyond recognition.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from addcow_mp.device.access import Access
+from addcow_mp.device.files import identity_of
+from addcow_mp.device.sidecar import SUFFIX
+from addcow_mp.errors import ManifestError
+from addcow_mp.farm.places import files_of, overlays_of
+from addcow_mp.format.header import ADD_COW
+from addcow_mp.format.manifest import Manifest
+from addcow_mp.jobs.dependants import Identity
+from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.verify import Target, Verdict, chain_of, verify_all
+
+
+@dataclass(frozen=True)
+class FarmVerdict:
+    """What was found: ``images`` are the overlays in the places, ``files`` all other layers."""
+
+    images: list[Verdict]
+    files: list[Verdict]
+
+    @property
+    def all(self) -> list[Verdict]:
+        """Both."""
+        return [*self.images, *self.files]
+
+
+def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVerdict:
+    """Verify every layer in ``places``. Raises :class:`ImageError` for a place that is not there.
+
+    Raises :class:`BeginsAnewError` when ``conduct`` stops it.
+    """
+    conduct = conduct or Conduct()
+    images, files, access = layers_in(places, conduct.access)
+    verdicts = verify_all([*images, *files], replace(conduct, access=access))
+    return FarmVerdict(verdicts[: len(images)], verdicts[len(images) :])
+
+
+def layers_in(places: Iterable[str], access: Access) -> tuple[list[Target], list[Target], Access]:
+    """The overlays in ``places``, all other layers, and how they may be opened."""
+    paths, access = files_of(places, access)
+    overlays = overlays_of(path for path in paths if not path.endswith(SUFFIX))
+    seen: set[Identity] = {one.identity for one in overlays}
+    others = list(_others([one.path for one in overlays], paths, access, seen))
+    return [Target(one.path) for one in overlays], others, access
+
+
+def _others(
+    overlays: list[str], paths: list[str], access: Access, seen: set[Identity]
+) -> Iterator[Target]:
+    """What overlays stand on and no overlay of the farm is, and what has a manifest besides."""
+    for path in overlays:
+        for target in list(chain_of(path, ADD_COW, access.beside(path)))[1:]:
+            yield from _new(target, seen)
+    for path in paths:
+        if path.endswith(SUFFIX):
+            yield from _new(_described(path), seen)
+
+
+def _described(path: str) -> Target:
+    """The layer that the manifest at ``path`` is about."""
+    try:
+        kind = Manifest.load(path).head.kind
+    except (OSError, ManifestError):
+        kind = ADD_COW
+    return Target(path.removesuffix(SUFFIX), kind)
+
+
+def _new(target: Target, seen: set[Identity]) -> Iterator[Target]:
+    """``target``, unless the same file was met before."""
+    try:
+        identity = identity_of(os.stat(target.path))
+    except OSError:
+        yield target  # that it is not there is for its verdict to say
+        return
+    if identity not in seen:
+        seen.add(identity)
+        yield target
