@@ -13,6 +13,7 @@ from addcow_mp.cli.watching import watching
 from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
+from addcow_mp.engine.delivery import UnstartedError
 from addcow_mp.errors import StoppedError, TimeLimitError
 from addcow_mp.farm.errand import Operation
 from addcow_mp.farm.plan import Plan, State, plan
@@ -43,27 +44,36 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
     """Plan it, do it unless that is all, print what has become of each image, and exit."""
     limit = _Limit(wishes.time_limit)
     with working(wishes.jobs, access, wishes.manner, progress=False) as conduct:
-        bounded = replace(conduct, stopping=lambda: conduct.stopping() or limit.is_reached)
-        made = plan(places, Operation(wishes.operation), bounded, discard=wishes.discard)
+        # Planning has no limit: it says what is left.
+        made = plan(places, Operation(wishes.operation), conduct, discard=wishes.discard)
+        problem = None
         if not wishes.dry_run:
-            _work(made, bounded, wishes)
+            bounded = replace(conduct, stopping=lambda: conduct.stopping() or limit.is_reached)
+            problem = _work(made, bounded, wishes)
         PRINTERS[wishes.output](made, quiet=wishes.quiet)
+        if problem is not None:
+            raise problem
         if made.count(State.STOPPED) or made.count(State.LEFT):
             _say_what_stopped_it(made, conduct, limit)
     if not wishes.dry_run:
         raise typer.Exit(1 if made.count(State.REFUSED) or made.count(State.FAILED) else 0)
 
 
-def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> None:
+def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> UnstartedError | None:
+    """Carry the plan out; what kept processes from being started is returned, to be told last."""
+    problem = None
     with watching(wishes.form, wishes.progress_fd, wishes.log, conduct.progress) as (watch, log):
         log.write("farm-begun", operation=wishes.operation, images=len(made.steps))
         try:
             work(made, conduct, stops_at_error=wishes.stops_at_error, watch=watch)
+        except UnstartedError as error:
+            problem = error
         finally:
             counts = {str(state): made.count(state) for state in State if made.count(state)}
             log.write("farm-ended", operation=wishes.operation, **counts)
     for step in made.steps:
         warn([] if step.report is None else step.report.warnings)
+    return problem
 
 
 class _Limit:

@@ -16,6 +16,7 @@ from addcow_mp.cli.outcomes import describe
 from addcow_mp.cli.progressing import Show, shown
 from addcow_mp.cli.saying import warn
 from addcow_mp.device.files import cannot_open
+from addcow_mp.errors import ImageError
 from addcow_mp.farm.plan import State, Step
 from addcow_mp.farm.tally import Tally
 from addcow_mp.farm.work import Watch
@@ -59,6 +60,18 @@ _EVENTS = {
 # The log
 
 
+#: What every line of a log begins with.
+_FIRST = b'{"time": '
+
+
+def _refuse_foreign(path: str) -> None:
+    """Nothing is appended to a file that is no log: it may be somebody's disk."""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(len(_FIRST)) not in (b"", _FIRST):
+                raise ImageError(path=path, problem="it is there and no log; name another file")
+
+
 class Log:
     """A file with one JSON object a line, each appended at once; None is no log."""
 
@@ -66,6 +79,7 @@ class Log:
         self._path = path
         self._fd: int | None = None
         if path is not None:
+            _refuse_foreign(path)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             try:
                 self._fd = os.open(path, flags, 0o644)

@@ -36,6 +36,8 @@ def working(
         try:
             yield Conduct(jobs, show, lambda: bool(stop), access, manner)
         except StoppedError as error:
+            if not stop:
+                raise  # no signal was it
             raise _MEANINGS[stop[0]](message=str(error)) from error
 
 

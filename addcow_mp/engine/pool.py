@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 #: the parent while the parent syncs, and a death costs no more than one of them.
 AHEAD = 2
 
-#: Times that a task may meet the death of its worker before it has failed.
+#: Times that a task may meet the death of its worker before it has failed, and that workers
+#: may die before they have begun.
 TRIES = 2
 
 #: Seconds of work left for which starting processes pays: it takes about half of that.
@@ -217,6 +218,7 @@ class Pool:
         self._waiting: deque[Order] = deque()
         self._suspects: deque[Order] = deque()
         self._tries: Counter[tuple[int, int]] = Counter()
+        self._unstarted = 0
         #: Of each work: tasks that are still to come back, and results that nobody took yet.
         self._left: Counter[int] = Counter()
         self._results: defaultdict[int, list[Done | Failed]] = defaultdict(list)
@@ -283,10 +285,9 @@ class Pool:
         """Take further tasks of the pool's own work; what comes of them :meth:`turn` says."""
         self._add(OWN, tasks)
 
-    @property
-    def waiting(self) -> int:
-        """How many tasks nobody has begun yet."""
-        return len(self._waiting)
+    def was_retried(self, task: Task) -> bool:
+        """Whether a worker has died at this task of the pool's own."""
+        return bool(self._tries[OWN, task.number])
 
     def abandon(self, number: int = OWN) -> list[Task]:
         """Forget the tasks that nobody has begun; returns them."""
@@ -358,10 +359,10 @@ class Pool:
         process = context.Process(
             target=serve, args=(theirs, Parcel(self._works[OWN]), slot, self._idle), daemon=True
         )
-        # An interrupt goes to the whole group; the parent decides what it means. Blocked
+        # Requests to stop go to the whole group; the parent decides what they mean. Blocked
         # signals stay blocked in the new process, from its first instant on.
         resource_tracker.ensure_running()  # which unblocks them, when it starts its process
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             process.start()
         finally:
@@ -433,7 +434,8 @@ class Pool:
         worker.process.join()
         worker.pipe.close()
         self._workers.remove(worker)
-        if not worker.ready:
+        self._unstarted += not worker.ready
+        if self._unstarted >= TRIES:
             status = _status(worker.process.exitcode)
             raise UnstartedError(cause=f"it ended with {status}; try --jobs 0")
         if worker.orders:

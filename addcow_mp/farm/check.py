@@ -148,7 +148,11 @@ def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Che
             if result is not None:
                 done[result.task.number] = _of(result, paths)
                 looked_at += result.task.weight
-                conduct.progress(looked_at, count)
+                images = sum(map(len, done.values()))
+                # How many of the files are images shows in time; so far they are that many.
+                conduct.progress(images, round(images * count / looked_at))
+    if not tasks:
+        conduct.progress(0, 0)
     if len(done) < len(tasks):
         raise BeginsAnewError(path=f"{count} files")
     for task in tasks:

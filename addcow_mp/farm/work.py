@@ -24,13 +24,13 @@ from heapq import heappop, heappush
 
 from addcow_mp.device import faults
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import free_bytes
+from addcow_mp.device.files import free_bytes, sync_directory
 from addcow_mp.device.kernel import die_with_parent
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.delivery import UnstartedError
 from addcow_mp.engine.plan import Task
-from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
+from addcow_mp.engine.pool import Done, Part, Pool, usable_cpus
 from addcow_mp.errors import AddcowError, ImageError, StoppedError
 from addcow_mp.farm.errand import Errand
 from addcow_mp.farm.plan import Plan, State, Step
@@ -225,13 +225,15 @@ class _Farm:
         self._under_way: set[int] = set()
         self._failed = False
         self._looked = time.monotonic()
-        self._done = Tally(0, len(self._steps), 0, plan.weight)
+        known = len(plan.steps) - len(self._steps)
+        self._done = Tally(known, len(plan.steps), 0, plan.weight)
 
     def run(self) -> None:
         """Do all steps that there are, as far as nothing stops it."""
         for step in self._plan.steps:
             if step.state is not State.READY:
                 self._end(step)
+        self.watch.progress(self._done)
         board = Board.create((0, 0), 0)
         try:
             with self._pool(board) as pool:
@@ -264,8 +266,7 @@ class _Farm:
         if large is not None:
             self._begin(large)
             self._finish(large, self._split(self._steps[large], pool))
-        for result in pool.turn():
-            self._take(result)
+        self._take_all(pool)
         self.watch.progress(self._done)
 
     def _small_ones(self) -> Iterator[Task]:
@@ -308,11 +309,15 @@ class _Farm:
 
     # What has become of a step
 
-    def _take(self, result: Done | Failed) -> None:
-        outcome: Report | AddcowError = (
-            result.error if isinstance(result, Failed) else result.result
-        )
-        self._finish(result.task.number, outcome)
+    def _take_all(self, pool: Pool) -> None:
+        for result in pool.turn():
+            number = result.task.number
+            if isinstance(result, Done):
+                self._finish(number, result.result)
+            elif pool.was_retried(result.task) and _is_discarded(self._steps[number]):
+                self._finish(number, _finished_discard(self._steps[number]))
+            else:
+                self._finish(number, result.error)
 
     def _finish(self, number: int, outcome: Report | AddcowError) -> None:
         step = self._steps[number]
@@ -344,8 +349,20 @@ class _Farm:
         for task in pool.abandon():
             self._under_way.discard(task.number)
         while self._under_way:
-            for result in pool.turn():
-                self._take(result)
+            self._take_all(pool)
+
+
+def _is_discarded(step: Step) -> bool:
+    """Whether a worker that died had removed the overlay already: the last thing that it does."""
+    return step.errand.discard and not os.path.lexists(step.path)
+
+
+def _finished_discard(step: Step) -> Report | AddcowError:
+    try:
+        sync_directory(step.path)
+    except AddcowError as error:
+        return error
+    return Report(step.errand.operation, step.path)
 
 
 def _state_after(problem: AddcowError) -> State:

@@ -28,6 +28,7 @@ from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import Movement, move, room
 from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
+from addcow_mp.units import round_down
 
 
 def commit(path: str, *, keep: bool = False, conduct: Conduct | None = None) -> Report:
@@ -65,9 +66,12 @@ def foresee(path: str, conduct: Conduct, *, receives: bool = False) -> Prospect 
 
 
 def _is_done(overlay: Overlay) -> bool:
-    """Whether no cluster is local, and no space is left to be freed."""
-    data = overlay.image.file.next_data(0)
-    return overlay.allocated_clusters == 0 and (data is None or data >= overlay.size)
+    """Whether no cluster is local, and no space is left that could be freed."""
+    image, end = overlay.image.file, overlay.size
+    if image.length > end:  # bytes behind the view are nobody's, and keep the block of its end
+        end = round_down(end, image.block_size)
+    data = image.next_data(0)
+    return overlay.allocated_clusters == 0 and (data is None or data >= end)
 
 
 def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
