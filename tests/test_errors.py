@@ -223,6 +223,23 @@ def terminated_error(here: Path) -> None:
     stopped_by(signal.SIGTERM, here)
 
 
+def time_limit_error(here: Path) -> None:
+    from addcow_mp.cli.farming import Wishes, carry_out
+    from addcow_mp.device.access import Access
+
+    pair(here, "AB", "-X")
+    carry_out([str(here)], Access(), Wishes("commit", "human", time_limit="0", jobs=0))
+
+
+def manifest_error(here: Path) -> None:
+    from addcow_mp.jobs.manifest import create
+
+    top = pair(here, "AB", "-X")
+    create(str(top), Conduct(0))
+    put(here / "base.img.manifest", 100, b"\xff")
+    create(str(top), Conduct(0))
+
+
 def stopped_by(number: int, here: Path) -> None:
     from addcow_mp.cli.working import working
     from addcow_mp.device.access import Access
@@ -311,6 +328,8 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "UnfinishedError": unfinished_error,
     "InterruptedJobError": interrupted_error,
     "TerminatedJobError": terminated_error,
+    "TimeLimitError": time_limit_error,
+    "ManifestError": manifest_error,
     "OutsideError": outside_error,
     "LockedError": locked_error,
     "DependantsError": dependants_error,
@@ -326,10 +345,11 @@ EXIT_CODES = {
     "CompareError": 2,
     "InterruptedJobError": 130,
     "TerminatedJobError": 143,
+    "TimeLimitError": 75,
 }
 
 # Of these the text says where, or it is put into one that does.
-NO_PATH = {"UsageError", "DiedError", "UnexpectedError", "UnstartedError"}
+NO_PATH = {"UsageError", "TimeLimitError", "DiedError", "UnexpectedError", "UnstartedError"}
 
 
 @contextmanager

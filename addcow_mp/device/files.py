@@ -23,7 +23,7 @@ from typing import Any
 from addcow_mp.device import faults, holes, kernel
 from addcow_mp.errors import FileError, ImageError, SyncError
 from addcow_mp.format.bitmap import write_all
-from addcow_mp.units import KiB, round_up
+from addcow_mp.units import MAX_SIZE, KiB, round_up
 
 #: One copy buffer: small enough to stay in the processor's cache between read and write.
 BUFFER_SIZE = 256 * KiB
@@ -199,7 +199,8 @@ class File:
         """Free the space of ``[start, stop)`` where the file system can; the length stays."""
         if start < stop and next(self.data_runs(start, stop), None):
             # Only whole blocks are freed; that of the file's end is one if all of it is named.
-            self._punched(start, round_up(stop, self.block_size) if stop == self.length else stop)
+            end = round_up(stop, self.block_size) if stop == self.length else stop
+            self._punched(start, min(end, MAX_SIZE))
 
     def _punched(self, start: int, stop: int) -> bool:
         with self.doing(f"free {stop - start} bytes at {start}"):
