@@ -23,6 +23,8 @@ MAGICS = {
     "cow": b"OOOM",
 }
 
+_ANY = tuple(MAGICS.values())
+
 #: As many of the first bytes as any magic needs.
 LONGEST_MAGIC = max(map(len, MAGICS.values()))
 
@@ -41,6 +43,8 @@ def resembles(file: File) -> str | None:
 
 def magic_of(first: bytes) -> str | None:
     """The format whose magic a file has that begins with the bytes ``first``, if any."""
+    if not first.startswith(_ANY):
+        return None
     return next((name for name, magic in MAGICS.items() if first.startswith(magic)), None)
 
 

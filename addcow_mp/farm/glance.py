@@ -12,10 +12,10 @@ takes while an image is glanced at is as good as one taken right after the check
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import starmap
 from typing import NamedTuple, TypeVar
@@ -96,6 +96,8 @@ class Glance:
         self._share = access.share
         self._roots = tuple(os.path.realpath(root).rstrip("/") + "/" for root in access.roots)
         self._sights: dict[tuple[str, str, str], Sight] = {}
+        #: Image files that were met: they begin as no other format does.
+        self._images: dict[Place, None] = {}
         self._directories: dict[str, str] = {}
         self._under_way: set[tuple[str, str, str]] = set()
         self._ways: dict[str, Callable[[Place, int], Sight | None]]
@@ -106,7 +108,10 @@ class Glance:
 
         Raises :class:`LookCloserError` when only the full check can say how it is.
         """
-        sight = self._sight(self._place(path), ADD_COW)
+        place = self._place(path)
+        if place in self._images:
+            return None
+        sight = self._sight(place, ADD_COW)
         if sight is not None and not sight.clean:
             raise LookCloserError
         return sight
@@ -132,8 +137,13 @@ class Glance:
             raise LookCloserError
         self._under_way.add(key)
         try:
-            with _opened("".join(place)) as fd:
+            fd = self._open(place)
+            try:
                 sight = self._ways[format_](place, fd)
+            finally:
+                os.close(fd)
+        except (OSError, ValueError) as error:
+            raise LookCloserError from error
         finally:
             self._under_way.discard(key)
         if sight is not None:
@@ -149,11 +159,16 @@ class Glance:
         status = self._status(fd)
         plain = _plain(fd, head, status.st_size)
         below = self._below(place, plain)
-        with _opened("".join(self._led_to(place, plain.image))) as image:
+        where = self._led_to(place, plain.image)
+        image = self._open(where)
+        try:
             held = self._status(image)
             if magic_of(os.pread(image, LONGEST_MAGIC, 0)) is not None:
                 raise LookCloserError
+            _remember(self._images, where, None)
             clean = _is_clean(fd, status.st_size, plain.header, image, held.st_size)
+        finally:
+            os.close(image)
         own = identity_of(status), identity_of(held)
         identities = below.identities.union(own)
         overlays = below.overlays + 1
@@ -180,6 +195,18 @@ class Glance:
             raise LookCloserError
         return sight
 
+    def _open(self, place: Place) -> int:
+        """Open a file there; what it links to must be where names may lead from there as well."""
+        try:
+            return os.open("".join(place), _FLAGS)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        real = os.path.realpath("".join(place))
+        if not real.startswith((place[0], *self._roots)):
+            raise LookCloserError
+        return os.open(real, _FLAGS)
+
     def _led_to(self, place: Place, name: str) -> Place:
         """Where ``name``, in the overlay at ``place``, leads, if it may lead there."""
         if "/" not in name:
@@ -203,18 +230,6 @@ def _remember(memory: dict[K, V], key: K, value: V) -> None:
     if len(memory) >= REMEMBERED:
         memory.clear()
     memory[key] = value
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    try:
-        fd = os.open(path, _FLAGS)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-    except (OSError, ValueError) as error:
-        raise LookCloserError from error
 
 
 # The header
@@ -249,11 +264,11 @@ def _legal(fixed: bytes) -> Header:
 
 def _without_names(head: bytes, header: Header) -> bytes:
     """What is left of ``head`` behind the fixed header when the names are taken out."""
-    left, end = [], FIXED_SIZE
+    left, end = b"", FIXED_SIZE
     for start, stop in header.name_ranges():
-        left.append(head[end:start])
+        left += head[end:start]
         end = max(end, stop)  # names may lie over each other
-    return b"".join((*left, head[end:]))
+    return left + head[end:]
 
 
 def _is_zero(data: bytes) -> bool:
@@ -287,7 +302,10 @@ def _is_clean(fd: int, length: int, header: Header, image: int, size: int) -> bo
         return False
     if header.all_allocated:
         return True
-    return all(_is_sound(image, run, bits, geometry) for run in data_runs(image, 0, geometry.size))
+    for run in data_runs(image, 0, geometry.size):
+        if bits.find(0, *geometry.touched(*run)) >= 0 and not _is_sound(image, run, bits, geometry):
+            return False
+    return True
 
 
 def _is_sound(image: int, run: Run, bits: bitarray, geometry: Geometry) -> bool:
@@ -302,6 +320,8 @@ def _is_sound(image: int, run: Run, bits: bitarray, geometry: Geometry) -> bool:
 
 def _bits(fd: int, start: int, stop: int) -> bitarray:
     """The bits in ``[start, stop)`` of the file; what lies in holes is not read."""
+    if stop - start <= HEAD:
+        return bitarray(buffer=os.pread(fd, stop - start, start), endian="little")
     content = bytearray(stop - start)
     for first, last in data_runs(fd, start, stop):
         content[first - start : last - start] = os.pread(fd, last - first, first)
