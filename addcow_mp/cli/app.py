@@ -54,9 +54,9 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         if not known or name == first:
             app.command(name)(function)
     if not known or first == FARM:
-        from addcow_mp.cli.farm import farm
+        from addcow_mp.cli.farm import build as build_farm
 
-        app.add_typer(farm, name=FARM)
+        app.add_typer(build_farm("".join(arguments[1:2])), name=FARM)
     if not known or first == MANIFEST:
         from addcow_mp.cli.manifest import manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from addcow_mp.cli.app import (
     Cache,
     CacheMode,
+    Command,
     CopyBy,
     CopyWay,
     Devices,
@@ -25,12 +27,31 @@ from addcow_mp.cli.app import (
     manner_of,
 )
 
-farm = typer.Typer(help="Look at many images at once.", rich_markup_mode=None)
+_COMMANDS: dict[str, Command] = {}
 
 
-@farm.callback()
+def command(name: str) -> Callable[[Command], Command]:
+    """Give a function its place among the commands."""
+
+    def add(function: Command) -> Command:
+        _COMMANDS[name] = function
+        return function
+
+    return add
+
+
+def build(name: str) -> typer.Typer:
+    """The ``farm`` commands: the one of this ``name``, else all."""
+    farm = typer.Typer(help=_farm.__doc__, rich_markup_mode=None)
+    farm.callback()(_farm)
+    for one, function in _COMMANDS.items():
+        if name not in _COMMANDS or one == name:
+            farm.command(one)(function)
+    return farm
+
+
 def _farm() -> None:
-    """Look at many images at once."""
+    """Look at many images at once, and work on them."""
 
 
 class Listing(StrEnum):
@@ -113,7 +134,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be 
 Discard = Annotated[bool, typer.Option("--discard", help="flatten: then remove the .add-cow files")]
 
 
-@farm.command("ls")
+@command("ls")
 def ls(
     places: Places = None,
     from_file: FromFile = None,
@@ -132,7 +153,7 @@ def ls(
     PRINTERS[output](in_order(found, sort, reverse=reverse))
 
 
-@farm.command("graph")
+@command("graph")
 def graph(
     places: Places = None,
     from_file: FromFile = None,
@@ -149,7 +170,7 @@ def graph(
     DRAWERS[output](farm_graph(_all_places(places, from_file), access))
 
 
-@farm.command("check")
+@command("check")
 def check(
     places: Places = None,
     from_file: FromFile = None,
@@ -183,7 +204,7 @@ def check(
     raise typer.Exit(report.exit_code)
 
 
-@farm.command("verify")
+@command("verify")
 def verify(
     places: Places = None,
     from_file: FromFile = None,
@@ -220,7 +241,7 @@ def verify(
     raise typer.Exit(worst(found.all))
 
 
-@farm.command("plan")
+@command("plan")
 def plan(
     operation: Annotated[Operation, typer.Argument(metavar="commit|flatten")],
     places: Places = None,
@@ -243,7 +264,7 @@ def plan(
     carry_out(_all_places(places, from_file), access, wishes)
 
 
-@farm.command("commit")
+@command("commit")
 def commit(
     places: Places = None,
     from_file: FromFile = None,
@@ -290,7 +311,7 @@ def commit(
     carry_out(_all_places(places, from_file), access, wishes)
 
 
-@farm.command("flatten")
+@command("flatten")
 def flatten(
     places: Places = None,
     from_file: FromFile = None,

@@ -15,6 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.engine.plan import Task
@@ -30,12 +31,14 @@ from addcow_mp.jobs.report import Conduct
 #: Files in one task: enough that handing it out costs nothing against it.
 PARCEL = 128
 
+#: Files for which other processes are started at once: they take longer than to find it out.
+MANY = 4096
+
 #: Exit statuses of single images, the worst first.
 WORST_FIRST = (2, 1, 3, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(NamedTuple):
     """An overlay, what is wrong with it, and the files that it names, where that is known."""
 
     path: str
@@ -143,7 +146,8 @@ def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Che
     done: dict[int, list[Checked]] = {}
     looked_at = 0
     jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
-    with Pool(_Checks(paths, access), jobs, idle=conduct.manner.idle, part=Part.FIRST) as pool:
+    part = Part.FULL if count >= MANY else Part.FIRST
+    with Pool(_Checks(paths, access), jobs, idle=conduct.manner.idle, part=part) as pool:
         for result in pool.run(tasks, conduct.stopping):
             if result is not None:
                 done[result.task.number] = _of(result, paths)

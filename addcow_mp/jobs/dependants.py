@@ -17,6 +17,7 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from addcow_mp.device.access import Access, pseudo_devices
 from addcow_mp.device.files import File, identity_of
@@ -42,8 +43,7 @@ BACKUP = re.compile(r"\.backup-\d+$")
 _MEND = "commit or flatten them first, or use --force to change it under them"
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(NamedTuple):
     """An overlay somewhere, and the files that it names, by identity and by path."""
 
     path: str
