@@ -20,6 +20,7 @@ of its own, in the same processes, and what comes of either is kept for whoever 
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections import Counter, defaultdict, deque
@@ -126,6 +127,8 @@ class _Withdrawal:
 
 def serve(pipe: Connection, parcel: Packed, slot: int, idle: bool) -> None:
     """A worker's life: do the tasks that come through the pipe until it closes."""
+    # What is imported stays: looking for garbage among it again and again finds none.
+    gc.set_threshold(50_000)
     if idle:
         step_back()
     work = parcel.unpacked()

@@ -1,0 +1,410 @@
+"""Manifests, and verifying against them, through the command line.
+
+What a digest must be is said here once more, in the words of docs/manifest.md and from the bytes
+that an independent reader gives; where bits were flipped, this module knows which leaves of which
+files were hit, and no others may be named. Chains are random: clusters from 4 KiB to 2 MiB, odd
+lengths, shorter and longer layers, ALL_ALLOCATED. The seed is printed with a failure;
+ADDCOW_SEED=... draws the same chains again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from command import (
+    ALL_ALLOCATED,
+    CLUSTER,
+    KiB,
+    MiB,
+    addcow,
+    draw,
+    draw_raw,
+    io,
+    overlay_bytes,
+    pair,
+    put,
+    read_header,
+    refused,
+    snapshot,
+    succeed,
+    virtual_size,
+)
+from faulty import Rules, rule, running
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import oracle
+
+LEAF = 64 * KiB
+FAN = 256
+
+SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
+    return random.Random(f"{SEED} {request.node.name}")
+
+
+def digest(data: bytes) -> bytes:
+    return blake3(data).digest()
+
+
+def guest_digest(view: bytes) -> str:
+    """The digest of a view, put together without any shortcut."""
+    zero = digest(bytes(LEAF))
+    level = [digest(view[at : at + LEAF].ljust(LEAF, b"\0")) for at in range(0, len(view), LEAF)]
+    while True:
+        nodes = -(-len(level) // FAN) or 1
+        level += [zero] * (nodes * FAN - len(level))
+        level = [digest(b"".join(level[at : at + FAN])) for at in range(0, nodes * FAN, FAN)]
+        zero = digest(zero * FAN)
+        if nodes == 1:
+            break
+    return digest(b"add-cow guest 1\0" + struct.pack("<Q", len(view)) + level[0]).hex()
+
+
+def view_of(path: Path) -> bytes:
+    if path.suffix == ".add-cow":
+        return oracle.guest_bytes(str(path))
+    return path.read_bytes()[: virtual_size(path, "raw")]
+
+
+# ---- random chains ----
+
+
+def some_size(rng: random.Random) -> int:
+    common = [0, 512, 4096, LEAF, 3 * LEAF, 300 * LEAF]
+    odd = [512 * rng.randrange(1, 3000), 512 * rng.randrange(30000, 70000)]
+    return rng.choice([*common, *odd])
+
+
+def some_content(rng: random.Random, size: int) -> bytes:
+    content = bytearray(size)
+    for _ in range(rng.randrange(6)):
+        at, length = rng.randrange(max(1, size)), rng.randrange(1, 200 * KiB)
+        length = len(content[at : at + length])
+        content[at : at + length] = rng.choice([bytes(length), rng.randbytes(length)])
+    return bytes(content)
+
+
+def write_sparse(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        for at in range(0, len(content), 4 * KiB):
+            block = content[at : at + 4 * KiB]
+            if block.strip(b"\0"):
+                file.seek(at)
+                file.write(block)
+        file.truncate(len(content))
+
+
+def some_chain(here: Path, rng: random.Random) -> Path:
+    """Draw a chain; return its topmost overlay."""
+    tail = bytes(100 * rng.randrange(3))
+    write_sparse(here / "base.img", some_content(rng, some_size(rng)) + tail)
+    backing, kind = "base.img", "raw"
+    for number in range(rng.randrange(1, 4)):
+        size, cluster = some_size(rng), rng.choice([4, 16, 64, 128, 2048]) * KiB
+        share = rng.choice([0.1, 0.5, 0.9])
+        local = [at for at in range(-(-size // cluster)) if rng.random() < share]
+        write_sparse(here / f"o{number}.raw", some_content(rng, size))
+        content = overlay_bytes(
+            image=f"o{number}.raw",
+            size=size,
+            backing=backing,
+            backing_format=kind,
+            cluster=cluster,
+            local=local,
+            compatible=ALL_ALLOCATED * (rng.random() < 0.1),
+        )
+        backing, kind = f"o{number}.add-cow", "add-cow"
+        (here / backing).write_bytes(content)
+    return here / backing
+
+
+def made(here: Path, *words: str, name: str = "top.add-cow") -> dict[str, Any]:
+    told = succeed("manifest", "create", "--output", "json", *words, name, cwd=here).json
+    return {one["filename"]: one for one in told["manifests"]}
+
+
+def verified(here: Path, *words: str, name: str = "top.add-cow", status: int = 0) -> dict[str, Any]:
+    result = addcow("verify", "--output", "json", *words, name, cwd=here)
+    assert result.status == status, result
+    told: dict[str, Any] = result.json
+    return told
+
+
+@pytest.mark.parametrize("turn", range(12))
+def test_digests_are_those_of_what_guests_see(
+    tmp_path: Path, rng: random.Random, turn: int
+) -> None:
+    top = some_chain(tmp_path, rng)
+    jobs = ("--jobs", rng.choice(["0", "0", "2"]))
+    found = made(tmp_path, *jobs, name=top.name)
+    for name, one in found.items():
+        layer = tmp_path / name.removesuffix(".manifest")
+        assert one["guest-digest"] == guest_digest(view_of(layer)), (turn, name)
+    assert {one["written"] for one in found.values()} == {True}
+    again = made(tmp_path, *jobs, name=top.name)
+    assert {one["written"] for one in again.values()} == {False}
+    before = snapshot(tmp_path)
+    told = verified(tmp_path, *jobs, name=top.name)
+    assert (told["ranges"], told["findings"]) == ([], [])
+    assert snapshot(tmp_path) == before
+    succeed("convert", "-O", "raw", top.name, "all.raw", cwd=tmp_path)
+    converted = made(tmp_path, "-f", "raw", name="all.raw")["all.raw.manifest"]
+    assert converted["guest-digest"] == found[f"{top.name}.manifest"]["guest-digest"]
+
+
+def leaves_hit(here: Path, rng: random.Random, layers: list[str]) -> set[tuple[str, int, int]]:
+    """Flip bits in the data of some layers; return the leaves in which that counts."""
+    hit = set()
+    for name in layers:
+        cow = here / name
+        image = cow if cow.suffix == ".img" else here / read_header(cow).image
+        size, length = virtual_size(image, "raw"), image.stat().st_size
+        for at in {rng.randrange(size) for _ in range(rng.randrange(4) if size else 0)}:
+            with image.open("r+b") as file:
+                file.seek(at)
+                old = file.read(1)[0]
+                file.seek(at)
+                file.write(bytes([old ^ 1 << rng.randrange(8)]))
+            if cow == image or is_local(cow, at):
+                start = at // LEAF * LEAF
+                hit.add((image.name, start, min(start + LEAF, length) - start))
+    return hit
+
+
+def is_local(cow: Path, at: int) -> bool:
+    header = read_header(cow)
+    bitmap = cow.read_bytes()[header.header_size :]
+    cluster = at // header.cluster
+    return bool(header.compatible & ALL_ALLOCATED or bitmap[cluster // 8] >> cluster % 8 & 1)
+
+
+def leaves_named(told: dict[str, Any]) -> set[tuple[str, int, int]]:
+    """The ranges of a report, leaf by leaf."""
+    named = set()
+    for one in told["ranges"]:
+        stop = one["start"] + one["length"]
+        for start in range(one["start"], stop, LEAF):
+            named.add((one["file"], start, min(start + LEAF, stop) - start))
+    return named
+
+
+@pytest.mark.parametrize("turn", range(12))
+def test_every_leaf_that_was_hit_is_named_and_no_other(
+    tmp_path: Path, rng: random.Random, turn: int
+) -> None:
+    top = some_chain(tmp_path, rng)
+    layers = [name.removesuffix(".manifest") for name in made(tmp_path, name=top.name)]
+    hit = leaves_hit(tmp_path, rng, layers)
+    told = verified(tmp_path, name=top.name, status=2 if hit else 0)
+    assert leaves_named(told) == hit, turn
+    names = {one["name"] for one in told["findings"]}
+    assert names <= {"changed"}
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An overlay over a base, with their manifests."""
+    pair(tmp_path, "ABCD", "-X-Y")
+    made(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("at", "name", "start"), [(60 * KiB, "header", 0), (CLUSTER + 5, "bitmap", CLUSTER)]
+)
+def test_header_and_bitmap_are_named_as_what_they_are(
+    here: Path, at: int, name: str, start: int
+) -> None:
+    put(here / "top.add-cow", at, b"\xff")
+    told = verified(here, status=2)
+    assert told["ranges"] == [{"file": "top.add-cow", "start": start, "length": CLUSTER}]
+    assert name in {one["name"] for one in told["findings"]}
+
+
+def test_a_header_that_is_no_header_any_more_is_named(here: Path) -> None:
+    put(here / "top.add-cow", 0, b"BCOW")
+    told = verified(here, status=2)
+    assert told["ranges"] == [{"file": "top.add-cow", "start": 0, "length": CLUSTER}]
+    assert [one["name"] for one in told["findings"]] == ["header"]
+
+
+def test_a_bitmap_that_lies_accuses_no_data(here: Path) -> None:
+    """Clusters cease to be local and become it: their bytes are what they were."""
+    put(here / "top.add-cow", CLUSTER, b"\x05")
+    told = verified(here, status=2)
+    assert {one["file"] for one in told["ranges"]} == {"top.add-cow"}
+
+
+@pytest.mark.parametrize("at", [0, 9, 100, 4096 + 50, -1])
+def test_a_manifest_that_was_changed_is_named(here: Path, at: int) -> None:
+    path = here / "base.img.manifest"
+    place = at % path.stat().st_size
+    put(path, place, bytes([path.read_bytes()[place] ^ 4]))
+    told = verified(here, status=2)
+    assert told["ranges"] == []
+    assert ("manifest", "base.img.manifest") in {
+        (one["name"], one["file"]) for one in told["findings"]
+    }
+
+
+@pytest.mark.parametrize("length", [0, 5, 4096, 5000])
+def test_a_part_of_a_manifest_is_none(here: Path, length: int) -> None:
+    os.truncate(here / "top.add-cow.manifest", min(length, 4200))
+    assert "manifest" in {one["name"] for one in verified(here, status=2)["findings"]}
+    assert "make it anew with --replace" in refused("manifest", "create", "top.add-cow", cwd=here)
+    assert made(here, "--replace")["top.add-cow.manifest"]["written"]
+    verified(here)
+
+
+def test_what_has_no_manifest_is_said(here: Path) -> None:
+    (here / "base.img.manifest").unlink()
+    told = verified(here, status=1)
+    assert [(one["name"], one["file"]) for one in told["findings"]] == [("no-manifest", "base.img")]
+
+
+def test_a_file_that_was_replaced_is_not_read(here: Path) -> None:
+    shutil.copyfile(here / "base.img", here / "new.img")
+    os.replace(here / "new.img", here / "base.img")
+    told = verified(here, status=2)
+    assert [(one["name"], one["file"]) for one in told["findings"]] == [("replaced", "base.img")]
+    assert {one["filename"]: one["bytes"] for one in told["layers"]}["base.img"] == 0
+
+
+def test_a_base_replaced_together_with_its_manifest_is_noticed(here: Path) -> None:
+    draw_raw(here / "base.img", "ABCE")
+    (here / "base.img.manifest").unlink()
+    made(here, "-f", "raw", name="base.img")
+    told = verified(here, status=2)
+    assert ("backing-replaced", "top.add-cow") in {
+        (one["name"], one["file"]) for one in told["findings"]
+    }
+
+
+def test_a_touch_accuses_nobody(here: Path) -> None:
+    os.utime(here / "top.raw")
+    told = verified(here)
+    assert [(one["name"], one["severity"]) for one in told["findings"]] == [("changed", "note")]
+
+
+JOBS = {
+    "commit": (("commit", "top.add-cow"), {"base.img", "top.add-cow"}),
+    "commit -d": (("commit", "-d", "top.add-cow"), {"base.img"}),
+    "flatten": (("flatten", "top.add-cow"), {"top.add-cow"}),
+    "flatten --discard": (("flatten", "--discard", "top.add-cow"), {"top.add-cow"}),
+    "io": (("io", "-c", "write -P 1 0 512", "top.add-cow"), {"top.add-cow"}),
+    "check -r": (("check", "-r", "leaks", "top.add-cow"), {"top.add-cow"}),
+    "info": (("info", "top.add-cow"), set()),
+    "io -r": (("io", "-r", "-c", "read 0 512", "top.add-cow"), set()),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_who_changes_a_layer_takes_its_manifest_away(tmp_path: Path, job: str) -> None:
+    draw_raw(tmp_path / "base.img", "ABCD")
+    draw(tmp_path / "top.add-cow", "-Xy-" if job == "check -r" else "-X--")
+    made(tmp_path)
+    words, changed = JOBS[job]
+    succeed(*words, cwd=tmp_path)
+    left = {path.name.removesuffix(".manifest") for path in tmp_path.glob("*.manifest")}
+    assert left == {"base.img", "top.add-cow"} - changed
+
+
+@pytest.mark.parametrize("job", ["commit", "flatten"])
+def test_a_manifest_is_gone_before_the_first_write(here: Path, job: str) -> None:
+    event = "backing_write" if job == "commit" else "image_write"
+    rules = Rules.write(here.parent / "rules", rule(event, "kill"))
+    with running(job, "--jobs", "0", "top.add-cow", cwd=here, rules=rules) as command:
+        assert command.end().status == -signal.SIGKILL
+    assert not (here / "top.add-cow.manifest").exists()
+
+
+def test_a_layer_that_is_refused_keeps_its_manifest(here: Path) -> None:
+    draw(here / "other.add-cow", "-Z--")
+    refused("commit", "top.add-cow", cwd=here)
+    verified(here)
+
+
+@pytest.mark.parametrize("jobs", ["0", "2"])
+def test_guests_see_the_same_after_flatten_and_commit(tmp_path: Path, jobs: str) -> None:
+    pair(tmp_path, "ABCDEFGH", "-X-Y0---")
+    before = made(tmp_path)["top.add-cow.manifest"]["guest-digest"]
+    shutil.copytree(tmp_path, tmp_path / "twin")
+    succeed("flatten", "--jobs", jobs, "top.add-cow", cwd=tmp_path)
+    assert made(tmp_path, "--replace")["top.add-cow.manifest"]["guest-digest"] == before
+    twin = tmp_path / "twin"
+    succeed("commit", "--jobs", jobs, "top.add-cow", cwd=twin)
+    after = made(twin, "--replace")
+    assert {one["guest-digest"] for one in after.values()} == {before}
+
+
+def test_a_draft_that_was_left_is_no_manifest(here: Path) -> None:
+    (here / "top.add-cow.manifest").rename(here / "top.add-cow.manifest.part")
+    assert verified(here, status=1)["findings"][0]["name"] == "no-manifest"
+    assert made(here)["top.add-cow.manifest"]["written"]
+    assert not (here / "top.add-cow.manifest.part").exists()
+
+
+def test_a_farm_is_verified_layer_by_layer(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "ABCD")
+    for number in range(5):
+        draw(tmp_path / f"vm{number}.add-cow", "-X-Y")
+        if number < 4:
+            made(tmp_path, name=f"vm{number}.add-cow")
+    put(tmp_path / "vm1.raw", CLUSTER + 7, b"!")
+    put(tmp_path / "base.img", 7, b"!")
+    result = addcow("farm", "verify", "--output", "json", ".", cwd=tmp_path)
+    assert result.status == 2
+    images = {one["filename"]: one for one in result.json["images"]}
+    assert [images[f"./vm{number}.add-cow"]["exit"] for number in range(5)] == [0, 2, 0, 0, 1]
+    (base,) = result.json["files"]
+    assert (base["exit"], base["bytes"]) == (2, 4 * CLUSTER)
+    assert base["ranges"] == [{"file": "./base.img", "start": 0, "length": LEAF}]
+    assert result.json["summary"]["bytes"] == (4 + 4 * 2) * CLUSTER
+
+
+def test_an_overlay_that_is_none_any_more_is_missed_by_its_manifest(here: Path) -> None:
+    put(here / "top.add-cow", 0, b"X")
+    result = addcow("farm", "verify", "--output", "json", ".", cwd=here)
+    assert result.status == 2
+    assert ("./top.add-cow", 2) in {(one["filename"], one["exit"]) for one in result.json["files"]}
+
+
+def test_findings_are_lines(here: Path) -> None:
+    put(here / "top.raw", CLUSTER, b"!")
+    result = addcow("verify", "top.add-cow", cwd=here)
+    assert result.status == 2
+    assert f"DIFFERS top.raw: {LEAF} bytes at {CLUSTER} differ" in result.lines
+    assert addcow("farm", "verify", ".", cwd=here).status == 2
+
+
+def test_sixteen_tebibytes_of_holes_cost_nothing(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "A")
+    os.truncate(tmp_path / "base.img", 8 << 40)
+    succeed(
+        "create",
+        "-b",
+        "base.img",
+        "-F",
+        "raw",
+        "-o",
+        "cluster_size=2M",
+        "top.add-cow",
+        cwd=tmp_path,
+    )
+    io("top.add-cow", "write -P 7 7T 64k", cwd=tmp_path)
+    made(tmp_path)
+    verified(tmp_path)
+    assert (tmp_path / "base.img.manifest").stat().st_size < MiB
