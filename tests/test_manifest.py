@@ -382,6 +382,24 @@ def test_an_overlay_that_is_none_any_more_is_missed_by_its_manifest(here: Path) 
     assert ("./top.add-cow", 2) in {(one["filename"], one["exit"]) for one in result.json["files"]}
 
 
+@pytest.mark.parametrize("jobs", ["0", "3"])
+def test_a_large_layer_is_looked_at_in_parts(tmp_path: Path, rng: random.Random, jobs: str) -> None:
+    """More than 256 MiB with something in it; only a little of each group, for quickness."""
+    with (tmp_path / "base.img").open("wb") as file:
+        for group in range(50):
+            file.seek(group * FAN * LEAF + rng.randrange(FAN) * LEAF)
+            file.write(rng.randbytes(4096))
+        file.truncate(50 * FAN * LEAF)
+    made(tmp_path, "--jobs", jobs, "-f", "raw", name="base.img")
+    hit = set()
+    for group in rng.sample(range(50), 9):
+        at = group * FAN * LEAF + rng.randrange(FAN * LEAF)
+        put(tmp_path / "base.img", at, b"!")
+        hit.add(("base.img", at // LEAF * LEAF, LEAF))
+    told = verified(tmp_path, "--jobs", jobs, "-f", "raw", name="base.img", status=2)
+    assert leaves_named(told) == hit
+
+
 def test_findings_are_lines(here: Path) -> None:
     put(here / "top.raw", CLUSTER, b"!")
     result = addcow("verify", "top.add-cow", cwd=here)

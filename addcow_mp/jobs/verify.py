@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import count, groupby
+from itertools import count, groupby, pairwise
 
 from bitarray import bitarray
 
@@ -53,14 +53,16 @@ from addcow_mp.format.manifest import (
     FileState,
     Manifest,
     digest,
-    leaves_of,
 )
 from addcow_mp.jobs.manifest import cow_digests
 from addcow_mp.jobs.report import Conduct
-from addcow_mp.units import MiB
+from addcow_mp.units import EiB, MiB
 
-#: Groups in one task: 256 MiB of the guest, so that a large layer is shared out evenly.
+#: Groups with something in them for one task, 256 MiB: so a large layer is shared out evenly.
 PART = 256 * MiB // GROUP
+
+#: A number behind all groups.
+END = EiB // GROUP * 16
 
 
 class Grade(Enum):
@@ -98,7 +100,8 @@ class Verdict:
     ranges: list[Range] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
     bytes_read: int = 0
-    groups: int = 0
+    #: Where further parts of a large layer begin, in groups.
+    cuts: tuple[int, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -113,7 +116,6 @@ class Verdict:
         self.ranges = list(joined({*self.ranges, *other.ranges}))
         self.remarks += [one for one in other.remarks if one not in self.remarks]
         self.bytes_read += other.bytes_read
-        self.groups = max(self.groups, other.groups)
 
 
 def joined(ranges: Iterable[Range]) -> Iterator[Range]:
@@ -182,7 +184,7 @@ def verify_all(targets: list[Target], conduct: Conduct) -> list[Verdict]:
     """
     verdicts = [Verdict(target.path) for target in targets]
     numbers = count()
-    tasks = [_Part(next(numbers), 0, PART, 1, index) for index in range(len(targets))]
+    tasks = [_Part(next(numbers), 0, END, 1, index) for index in range(len(targets))]
     done, total = 0, len(tasks)
     jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
     part = Part.NONE if conduct.manner.idle else Part.FIRST
@@ -196,9 +198,10 @@ def verify_all(targets: list[Target], conduct: Conduct) -> list[Verdict]:
             looked = _outcome(result, targets[index])
             verdicts[index].join(looked)
             # A large layer says so when its first part has been looked at.
-            more = range(PART, looked.groups, PART) if result.task.first == 0 else ()
-            pool.add([_Part(next(numbers), at, at + PART, 1, index) for at in more])
-            total += len(more)
+            more = pairwise((*looked.cuts, END))
+            parts = [_Part(next(numbers), at, stop, 1, index) for at, stop in more]
+            pool.add(parts)
+            total += len(parts)
             conduct.progress(done, total)
     if done < total:
         raise BeginsAnewError(path=f"{len(targets)} layers")
@@ -240,7 +243,6 @@ class _Looking:
         try:
             with ExitStack() as opened:
                 layer = _opened(target, self.access, opened)
-                verdict.groups = -(-leaves_of(layer.size) // FAN)
                 _look(layer, verdict, task.first, task.stop)
         except AddcowError as error:
             if not _is_header_damaged(target, self.access, verdict):
@@ -299,7 +301,11 @@ def _look(layer: Layer, verdict: Verdict, first: int, stop: int) -> None:
     trusted = _has_sound_bits(layer, manifest, verdict)
     hasher = Hasher(file_of(layer), layer.size)
     differing: list[int] = []
-    for number in _groups(layer, manifest, first, stop):
+    numbers = _groups(layer, manifest, first, stop)
+    if first == 0:
+        verdict.cuts = tuple(numbers[PART::PART])
+        numbers = numbers[:PART]
+    for number in numbers:
         differing += _differing(layer, manifest, number, hasher, trusted=trusted)
     verdict.ranges += _ranges(layer, differing)
     verdict.bytes_read = hasher.bytes_read
