@@ -398,7 +398,8 @@ def _farm_check(here: Path, _: int) -> list[Contender]:
 
 
 def _farm_case(name: str, title: str, target: float) -> Case:
-    return Case(name=name, title=title, contenders=_farm_check, target=target)
+    hot = ("farm", "qcow2", "base.raw")
+    return Case(name=name, title=title, contenders=_farm_check, hot=hot, target=target)
 
 
 # ---- all of them ----

@@ -147,14 +147,21 @@ def remove(*paths: Path) -> None:
 
 
 def warm_only(directory: Path, hot: Iterable[str]) -> None:
-    """Sync everything, then let the page cache hold the ``hot`` files and no others of these."""
+    """Sync everything, then let the page cache hold the ``hot`` files and no others of these.
+
+    A hot directory stands for all files below it; files in directories are not forgotten.
+    """
     os.sync()
     names = set(hot)
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name not in names:
             _forget(path)
     for name in names:
-        warm(directory / name)
+        place = directory / name
+        below = place.rglob("*") if place.is_dir() else [place]
+        for path in below:
+            if path.is_file():
+                warm(path)
 
 
 def _forget(path: Path) -> None:
