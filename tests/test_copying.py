@@ -517,7 +517,8 @@ def test_reading_a_hole_would_be_seen(here: Path) -> None:
     source = islands(here, "flatten")
     uncache(source)
     assert source.read_bytes().count(0) == HOLE * CLUSTER
-    assert resident(source, MIDST.start, MIDST.stop) == MIDST.stop - MIDST.start
+    # Not all of it: the system may take pages back at any moment.
+    assert resident(source, MIDST.start, MIDST.stop) > (MIDST.stop - MIDST.start) // 2
 
 
 @pytest.mark.parametrize(
