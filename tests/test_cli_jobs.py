@@ -665,3 +665,16 @@ def test_interrupt_exits_130(tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert b"Traceback" not in stderr
+
+
+@pytest.mark.parametrize("words", [("commit",), ("commit", "-d"), ("farm", "commit")])
+def test_no_overlay_is_destroyed_as_if_it_were_raw(tmp_path: Path, words: tuple[str, ...]) -> None:
+    pair(tmp_path, "AB", "-X")
+    draw(tmp_path / "wrong.add-cow", "YZ", "top.add-cow")
+    before = (tmp_path / "top.add-cow").read_bytes()
+    result = addcow(*words, "wrong.add-cow", cwd=tmp_path)
+    assert result.status == 1
+    assert "top.add-cow: it is declared raw, but is an add-cow file" in result.stderr
+    assert (tmp_path / "top.add-cow").read_bytes() == before
+    succeed("commit", "--force", "wrong.add-cow", cwd=tmp_path)
+    assert (tmp_path / "top.add-cow").read_bytes() != before

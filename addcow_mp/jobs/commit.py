@@ -19,12 +19,14 @@ from itertools import islice
 from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, FORESEEING, open_chain
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.magic import resembles
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.survey import alignment, local_stretches
 from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
 from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
+from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import Movement, move, room
 from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
@@ -77,6 +79,8 @@ def _is_done(overlay: Overlay) -> bool:
 def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
     """What is moved, once it is known that it may be."""
     backing = _accepted_backing(overlay)
+    if not conduct.access.force:
+        _refuse_overlay_as_raw(backing)
     changed = list(islice(backing.files(), 1)) + ([] if keep else [overlay.image.file])
     changed = [*_cow_of(backing), *changed]
     refuse_dependants(overlay, changed, conduct.access, around=conduct.around)
@@ -114,6 +118,16 @@ def _accepted_backing(overlay: Overlay) -> Layer:
                 f"({overlay.size} bytes); resize it first",
             )
     return backing
+
+
+def _refuse_overlay_as_raw(backing: Layer) -> None:
+    """Raw data written into an ``.add-cow`` file would destroy the overlay that it is."""
+    if isinstance(backing, RawLayer) and resembles(backing.file) == ADD_COW:
+        raise ImageError(
+            path=backing.path,
+            problem="it is declared raw, but is an add-cow file, which a commit would destroy; "
+            "mend the overlay's header, or use --force if its guest's data looks like that",
+        )
 
 
 def _cow_of(backing: Layer) -> list[File]:
