@@ -171,7 +171,7 @@ OPERATIONS = {
         committed,
         {"top.add-cow": "." * 10},
         frozenset({"base.img", "top.add-cow", "top.raw"}),
-        frozenset(OPENING | PUBLISHING | {"image_read", "backing_write", "punch"}),
+        frozenset(OPENING | PUBLISHING | {"image_read", "backing_read", "backing_write", "punch"}),
     ),
     "commit-stale": Operation(
         ("commit", "--jobs", "0", "top.add-cow"),
@@ -179,7 +179,11 @@ OPERATIONS = {
         committed,
         {"top.add-cow": "." * 6},
         frozenset({"base.img", "top.add-cow", "top.raw"}),
-        frozenset(OPENING | PUBLISHING | {"header_write", "image_read", "backing_write", "punch"}),
+        frozenset(
+            OPENING
+            | PUBLISHING
+            | {"header_write", "image_read", "backing_read", "backing_write", "punch"}
+        ),
     ),
     "commit-below": Operation(
         ("commit", "--jobs", "0", "top.add-cow"),
