@@ -340,5 +340,15 @@ def test_findings_are_lines_with_the_name_of_the_image(farm: Path) -> None:
     assert addcow("farm", "check", "-q", ".", cwd=farm).lines == [finding]
 
 
+def test_progress_does_not_end_where_no_image_has_been_met_yet(farm: Path) -> None:
+    """Many files come before the first image."""
+    (farm / "a").mkdir()
+    for number in range(300):
+        (farm / "a" / str(number)).touch()
+    result = addcow("farm", "check", "--jobs", "0", "--progress", "json", ".", cwd=farm)
+    last = json.loads(result.stderr.splitlines()[-1])
+    assert (last["images-done"], last["images"]) == (3, 3)
+
+
 def test_an_empty_farm_is_clean(tmp_path: Path) -> None:
     assert checked(".", cwd=tmp_path, status=0)["images"] == []

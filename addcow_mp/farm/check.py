@@ -153,8 +153,9 @@ def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Che
                 done[result.task.number] = _of(result, paths)
                 looked_at += result.task.weight
                 images = sum(map(len, done.values()))
-                # How many of the files are images shows in time; so far they are that many.
-                conduct.progress(images, round(images * count / looked_at))
+                # How many of the files are images shows in time: at least one is left till then.
+                expected = max(round(images * count / looked_at), images + (looked_at < count))
+                conduct.progress(images, expected)
     if not tasks:
         conduct.progress(0, 0)
     if len(done) < len(tasks):
