@@ -25,14 +25,20 @@ _COMMANDS: dict[str, Command] = {}
 FARM, MANIFEST = "farm", "manifest"
 
 
-def command(name: str) -> Callable[[Command], Command]:
-    """Give a function its place among the commands."""
+def registering(commands: dict[str, Command]) -> Callable[[str], Callable[[Command], Command]]:
+    """What gives functions their places among ``commands``."""
 
-    def add(function: Command) -> Command:
-        _COMMANDS[name] = function
-        return function
+    def command(name: str) -> Callable[[Command], Command]:
+        def add(function: Command) -> Command:
+            commands[name] = function
+            return function
 
-    return add
+        return add
+
+    return command
+
+
+command = registering(_COMMANDS)
 
 
 def build(arguments: Sequence[str]) -> typer.Typer:

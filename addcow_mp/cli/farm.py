@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
@@ -25,19 +24,13 @@ from addcow_mp.cli.app import (
     Sparse,
     access_of,
     manner_of,
+    registering,
 )
 
 _COMMANDS: dict[str, Command] = {}
 
 
-def command(name: str) -> Callable[[Command], Command]:
-    """Give a function its place among the commands."""
-
-    def add(function: Command) -> Command:
-        _COMMANDS[name] = function
-        return function
-
-    return add
+command = registering(_COMMANDS)
 
 
 def build(name: str) -> typer.Typer:

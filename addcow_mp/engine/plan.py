@@ -68,3 +68,11 @@ def _cuts(stretches: Iterable[Stretch], limit: int) -> Iterator[tuple[int, int]]
         weight += stretch.weight
     if first is not None:
         yield first, weight
+
+
+def parcels(count: int, size: int) -> list[Task]:
+    """Tasks over ``count`` equal things, ``size`` of them in each; their weight is how many."""
+    return [
+        Task(number, first, min(first + size, count), min(size, count - first))
+        for number, first in enumerate(range(0, count, size))
+    ]

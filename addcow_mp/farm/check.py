@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.engine.plan import Task
+from addcow_mp.engine.plan import Task, parcels
 from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
 from addcow_mp.errors import BeginsAnewError
 from addcow_mp.farm.glance import Glance, LookCloserError
@@ -139,10 +139,7 @@ def each_once(found: Iterable[Checked]) -> Iterator[Checked]:
 
 def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Checked]:
     count = len(paths)
-    tasks = [
-        Task(number, first, min(first + PARCEL, count), min(PARCEL, count - first))
-        for number, first in enumerate(range(0, count, PARCEL))
-    ]
+    tasks = parcels(count, PARCEL)
     done: dict[int, list[Checked]] = {}
     looked_at = 0
     jobs = usable_cpus() if conduct.jobs is None else conduct.jobs

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import free_bytes
-from addcow_mp.engine.plan import Task
+from addcow_mp.engine.plan import Task, parcels
 from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
 from addcow_mp.engine.space import Room
 from addcow_mp.errors import AddcowError, BeginsAnewError, DependantsError, SpaceError
@@ -204,10 +204,7 @@ def outlook(errand: Errand, conduct: Conduct) -> Prospect | AddcowError | None:
 
 def _foreseen(steps: list[Step], conduct: Conduct) -> list[Prospect | AddcowError | None]:
     count = len(steps)
-    tasks = [
-        Task(number, first, min(first + PARCEL, count), min(PARCEL, count - first))
-        for number, first in enumerate(range(0, count, PARCEL))
-    ]
+    tasks = parcels(count, PARCEL)
     found: dict[int, list[Prospect | AddcowError | None]] = {}
     jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
     work = _Outlooks([step.errand for step in steps], conduct)
