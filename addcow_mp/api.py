@@ -75,25 +75,40 @@ def create(
 
 
 def commit(
-    path: Path, *, keep: bool = False, jobs: int | None = None, access: Access | None = None
+    path: Path,
+    *,
+    keep: bool = False,
+    verify: bool = False,
+    jobs: int | None = None,
+    access: Access | None = None,
 ) -> Report:
     """Move all local clusters into the backing file, clear their bits, free their space.
 
-    ``keep`` leaves overlay and image as they were. Backing data is durable before bits are
-    cleared, and cleared bits are durable before space is freed.
+    ``keep`` leaves overlay and image as they were; ``verify`` reads back from the disk what was
+    written and raises :class:`ReadBackError` if it shows the guest anything else. Backing data
+    is durable before bits are cleared, and cleared bits are durable before space is freed.
     """
     from addcow_mp.jobs.commit import commit as job
 
-    return job(os.fspath(path), keep=keep, conduct=_conduct(jobs, access))
+    return job(os.fspath(path), keep=keep, verifies=verify, conduct=_conduct(jobs, access))
 
 
 def flatten(
-    path: Path, *, discard: bool = False, jobs: int | None = None, access: Access | None = None
+    path: Path,
+    *,
+    discard: bool = False,
+    verify: bool = False,
+    jobs: int | None = None,
+    access: Access | None = None,
 ) -> Report:
-    """Make every cluster local, set ALL_ALLOCATED last; ``discard`` removes the overlay file."""
+    """Make every cluster local, set ALL_ALLOCATED last; ``discard`` removes the overlay file.
+
+    ``verify`` reads back from the disk what was written, before anything is removed, and raises
+    :class:`ReadBackError` if it shows the guest anything else.
+    """
     from addcow_mp.jobs.flatten import flatten as job
 
-    return job(os.fspath(path), discard=discard, conduct=_conduct(jobs, access))
+    return job(os.fspath(path), discard=discard, verifies=verify, conduct=_conduct(jobs, access))
 
 
 def convert(

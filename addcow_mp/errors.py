@@ -130,6 +130,22 @@ class WorkerError(AddcowError):
     template = "{path}: clusters {first} to {last}: {cause}"
 
 
+class ReadBackError(AddcowError):
+    """What a job wrote is not what is read back from the disk."""
+
+    template = (
+        "{path}: what was read back differs from what was seen before, first in the {length} "
+        "bytes at {start}; the job is done, but the disk or its driver cannot be trusted: "
+        "go back to a copy"
+    )
+
+
+class UnverifiedError(AddcowError):
+    """A job is done, and what it wrote could not be read back."""
+
+    template = "{path}: the job is done, but what it wrote was not verified: {cause}"
+
+
 class StoppedError(AddcowError):
     """The job was asked to stop before its end."""
 
@@ -146,6 +162,12 @@ class BeginsAnewError(StoppedError):
     """A job was stopped that keeps no record of what it has done."""
 
     template = "{path}: stopped; nothing was lost by it, the same command begins anew"
+
+
+class NotReadBackError(StoppedError):
+    """A job was stopped after its work was done and before all of it was read back."""
+
+    template = "{path}: stopped; the job is done, but what it wrote was not verified"
 
 
 class InterruptedJobError(StoppedError):

@@ -240,6 +240,36 @@ def manifest_error(here: Path) -> None:
     create(str(top), Conduct(0))
 
 
+def flattened(here: Path, once_done: Callable[[], None], stopping: list[bool]) -> None:
+    """Flatten and verify; something happens when all is moved and nothing was read back."""
+    from addcow_mp.jobs.flatten import flatten
+
+    top = pair(here, "ABC", "X--")
+    happenings = iter([once_done])
+
+    def progress(done: int, total: int) -> None:
+        if 0 < total - done == read and done > read:
+            next(happenings, lambda: None)()
+
+    # What is read before is as much as what is read after.
+    read = 3 * CLUSTER
+    conduct = Conduct(0, progress, lambda: bool(stopping))
+    flatten(str(top), verifies=True, conduct=conduct)
+
+
+def read_back_error(here: Path) -> None:
+    flattened(here, lambda: put(here / "top.raw", CLUSTER, b"!"), [])
+
+
+def not_read_back_error(here: Path) -> None:
+    stopping: list[bool] = []
+    flattened(here, lambda: stopping.append(True), stopping)
+
+
+def unverified_error(here: Path) -> None:
+    flattened(here, lambda: os.unlink(here / "top.add-cow"), [])
+
+
 def stopped_by(number: int, here: Path) -> None:
     from addcow_mp.cli.working import working
     from addcow_mp.device.access import Access
@@ -330,6 +360,9 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "TerminatedJobError": terminated_error,
     "TimeLimitError": time_limit_error,
     "ManifestError": manifest_error,
+    "ReadBackError": read_back_error,
+    "NotReadBackError": not_read_back_error,
+    "UnverifiedError": unverified_error,
     "OutsideError": outside_error,
     "LockedError": locked_error,
     "DependantsError": dependants_error,

@@ -218,6 +218,31 @@ OPERATIONS = {
             | {"directory_sync"}
         ),
     ),
+    "commit-verify": Operation(
+        ("commit", "--verify", "--jobs", "0", "top.add-cow"),
+        commit_scene,
+        committed,
+        {"top.add-cow": "." * 10},
+        frozenset({"base.img", "top.add-cow", "top.raw"}),
+        frozenset(
+            OPENING
+            | PUBLISHING
+            | {"image_read", "backing_read", "backing_write", "punch", "read_back"}
+        ),
+    ),
+    "discard-verify": Operation(
+        ("flatten", "--verify", "--discard", "--jobs", "0", "top.add-cow"),
+        flatten_scene,
+        discarded,
+        {},
+        frozenset({"top.add-cow", "top.raw"}),
+        frozenset(
+            OPENING
+            | PUBLISHING
+            | {"header_write", "image_read", "backing_read", "image_write", "punch", "discard"}
+            | {"directory_sync", "read_back"}
+        ),
+    ),
     "io": Operation(
         (
             *("io", "-c", "write -P 0x58 6k 8k", "-c", "flush", "-c", "write -P 0x59 17k 2k"),

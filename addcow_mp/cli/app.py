@@ -163,6 +163,9 @@ Rate = Annotated[
     str | None,
     typer.Option("-r", "--limit-rate", metavar="RATE", help="bytes per second, all workers"),
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="read back from the disk what was written, and compare")
+]
 Idle = Annotated[bool, typer.Option("--idle", help="use the disk only when nobody else does")]
 HowToPrint = Annotated[Output, typer.Option("--output", help="human or json")]
 OverlayFormat = Annotated[
@@ -367,6 +370,7 @@ def compare(
 def commit(
     file: File,
     keep: Annotated[bool, typer.Option("-d", help="leave overlay and image as they are")] = False,
+    verify: Verify = False,
     progress: ShowProgress = False,
     quiet: Quiet = False,
     jobs: Jobs = None,
@@ -388,7 +392,7 @@ def commit(
     access = access_of(roots, allow_device, cache=cache, force=force)
     manner = manner_of(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
-        report = job(file, keep=keep, conduct=conduct)
+        report = job(file, keep=keep, verifies=verify, conduct=conduct)
     _tell(report, "Image committed.", output, quiet=quiet)
 
 
@@ -398,6 +402,7 @@ def flatten(
     discard: Annotated[
         bool, typer.Option("--discard", help="then remove the .add-cow file")
     ] = False,
+    verify: Verify = False,
     progress: ShowProgress = False,
     quiet: Quiet = False,
     jobs: Jobs = None,
@@ -419,7 +424,7 @@ def flatten(
     access = access_of(roots, allow_device, cache=cache, force=force)
     manner = manner_of(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
-        report = job(file, discard=discard, conduct=conduct)
+        report = job(file, discard=discard, verifies=verify, conduct=conduct)
     _tell(report, "Image flattened.", output, quiet=quiet)
 
 
@@ -485,6 +490,8 @@ def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None
         print(json.dumps(report.as_json(), indent=4))
     elif sentence and not quiet:
         print(sentence)
+        if report.guest_digest is not None:
+            print(f"Read back from the disk as it was before: guest digest {report.guest_digest}")
 
 
 def manner_of(

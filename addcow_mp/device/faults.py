@@ -50,6 +50,7 @@ EVENTS = (
     "discard",
     "create",
     "directory_sync",
+    "read_back",
 )
 
 ACTIONS = ("error", "short", "stop", "kill")

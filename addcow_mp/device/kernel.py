@@ -5,6 +5,8 @@ They are looked up at first use: most commands make none of them.
 
 from __future__ import annotations
 
+import mmap
+import os
 from functools import cache
 from typing import Any
 
@@ -27,10 +29,37 @@ def start_writing(fd: int, start: int, stop: int) -> None:
     libc.sync_file_range(fd, start, stop - start, _SYNC_FILE_RANGE_WRITE)
 
 
+def has_in_memory(fd: int, start: int, stop: int) -> bool:
+    """Whether the system has some page of ``[start, stop)`` of a file in its cache.
+
+    ``start`` is a multiple of any page. Raises :class:`OSError`. A mapping is made for asking,
+    and not looked into: that brings no page in.
+    """
+    libc, get_errno = _libc()
+    length = stop - start
+    address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
+    if address == -1:
+        raise OSError(get_errno(), os.strerror(get_errno()))
+    pages = bytearray(-(-length // mmap.PAGESIZE))
+    try:
+        if libc.mincore(address, length, _address_of(pages)):
+            raise OSError(get_errno(), os.strerror(get_errno()))
+    finally:
+        libc.munmap(address, length)
+    # Only the lowest bit of each byte is defined.
+    return any(pages) and any(page & 1 for page in pages)
+
+
 def die_with_parent() -> None:
     """Let the system end this process at once when the one that started it ends."""
     libc, _ = _libc()
     libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+
+
+def _address_of(buffer: bytearray) -> Any:
+    import ctypes
+
+    return ctypes.byref(ctypes.c_char.from_buffer(buffer))
 
 
 @cache
@@ -41,4 +70,9 @@ def _libc() -> tuple[Any, Any]:
     place = ctypes.c_int64
     libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, place, place)
     libc.sync_file_range.argtypes = (ctypes.c_int, place, place, ctypes.c_uint)
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    libc.mmap.argtypes = (pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, place)
+    libc.mmap.restype = ctypes.c_ssize_t
+    libc.mincore.argtypes = (pointer, size, pointer)
+    libc.munmap.argtypes = (pointer, size)
     return libc, ctypes.get_errno

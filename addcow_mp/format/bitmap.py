@@ -60,6 +60,10 @@ class CowBitmap:
         except OSError as error:
             raise FileError.of(self.path, "look at its bitmap", error) from error
 
+    def unmap(self) -> None:
+        """Give back what is mapped of the file; it is mapped again when it is needed."""
+        self._bits.unmap()
+
     def runs(self, value: int, start: int, stop: int) -> Iterator[Run]:
         """The runs of clusters in ``[start, stop)`` whose bit is ``value``."""
         ones = self._bits.runs(start, min(stop, self.known))

@@ -110,6 +110,10 @@ class MappedBits:
         # The bitarray owns the mapping from here on: it is unmapped with it.
         return bitarray(buffer=window, endian="little")
 
+    def unmap(self) -> None:
+        """Give back the window mapped last; it is mapped again when it is needed."""
+        self._last = -1, bitarray()
+
     # Looking
 
     def inhabited(self, start: int, stop: int) -> Iterator[Run]:

@@ -70,19 +70,26 @@ def leaves_of(size: int) -> int:
     return -(-size // LEAF)
 
 
-def guest_digest(size: int, blocks: Iterable[tuple[int, bytes]]) -> bytes:
-    """The digest of a view of ``size`` bytes.
+def guest_digest(size: int, blocks: Iterable[tuple[int, bytes]]) -> str:
+    """The digest of a view of ``size`` bytes, in hexadecimal.
 
     ``blocks``: for each group that is not all zeros its number and the 256 digests of its leaves,
     one after the other.
     """
-    nodes = {number: digest(block) for number, block in blocks}
+    return view_digest(size, {number: digest(block) for number, block in blocks})
+
+
+def view_digest(size: int, nodes: dict[int, bytes]) -> str:
+    """The digest of a view of ``size`` bytes from the ``nodes`` over its groups, by number.
+
+    A group that has none is all zeros.
+    """
     width, level = -(-leaves_of(size) // FAN), 1
     while width > 1:
         nodes = dict(_parents(nodes, level))
         width, level = -(-width // FAN), level + 1
     top = nodes.get(0, zero_node(level))
-    return digest(_CONTEXT + struct.pack("<Q", size) + top)
+    return digest(_CONTEXT + struct.pack("<Q", size) + top).hex()
 
 
 def _parents(nodes: dict[int, bytes], level: int) -> Iterator[tuple[int, bytes]]:

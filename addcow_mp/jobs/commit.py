@@ -29,25 +29,39 @@ from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import Movement, move, room
+from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
 from addcow_mp.units import round_down
 
 
-def commit(path: str, *, keep: bool = False, conduct: Conduct | None = None) -> Report:
+def commit(
+    path: str, *, keep: bool = False, verifies: bool = False, conduct: Conduct | None = None
+) -> Report:
     """Commit the overlay at ``path`` into its backing file.
 
-    Raises :class:`AddcowError`; refusals come before the first byte is written.
+    When it ``verifies``, the backing file is read back from the disk. Raises
+    :class:`AddcowError`; refusals come before the first byte is written.
     """
     conduct = conduct or Conduct()
     uses = COMMIT_KEEPING if keep else COMMIT
     with reporting("commit", path) as report, open_chain(path, uses, conduct.access) as overlay:
         movement = _movement(overlay, conduct, keep=keep)
-        with _saying_what_is_kept(overlay.path, keep=keep):
-            move(movement, conduct, report)
-        if not keep:
-            # Also what an earlier commit, cut off between clearing and freeing, left behind.
-            overlay.image.file.punch(0, overlay.size)
+        proof = _proof(overlay, keep=keep) if verifies else None
+        with reading_back(overlay, proof, conduct, report) as middle:
+            with _saying_what_is_kept(overlay.path, keep=keep):
+                move(movement, middle, report)
+            if not keep:
+                # Also what an earlier commit, cut off between clearing and freeing, left behind.
+                overlay.image.file.punch(0, overlay.size)
     return report
+
+
+def _proof(overlay: Overlay, *, keep: bool) -> Proof:
+    """Where to see what was committed: through the overlay, if it holds nothing any more."""
+    backing = _accepted_backing(overlay)
+    return (
+        Proof(backing, backing, (backing,)) if keep else Proof(overlay, backing, (overlay, backing))
+    )
 
 
 def foresee(path: str, conduct: Conduct, *, receives: bool = False) -> Prospect | None:

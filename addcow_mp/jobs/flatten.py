@@ -22,21 +22,28 @@ from addcow_mp.engine.transfer import RawTarget, Which
 from addcow_mp.errors import FileError, ImageError, SpaceError, SyncError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import Movement, move, room
+from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
 
 
-def flatten(path: str, *, discard: bool = False, conduct: Conduct | None = None) -> Report:
+def flatten(
+    path: str, *, discard: bool = False, verifies: bool = False, conduct: Conduct | None = None
+) -> Report:
     """Make every cluster of the overlay at ``path`` local.
 
-    An image that is there already is left as it is. Raises :class:`AddcowError`;
-    refusals come before the first byte is written.
+    An image that is there already is left as it is. When it ``verifies``, the disk is read back
+    before anything is discarded. Raises :class:`AddcowError`; refusals come before the first
+    byte is written.
     """
     conduct = conduct or Conduct()
     with reporting("flatten", path) as report, open_chain(path, WRITE, conduct.access) as overlay:
         _refuse(overlay, conduct, discard=discard)
-        if not overlay.all_allocated:
-            move(_movement(overlay), conduct, report)
-            overlay.set_all_allocated(True)
+        movement = None if overlay.all_allocated else _movement(overlay)
+        proof = Proof(overlay, overlay, (overlay,)) if verifies else None
+        with reading_back(overlay, proof, conduct, report) as middle:
+            if movement is not None:
+                move(movement, middle, report)
+                overlay.set_all_allocated(True)
         if discard:
             _discard(overlay)
     return report

@@ -28,7 +28,7 @@ from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Failed, Part, Pool
 from addcow_mp.engine.run import workers_for
 from addcow_mp.engine.survey import data_stretches
-from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError, WorkerError
+from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.manifest import (
@@ -191,7 +191,7 @@ def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Co
         own = _mapped(fd, end)
         draft = Manifest(layer.path, own, head, end)
         chain = [draft] if is_all_local(layer) else [draft, *below]
-        told = guest_digest(layer.size, guest_blocks(chain, layer.size)).hex()
+        told = guest_digest(layer.size, guest_blocks(chain, layer.size))
         file.seek(0)
         file.write(replace(head, guest_digest=told, groups=len(draft.records)).pack())
         file.flush()
@@ -217,9 +217,9 @@ def _hashed(layer: Layer, conduct: Conduct) -> Iterator[bytes]:
             if result is None:
                 continue
             if isinstance(result, Failed):
-                first, stop = result.task.first, result.task.stop
-                cause = str(result.error)
-                raise WorkerError(path=layer.path, first=first, last=stop - 1, cause=cause)
+                start, stop = (at * GROUP for at in (result.task.first, result.task.stop))
+                action = f"hash what lies from {start} to {min(stop, layer.size)}"
+                raise FileError(path=layer.path, action=action, reason=str(result.error))
             waiting[result.task.number] = result.result
             done += result.task.weight
             conduct.progress(done, total)

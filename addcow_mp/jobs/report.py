@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from addcow_mp.device.access import Access
@@ -43,6 +43,14 @@ class Conduct:
     crew: Pool | None = None
     around: Surroundings | None = None
 
+    def amid(self, before: int, after: int) -> Conduct:
+        """The same for one step of several: so many bytes ``before`` it and ``after`` it."""
+
+        def progress(done: int, total: int) -> None:
+            self.progress(before + done, before + total + after)
+
+        return replace(self, progress=progress)
+
 
 @dataclass(frozen=True)
 class Prospect:
@@ -68,9 +76,12 @@ class Report:
     jobs: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    #: Of what was read back and found to be as before; None when nobody asked for it.
+    guest_digest: str | None = None
 
     def as_json(self) -> dict[str, object]:
         """The report with qemu-img's manner of keys."""
+        verified = {} if self.guest_digest is None else {"guest-digest": self.guest_digest}
         return {
             "operation": self.operation,
             "filename": self.filename,
@@ -81,6 +92,7 @@ class Report:
             "moved-by": dict(zip(Way, self.amount.ways, strict=True)),
             "seconds": round(self.seconds, 6),
             "jobs": self.jobs,
+            **verified,
         }
 
 

@@ -1,0 +1,75 @@
+"""One task of looking with a guest's eyes: digests of what is seen, whichever layer holds it.
+
+For the first ``size`` bytes of a layer's view each group of leaves becomes one node of the tree
+that docs/manifest.md tells of. Only data is read, leaf by leaf and through the chain; groups
+without any are left out. Nothing is remembered, so two looks at the same view share nothing
+but the bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import groupby
+
+from addcow_mp.device.files import BUFFER_SIZE
+from addcow_mp.device.layer import Kind, Layer
+from addcow_mp.engine.leaves import leaves_touched
+from addcow_mp.engine.plan import Task
+from addcow_mp.engine.transfer import end_orphan
+from addcow_mp.errors import StoppedError
+from addcow_mp.format.bits import Run, runs
+from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, ZERO_BLOCK, digest
+
+
+class View:
+    """Hashes groups of the first ``size`` bytes of a view. Picklable to a worker."""
+
+    def __init__(self, layer: Layer, size: int) -> None:
+        self.layer = layer
+        self.size = size
+        self.parent: int | None = None
+        #: Asked between groups by the process that hands out the work.
+        self.stopping: Callable[[], bool] = lambda: False
+        self._buffer = memoryview(bytearray(BUFFER_SIZE))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (View, (self.layer, self.size), {"parent": os.getpid()})
+
+    def __call__(self, task: Task, slot: int) -> dict[int, bytes]:  # noqa: ARG002
+        """The nodes of the groups ``[first, stop)`` that have data, by their numbers."""
+        start, stop = task.first * GROUP, min(task.stop * GROUP, self.size)
+        return dict(self._nodes(start, stop))
+
+    def _nodes(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        for number, spans in groupby(self._data(start, stop), key=lambda span: span[0] // GROUP):
+            end_orphan(self.parent)
+            if self.stopping():
+                raise StoppedError(path=self.layer.path)
+            yield number, digest(self._block(number, list(spans)))
+
+    def _data(self, start: int, stop: int) -> Iterator[Run]:
+        """What of ``[start, stop)`` is data, cut where groups begin."""
+        for piece in self.layer.pieces(start, stop):
+            if piece.kind is Kind.DATA:
+                for first in range(piece.start // GROUP * GROUP, piece.stop, GROUP):
+                    yield max(piece.start, first), min(piece.stop, first + GROUP)
+
+    def _block(self, number: int, spans: list[Run]) -> bytearray:
+        """The 256 digests of a group that has data in ``spans``."""
+        block, step = bytearray(ZERO_BLOCK), BUFFER_SIZE // LEAF
+        for first, stop in runs(leaves_touched(spans, number), 1, 0, FAN):
+            for leaf in range(first, stop, step):
+                count = min(step, stop - leaf)
+                block[leaf * DIGEST : (leaf + count) * DIGEST] = self._leaves(
+                    number * FAN + leaf, count
+                )
+        return block
+
+    def _leaves(self, leaf: int, count: int) -> bytes:
+        """The digests of ``count`` leaves, read at once."""
+        view, start = self._buffer[: count * LEAF], leaf * LEAF
+        length = min(len(view), self.size - start)
+        self.layer.read_into(view[:length], start)
+        view[length:] = bytes(len(view) - length)
+        return b"".join(digest(view[at : at + LEAF]) for at in range(0, len(view), LEAF))

@@ -1,0 +1,178 @@
+"""Read-back: proof that what a job wrote is on the disk, and is what its guest saw before.
+
+A *sight* is what a guest sees, as digests: one of the whole, and one for each group of leaves, so
+that a difference has a place. One is taken before the job; afterwards whatever the job changed is
+unmapped, synced and dropped from memory, the files are opened anew, and a second one is taken of
+what the disk gives. The job's own descriptors stay open meanwhile, and with them its locks:
+nobody else comes in between.
+
+The first sight brings into memory what the job is about to move, so it is the second reading
+that costs. Nothing is remembered: who wants to know later, too, makes manifests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from addcow_mp.device import faults
+from addcow_mp.device.chain import open_layer
+from addcow_mp.device.files import File
+from addcow_mp.device.forgetting import forget
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.engine.plan import Task, cut
+from addcow_mp.engine.pool import Failed, Part, Pool
+from addcow_mp.engine.run import workers_for
+from addcow_mp.engine.survey import data_stretches
+from addcow_mp.engine.view import View
+from addcow_mp.errors import (
+    AddcowError,
+    BeginsAnewError,
+    FileError,
+    NotReadBackError,
+    ReadBackError,
+    StoppedError,
+    UnverifiedError,
+)
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.header import ADD_COW, RAW
+from addcow_mp.format.manifest import GROUP, view_digest, zero_node
+from addcow_mp.jobs.report import Conduct, Report
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a guest sees in ``size`` bytes: the nodes of all groups that have data, by number.
+
+    It took reading about ``weight`` bytes.
+    """
+
+    size: int
+    nodes: dict[int, bytes]
+    weight: int
+
+    @cached_property
+    def digest(self) -> str:
+        """The guest's digest, in hexadecimal."""
+        return view_digest(self.size, self.nodes)
+
+    def differing(self, other: Sight) -> list[int]:
+        """The groups in which ``other``, of the same size, shows something else."""
+        zero = zero_node(1)
+        numbers = sorted(self.nodes.keys() | other.nodes.keys())
+        return [one for one in numbers if self.nodes.get(one, zero) != other.nodes.get(one, zero)]
+
+
+def look(layer: Layer, size: int, conduct: Conduct) -> Sight:
+    """See the first ``size`` bytes of ``layer``. Raises :class:`BeginsAnewError` when stopped."""
+    tasks = _tasks(layer, size)
+    weight, left, done = sum(task.weight for task in tasks), len(tasks), 0
+    work, nodes = View(layer, size), dict[int, bytes]()
+    work.stopping = conduct.stopping
+    jobs = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
+    part = Part.NONE if conduct.manner.idle else Part.FIRST
+    with Pool(work, jobs, idle=conduct.manner.idle, part=part) as pool:
+        for result in pool.run(tasks, conduct.stopping):
+            if isinstance(result, Failed):
+                raise _told(layer, result)
+            if result is not None:
+                nodes |= result.result
+                left, done = left - 1, done + result.task.weight
+                conduct.progress(done, weight)
+    if left:
+        raise BeginsAnewError(path=layer.path)
+    return Sight(size, nodes, weight)
+
+
+def _tasks(layer: Layer, size: int) -> list[Task]:
+    geometry = Geometry(size, GROUP)
+    return cut(data_stretches(list(layer.files()), geometry, 1), geometry.clusters)
+
+
+def _told(layer: Layer, result: Failed) -> AddcowError:
+    if isinstance(result.error, StoppedError):
+        return BeginsAnewError(path=layer.path)
+    start, stop = result.task.first * GROUP, min(result.task.stop * GROUP, layer.size)
+    action = f"look at what is seen from {start} to {stop}"
+    return FileError(path=layer.path, action=action, reason=str(result.error))
+
+
+# Around a job
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is to be read back: the view of ``layer``, all of whose bytes a job is to preserve.
+
+    ``written`` is the layer that receives data, ``changed`` are all whose files change.
+    """
+
+    layer: Layer
+    written: Layer
+    changed: tuple[Layer, ...]
+
+    @property
+    def path(self) -> str:
+        """The file that receives the data."""
+        return next(self.written.files()).path
+
+
+@contextmanager
+def reading_back(
+    overlay: Overlay, proof: Proof | None, conduct: Conduct, report: Report
+) -> Iterator[Conduct]:
+    """Around a job after which ``proof`` shall show what ``overlay`` shows; None asks for none.
+
+    Yields the conduct of the job itself. Raises :class:`ReadBackError` for other content,
+    :class:`NotReadBackError` when it is stopped, and :class:`UnverifiedError` for whatever else
+    keeps it from an answer.
+    """
+    if proof is None:
+        yield conduct
+        return
+    before = look(overlay, overlay.size, conduct.amid(0, 0))
+    weight = before.weight
+    yield conduct.amid(weight, weight)
+    # Our own locks stand against everybody, and so against a second opening as well; and what is
+    # opened from the middle of the chain on may name what lies beside its top.
+    access = conduct.access.beside(overlay.path)._replace(share=True)
+    conduct = replace(conduct.amid(2 * weight, 0), access=access)
+    after = _read_back(proof, before.size, conduct)
+    differing = before.differing(after)
+    if differing:
+        start = differing[0] * GROUP
+        raise ReadBackError(path=proof.path, start=start, length=min(GROUP, before.size - start))
+    report.guest_digest = after.digest
+
+
+def _read_back(proof: Proof, size: int, conduct: Conduct) -> Sight:
+    try:
+        return _seen_anew(proof, size, conduct)
+    except StoppedError:
+        raise NotReadBackError(path=proof.path) from None
+    except AddcowError as error:
+        raise UnverifiedError(path=proof.path, cause=str(error)) from error
+
+
+def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> Sight:
+    for one in proof.changed:
+        for file in _unmapped(one):
+            forget(file)
+    if faults.armed:
+        with next(proof.written.files()).doing("read it back"):
+            faults.hit("read_back")
+    format_ = ADD_COW if isinstance(proof.layer, Overlay) else RAW
+    with closing(open_layer(proof.layer.path, format_, access=conduct.access)) as anew:
+        return look(anew, size, conduct)
+
+
+def _unmapped(layer: Layer) -> list[File]:
+    """The files of this layer alone, none of which is mapped any more."""
+    own = [next(layer.files())]
+    if isinstance(layer, Overlay):
+        layer.bitmap.unmap()
+        own.append(layer.cow)
+    return own
