@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from addcow_mp.cli.saying import one_line, tell
 from addcow_mp.jobs.manifest import Made
-from addcow_mp.jobs.verify import Grade, Verdict
+from addcow_mp.jobs.verdict import Grade, Verdict
 
 if TYPE_CHECKING:
     from addcow_mp.farm.verify import FarmVerdict
@@ -56,21 +56,8 @@ def show_verdicts(file: str, verdicts: list[Verdict], *, as_json: bool, quiet: b
 
 def findings_of(verdicts: list[Verdict]) -> dict[str, object]:
     """Ranges and findings with their public keys."""
-    ranges = [
-        {"file": part.file, "start": part.start, "length": part.length}
-        for one in verdicts
-        for part in one.ranges
-    ]
-    findings = [
-        {
-            "name": remark.name,
-            "severity": remark.grade.value,
-            "file": remark.file,
-            "message": remark.message,
-        }
-        for one in verdicts
-        for remark in one.remarks
-    ]
+    ranges = [part.as_json() for one in verdicts for part in one.ranges]
+    findings = [remark.as_json() for one in verdicts for remark in one.remarks]
     return {"ranges": ranges, "findings": findings}
 
 

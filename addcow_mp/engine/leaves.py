@@ -10,7 +10,7 @@ layers, and where an overlay ends within a leaf that its backing file goes on wi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bitarray import bitarray
 
@@ -41,12 +41,20 @@ def is_all_local(layer: Layer) -> bool:
     return not isinstance(layer, Overlay) or layer.all_allocated
 
 
-class Hasher:
-    """Hashes what a layer of ``size`` bytes holds in its ``file``. Counts what it reads."""
+def _nobody(length: int) -> None:
+    """Nobody wants to know what was read."""
 
-    def __init__(self, file: File, size: int) -> None:
+
+class Hasher:
+    """Hashes what a layer of ``size`` bytes holds in its ``file``.
+
+    Counts what it reads, and tells ``spend`` of the bytes of each reading.
+    """
+
+    def __init__(self, file: File, size: int, spend: Callable[[int], None] = _nobody) -> None:
         self._file = file
         self._size = size
+        self._spend = spend
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._views = [self._buffer[at : at + LEAF] for at in range(0, BUFFER_SIZE, LEAF)]
         self.bytes_read = 0
@@ -77,8 +85,7 @@ class Hasher:
             start = (number * FAN + leaf) * LEAF
             count = min(step, stop - leaf)
             length = min(count * LEAF, self._size - start)
-            self._file.read_into(self._buffer[:length], start)
-            self.bytes_read += length
+            self._read(self._buffer[:length], start)
             if length < count * LEAF:
                 self._buffer[length : count * LEAF] = bytes(count * LEAF - length)
             for place in range(count):
@@ -89,9 +96,13 @@ class Hasher:
         view = self._views[0]
         view[:] = bytes(LEAF)
         for start, stop in _within(data, leaf * LEAF, (leaf + 1) * LEAF):
-            self._file.read_into(view[start - leaf * LEAF : stop - leaf * LEAF], start)
-            self.bytes_read += stop - start
+            self._read(view[start - leaf * LEAF : stop - leaf * LEAF], start)
         return digest(view)
+
+    def _read(self, view: memoryview, start: int) -> None:
+        self._file.read_into(view, start)
+        self.bytes_read += len(view)
+        self._spend(len(view))
 
 
 class Leaves:

@@ -252,7 +252,8 @@ class Pool:
         """
         number = OWN if work is None else self._lend(work)
         try:
-            self._add(number, tasks)
+            # What is lent goes first: somebody waits for it.
+            self._add(number, tasks, first=number != OWN)
             while self._left[number] or self._results[number]:
                 if stopping():
                     self.abandon(number)
@@ -276,17 +277,17 @@ class Pool:
             worker.withdraw(number)
         del self._works[number]
 
-    def _add(self, number: int, tasks: Sequence[Task]) -> None:
-        """What is lent goes first: somebody waits for it."""
+    def _add(self, number: int, tasks: Sequence[Task], *, first: bool) -> None:
         orders = [(number, task) for task in tasks]
-        self._waiting = deque(
-            [*self._waiting, *orders] if number == OWN else [*orders, *self._waiting]
-        )
+        if first:
+            self._waiting.extendleft(reversed(orders))
+        else:
+            self._waiting.extend(orders)
         self._left[number] += len(orders)
 
-    def add(self, tasks: Sequence[Task]) -> None:
+    def add(self, tasks: Sequence[Task], *, first: bool = False) -> None:
         """Take further tasks of the pool's own work; what comes of them :meth:`turn` says."""
-        self._add(OWN, tasks)
+        self._add(OWN, tasks, first=first)
 
     def was_retried(self, task: Task) -> bool:
         """Whether a worker has died at this task of the pool's own."""

@@ -17,10 +17,12 @@ from addcow_mp.device.sidecar import SUFFIX
 from addcow_mp.errors import ManifestError
 from addcow_mp.farm.places import files_of, overlays_of
 from addcow_mp.format.header import ADD_COW
-from addcow_mp.format.manifest import Manifest
+from addcow_mp.format.manifest import read_head
 from addcow_mp.jobs.dependants import Identity
+from addcow_mp.jobs.looking import Target
 from addcow_mp.jobs.report import Conduct
-from addcow_mp.jobs.verify import Target, Verdict, chain_of, verify_all
+from addcow_mp.jobs.verdict import Verdict
+from addcow_mp.jobs.verify import chain_of, verify_all
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,16 @@ def _others(
             yield from _new(target, seen)
     for path in paths:
         if path.endswith(SUFFIX):
-            yield from _new(_described(path), seen)
+            for target in _new(Target(path.removesuffix(SUFFIX)), seen):
+                yield replace(target, format=_kind(path))
 
 
-def _described(path: str) -> Target:
-    """The layer that the manifest at ``path`` is about."""
+def _kind(path: str) -> str:
+    """What layer the manifest at ``path`` is about."""
     try:
-        kind = Manifest.load(path).head.kind
+        return read_head(path).kind
     except (OSError, ManifestError):
-        kind = ADD_COW
-    return Target(path.removesuffix(SUFFIX), kind)
+        return ADD_COW
 
 
 def _new(target: Target, seen: set[Identity]) -> Iterator[Target]:

@@ -254,6 +254,19 @@ class Head:
             raise ValueError from error
 
 
+def read_head(path: str) -> Head:
+    """The head of a manifest, of which nothing else is looked at.
+
+    Raises :class:`ManifestError` for a file that begins otherwise, :class:`OSError`.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(HEAD)
+    try:
+        return Head.unpack(raw)
+    except (ValueError, struct.error) as error:
+        raise ManifestError(path=path, problem="it is not a whole manifest") from error
+
+
 class Manifest:
     """A manifest whose ``content`` is mapped; :meth:`load` opens one that is finished."""
 

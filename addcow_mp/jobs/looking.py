@@ -1,0 +1,447 @@
+"""One task of verifying: hold parts of layers against what their manifests say that they were.
+
+Each layer is looked at by itself, so that a difference has a file and a place in it. First comes
+what costs nothing: whether there is a manifest at all and it is whole; whether the files are the
+same ones, of the same size, unchanged since; whether what lies below is what lay below then. A
+file that was replaced is not read. Then header and bitmap, then leaf by leaf what the layer holds.
+
+The manifest says which leaves are the layer's own: a bitmap that was damaged can neither hide data
+nor accuse sound data. Only leaves that mix layers need the bits; where those are wrong, these
+leaves remain unverified. Times alone accuse nobody: a file that was written since holds other
+bytes in some leaf, and that is found; one that was only touched does not.
+
+A task is several parts, done one after the other until so much was read that another process may
+want the rest; what is left comes back with what was seen, also when all shall stop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from bitarray import bitarray
+
+from addcow_mp.device.access import Access
+from addcow_mp.device.files import BACKING, COW, IMAGE, File
+from addcow_mp.device.headers import load_header, load_names, open_claimed, resolve, telling
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.locks import READING
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.raw import RawLayer
+from addcow_mp.device.sidecar import manifest_of
+from addcow_mp.engine.board import Board
+from addcow_mp.engine.leaves import Hasher, file_of
+from addcow_mp.engine.pace import Pace
+from addcow_mp.engine.plan import Task
+from addcow_mp.engine.transfer import end_orphan
+from addcow_mp.errors import AddcowError, ManifestError, StoppedError
+from addcow_mp.format.bits import Run, merged, runs
+from addcow_mp.format.header import ADD_COW
+from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, FileState, Manifest, digest
+from addcow_mp.jobs.manifest import cow_digests
+from addcow_mp.jobs.verdict import Grade, Range, Verdict
+from addcow_mp.units import EiB, MiB
+
+#: Groups with something in them for one task, 256 MiB: so a large layer is shared out evenly.
+PART = 256 * MiB // GROUP
+
+#: A number behind all groups.
+END = EiB // GROUP * 16
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to be verified: an overlay or a raw file, and ``holder``, the overlay that names it.
+
+    Without a holder, the user named it.
+    """
+
+    path: str
+    format: str = ADD_COW
+    holder: str | None = None
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Part:
+    """The groups ``[first, stop)`` of the layer that has this ``index`` among the targets."""
+
+    index: int
+    first: int = 0
+    stop: int = END
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel(Task):
+    """Some parts to be looked at one after the other."""
+
+    parts: tuple[Part, ...]
+
+
+class Seen(NamedTuple):
+    """What was found in a part, and what of it was not looked at."""
+
+    part: Part
+    verdict: Verdict
+    left: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Only so large a ``share`` of leaves is read, chosen at random anew for each ``seed``."""
+
+    share: float
+    seed: int
+
+    def chosen(self, path: str, number: int) -> bitarray:
+        """The leaves of a group to be read."""
+        from random import Random
+
+        draw = Random(f"{self.seed} {path} {number}").random  # noqa: S311 - no secret
+        return bitarray((draw() < self.share for _ in range(FAN)), endian="little")
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to look: at all or at a ``sample``, at most ``rate`` bytes a second; 0 = no limit."""
+
+    sample: Sample | None = None
+    rate: int = 0
+
+
+class Looking:
+    """The work of a task. Layers are opened for it; manifests are kept from one to the next.
+
+    ``board`` says when to stop, ``workers`` share the rate.
+    """
+
+    def __init__(
+        self, targets: list[Target], access: Access, manner: Manner, board: Board, workers: int
+    ) -> None:
+        self.targets = targets
+        self.access = access
+        self.manner = manner
+        self.board = board
+        self.workers = workers
+        self.parent: int | None = None
+        #: Asked by the process that hands out the work, beside the board.
+        self.stopping: Callable[[], bool] = lambda: False
+        self._manifests = _Manifests()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        shared = (self.targets, self.access, self.manner, self.board, self.workers)
+        return (Looking, shared, {"parent": os.getpid()})
+
+    def __call__(self, task: Task, slot: int) -> list[Seen]:  # noqa: ARG002
+        """What was seen of the parts of a :class:`Parcel` that were begun, in order."""
+        assert isinstance(task, Parcel)  # noqa: S101 - what this work is given
+        allowance, seen = PART, list[Seen]()
+        for part in task.parts:
+            if allowance > 0 and not self._shall_stop():
+                look = _Look(self, part, allowance)
+                seen.append(look.seen())
+                allowance -= look.groups
+        return seen
+
+    @cached_property
+    def _pace(self) -> Pace:
+        rate = self.manner.rate
+        return Pace(max(1, rate // self.workers) if rate else 0)
+
+    def _shall_stop(self) -> bool:
+        return self.board.stopped or self.stopping()
+
+    def spend(self, length: int) -> None:
+        """Take note of bytes that were read. Raises :class:`StoppedError` when all shall stop."""
+        self._pace.spend(length, self.look_up)
+
+    def look_up(self) -> None:
+        """See whether to go on. Raises :class:`StoppedError`."""
+        end_orphan(self.parent)
+        if self._shall_stop():
+            raise StoppedError(path="")
+
+    def manifest(self, path: str) -> Manifest:
+        """That of the layer at ``path``. Raises like :meth:`Manifest.load`."""
+        return self._manifests.of(path)
+
+    def guest_digest(self, path: str) -> str | None:
+        """What the manifest of the layer at ``path`` says that its guest sees; None without one."""
+        return self._manifests.guest_digest(path)
+
+
+class _Manifests:
+    """Manifests that were read and found whole: a large one is needed for each part of its layer.
+
+    One is kept whole, and of each, as the backing file of others, what its guest sees.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[str, FileState, Manifest] | None = None
+        self._digests: dict[str, tuple[FileState, str]] = {}
+
+    def of(self, path: str) -> Manifest:
+        name = manifest_of(path)
+        state = FileState.of(os.stat(name))
+        if self._last is None or self._last[:2] != (name, state):
+            self._last = name, state, Manifest.load(name)
+        return self._last[2]
+
+    def guest_digest(self, path: str) -> str | None:
+        name = manifest_of(path)
+        try:
+            state = FileState.of(os.stat(name))
+            if self._digests.get(name, (None,))[0] != state:
+                self._digests[name] = state, Manifest.load(name).head.guest_digest
+        except (OSError, ManifestError):
+            return None  # that is said of the layer itself
+        return self._digests[name][1]
+
+
+class _Look:
+    """One look at one part of a layer, at no more than ``allowance`` groups of it."""
+
+    def __init__(self, work: Looking, part: Part, allowance: int) -> None:
+        self.work = work
+        self.part = part
+        self.target = work.targets[part.index]
+        self.allowance = allowance
+        self.verdict = Verdict(self.target.path)
+        #: Groups that were looked at.
+        self.groups = 0
+
+    def seen(self) -> Seen:
+        """Look, and say what there was to see."""
+        left: tuple[Part, ...] = ()
+        try:
+            with ExitStack() as opened:
+                left = tuple(self._left(_opened(self.target, self.work.access, opened)))
+        except AddcowError as error:
+            if not self._is_header_damaged():
+                self.verdict.remark("unexamined", Grade.UNVERIFIED, self.target.path, str(error))
+        return Seen(self.part, self.verdict, left)
+
+    def _left(self, layer: Layer) -> Iterator[Part]:
+        """Look at ``layer`` as far as allowed, and say what is left of the part."""
+        manifest = self._manifest(layer)
+        if manifest is None or not self._is_same(layer, manifest):
+            return
+        leaves = _Leaves(layer, manifest, self.work)
+        leaves.trusted = self._has_sound_bits(layer, manifest)
+        numbers = leaves.groups(self.part)
+        for number in numbers[: self.allowance]:
+            try:
+                self.work.look_up()
+                leaves.compare(number)
+            except StoppedError:
+                break
+            self.groups += 1
+        self.verdict.ranges += leaves.ranges()
+        self.verdict.bytes_read = leaves.bytes_read
+        if not leaves.trusted and any(manifest.group(one).mixed.any() for one in manifest.records):
+            told = "leaves that mix layers were not verified: that takes the bitmap as it was"
+            self.verdict.remark("mixed", Grade.UNVERIFIED, layer.path, told)
+        cuts = [*numbers[self.groups :: PART], self.part.stop]
+        for first, stop in pairwise(cuts):
+            yield Part(self.part.index, first, stop)
+
+    # What costs nothing
+
+    def _manifest(self, layer: Layer) -> Manifest | None:
+        path = manifest_of(layer.path)
+        try:
+            return self.work.manifest(layer.path)
+        except FileNotFoundError:
+            told = "it has no manifest; make one with 'addcow manifest create'"
+            self.verdict.remark("no-manifest", Grade.UNVERIFIED, layer.path, told)
+        except ManifestError as error:
+            self.verdict.remark("manifest", Grade.DAMAGE, path, error.fields["problem"])
+        except OSError as error:
+            told = error.strerror or str(error)
+            self.verdict.remark("manifest", Grade.UNVERIFIED, path, told)
+        return None
+
+    def _is_same(self, layer: Layer, manifest: Manifest) -> bool:
+        """Whether the files are those that the manifest is about; what differs is remarked."""
+        same = True
+        for name, file in _files(layer):
+            was, now = manifest.head.files.get(name), FileState.of(file.status)
+            if was is None or was[:2] != now[:2]:
+                told = "it was replaced: it is another file, or of another size, than its "
+                self.verdict.remark("replaced", Grade.DAMAGE, file.path, f"{told}manifest says")
+                same = False
+            elif was != now:
+                told = "it was written or touched after its manifest was made"
+                self.verdict.remark("changed", Grade.NOTE, file.path, told)
+        self._compare_below(layer, manifest)
+        return same
+
+    def _compare_below(self, layer: Layer, manifest: Manifest) -> None:
+        """Remark a backing file that has a manifest, but of other content than was below then."""
+        wanted = manifest.head.backing_digest
+        if not isinstance(layer, Overlay) or wanted is None:
+            return
+        names = load_names(layer.cow, layer.header)
+        if names.backing is None:
+            return
+        path = resolve(layer.path, names.backing)
+        found = self.work.guest_digest(path)
+        if found is not None and found != wanted:
+            told = f"what lies below, {path}, is not what lay there when the manifest was made"
+            self.verdict.remark("backing-replaced", Grade.DAMAGE, layer.path, told)
+
+    def _has_sound_bits(self, layer: Layer, manifest: Manifest) -> bool:
+        """Whether the bitmap is what it was; header and bitmap that are not are ranges."""
+        if not isinstance(layer, Overlay):
+            return True
+        header, bitmap = cow_digests(layer)
+        size = layer.header.header_size
+        length = min(layer.cow.length - size, layer.geometry.bitmap_length)
+        for name, same, start, extent in (
+            ("header", header == manifest.head.header_digest, 0, size),
+            ("bitmap", bitmap == manifest.head.bitmap_digest, size, length),
+        ):
+            if not same:
+                self.verdict.ranges.append(Range(layer.path, start, extent))
+                told = f"its {name} is not what it was"
+                self.verdict.remark(name, Grade.DAMAGE, layer.path, told)
+        return bitmap == manifest.head.bitmap_digest
+
+    def _is_header_damaged(self) -> bool:
+        """Whether an overlay that cannot be opened is so because its header was changed."""
+        if self.target.format != ADD_COW:
+            return False
+        try:
+            head = self.work.manifest(self.target.path).head
+            with closing(_opened_cow(self.target, self.work.access)) as cow:
+                found = bytearray(min(head.header_size or 0, cow.length))
+                cow.read_into(memoryview(found), 0)
+        except (AddcowError, OSError):
+            return False
+        if digest(found).hex() == head.header_digest:
+            return False
+        self.verdict.ranges.append(Range(self.target.path, 0, len(found)))
+        told = "its header is not what it was, and nothing else of it could be verified"
+        self.verdict.remark("header", Grade.DAMAGE, self.target.path, told)
+        return True
+
+
+def _opened_cow(target: Target, access: Access) -> File:
+    access = access.beside(target.holder or target.path)
+    opener = access.open_named if target.holder is None else access.open_beneath
+    return opener(target.path)
+
+
+def _opened(target: Target, access: Access, opened: ExitStack) -> Layer:
+    """The layer alone, without what lies below."""
+    access = access.beside(target.holder or target.path)
+    named = target.holder is None
+    role = COW if target.format == ADD_COW else BACKING
+    file = open_claimed(access, target.path, READING, role, named=named)
+    opened.callback(file.close)
+    if target.format != ADD_COW:
+        return RawLayer(file)
+    names = load_names(file, load_header(file))
+    with telling(target.path, names.image, "image file") as path:
+        image = open_claimed(access, path, READING, IMAGE, named=False)
+    opened.callback(image.close)
+    return Overlay(file, image, None)
+
+
+def _files(layer: Layer) -> Iterator[tuple[str, File]]:
+    yield "image", file_of(layer)
+    if isinstance(layer, Overlay):
+        yield "cow", layer.cow
+
+
+# Leaf by leaf
+
+
+class _Leaves:
+    """The leaves of a layer beside those of its manifest, and which of them differ."""
+
+    def __init__(self, layer: Layer, manifest: Manifest, work: Looking) -> None:
+        self.layer = layer
+        self.manifest = manifest
+        self.sample = work.manner.sample
+        #: Whether the bitmap can be asked what is local in leaves that mix layers.
+        self.trusted = True
+        self._hasher = Hasher(file_of(layer), layer.size, work.spend)
+        self._differing: list[int] = []
+
+    @property
+    def bytes_read(self) -> int:
+        """What was read of the image so far."""
+        return self._hasher.bytes_read
+
+    def groups(self, part: Part) -> list[int]:
+        """The groups of ``part`` that hold something, or did."""
+        first, stop = part.first, part.stop
+        numbers = {number for number in self.manifest.records if first <= number < stop}
+        if self.manifest.head.all_local:
+            start, end = first * GROUP, min(stop * GROUP, self.layer.size)
+            for here, there in file_of(self.layer).data_runs(start, end):
+                numbers.update(range(here // GROUP, -(-there // GROUP)))
+        return sorted(numbers)
+
+    def compare(self, number: int) -> None:
+        """Find the leaves of a group that do not hold what they held."""
+        was, base = self.manifest.group(number), number * FAN
+        own, mixed = was.covered & ~was.mixed, was.covered & was.mixed
+        if not self.trusted:
+            mixed.setall(0)
+        if self.sample is not None:
+            chosen = self.sample.chosen(self.layer.path, number)
+            own, mixed = own & chosen, mixed & chosen
+        now = self._hasher.held(number, self._spans(number, own, mixed), mixed)
+        if now != was.held:
+            places = range(0, FAN * DIGEST, DIGEST)
+            counted = own | mixed
+            self._differing += [
+                base + leaf
+                for leaf, at in enumerate(places)
+                if counted[leaf] and now[at : at + DIGEST] != was.held[at : at + DIGEST]
+            ]
+
+    def _spans(self, number: int, own: bitarray, mixed: bitarray) -> list[Run]:
+        """The bytes of a group that are to be read."""
+        base = number * FAN
+        spans = [
+            ((base + first) * LEAF, min((base + last) * LEAF, self.layer.size))
+            for first, last in runs(own, 1, 0, FAN)
+        ]
+        if mixed.any():
+            spans += _parts_in(self._local(number), mixed, base)
+        return spans
+
+    def _local(self, number: int) -> list[Run]:
+        """What the bitmap calls local in a group, whatever a damaged header says besides."""
+        assert isinstance(self.layer, Overlay)  # noqa: S101 - nothing else mixes layers
+        start, stop = number * GROUP, min((number + 1) * GROUP, self.layer.size)
+        geometry = self.layer.geometry
+        first, last = geometry.touched(start, stop)
+        return [geometry.span(*run) for run in self.layer.bitmap.runs(1, first, last)]
+
+    def ranges(self) -> list[Range]:
+        """Whole leaves of the file that differ, joined and clipped to it."""
+        file = file_of(self.layer)
+        parts = merged((leaf, leaf + 1) for leaf in self._differing)
+        spans = ((first * LEAF, min(stop * LEAF, file.length)) for first, stop in parts)
+        return [Range(file.path, start, stop - start) for start, stop in spans]
+
+
+def _parts_in(spans: list[Run], mixed: bitarray, base: int) -> list[Run]:
+    """The parts of ``spans`` in leaves that are mixed."""
+    leaves = [
+        ((base + first) * LEAF, (base + last) * LEAF) for first, last in runs(mixed, 1, 0, FAN)
+    ]
+    return [
+        (max(start, first), min(stop, last))
+        for first, last in leaves
+        for start, stop in spans
+        if start < last and first < stop
+    ]
