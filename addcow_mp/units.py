@@ -24,6 +24,8 @@ THREE_DIGITS = 100
 _UNITS = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1024 * TiB, "e": EiB}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|0x[0-9a-f]+)([bkmgtpe]?)", re.IGNORECASE)
 
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)", re.IGNORECASE)
 
@@ -56,6 +58,18 @@ def parse_duration(text: str, what: str) -> float:
         told = "give seconds, or a number with s, m, h or d"
         raise UsageError(message=f"invalid {what} '{text}': {told}")
     return float(match[1]) * _SECONDS[match[2].lower()]
+
+
+def parse_share(text: str, what: str) -> float:
+    """Read a share as a percentage ("5%", "0.5%"): more than 0, at most 1.
+
+    Raises :class:`UsageError`, which calls it ``what``.
+    """
+    match = _PERCENT.fullmatch(text.strip())
+    share = float(match[1]) / 100 if match is not None else 0.0
+    if not 0 < share <= 1:
+        raise UsageError(message=f"invalid {what} '{text}': give a percentage up to 100%, as in 5%")
+    return share
 
 
 def _scale(number: str, unit: int) -> int:

@@ -5,8 +5,9 @@ It shares no code with the package and is dull on purpose: the header is one
 struct, the bitmap is read a byte at a time, the guest's view is put together
 cluster by cluster with seek and read. No mapping, no cache, no processes, no
 cleverness that could be wrong in the same way as the thing it judges. It keeps
-no state but open files, holds one cluster in memory at a time (except where
-the caller asks for bytes), and never writes, but for the OUT of `dump`.
+no state but open files, holds one cluster or one leaf of a digest in memory at a
+time (except where the caller asks for bytes), and never writes, but for the OUT
+of `dump`.
 
 A layer is add-cow or raw. An add-cow layer answers a cluster from its image
 file when the cluster is local, else from the layer below, cut at that layer's
@@ -16,7 +17,14 @@ it does not complain about a short bitmap (it reads as 0 there, as the format
 says) and it does not look at what nothing points at: bytes between the names,
 the format of a backing that is not there.
 
-Command line: oracle.py size|digest|allocated|dump FILE [OUT]
+It judges manifests too, from docs/manifest.md alone: it works out from the bytes
+of the layers what a manifest has to say, leaf by leaf, and names every difference.
+It believes nothing of the manifest, and takes no digest from it or from another
+one. Only this needs a library, `blake3`; the rest runs on plain Python.
+
+Command line: oracle.py size|digest|allocated FILE
+              oracle.py dump FILE [OUT]
+              oracle.py guest-digest|manifest FILE [--format raw|add-cow]
 """
 
 import argparse
@@ -25,9 +33,9 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 SECTOR = 512
 RAW_PIECE = 64 * 1024  # a raw layer has no clusters; it is read in pieces of this size
@@ -37,6 +45,17 @@ LONGEST_BACKING_NAME = 1023
 LONGEST_IMAGE_NAME = 4095
 ALL_ALLOCATED = 1
 
+LEAF = 64 * 1024
+FANOUT = 256  # leaves of a group, and children of every node of the guest's tree
+DIGEST = 32
+BITMAP = 32  # bytes: a bit for each leaf of a group
+GUEST_MARK = b"add-cow guest 1\0"
+RECORDS_START = 4096
+MANIFEST_WORDS = ("guest-digest", "manifest")
+
+# magic, version, length of the head
+MANIFEST_LAYOUT = struct.Struct("<8sII")
+
 # magic, backing name offset and size, image name offset and size, cluster bits,
 # features, compatible features, header size, backing format, image format
 LAYOUT = struct.Struct("<4sIIIIIQQI16s16s")
@@ -44,6 +63,10 @@ LAYOUT = struct.Struct("<4sIIIIIQQI16s16s")
 
 class OracleError(Exception):
     """The file, or one that its chain needs, is not what the format allows."""
+
+
+class ManifestError(OracleError):
+    """A manifest is so wrong in one place that there is no reading on behind it."""
 
 
 class Header(NamedTuple):
@@ -65,6 +88,16 @@ class Layer(NamedTuple):
     cluster_size: int
     bitmap: BinaryIO | None
     bitmap_start: int
+
+
+class Record(NamedTuple):
+    """What a manifest says of one group, by leaf, counted from the first of the image."""
+
+    group: int
+    covered: set[int]
+    mixed: set[int]
+    held: dict[int, bytes]
+    seen: dict[int, bytes]
 
 
 def read_header(path: str) -> Header:
@@ -158,12 +191,11 @@ def open_layer(path: str, kind: str, stack: ExitStack) -> tuple[Layer, str | Non
     return layer, header.backing, header.backing_format
 
 
-def open_chain(path: str, stack: ExitStack) -> list[Layer]:
-    """Open PATH and everything below it, topmost first."""
+def open_chain(path: str, stack: ExitStack, kind: str = "add-cow") -> list[Layer]:
+    """Open PATH, which is of the format KIND, and everything below it, topmost first."""
     layers: list[Layer] = []
     seen: set[tuple[int, int]] = set()
     below: str | None = path
-    kind = "add-cow"
     while below is not None:
         met = {inode(os.stat(below))}
         layer, lower, kind = open_layer(below, kind, stack)
@@ -281,33 +313,344 @@ def dump_to(path: str, name: str | None) -> None:
         dump(path, out)
 
 
-def answer(what: str, path: str, out: str | None) -> None:
-    """Do one of the command line's words."""
+def blake3_of(pieces: Iterable[bytes]) -> bytes:
+    """Return the BLAKE3 of PIECES, one after the other."""
+    from blake3 import blake3
+
+    total = blake3()
+    for piece in pieces:
+        total.update(piece)
+    return total.digest()
+
+
+def blake3_of_file(file: BinaryIO, start: int, stop: int) -> bytes:
+    """Return the BLAKE3 of FILE from START to STOP, or to its end if that comes first."""
+    file.seek(start)
+    return blake3_of(file.read(end - begin) for begin, end in cut(start, stop, LEAF))
+
+
+def leaf_count(layers: list[Layer]) -> int:
+    """Return how many leaves the view of LAYERS has, the last maybe not a whole one."""
+    return -(-layers[0].size // LEAF)
+
+
+def leaf_digest(layers: list[Layer], leaf: int, size: int) -> bytes:
+    """Return the digest of a LEAF of what LAYERS show, cut at SIZE and filled with zeros."""
+    start = leaf * LEAF
+    length = min(LEAF, size - start)
+    return blake3_of([read_layers(layers, start, length), bytes(LEAF - length)])
+
+
+def zero_leaf() -> bytes:
+    """Return the digest of a leaf of zeros, which no manifest stores."""
+    return blake3_of([bytes(LEAF)])
+
+
+def nodes(children: Iterator[bytes], zero: bytes) -> Iterator[bytes]:
+    """Give the node over each 256 of CHILDREN; ZERO stands for those behind the last."""
+    held: list[bytes] = []
+    for child in children:
+        held.append(child)
+        if len(held) == FANOUT:
+            yield blake3_of(held)
+            held = []
+    if held:
+        yield blake3_of(held + [zero] * (FANOUT - len(held)))
+
+
+def topmost_node(leaves: Iterator[bytes], count: int) -> bytes:
+    """Return the one node over the COUNT digests of LEAVES."""
+    level, zero = leaves, zero_leaf()
+    while True:
+        level = nodes(level, zero)
+        zero = blake3_of([zero] * FANOUT)
+        count = -(-count // FANOUT)
+        if count <= 1:
+            return next(level, zero)
+
+
+def guest_digest_of(layers: list[Layer]) -> str:
+    """Return the guest's digest of what LAYERS show together, in hex."""
+    size = layers[0].size
+    count = leaf_count(layers)
+    leaves = (leaf_digest(layers, leaf, size) for leaf in range(count))
+    top = topmost_node(leaves, count)
+    return blake3_of([GUEST_MARK, size.to_bytes(8, "little"), top]).hex()
+
+
+def guest_digest(path: str, kind: str = "add-cow") -> str:
+    """Return the guest's digest of PATH, in hex, from the bytes of its chain alone."""
+    with ExitStack() as stack:
+        return guest_digest_of(open_chain(path, stack, kind))
+
+
+def is_mixed(layers: list[Layer], leaf: int, local: set[bool]) -> bool:
+    """Say whether the topmost layer decides only some of LEAF; LOCAL is of its clusters."""
+    if local != {False}:
+        return local == {True, False}
+    is_cut = (leaf + 1) * LEAF > layers[0].size
+    return is_cut and len(layers) > 1 and layers[1].size > layers[0].size
+
+
+def local_in(layer: Layer, leaf: int) -> set[bool]:
+    """Say what the clusters of LAYER in LEAF are: local, not local, or both."""
+    start = leaf * LEAF
+    stop = min(start + LEAF, layer.size)
+    return {
+        is_local(layer, begin // layer.cluster_size)
+        for begin, _ in cut(start, stop, layer.cluster_size)
+    }
+
+
+def wanted_record(layers: list[Layer], group: int) -> Record:
+    """Work out what a manifest of the topmost of LAYERS has to say of GROUP."""
+    record = Record(group, set(), set(), {}, {})
+    top, zero = layers[0], zero_leaf()
+    for leaf in range(group * FANOUT, min((group + 1) * FANOUT, leaf_count(layers))):
+        local = local_in(top, leaf)
+        mixed = is_mixed(layers, leaf, local)
+        if not mixed and local == {False}:
+            continue
+        if top.bitmap is not None:  # where all is local the head says so, and the bitmap nothing
+            record.covered.add(leaf)
+        record.held[leaf] = leaf_digest([top], leaf, top.size)
+        if mixed:
+            record.mixed.add(leaf)
+            record.seen[leaf] = leaf_digest(layers, leaf, top.size)
+    return record._replace(held=without(record.held, zero), seen=without(record.seen, zero))
+
+
+def without(digests: dict[int, bytes], zero: bytes) -> dict[int, bytes]:
+    """Return DIGESTS without those that are ZERO."""
+    return {leaf: value for leaf, value in digests.items() if value != zero}
+
+
+def is_needed(record: Record) -> bool:
+    """Say whether a manifest has this record at all."""
+    return record.covered != set() or record.held != {}
+
+
+def read_exactly(file: BinaryIO, length: int, end: int) -> bytes:
+    """Read LENGTH bytes of the records, which end at END."""
+    start = file.tell()
+    if start + length > end:
+        raise ManifestError(f"records: cut short at byte {start}")
+    return file.read(length)
+
+
+def read_bits(file: BinaryIO, group: int, end: int) -> list[int]:
+    """Read one bitmap of GROUP and return its leaves, ascending."""
+    bitmap = read_exactly(file, BITMAP, end)
+    return [group * FANOUT + bit for bit in range(FANOUT) if (bitmap[bit // 8] >> bit % 8) & 1]
+
+
+def read_record(file: BinaryIO, end: int) -> Record:
+    """Read the record at which FILE stands."""
+    group = int.from_bytes(read_exactly(file, 8, end), "little")
+    covered = set(read_bits(file, group, end))
+    mixed = set(read_bits(file, group, end))
+    held_leaves = read_bits(file, group, end)
+    seen_leaves = read_bits(file, group, end)
+    held = {leaf: read_exactly(file, DIGEST, end) for leaf in held_leaves}
+    seen = {leaf: read_exactly(file, DIGEST, end) for leaf in seen_leaves}
+    return Record(group, covered, mixed, held, seen)
+
+
+def read_records(file: BinaryIO, end: int) -> Iterator[Record]:
+    """Give the records, which have to ascend, up to END."""
+    last = -1
+    at = RECORDS_START
+    while at < end:
+        file.seek(at)
+        record = read_record(file, end)
+        if record.group <= last:
+            raise ManifestError(f"records: group {record.group} after {last}, at byte {at}")
+        last = record.group
+        at = file.tell()
+        yield record
+
+
+def digest_faults(what: str, found: dict[int, bytes], wanted: dict[int, bytes]) -> list[str]:
+    """Name the leaves whose stored digests are not those wanted."""
+    faults = [
+        f"{what} digest stored or not: leaf {leaf}" for leaf in sorted(set(found) ^ set(wanted))
+    ]
+    both = sorted(set(found) & set(wanted))
+    return faults + [f"{what} digest: leaf {leaf}" for leaf in both if found[leaf] != wanted[leaf]]
+
+
+def differences(found: Record, wanted: Record) -> list[str]:
+    """Name what FOUND says of a group that is not as WANTED."""
+    faults = [f"covered: leaf {leaf}" for leaf in sorted(found.covered ^ wanted.covered)]
+    faults += [f"mixed: leaf {leaf}" for leaf in sorted(found.mixed ^ wanted.mixed)]
+    faults += digest_faults("held", found.held, wanted.held)
+    return faults + digest_faults("seen", found.seen, wanted.seen)
+
+
+def record_faults(records: Iterator[Record], layers: list[Layer]) -> Iterator[str]:
+    """Hold RECORDS against what the topmost of LAYERS needs, group by group."""
+    found = next(records, None)
+    for group in range(-(-leaf_count(layers) // FANOUT)):
+        wanted = wanted_record(layers, group)
+        needed = is_needed(wanted)
+        present = found is not None and found.group == group
+        if needed != present:
+            yield f"record {'missing' if needed else 'not needed'}: group {group}"
+        if found is not None and found.group == group:
+            yield from differences(found, wanted)
+            found = next(records, None)
+    if found is not None:
+        yield f"record behind the end of the image: group {found.group}"
+
+
+def identity(path: str) -> dict[str, int]:
+    """What a manifest says of a file, to tell whether it was touched."""
+    status = os.stat(path)
+    return {
+        "size": status.st_size,
+        "inode": status.st_ino,
+        "mtime-ns": status.st_mtime_ns,
+        "ctime-ns": status.st_ctime_ns,
+    }
+
+
+def wanted_overlay_head(path: str, layers: list[Layer]) -> dict[str, Any]:
+    """Work out what only the head of an overlay has to say."""
+    header = read_header(path)
+    clusters = -(-layers[0].size // header.cluster_size)
+    length = -(-clusters // (8 * header.cluster_size)) * header.cluster_size
+    end = header.header_size
+    head: dict[str, Any] = {"files": {"image": identity(header.image), "cow": identity(path)}}
+    head["header-size"] = end
+    with open(path, "rb") as cow:
+        head["header-digest"] = blake3_of_file(cow, 0, end).hex()
+        head["bitmap-digest"] = blake3_of_file(cow, end, end + length).hex()
+    if len(layers) > 1:
+        below = layers[1:]
+        head["backing"] = {"guest-digest": guest_digest_of(below), "virtual-size": below[0].size}
+    return head
+
+
+def wanted_head(path: str, kind: str, layers: list[Layer]) -> dict[str, Any]:
+    """Work out what the head has to say, but for the number of records."""
+    head: dict[str, Any] = {
+        "kind": kind,
+        "virtual-size": layers[0].size,
+        "all-local": layers[0].bitmap is None,
+        "guest-digest": guest_digest_of(layers),
+    }
+    if kind == "raw":
+        return head | {"files": {"image": identity(path)}}
+    return head | wanted_overlay_head(path, layers)
+
+
+def object_faults(what: str, found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    """Name the keys of the JSON object WHAT, and of those in it, that are not as WANTED."""
+    for key in sorted(found.keys() | wanted.keys()):
+        name = f"{what}.{json.dumps(key)[1:-1]}"
+        if key not in found:
+            yield f"{name}: missing"
+        elif key not in wanted:
+            yield f"{name}: not needed"
+        elif isinstance(found[key], dict) and isinstance(wanted[key], dict):
+            yield from object_faults(name, found[key], wanted[key])
+        elif json.dumps(found[key]) != json.dumps(wanted[key]):
+            yield f"{name}: {json.dumps(found[key])}, not {json.dumps(wanted[key])}"
+
+
+def read_head(file: BinaryIO, length: int) -> dict[str, Any]:
+    """Read the head of LENGTH bytes, at which FILE stands, and the zeros behind it."""
+    space = RECORDS_START - MANIFEST_LAYOUT.size
+    if length > space:
+        raise ManifestError(f"length of the head: {length}")
+    text = file.read(length)
+    if file.read(space - length) != bytes(space - length):
+        raise ManifestError(f"no zeros: behind the head of {length} bytes")
+    try:
+        head = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"no JSON: the head: {error}") from error
+    if not isinstance(head, dict):
+        raise ManifestError("no JSON object: the head")
+    return head
+
+
+def check_manifest(file: BinaryIO, path: str, kind: str) -> Iterator[str]:
+    """Give every difference between the manifest in FILE and the layer PATH."""
+    with ExitStack() as stack:
+        layers = open_chain(path, stack, kind)
+        end = os.fstat(file.fileno()).st_size - DIGEST
+        if end < RECORDS_START:
+            raise ManifestError("manifest: shorter than its head and its digest")
+        if blake3_of_file(file, 0, end) != file.read():
+            yield "own digest: the last 32 bytes"
+        file.seek(0)
+        magic, version, length = MANIFEST_LAYOUT.unpack(file.read(MANIFEST_LAYOUT.size))
+        if magic != b"ACOWMANI" or version != 1:
+            raise ManifestError(f"magic and version: {magic!r}, {version}")
+        head = read_head(file, length)
+        groups = sum(1 for _ in read_records(file, end))
+        wanted = wanted_head(path, kind, layers) | {"groups": groups}
+        yield from object_faults("head", head, wanted)
+        yield from record_faults(read_records(file, end), layers)
+
+
+def to_the_first_end(file: BinaryIO, path: str, kind: str) -> Iterator[str]:
+    """Give the differences; the one that there is no reading on behind is the last."""
+    try:
+        yield from check_manifest(file, path, kind)
+    except ManifestError as error:
+        yield str(error)
+
+
+def manifest_faults(path: str, kind: str = "add-cow") -> list[str]:
+    """Return what the manifest beside PATH says that is not so, a line for each."""
+    with open(f"{path}.manifest", "rb") as file:
+        return list(to_the_first_end(file, path, kind))
+
+
+def answer(what: str, path: str, out: str | None, kind: str) -> int:
+    """Do one of the command line's words and return the exit status."""
     if what == "size":
         print(virtual_size(path))
     elif what == "digest":
         print(digest(path))
     elif what == "allocated":
         print(json.dumps(allocated(path)))
-    else:
+    elif what == "dump":
         dump_to(path, out)
+    elif what == "guest-digest":
+        print(guest_digest(path, kind))
+    else:
+        return print_faults(manifest_faults(path, kind))
+    return 0
+
+
+def print_faults(faults: list[str]) -> int:
+    """Print FAULTS, a line for each, and return the exit status."""
+    for fault in faults:
+        print(fault)
+    return 1 if faults else 0
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="An independent reader of add-cow chains.")
-    parser.add_argument("what", choices=["size", "digest", "allocated", "dump"])
+    words = ["size", "digest", "allocated", "dump", *MANIFEST_WORDS]
+    parser.add_argument("what", choices=words)
     parser.add_argument("file")
     parser.add_argument("out", nargs="?", help="a new file for dump (default: standard output)")
+    parser.add_argument("--format", choices=["raw", "add-cow"], help="what FILE is")
     args = parser.parse_args()
     if args.out is not None and args.what != "dump":
         parser.error("only dump takes an OUT")
+    if args.format is not None and args.what not in MANIFEST_WORDS:
+        parser.error(f"only {' and '.join(MANIFEST_WORDS)} take a format")
     try:
-        answer(args.what, args.file, args.out)
+        return answer(args.what, args.file, args.out, args.format or "add-cow")
     except (OracleError, OSError) as error:
         print(f"oracle: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -38,8 +38,12 @@ def build(name: str) -> typer.Typer:
     farm = typer.Typer(help=_farm.__doc__, rich_markup_mode=None)
     farm.callback()(_farm)
     for one, function in _COMMANDS.items():
-        if name not in _COMMANDS or one == name:
+        if name not in (*_COMMANDS, "scrub") or one == name:
             farm.command(one)(function)
+    if name not in _COMMANDS:
+        from addcow_mp.cli.scrub import scrub
+
+        farm.add_typer(scrub, name="scrub")
     return farm
 
 
@@ -142,7 +146,7 @@ def ls(
     from addcow_mp.cli.listing import PRINTERS, in_order
     from addcow_mp.farm.members import members
 
-    found = members(_all_places(places, from_file), access_of(roots, allow_device, share=share))
+    found = members(all_places(places, from_file), access_of(roots, allow_device, share=share))
     PRINTERS[output](in_order(found, sort, reverse=reverse))
 
 
@@ -160,7 +164,7 @@ def graph(
     from addcow_mp.farm.graph import farm_graph
 
     access = access_of(roots, allow_device, share=share)
-    DRAWERS[output](farm_graph(_all_places(places, from_file), access))
+    DRAWERS[output](farm_graph(all_places(places, from_file), access))
 
 
 @command("check")
@@ -185,9 +189,9 @@ def check(
     from addcow_mp.device.moving import Manner
     from addcow_mp.farm.check import farm_check
 
-    listed = _all_places(places, from_file)
+    listed = all_places(places, from_file)
     access = access_of(roots, allow_device, share=share)
-    form = _form(bar, progress, quiet=quiet)
+    form = form_of(bar, progress, quiet=quiet)
     with (
         working(jobs, access, Manner(idle=idle), progress=False) as conduct,
         counting(form, progress_fd, conduct) as counted,
@@ -222,9 +226,9 @@ def verify(
     from addcow_mp.device.moving import Manner
     from addcow_mp.farm.verify import farm_verify
 
-    listed = _all_places(places, from_file)
+    listed = all_places(places, from_file)
     access = access_of(roots, allow_device, share=share)
-    form = _form(bar, progress, quiet=quiet)
+    form = form_of(bar, progress, quiet=quiet)
     with (
         working(jobs, access, Manner(idle=idle), progress=False) as conduct,
         counting(form, progress_fd, conduct) as counted,
@@ -254,7 +258,7 @@ def plan(
         raise typer.BadParameter("--discard is for flatten")
     access = access_of(roots, allow_device, force=force)
     wishes = Wishes(operation, output, discard=discard, dry_run=True, quiet=quiet, jobs=jobs)
-    carry_out(_all_places(places, from_file), access, wishes)
+    carry_out(all_places(places, from_file), access, wishes)
 
 
 @command("commit")
@@ -294,14 +298,14 @@ def commit(
         dry_run=dry_run,
         stops_at_error=on_error is OnError.stop,
         time_limit=time_limit,
-        form=_form(bar, progress, quiet=quiet),
+        form=form_of(bar, progress, quiet=quiet),
         progress_fd=progress_fd,
         log=log,
         quiet=quiet,
         jobs=jobs,
         manner=manner_of(copy, cache, sparse, rate, idle=idle),
     )
-    carry_out(_all_places(places, from_file), access, wishes)
+    carry_out(all_places(places, from_file), access, wishes)
 
 
 @command("flatten")
@@ -343,24 +347,25 @@ def flatten(
         dry_run=dry_run,
         stops_at_error=on_error is OnError.stop,
         time_limit=time_limit,
-        form=_form(bar, progress, quiet=quiet),
+        form=form_of(bar, progress, quiet=quiet),
         progress_fd=progress_fd,
         log=log,
         quiet=quiet,
         jobs=jobs,
         manner=manner_of(copy, cache, sparse, rate, idle=idle),
     )
-    carry_out(_all_places(places, from_file), access, wishes)
+    carry_out(all_places(places, from_file), access, wishes)
 
 
-def _form(bar: bool, progress: ProgressIn | None, *, quiet: bool) -> str | None:
+def form_of(bar: bool, progress: ProgressIn | None, *, quiet: bool) -> str | None:
     """How progress is shown: as asked for, by -p for people; -q spares them."""
     if progress is not None:
         return progress.value
     return "human" if bar and not quiet else None
 
 
-def _all_places(places: list[str] | None, from_file: str | None) -> list[str]:
+def all_places(places: list[str] | None, from_file: str | None) -> list[str]:
+    """The places that are named, here or in a file of them. Raises :class:`UsageError` for none."""
     from addcow_mp.errors import UsageError
 
     listed = [*(places or ()), *(_lines_of(from_file) if from_file is not None else ())]

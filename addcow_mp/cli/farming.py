@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 
 import typer
 
+from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.outcomes import PRINTERS
 from addcow_mp.cli.saying import warn
 from addcow_mp.cli.watching import watching
@@ -19,7 +19,6 @@ from addcow_mp.farm.errand import Operation
 from addcow_mp.farm.plan import Plan, State, plan
 from addcow_mp.farm.work import carry_out as work
 from addcow_mp.jobs.report import Conduct
-from addcow_mp.units import parse_duration
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Wishes:
 
 def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
     """Plan it, do it unless that is all, print what has become of each image, and exit."""
-    limit = _Limit(wishes.time_limit)
+    limit = Limit(wishes.time_limit)
     with working(wishes.jobs, access, wishes.manner, progress=False) as conduct:
         # Planning has no limit: it says what is left.
         made = plan(places, Operation(wishes.operation), conduct, discard=wishes.discard)
@@ -76,21 +75,7 @@ def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> UnstartedError | None
     return problem
 
 
-class _Limit:
-    """The time from which on nothing more is begun; none without ``text``."""
-
-    def __init__(self, text: str | None) -> None:
-        self._end = None
-        if text is not None:
-            self._end = time.monotonic() + parse_duration(text, "--time-limit")
-
-    @property
-    def is_reached(self) -> bool:
-        """Whether it is over."""
-        return self._end is not None and time.monotonic() >= self._end
-
-
-def _say_what_stopped_it(made: Plan, conduct: Conduct, limit: _Limit) -> None:
+def _say_what_stopped_it(made: Plan, conduct: Conduct, limit: Limit) -> None:
     """Raise unless an error was what stopped it: that has been told."""
     left = made.count(State.STOPPED) + made.count(State.LEFT)
     named = f"{left} of {len(made.steps)} images left"

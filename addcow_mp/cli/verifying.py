@@ -86,7 +86,8 @@ def _summary(verdicts: list[Verdict], status: int) -> str:
 # A farm
 
 
-def _layer(one: Verdict) -> dict[str, object]:
+def layer_of(one: Verdict) -> dict[str, object]:
+    """What was found of a layer, with its public keys."""
     return {
         "filename": one.path,
         "exit": one.exit_code,
@@ -95,22 +96,28 @@ def _layer(one: Verdict) -> dict[str, object]:
     }
 
 
-def _totals(found: FarmVerdict) -> dict[str, int]:
-    statuses = [one.exit_code for one in found.all]
+def counts_of(verdicts: list[Verdict]) -> dict[str, int]:
+    """How many layers there are, and how many of each exit status."""
+    statuses = [one.exit_code for one in verdicts]
     return {
-        "images": len(found.images),
-        "files": len(found.files),
+        "layers": len(statuses),
         "as-they-were": statuses.count(0),
         "unverified": statuses.count(1),
         "different": statuses.count(2),
-        "bytes": sum(one.bytes_read for one in found.all),
     }
+
+
+def _totals(found: FarmVerdict) -> dict[str, int]:
+    counts = counts_of(found.all)
+    del counts["layers"]
+    read = sum(one.bytes_read for one in found.all)
+    return {"images": len(found.images), "files": len(found.files), **counts, "bytes": read}
 
 
 def _print_farm_json(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG001 - all alike
     told = {
-        "images": [_layer(one) for one in found.images],
-        "files": [_layer(one) for one in found.files],
+        "images": [layer_of(one) for one in found.images],
+        "files": [layer_of(one) for one in found.files],
         "summary": _totals(found),
     }
     print(json.dumps(told, indent=4))
@@ -118,7 +125,7 @@ def _print_farm_json(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG00
 
 def _print_farm_jsonl(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG001
     for one in found.all:
-        print(json.dumps(_layer(one)))
+        print(json.dumps(layer_of(one)))
     print(json.dumps({"summary": _totals(found)}))
 
 

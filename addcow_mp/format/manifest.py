@@ -267,6 +267,15 @@ def read_head(path: str) -> Head:
         raise ManifestError(path=path, problem="it is not a whole manifest") from error
 
 
+def weight_of(path: str, head: Head) -> int:
+    """About how many bytes of its layer a manifest has digests of, told by its length alone.
+
+    Raises :class:`OSError`.
+    """
+    digests = os.stat(path).st_size - HEAD - DIGEST - head.groups * _RECORD.size
+    return max(0, digests) // DIGEST * LEAF
+
+
 class Manifest:
     """A manifest whose ``content`` is mapped; :meth:`load` opens one that is finished."""
 

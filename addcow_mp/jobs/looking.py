@@ -105,35 +105,33 @@ class Sample:
         return bitarray((draw() < self.share for _ in range(FAN)), endian="little")
 
 
-@dataclass(frozen=True)
-class Manner:
-    """How to look: at all or at a ``sample``, at most ``rate`` bytes a second; 0 = no limit."""
-
-    sample: Sample | None = None
-    rate: int = 0
-
-
 class Looking:
     """The work of a task. Layers are opened for it; manifests are kept from one to the next.
 
-    ``board`` says when to stop, ``workers`` share the rate.
+    ``board`` says when to stop; ``sample``: what to read, None = all; ``rate``: bytes per second
+    for this process, 0 = no limit.
     """
 
     def __init__(
-        self, targets: list[Target], access: Access, manner: Manner, board: Board, workers: int
+        self,
+        targets: list[Target],
+        access: Access,
+        board: Board,
+        sample: Sample | None = None,
+        rate: int = 0,
     ) -> None:
         self.targets = targets
         self.access = access
-        self.manner = manner
         self.board = board
-        self.workers = workers
+        self.sample = sample
+        self.rate = rate
         self.parent: int | None = None
         #: Asked by the process that hands out the work, beside the board.
         self.stopping: Callable[[], bool] = lambda: False
         self._manifests = _Manifests()
 
     def __reduce__(self) -> tuple[object, ...]:
-        shared = (self.targets, self.access, self.manner, self.board, self.workers)
+        shared = (self.targets, self.access, self.board, self.sample, self.rate)
         return (Looking, shared, {"parent": os.getpid()})
 
     def __call__(self, task: Task, slot: int) -> list[Seen]:  # noqa: ARG002
@@ -149,8 +147,7 @@ class Looking:
 
     @cached_property
     def _pace(self) -> Pace:
-        rate = self.manner.rate
-        return Pace(max(1, rate // self.workers) if rate else 0)
+        return Pace(self.rate)
 
     def _shall_stop(self) -> bool:
         return self.board.stopped or self.stopping()
@@ -367,7 +364,7 @@ class _Leaves:
     def __init__(self, layer: Layer, manifest: Manifest, work: Looking) -> None:
         self.layer = layer
         self.manifest = manifest
-        self.sample = work.manner.sample
+        self.sample = work.sample
         #: Whether the bitmap can be asked what is local in leaves that mix layers.
         self.trusted = True
         self._hasher = Hasher(file_of(layer), layer.size, work.spend)

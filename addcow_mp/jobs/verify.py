@@ -19,7 +19,7 @@ from addcow_mp.engine.pool import Done, Failed, Pool, usable_cpus
 from addcow_mp.engine.pool import Part as Role
 from addcow_mp.errors import AddcowError, BeginsAnewError
 from addcow_mp.format.header import ADD_COW
-from addcow_mp.jobs.looking import Looking, Manner, Parcel, Part, Seen, Target
+from addcow_mp.jobs.looking import Looking, Parcel, Part, Sample, Seen, Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Grade, Verdict
 
@@ -114,17 +114,19 @@ def looked_at(
     targets: list[Target],
     parts: Sequence[Part],
     conduct: Conduct,
-    manner: Manner | None = None,
+    sample: Sample | None = None,
 ) -> Iterator[Seen]:
     """Look at ``parts``, in about this order; ends early when ``conduct`` stops it."""
-    manner = manner or Manner()
     board = Board.create((), 0)
     jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
-    work = Looking(targets, conduct.access, manner, board, max(1, jobs))
+    rate, idle = conduct.manner.rate, conduct.manner.idle
+    share = max(1, rate // max(1, jobs)) if rate else 0
+    work = Looking(targets, conduct.access, board, sample, share)
     work.stopping = conduct.stopping
-    role = Role.NONE if conduct.manner.idle or manner.rate else Role.FIRST
+    # Limits are for workers: this process would exceed them, or could not be reached meanwhile.
+    role = Role.NONE if idle or rate else Role.FIRST
     try:
-        with Pool(work, jobs, idle=conduct.manner.idle, part=role) as pool:
+        with Pool(work, jobs, idle=idle, part=role) as pool:
             yield from _Dealing(pool, targets, max(1, jobs)).all(parts, _stopping(conduct, board))
     finally:
         board.close()

@@ -1,0 +1,322 @@
+"""The ledger of a scrub: what was verified when, what came of it, and where to go on.
+
+One SQLite file, written in short transactions, so that whoever asks meanwhile waits for no more
+than one of them, and what a crash takes along is the last second. Layers are known by their real
+paths; what is recorded of one is of the manifest that it had, and begins anew when that does.
+
+A *pass* is one round over all layers. A layer's *position* is the group from which on this pass has
+still to look at it, *pending* what was found before that. What was sampled is no verification, but
+damage that it found stays until a whole look says otherwise.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from addcow_mp.device.files import cannot_open
+from addcow_mp.errors import FileError, ImageError
+from addcow_mp.jobs.verdict import Grade, Range, Remark, Verdict
+
+#: What says that a database is one of these: "ACSC", and the version of its tables.
+APPLICATION, VERSION = 0x41435343, 1
+
+#: Seconds between two transactions: what a crash may cost in repeated work.
+EVERY = 1.0
+
+#: Seconds to wait for another process's transaction.
+PATIENCE = 30
+
+_TABLES = (
+    """CREATE TABLE layer (
+    path TEXT PRIMARY KEY,
+    manifest TEXT,               -- which file it was: inode, size, times
+    bytes INTEGER NOT NULL,      -- about what there is to read
+    pass INTEGER NOT NULL,       -- the last one in which all of it was looked at
+    verified REAL,               -- when: seconds since 1970
+    sampled REAL,
+    exit INTEGER,                -- of the last look, as that of verify
+    ranges TEXT NOT NULL,
+    findings TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    pending TEXT,
+    gone INTEGER NOT NULL
+) WITHOUT ROWID""",
+    """CREATE TABLE run (
+    number INTEGER PRIMARY KEY,
+    pass INTEGER NOT NULL,
+    begun REAL NOT NULL,
+    ended REAL,
+    result TEXT NOT NULL,
+    sample REAL,
+    seed INTEGER,
+    layers INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
+    different INTEGER NOT NULL
+)""",
+    """CREATE TABLE history (
+    run INTEGER NOT NULL REFERENCES run,
+    path TEXT NOT NULL,
+    time REAL NOT NULL,
+    exit INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
+    ranges TEXT NOT NULL,
+    findings TEXT NOT NULL
+)""",
+    "CREATE INDEX history_of ON history (path, time)",
+)
+
+#: How a run is called that has not ended, or was killed.
+UNFINISHED = "unfinished"
+
+
+class Entry(NamedTuple):
+    """What is known of a layer; the columns of its table, in their order."""
+
+    path: str
+    manifest: str | None = None
+    bytes: int = 0
+    pass_: int = 0
+    verified: float | None = None
+    sampled: float | None = None
+    exit: int | None = None
+    ranges: str = "[]"
+    findings: str = "[]"
+    position: int = 0
+    pending: str | None = None
+    gone: int = 0
+
+    @property
+    def last_looked_at(self) -> float:
+        """When it was verified or sampled last; 0 = never."""
+        return max(self.verified or 0, self.sampled or 0)
+
+    def known(self) -> Verdict:
+        """What the last look has found."""
+        found = {"ranges": json.loads(self.ranges), "findings": json.loads(self.findings)}
+        return _verdict(self.path, found)
+
+    def begun(self) -> Verdict:
+        """What this pass has found so far."""
+        found = json.loads(self.pending) if self.pending else {}
+        return _verdict(self.path, found)
+
+    def begin(self, verdict: Verdict, position: int) -> Entry:
+        """The same, looked at up to ``position``."""
+        pending = {**_told(verdict), "bytes": verdict.bytes_read}
+        return self._replace(position=position, pending=json.dumps(pending))
+
+    def looked_at(self, verdict: Verdict) -> Entry:
+        """The same with what was found."""
+        ranges, findings = map(json.dumps, _told(verdict).values())
+        return self._replace(exit=verdict.exit_code, ranges=ranges, findings=findings)
+
+
+class Run(NamedTuple):
+    """A run of the scrub; the columns of its table, in their order."""
+
+    number: int
+    pass_: int
+    begun: float
+    ended: float | None = None
+    result: str = UNFINISHED
+    sample: float | None = None
+    seed: int | None = None
+    layers: int = 0
+    bytes: int = 0
+    different: int = 0
+
+
+def _told(verdict: Verdict) -> dict[str, object]:
+    return {
+        "ranges": [one.as_json() for one in verdict.ranges],
+        "findings": [one.as_json() for one in verdict.remarks],
+    }
+
+
+def _verdict(path: str, told: dict[str, Any]) -> Verdict:
+    ranges = [Range(**one) for one in told.get("ranges", ())]
+    remarks = [
+        Remark(one["name"], Grade(one["severity"]), one["file"], one["message"])
+        for one in told.get("findings", ())
+    ]
+    return Verdict(path, ranges, remarks, told.get("bytes", 0))
+
+
+class Ledger:
+    """An open ledger. Every method raises :class:`FileError` for what SQLite meets."""
+
+    def __init__(self, path: str, database: sqlite3.Connection) -> None:
+        self.path = path
+        self._database = database
+        self._due: list[tuple[str, tuple[object, ...]]] = []
+        self._last = time.monotonic()
+
+    def entries(self) -> dict[str, Entry]:
+        """All layers, by their paths."""
+        with _saying(self.path, "read it"):
+            rows = self._database.execute("SELECT * FROM layer ORDER BY path")
+            return {row[0]: Entry(*row) for row in rows}
+
+    def runs(self) -> list[Run]:
+        """All runs, in order."""
+        with _saying(self.path, "read it"):
+            return [Run(*row) for row in self._database.execute("SELECT * FROM run ORDER BY 1")]
+
+    def put(self, *entries: Entry) -> None:
+        """Record what is known of layers now."""
+        self._due += [_inserting("layer", entry) for entry in entries]
+
+    def put_run(self, run: Run) -> None:
+        """Record how far a run has come."""
+        self._due.append(_inserting("run", run))
+
+    def remember(self, run: Run, entry: Entry, size: int) -> None:
+        """Add a result to the history: ``size`` bytes were read for it."""
+        values = (run.number, entry.path, time.time(), entry.exit, size)
+        row = (*values, entry.ranges, entry.findings)
+        self._due.append(_inserting("history", row))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether what was recorded has waited long enough."""
+        return time.monotonic() - self._last >= EVERY
+
+    def write(self) -> None:
+        """Make durable all that was recorded."""
+        with _saying(self.path, "write it"), _transaction(self._database):
+            for statement, values in self._due:
+                self._database.execute(statement, values)
+        self._due.clear()
+        self._last = time.monotonic()
+
+
+def _inserting(table: str, row: tuple[object, ...]) -> tuple[str, tuple[object, ...]]:
+    # Names of files are bytes: as such they are bound, and as text they are kept.
+    bound = tuple(os.fsencode(value) if isinstance(value, str) else value for value in row)
+    marks = ", ".join("CAST(? AS TEXT)" if isinstance(one, str) else "?" for one in row)
+    return f"INSERT OR REPLACE INTO {table} VALUES ({marks})", bound  # noqa: S608 - no user's words
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            database.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def _saying(path: str, action: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise FileError(path=path, action=action, reason=str(error)) from error
+
+
+# Opening
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Ledger]:
+    """Open a ledger to be written, made if it is not there; nobody else writes it meanwhile.
+
+    Raises :class:`ImageError` for a file that is something else or in use, :class:`FileError`.
+    """
+    with _alone(path), _connected(path) as database:
+        if os.stat(path).st_size == 0:
+            _make(path, database)
+        _refuse_others(path, database)
+        yield Ledger(path, database)
+
+
+@contextmanager
+def read(path: str) -> Iterator[Ledger]:
+    """Open a ledger to be asked; it may be in use. Raises like :func:`opened`."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise cannot_open(path, "open it", error) from error
+    _refuse_kind(path, status)
+    with _connected(path) as database:
+        _refuse_others(path, database)
+        yield Ledger(path, database)
+
+
+@contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Hold the file against other scrubs.
+
+    The descriptor stays open as long as the database: closing any drops SQLite's own locks.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        fd = os.open(path, flags, 0o644)
+    except (OSError, ValueError) as error:
+        raise cannot_open(path, "open it", error) from error
+    try:
+        _refuse_kind(path, os.fstat(fd))
+        _claim(path, fd)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _claim(path: str, fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = "another scrub is using it; wait until that has ended"
+        raise ImageError(path=path, problem=problem) from None
+    except OSError as error:
+        raise FileError.of(path, "lock it", error) from error
+
+
+def _refuse_kind(path: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(path=path, problem="it is no regular file; name one that may be written")
+
+
+@contextmanager
+def _connected(path: str) -> Iterator[sqlite3.Connection]:
+    uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode=rw"
+    with _saying(path, "open it"):
+        database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=PATIENCE)
+    database.text_factory = os.fsdecode
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def _make(path: str, database: sqlite3.Connection) -> None:
+    with _saying(path, "write it"), _transaction(database):
+        for statement in _TABLES:
+            database.execute(statement)
+        database.execute(f"PRAGMA application_id = {APPLICATION}")
+        database.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _refuse_others(path: str, database: sqlite3.Connection) -> None:
+    try:
+        (application,) = database.execute("PRAGMA application_id").fetchone()
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise FileError(path=path, action="read it", reason=str(error)) from error
+        application, version = 0, 0
+    if (application, version) != (APPLICATION, VERSION):
+        problem = "it is not what a scrub remembers, or of another version; name another file"
+        raise ImageError(path=path, problem=problem)
