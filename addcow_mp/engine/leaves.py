@@ -41,6 +41,11 @@ def is_all_local(layer: Layer) -> bool:
     return not isinstance(layer, Overlay) or layer.all_allocated
 
 
+def new_buffer() -> memoryview:
+    """What leaves are read through: whoever hashes many layers makes it once."""
+    return memoryview(bytearray(BUFFER_SIZE))
+
+
 def _nobody(length: int) -> None:
     """Nobody wants to know what was read."""
 
@@ -51,12 +56,17 @@ class Hasher:
     Counts what it reads, and tells ``spend`` of the bytes of each reading.
     """
 
-    def __init__(self, file: File, size: int, spend: Callable[[int], None] = _nobody) -> None:
+    def __init__(
+        self,
+        file: File,
+        size: int,
+        spend: Callable[[int], None] = _nobody,
+        buffer: memoryview | None = None,
+    ) -> None:
         self._file = file
         self._size = size
         self._spend = spend
-        self._buffer = memoryview(bytearray(BUFFER_SIZE))
-        self._views = [self._buffer[at : at + LEAF] for at in range(0, BUFFER_SIZE, LEAF)]
+        self._buffer = new_buffer() if buffer is None else buffer
         self.bytes_read = 0
 
     def held(self, number: int, spans: list[Run], mixed: bitarray) -> bytes:
@@ -65,35 +75,31 @@ class Hasher:
         Leaves that are ``mixed`` are put together, all others read as a whole.
         """
         held = bytearray(ZERO_BLOCK)
-        for leaf, value in self._held(number, spans, mixed):
-            held[leaf * DIGEST : (leaf + 1) * DIGEST] = value
-        return bytes(held)
-
-    def _held(self, number: int, spans: list[Run], mixed: bitarray) -> Iterator[tuple[int, bytes]]:
-        """Leaf and digest for each leaf with data in ``spans``."""
         data = [part for span in spans for part in self._file.data_runs(*span)]
         touched = leaves_touched(data, number)
         for first, stop in runs(touched & ~mixed, 1, 0, FAN):
-            yield from self._whole(number, first, stop)
+            held[first * DIGEST : stop * DIGEST] = self._whole(number * FAN, first, stop)
         for first, stop in runs(touched & mixed, 1, 0, FAN):
             for leaf in range(first, stop):
-                yield leaf, self._part(number * FAN + leaf, data)
+                held[leaf * DIGEST : (leaf + 1) * DIGEST] = self._part(number * FAN + leaf, data)
+        return bytes(held)
 
-    def _whole(self, number: int, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        step = len(self._views)
+    def _whole(self, base: int, first: int, stop: int) -> bytes:
+        """The digests of the leaves ``[first, stop)`` behind ``base``, one after the other."""
+        step = len(self._buffer) // LEAF
+        found = []
         for leaf in range(first, stop, step):
-            start = (number * FAN + leaf) * LEAF
-            count = min(step, stop - leaf)
-            length = min(count * LEAF, self._size - start)
+            start, extent = (base + leaf) * LEAF, min(step, stop - leaf) * LEAF
+            length = min(extent, self._size - start)
             self._read(self._buffer[:length], start)
-            if length < count * LEAF:
-                self._buffer[length : count * LEAF] = bytes(count * LEAF - length)
-            for place in range(count):
-                yield leaf + place, digest(self._views[place])
+            if length < extent:
+                self._buffer[length:extent] = bytes(extent - length)
+            found += [digest(self._buffer[at : at + LEAF]) for at in range(0, extent, LEAF)]
+        return b"".join(found)
 
     def _part(self, leaf: int, data: list[Run]) -> bytes:
         """The digest of a leaf of which only ``data`` counts."""
-        view = self._views[0]
+        view = self._buffer[:LEAF]
         view[:] = bytes(LEAF)
         for start, stop in _within(data, leaf * LEAF, (leaf + 1) * LEAF):
             self._read(view[start - leaf * LEAF : stop - leaf * LEAF], start)

@@ -18,7 +18,7 @@ from addcow_mp.errors import ManifestError
 from addcow_mp.farm.places import files_of, overlays_of
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.manifest import read_head
-from addcow_mp.jobs.dependants import Identity
+from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.looking import Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Verdict
@@ -54,17 +54,19 @@ def layers_in(places: Iterable[str], access: Access) -> tuple[list[Target], list
     paths, access = files_of(places, access)
     overlays = overlays_of(path for path in paths if not path.endswith(SUFFIX))
     seen: set[Identity] = {one.identity for one in overlays}
-    others = list(_others([one.path for one in overlays], paths, access, seen))
+    others = list(_others(overlays, paths, access, seen))
     return [Target(one.path) for one in overlays], others, access
 
 
 def _others(
-    overlays: list[str], paths: list[str], access: Access, seen: set[Identity]
+    overlays: list[Named], paths: list[str], access: Access, seen: set[Identity]
 ) -> Iterator[Target]:
     """What overlays stand on and no overlay of the farm is, and what has a manifest besides."""
-    for path in overlays:
-        for target in list(chain_of(path, ADD_COW, access.beside(path)))[1:]:
-            yield from _new(target, seen)
+    for one in overlays:
+        # What was met has brought with it all that it stands on.
+        if one.backing not in seen:
+            for target in list(chain_of(one.path, ADD_COW, access.beside(one.path)))[1:]:
+                yield from _new(target, seen)
     for path in paths:
         if path.endswith(SUFFIX):
             for target in _new(Target(path.removesuffix(SUFFIX)), seen):

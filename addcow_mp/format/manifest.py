@@ -343,7 +343,7 @@ def _count(bits: bytes) -> int:
 
 
 def _mapped(path: str) -> mmap.mmap | bytes:
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size == 0:
             return b""
         return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)

@@ -28,14 +28,21 @@ from bitarray import bitarray
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import BACKING, COW, IMAGE, File
-from addcow_mp.device.headers import load_header, load_names, open_claimed, resolve, telling
+from addcow_mp.device.headers import (
+    Names,
+    load_header,
+    load_names,
+    open_claimed,
+    resolve,
+    telling,
+)
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import READING
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.engine.board import Board
-from addcow_mp.engine.leaves import Hasher, file_of
+from addcow_mp.engine.leaves import Hasher, file_of, new_buffer
 from addcow_mp.engine.pace import Pace
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
@@ -128,6 +135,7 @@ class Looking:
         self.parent: int | None = None
         #: Asked by the process that hands out the work, beside the board.
         self.stopping: Callable[[], bool] = lambda: False
+        self.buffer = new_buffer()
         self._manifests = _Manifests()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -210,17 +218,35 @@ class _Look:
         self.verdict = Verdict(self.target.path)
         #: Groups that were looked at.
         self.groups = 0
+        #: What an overlay names.
+        self.names: Names | None = None
 
     def seen(self) -> Seen:
         """Look, and say what there was to see."""
         left: tuple[Part, ...] = ()
         try:
             with ExitStack() as opened:
-                left = tuple(self._left(_opened(self.target, self.work.access, opened)))
+                left = tuple(self._left(self._opened(opened)))
         except AddcowError as error:
             if not self._is_header_damaged():
                 self.verdict.remark("unexamined", Grade.UNVERIFIED, self.target.path, str(error))
         return Seen(self.part, self.verdict, left)
+
+    def _opened(self, opened: ExitStack) -> Layer:
+        """The layer alone, without what lies below."""
+        target = self.target
+        access, named = self.work.access.beside(target.holder or target.path), target.holder is None
+        role = COW if target.format == ADD_COW else BACKING
+        file = open_claimed(access, target.path, READING, role, named=named)
+        opened.callback(file.close)
+        if target.format != ADD_COW:
+            return RawLayer(file)
+        header = load_header(file)
+        self.names = load_names(file, header)
+        with telling(target.path, self.names.image, "image file") as path:
+            image = open_claimed(access, path, READING, IMAGE, named=False)
+        opened.callback(image.close)
+        return Overlay(file, image, None, header)
 
     def _left(self, layer: Layer) -> Iterator[Part]:
         """Look at ``layer`` as far as allowed, and say what is left of the part."""
@@ -280,12 +306,9 @@ class _Look:
     def _compare_below(self, layer: Layer, manifest: Manifest) -> None:
         """Remark a backing file that has a manifest, but of other content than was below then."""
         wanted = manifest.head.backing_digest
-        if not isinstance(layer, Overlay) or wanted is None:
+        if wanted is None or self.names is None or self.names.backing is None:
             return
-        names = load_names(layer.cow, layer.header)
-        if names.backing is None:
-            return
-        path = resolve(layer.path, names.backing)
+        path = resolve(layer.path, self.names.backing)
         found = self.work.guest_digest(path)
         if found is not None and found != wanted:
             told = f"what lies below, {path}, is not what lay there when the manifest was made"
@@ -333,22 +356,6 @@ def _opened_cow(target: Target, access: Access) -> File:
     return opener(target.path)
 
 
-def _opened(target: Target, access: Access, opened: ExitStack) -> Layer:
-    """The layer alone, without what lies below."""
-    access = access.beside(target.holder or target.path)
-    named = target.holder is None
-    role = COW if target.format == ADD_COW else BACKING
-    file = open_claimed(access, target.path, READING, role, named=named)
-    opened.callback(file.close)
-    if target.format != ADD_COW:
-        return RawLayer(file)
-    names = load_names(file, load_header(file))
-    with telling(target.path, names.image, "image file") as path:
-        image = open_claimed(access, path, READING, IMAGE, named=False)
-    opened.callback(image.close)
-    return Overlay(file, image, None)
-
-
 def _files(layer: Layer) -> Iterator[tuple[str, File]]:
     yield "image", file_of(layer)
     if isinstance(layer, Overlay):
@@ -367,7 +374,7 @@ class _Leaves:
         self.sample = work.sample
         #: Whether the bitmap can be asked what is local in leaves that mix layers.
         self.trusted = True
-        self._hasher = Hasher(file_of(layer), layer.size, work.spend)
+        self._hasher = Hasher(file_of(layer), layer.size, work.spend, work.buffer)
         self._differing: list[int] = []
 
     @property

@@ -26,6 +26,9 @@ from addcow_mp.jobs.verdict import Grade, Verdict
 #: Layers in one task: enough that handing it out costs little against it.
 PARCEL = 16
 
+#: Layers for which other processes are started at once: they take longer than to find it out.
+MANY = 256
+
 #: Tasks for each process at the least: so that all end at about the same time.
 SHARES = 8
 
@@ -124,7 +127,8 @@ def looked_at(
     work = Looking(targets, conduct.access, board, sample, share)
     work.stopping = conduct.stopping
     # Limits are for workers: this process would exceed them, or could not be reached meanwhile.
-    role = Role.NONE if idle or rate else Role.FIRST
+    usual = Role.FULL if len(parts) >= MANY else Role.FIRST
+    role = Role.NONE if idle or rate else usual
     try:
         with Pool(work, jobs, idle=idle, part=role) as pool:
             yield from _Dealing(pool, targets, max(1, jobs)).all(parts, _stopping(conduct, board))
