@@ -16,7 +16,7 @@ from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.errors import StoppedError, TimeLimitError
-from addcow_mp.farm.ledger import Entry, Run, read
+from addcow_mp.farm.ledger import Entry, Record, read
 from addcow_mp.farm.scrub import DIFFERENT, Scrubbed, scrub
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.units import human_size, parse_share
@@ -101,7 +101,7 @@ def show_status(state: str, *, as_json: bool) -> None:
     print(_coverage_line(coverage))
 
 
-def _coverage(entries: list[Entry], runs: list[Run]) -> dict[str, object]:
+def _coverage(entries: list[Entry], runs: list[Record]) -> dict[str, object]:
     there = [one for one in entries if not one.gone]
     verified = [one for one in there if one.verified is not None]
     pass_ = max((run.pass_ for run in runs), default=0)
@@ -135,7 +135,7 @@ def _layer(entry: Entry) -> dict[str, object]:
     }
 
 
-def _run(run: Run) -> dict[str, object]:
+def _run(run: Record) -> dict[str, object]:
     return {
         "begun": _time(run.begun),
         "ended": _time(run.ended),
@@ -149,7 +149,7 @@ def _run(run: Run) -> dict[str, object]:
     }
 
 
-def _run_line(run: Run) -> str:
+def _run_line(run: Record) -> str:
     sample = "" if run.sample is None else f", a sample of {100 * run.sample:g} %"
     return (
         f"{_time(run.begun)}: {run.result}{sample}, {run.layers} layers, "

@@ -4,9 +4,9 @@ One SQLite file, written in short transactions, so that whoever asks meanwhile w
 than one of them, and what a crash takes along is the last second. Layers are known by their real
 paths; what is recorded of one is of the manifest that it had, and begins anew when that does.
 
-A *pass* is one round over all layers. A layer's *position* is the group from which on this pass has
-still to look at it, *pending* what was found before that. What was sampled is no verification, but
-damage that it found stays until a whole look says otherwise.
+A *pass* is one round over all layers. Of a layer that was begun in it, *unseen* are the ranges of
+groups that are still to be looked at, *pending* what was found in the others. What was sampled is
+no verification, but damage that it found stays until a whole look says otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 from addcow_mp.device.files import cannot_open
 from addcow_mp.errors import FileError, ImageError
+from addcow_mp.format.bits import Run
 from addcow_mp.jobs.verdict import Grade, Range, Remark, Verdict
 
 #: What says that a database is one of these: "ACSC", and the version of its tables.
@@ -46,7 +47,7 @@ _TABLES = (
     exit INTEGER,                -- of the last look, as that of verify
     ranges TEXT NOT NULL,
     findings TEXT NOT NULL,
-    position INTEGER NOT NULL,
+    unseen TEXT,                 -- [[first group, stop], ...] when begun in this pass
     pending TEXT,
     gone INTEGER NOT NULL
 ) WITHOUT ROWID""",
@@ -90,7 +91,7 @@ class Entry(NamedTuple):
     exit: int | None = None
     ranges: str = "[]"
     findings: str = "[]"
-    position: int = 0
+    unseen: str | None = None
     pending: str | None = None
     gone: int = 0
 
@@ -109,10 +110,15 @@ class Entry(NamedTuple):
         found = json.loads(self.pending) if self.pending else {}
         return _verdict(self.path, found)
 
-    def begin(self, verdict: Verdict, position: int) -> Entry:
-        """The same, looked at up to ``position``."""
+    @property
+    def spans(self) -> list[Run]:
+        """The groups that this pass has still to look at, as far as it has begun."""
+        return [(first, stop) for first, stop in json.loads(self.unseen or "[]")]
+
+    def begin(self, verdict: Verdict, unseen: list[Run]) -> Entry:
+        """The same, looked at but for the groups ``unseen``."""
         pending = {**_told(verdict), "bytes": verdict.bytes_read}
-        return self._replace(position=position, pending=json.dumps(pending))
+        return self._replace(unseen=json.dumps(unseen), pending=json.dumps(pending))
 
     def looked_at(self, verdict: Verdict) -> Entry:
         """The same with what was found."""
@@ -120,7 +126,7 @@ class Entry(NamedTuple):
         return self._replace(exit=verdict.exit_code, ranges=ranges, findings=findings)
 
 
-class Run(NamedTuple):
+class Record(NamedTuple):
     """A run of the scrub; the columns of its table, in their order."""
 
     number: int
@@ -166,20 +172,20 @@ class Ledger:
             rows = self._database.execute("SELECT * FROM layer ORDER BY path")
             return {row[0]: Entry(*row) for row in rows}
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Record]:
         """All runs, in order."""
         with _saying(self.path, "read it"):
-            return [Run(*row) for row in self._database.execute("SELECT * FROM run ORDER BY 1")]
+            return [Record(*row) for row in self._database.execute("SELECT * FROM run ORDER BY 1")]
 
     def put(self, *entries: Entry) -> None:
         """Record what is known of layers now."""
         self._due += [_inserting("layer", entry) for entry in entries]
 
-    def put_run(self, run: Run) -> None:
+    def put_run(self, run: Record) -> None:
         """Record how far a run has come."""
         self._due.append(_inserting("run", run))
 
-    def remember(self, run: Run, entry: Entry, size: int) -> None:
+    def remember(self, run: Record, entry: Entry, size: int) -> None:
         """Add a result to the history: ``size`` bytes were read for it."""
         values = (run.number, entry.path, time.time(), entry.exit, size)
         row = (*values, entry.ranges, entry.findings)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from addcow_mp.device.access import Access
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.errors import ManifestError
-from addcow_mp.farm.ledger import Entry, Ledger, Run, opened
+from addcow_mp.farm.ledger import Entry, Ledger, Record, opened
 from addcow_mp.farm.verify import layers_in
 from addcow_mp.format.manifest import FileState, read_head, weight_of
 from addcow_mp.jobs.looking import Part, Sample, Seen, Target
@@ -85,7 +85,7 @@ class _Round:
         if self._sample is None and not self._due(pass_):
             pass_ += 1
         sample = self._sample
-        self._run = Run(
+        self._run = Record(
             len(runs) + 1,
             pass_,
             time.time(),
@@ -98,7 +98,7 @@ class _Round:
         self._found = [self._beginning(path) for path in self._order]
         self._read = [0] * len(self._order)
         self._outstanding = Outstanding(
-            Part(number, self._position(path)) for number, path in enumerate(self._order)
+            part for number, path in enumerate(self._order) for part in self._parts(number, path)
         )
         self._result = Scrubbed()
 
@@ -110,11 +110,13 @@ class _Round:
             )
         due = (entry for entry in self._entries.values() if entry.pass_ < pass_)
         # What was begun goes first among its equals.
-        ordered = sorted(due, key=lambda one: (one.verified or 0, -one.position, one.path))
+        ordered = sorted(due, key=lambda one: (one.verified or 0, not one.unseen, one.path))
         return [entry.path for entry in ordered]
 
-    def _position(self, path: str) -> int:
-        return 0 if self._sample is not None else self._entries[path].position
+    def _parts(self, number: int, path: str) -> list[Part]:
+        """What is to be looked at of a layer: all, or what was left of it."""
+        spans = [] if self._sample is not None else self._entries[path].spans
+        return [Part(number, *span) for span in spans] or [Part(number)]
 
     def _beginning(self, path: str) -> Verdict:
         return Verdict(path) if self._sample is not None else self._entries[path].begun()
@@ -164,8 +166,8 @@ class _Round:
         if self._outstanding.take(seen):
             self._finish(self._entries[path], self._found[number], self._read[number])
         elif self._sample is None:
-            position = self._outstanding.position(number)
-            self._enter(self._entries[path].begin(self._found[number], position))
+            unseen = [(one.first, one.stop) for one in sorted(self._outstanding.layers[number])]
+            self._enter(self._entries[path].begin(self._found[number], unseen))
 
     def _finish(self, entry: Entry, found: Verdict, size: int) -> None:
         """Enter what was found of a whole layer."""
@@ -177,7 +179,7 @@ class _Round:
         else:
             seen = entry.verified if found.exit_code == UNVERIFIED else time.time()
             entry = entry.looked_at(found)._replace(
-                verified=seen, pass_=self._run.pass_, position=0, pending=None
+                verified=seen, pass_=self._run.pass_, unseen=None, pending=None
             )
         self._enter(entry)
         different = self._run.different + (found.exit_code == DIFFERENT)

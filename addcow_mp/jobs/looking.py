@@ -145,13 +145,18 @@ class Looking:
     def __call__(self, task: Task, slot: int) -> list[Seen]:  # noqa: ARG002
         """What was seen of the parts of a :class:`Parcel` that were begun, in order."""
         assert isinstance(task, Parcel)  # noqa: S101 - what this work is given
-        allowance, seen = PART, list[Seen]()
+        allowance, seen = self._allowance, list[Seen]()
         for part in task.parts:
             if allowance > 0 and not self._shall_stop():
                 look = _Look(self, part, allowance)
                 seen.append(look.seen())
                 allowance -= look.groups
         return seen
+
+    @property
+    def _allowance(self) -> int:
+        """Groups in one task: with a limit what takes about a second, so that little is lost."""
+        return min(PART, max(1, self.rate // GROUP)) if self.rate else PART
 
     @cached_property
     def _pace(self) -> Pace:

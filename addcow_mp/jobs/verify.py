@@ -108,10 +108,6 @@ class Outstanding:
             del self.layers[seen.part.index]
         return not parts
 
-    def position(self, index: int) -> int:
-        """The group of a layer from which on some is still to be looked at."""
-        return min(part.first for part in self.layers[index])
-
 
 def looked_at(
     targets: list[Target],
