@@ -9,6 +9,7 @@ ADDCOW_SEED=... draws the same chains again.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -258,6 +259,64 @@ def test_a_manifest_that_was_changed_is_named(here: Path, at: int) -> None:
     assert ("manifest", "base.img.manifest") in {
         (one["name"], one["file"]) for one in told["findings"]
     }
+
+
+NONSENSE: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    2**63,
+    2**64,
+    1e300,
+    "",
+    "xy",
+    "0" * 64,
+    [],
+    [[]],
+    {},
+]
+
+
+def nonsense(rng: random.Random, content: bytes) -> bytes:
+    """A manifest with some nonsense in it, whose own digest is right nevertheless."""
+    raw = bytearray(content[:-32])
+    if rng.random() < 0.5:
+        (length,) = struct.unpack_from("<I", raw, 12)
+        head = json.loads(raw[16 : 16 + length])
+        place = head
+        while isinstance(place[key := rng.choice(list(place))], dict) and rng.random() < 0.7:
+            place = place[key]
+        place[key] = rng.choice(NONSENSE)
+        if rng.random() < 0.2:
+            del place[key]
+        text = b"[" * 4000 if rng.random() < 0.05 else json.dumps(head).encode()
+        raw[12:4096] = (struct.pack("<I", len(text)) + text).ljust(4084, b"\0")
+    for _ in range(rng.randrange(4)):
+        at = rng.randrange(4096, len(raw)) if len(raw) > 4096 else 4
+        raw[at : at + rng.choice([1, 8, 32])] = rng.randbytes(rng.choice([1, 8, 32]))
+    if rng.random() < 0.2:
+        del raw[rng.randrange(4096, len(raw) + 1) :]
+    return bytes(raw) + digest(bytes(raw))
+
+
+@pytest.mark.parametrize("name", ["base.img", "top.add-cow"])
+def test_nonsense_that_is_sealed_ends_in_a_verdict(
+    here: Path, rng: random.Random, name: str
+) -> None:
+    path = here / f"{name}.manifest"
+    sound = path.read_bytes()
+    for _ in range(30):
+        path.write_bytes(content := nonsense(rng, sound))
+        result = addcow("verify", "--output", "json", "--jobs", "0", "top.add-cow", cwd=here)
+        assert result.status in (0, 1, 2), content
+        assert "unexpected" not in result.stdout, (content, result)
+        assert result.json["layers"]
+        made = addcow("manifest", "create", "--jobs", "0", "top.add-cow", cwd=here)
+        assert made.status in (0, 1), (content, made)
+        assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("length", [0, 5, 4096, 5000])

@@ -18,13 +18,16 @@ Three things would make a comparison a lie, and are taken care of here:
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from bench_files import (
+    CLUSTER,
     NEW,
     OLD,
+    CannotError,
     alternating,
     remove,
     same,
@@ -51,6 +54,8 @@ from bench_runs import (
 )
 
 import addcow_mp
+from addcow_mp.jobs.manifest import create
+from addcow_mp.jobs.report import Conduct
 from addcow_mp.units import GiB, KiB, MiB, TiB
 
 Build = Callable[[Path, int], None]
@@ -374,6 +379,9 @@ def _sparse(here: Path, _: int) -> list[Contender]:
 IMAGES = 10_000
 FULL = 4 * GiB
 
+#: Overlays over one base that are verified: a small change of each golden image.
+LAYERS = 1000
+
 
 def _farm_files(images: int) -> Build:
     """A farm of small overlays, and as many of qcow2 over one base."""
@@ -400,6 +408,30 @@ def _farm_check(here: Path, _: int) -> list[Contender]:
 def _farm_case(name: str, title: str, target: float) -> Case:
     hot = ("farm", "qcow2", "base.raw")
     return Case(name=name, title=title, contenders=_farm_check, hot=hot, target=target)
+
+
+def _verified_files(here: Path, total: int) -> None:
+    """A thousand overlays over one base, all of them local, with manifests."""
+    if shutil.which("b3sum") is None:
+        raise CannotError("b3sum is needed: apt-get install b3sum")
+    size = max(CLUSTER, total // LAYERS // CLUSTER * CLUSTER)
+    (here / "farm").mkdir()
+    write_raw(here / "farm" / "base.raw", size, [(0, size)], OLD)
+    for number in range(LAYERS):
+        path = here / "farm" / f"vm{number}.add-cow"
+        write_overlay(path, "base.raw", size, [(0, size)])
+        create(str(path), Conduct(jobs=0))
+
+
+def _farm_verify(here: Path, _: int) -> list[Contender]:
+    """Equal processes on equal bytes: all in the images is local, so it is what b3sum reads."""
+    (here / "images").write_text("".join(f"{path}\n" for path in sorted(here.glob("farm/*.raw"))))
+    each = ("b3sum", "--num-threads", "1")
+    peer = ("xargs", "-a", "images", f"-P{PROCESSES}", "-n64", *each)
+    return [
+        addcow("farm", "verify", "farm", cwd=here),
+        command(*peer, cwd=here, name="xargs b3sum"),
+    ]
 
 
 # ---- all of them ----
@@ -467,6 +499,14 @@ SPARSE = Case(
     often=2,
 )
 
+FARM_VERIFY = Case(
+    name="farm-verify",
+    title="farm verify of 1,000 overlays over one base",
+    contenders=_farm_verify,
+    hot=("farm",),
+    target=0.8,
+)
+
 #: Room: the files that are built, and one result at a time.
 STAGES = (
     Stage(build=_small_files, cases=(START,), room=0),
@@ -480,6 +520,7 @@ STAGES = (
         cases=(_farm_case("farm-check-1000", "farm check of 1,000 overlays", 8.0),),
         room=0.05,
     ),
+    Stage(build=_verified_files, cases=(FARM_VERIFY,), room=1.1),
     Stage(build=_commit_files(LONG), cases=_commit_cases("16m", LONG, 1.15, 1.2), room=4),
     Stage(
         build=_commit_files(SHORT),

@@ -96,6 +96,10 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("farm", "plan", "commit", "--jobs", "0", "--output", "json", "{box}"),
     ("farm", "plan", "flatten", "--discard", "--jobs", "0", "--output", "json", "{box}"),
     ("farm", "check", "--jobs", "0", "--output", "json", "{box}"),
+    ("verify", "--jobs", "0", "--output", "json", "{box}/top.add-cow"),
+    ("farm", "verify", "--jobs", "0", "--output", "json", "{box}"),
+    ("farm", "scrub", "run", "--jobs", "0", "--output", "json", "{box}", "--state", "{out}/state"),
+    ("farm", "scrub", "status", "--output", "json", "--state", "{out}/state"),
 )
 
 

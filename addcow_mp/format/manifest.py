@@ -16,7 +16,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from addcow_mp.errors import ManifestError
 from addcow_mp.format.bits import runs
+from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.units import KiB
 
 MAGIC, VERSION = b"ACOWMANI", 1
@@ -231,27 +232,55 @@ class Head:
         magic, version, length = _HEAD.unpack_from(raw)
         if magic != MAGIC or version != VERSION or length > HEAD - _HEAD.size:
             raise ValueError
-        told = json.loads(raw[_HEAD.size : _HEAD.size + length])
         try:
-            below = told.get("backing", {})
-            return cls(
-                kind=told["kind"],
-                virtual_size=int(told["virtual-size"]),
-                all_local=bool(told["all-local"]),
-                files={
-                    name: FileState(*(int(state[key]) for key in _STATE_KEYS))
-                    for name, state in told["files"].items()
-                },
-                header_size=told.get("header-size"),
-                header_digest=told.get("header-digest"),
-                bitmap_digest=told.get("bitmap-digest"),
-                backing_digest=below.get("guest-digest"),
-                backing_size=below.get("virtual-size"),
-                guest_digest=told["guest-digest"],
-                groups=int(told["groups"]),
-            )
-        except (AttributeError, KeyError, TypeError) as error:
+            return cls._of(json.loads(raw[_HEAD.size : _HEAD.size + length]))
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError from error
+
+    @classmethod
+    def _of(cls, told: dict[str, Any]) -> Head:
+        below = told.get("backing", {})
+        files = {
+            name: FileState(*(_number(state[key]) for key in _STATE_KEYS))
+            for name, state in told["files"].items()
+        }
+        head = cls(
+            kind=_kind(told["kind"]),
+            virtual_size=_number(told["virtual-size"]),
+            all_local=told["all-local"] is True,
+            files=files,
+            guest_digest=_hex(told["guest-digest"]),
+            groups=_number(told["groups"]),
+        )
+        if "header-digest" in told:
+            size, header = _number(told["header-size"]), _hex(told["header-digest"])
+            bitmap = _hex(told["bitmap-digest"])
+            head = replace(head, header_size=size, header_digest=header, bitmap_digest=bitmap)
+        if below:
+            digest, size = _hex(below["guest-digest"]), _number(below["virtual-size"])
+            head = replace(head, backing_digest=digest, backing_size=size)
+        return head
+
+
+def _kind(value: object) -> str:
+    """The format of a layer. Raises :class:`ValueError` for one that has no manifests."""
+    if value not in (RAW, ADD_COW):
+        raise ValueError
+    return str(value)
+
+
+def _number(value: object) -> int:
+    """A number of a head. Raises :class:`ValueError` for anything else."""
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise ValueError
+    return value
+
+
+def _hex(value: object) -> str:
+    """A digest of a head. Raises :class:`ValueError` for anything else."""
+    if not isinstance(value, str) or len(bytes.fromhex(value)) != DIGEST:
+        raise ValueError
+    return value
 
 
 def read_head(path: str) -> Head:
@@ -284,7 +313,7 @@ class Manifest:
         self.head = head
         self._content = memoryview(content)
         #: Where each record begins, by the number of its group, in order.
-        self.records = dict(_records(self._content, end))
+        self.records = dict(_records(self._content, end, head))
 
     @classmethod
     def load(cls, path: str) -> Manifest:
@@ -319,13 +348,22 @@ def covered_by(size: int, number: int) -> bitarray:
     return bits
 
 
-def _records(content: memoryview, end: int) -> Iterator[tuple[int, int]]:
-    """Number and place of each record, which lie before ``end``."""
-    place = HEAD
+def _records(content: memoryview, end: int, head: Head) -> Iterator[tuple[int, int]]:
+    """Number and place of each record, which lie before ``end``.
+
+    Raises :class:`ValueError` for records that cannot be of a layer with this ``head``.
+    """
+    place, least, groups = HEAD, 0, -(-head.virtual_size // GROUP)
     while place < end:
-        number, _, _, held, seen = _RECORD.unpack_from(content, place)
+        number, *maps = _RECORD.unpack_from(content, place)
+        covered, mixed, held, seen = (int.from_bytes(bits, "little") for bits in maps)
+        if not least <= number < groups or mixed & ~covered or seen & ~mixed:
+            raise ValueError
         yield number, place
-        place += _RECORD.size + DIGEST * (_count(held) + _count(seen))
+        place += _RECORD.size + DIGEST * (held.bit_count() + seen.bit_count())
+        least = number + 1
+    if place != end:
+        raise ValueError
 
 
 def _unpacked(content: memoryview, place: int) -> Group:
@@ -336,10 +374,6 @@ def _unpacked(content: memoryview, place: int) -> Group:
     middle = first + DIGEST * held.count()
     held_block = _spread(content[first:middle], held)
     return Group(covered, mixed, held_block, _spread(content[middle:], seen))
-
-
-def _count(bits: bytes) -> int:
-    return int.from_bytes(bits, "little").bit_count()
 
 
 def _mapped(path: str) -> mmap.mmap | bytes:
