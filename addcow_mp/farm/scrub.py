@@ -15,12 +15,14 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.errors import ManifestError
 from addcow_mp.farm.ledger import Entry, Ledger, Record, opened
 from addcow_mp.farm.verify import layers_in
+from addcow_mp.format.bits import Run
 from addcow_mp.format.manifest import FileState, read_head, weight_of
 from addcow_mp.jobs.looking import Part, Sample, Seen, Target
 from addcow_mp.jobs.report import Conduct
@@ -63,7 +65,16 @@ def scrub(
     """
     targets, access = _targets(places, conduct.access)
     with opened(ledger) as book:
-        return _Round(book, targets, share).run(replace(conduct, access=access), is_late)
+        known, runs = book.entries(), book.runs()
+        entries = {path: _current(path, known.get(path)) for path in targets}
+        book.put(
+            *entries.values(), *(one._replace(gone=1) for one in known.values() if _is_gone(one))
+        )
+        way = _Whole(entries, runs) if share is None else _Sampled(entries, runs, share)
+        run = Record(len(runs) + 1, way.pass_, time.time())
+        if way.sample is not None:
+            run = run._replace(sample=way.sample.share, seed=way.sample.seed)
+        return _Round(book, run, way, targets).run(replace(conduct, access=access), is_late)
 
 
 def _targets(places: Iterable[str], access: Access) -> tuple[dict[str, Target], Access]:
@@ -72,129 +83,167 @@ def _targets(places: Iterable[str], access: Access) -> tuple[dict[str, Target], 
     return {os.path.realpath(one.path): one for one in (*images, *files)}, access
 
 
-class _Round:
-    """One run over the layers in ``targets``."""
+# What is looked at, and what that means
 
-    def __init__(self, book: Ledger, targets: dict[str, Target], share: float | None) -> None:
-        self._book = book
-        self._sample = None if share is None else _sample(share)
-        known, runs = book.entries(), book.runs()
-        self._entries = {path: _current(path, known.get(path)) for path in targets}
-        self._gone = [one._replace(gone=1) for path, one in known.items() if _is_gone(path)]
-        pass_ = max((run.pass_ for run in runs), default=1)
-        if self._sample is None and not self._due(pass_):
-            pass_ += 1
-        sample = self._sample
-        self._run = Record(
-            len(runs) + 1,
-            pass_,
-            time.time(),
-            sample=None if sample is None else sample.share,
-            seed=None if sample is None else sample.seed,
-        )
-        #: In the order in which they are looked at, which numbers them.
-        self._order = self._due(pass_)
-        self._targets = [targets[path] for path in self._order]
-        self._found = [self._beginning(path) for path in self._order]
-        self._read = [0] * len(self._order)
-        self._outstanding = Outstanding(
-            part for number, path in enumerate(self._order) for part in self._parts(number, path)
-        )
-        self._result = Scrubbed()
 
-    def _due(self, pass_: int) -> list[str]:
-        """The layers to be looked at, the longest-unverified first."""
-        if self._sample is not None:
-            return sorted(
-                self._entries, key=lambda path: (self._entries[path].last_looked_at, path)
-            )
-        due = (entry for entry in self._entries.values() if entry.pass_ < pass_)
+class _Way(Protocol):
+    """Which layers a run looks at, at what of them, and what it makes of that."""
+
+    pass_: int
+    sample: Sample | None
+    order: list[Entry]
+    """The layers, in the order in which they are looked at."""
+
+    def parts(self, number: int, entry: Entry) -> list[Part]:
+        """What is to be looked at of the layer that has this ``number`` in the order."""
+
+    def beginning(self, entry: Entry) -> Verdict:
+        """What earlier runs have found of what this one completes."""
+
+    def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:
+        """What is known of a layer that was looked at but for the groups ``unseen``."""
+
+    def wholly(self, entry: Entry, found: Verdict) -> Entry:
+        """What is known of a layer that was looked at to its end."""
+
+
+class _Whole:
+    """Everything of what this pass has not looked at yet; a new pass when that is nothing."""
+
+    sample: Sample | None = None
+
+    def __init__(self, entries: dict[str, Entry], runs: list[Record]) -> None:
+        self.pass_ = _last_pass(runs)
+        if all(entry.pass_ == self.pass_ for entry in entries.values()):
+            self.pass_ += 1
+        due = (entry for entry in entries.values() if entry.pass_ < self.pass_)
         # What was begun goes first among its equals.
-        ordered = sorted(due, key=lambda one: (one.verified or 0, not one.unseen, one.path))
-        return [entry.path for entry in ordered]
+        self.order = sorted(due, key=lambda one: (one.verified or 0, not one.unseen, one.path))
 
-    def _parts(self, number: int, path: str) -> list[Part]:
-        """What is to be looked at of a layer: all, or what was left of it."""
-        spans = [] if self._sample is not None else self._entries[path].spans
-        return [Part(number, *span) for span in spans] or [Part(number)]
+    def parts(self, number: int, entry: Entry) -> list[Part]:
+        return [Part(number, *span) for span in entry.spans] or [Part(number)]
 
-    def _beginning(self, path: str) -> Verdict:
-        return Verdict(path) if self._sample is not None else self._entries[path].begun()
+    def beginning(self, entry: Entry) -> Verdict:
+        return entry.begun()
+
+    def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:
+        return entry.begin(found, unseen)
+
+    def wholly(self, entry: Entry, found: Verdict) -> Entry:
+        entry = entry._replace(pass_=self.pass_, unseen=None, pending=None)
+        if found.exit_code == UNVERIFIED:
+            return _remembering(entry, found)
+        return entry.looked_at(found)._replace(verified=time.time())
+
+
+class _Sampled:
+    """A random part of every layer; the pass stays where it is."""
+
+    sample: Sample | None
+
+    def __init__(self, entries: dict[str, Entry], runs: list[Record], share: float) -> None:
+        from random import SystemRandom
+
+        self.pass_ = _last_pass(runs)
+        self.sample = Sample(share, SystemRandom().getrandbits(48))
+        self.order = sorted(entries.values(), key=lambda one: (one.last_looked_at, one.path))
+
+    def parts(self, number: int, entry: Entry) -> list[Part]:  # noqa: ARG002
+        return [Part(number)]
+
+    def beginning(self, entry: Entry) -> Verdict:
+        return Verdict(entry.path)
+
+    def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:  # noqa: ARG002
+        return entry  # the next one draws others
+
+    def wholly(self, entry: Entry, found: Verdict) -> Entry:
+        return _remembering(entry, found)._replace(sampled=time.time())
+
+
+def _last_pass(runs: list[Record]) -> int:
+    return max((run.pass_ for run in runs), default=1)
+
+
+def _remembering(entry: Entry, found: Verdict) -> Entry:
+    """What is known after a look that may have missed something: damage is not mended by that."""
+    if entry.exit == DIFFERENT:
+        found = replace(found, path=entry.path)
+        found.join(entry.known())
+    return entry.looked_at(found)
+
+
+class _Round:
+    """A ``run`` over the layers in ``targets``, entered in the ledger as it goes."""
+
+    def __init__(self, book: Ledger, run: Record, way: _Way, targets: dict[str, Target]) -> None:
+        self._book = book
+        self._run = run
+        self._way = way
+        self._entries = way.order
+        self._targets = [targets[entry.path] for entry in way.order]
+        self._found = [way.beginning(entry) for entry in way.order]
+        self._read = [0] * len(way.order)
+        parts = (way.parts(number, entry) for number, entry in enumerate(way.order))
+        self._outstanding = Outstanding(part for some in parts for part in some)
+        self._result = Scrubbed()
 
     def run(self, conduct: Conduct, is_late: Callable[[], bool]) -> Scrubbed:
         """Look at what is due, as long as that is allowed."""
-        self._book.put(*self._entries.values(), *self._gone)
-        self._book.put_run(self._run)
-        self._book.write()
+        self._write()
         ending = FAILED
         try:
-            bounded = replace(conduct, stopping=lambda: conduct.stopping() or is_late())
-            self._look(bounded)
+            self._look(replace(conduct, stopping=lambda: conduct.stopping() or is_late()))
             ending = self._ending(conduct)
         finally:
-            self._end(ending)
+            self._result.left = len(self._outstanding.layers)
+            self._run = self._run._replace(ended=time.time(), result=ending)
+            self._write()
         return self._result
-
-    def _look(self, conduct: Conduct) -> None:
-        total = len(self._order)
-        for seen in looked_at(self._targets, self._outstanding.parts, conduct, self._sample):
-            self._take(seen)
-            conduct.progress(total - len(self._outstanding.layers), total)
-            if self._book.is_due:
-                self._book.put_run(self._run)
-                self._book.write()
 
     def _ending(self, conduct: Conduct) -> str:
         if not self._outstanding.layers:
             return COMPLETE
         return INTERRUPTED if conduct.stopping() else TIME_LIMIT
 
-    def _end(self, ending: str) -> None:
-        self._result.left = len(self._outstanding.layers)
-        self._run = self._run._replace(ended=time.time(), result=ending)
+    def _look(self, conduct: Conduct) -> None:
+        total, parts = len(self._targets), self._outstanding.parts
+        for seen in looked_at(self._targets, parts, conduct, self._way.sample):
+            self._take(seen)
+            conduct.progress(total - len(self._outstanding.layers), total)
+            if self._book.is_due:
+                self._write()
+
+    def _write(self) -> None:
         self._book.put_run(self._run)
         self._book.write()
 
     def _take(self, seen: Seen) -> None:
         """Enter what was seen of a part of a layer."""
-        number = seen.part.index
-        self._found[number].join(seen.verdict)
-        self._read[number] += seen.verdict.bytes_read
-        self._result.bytes_read += seen.verdict.bytes_read
+        number, size = seen.part.index, seen.verdict.bytes_read
+        entry, found = self._entries[number], self._found[number]
+        found.join(seen.verdict)
+        self._read[number] += size
+        self._result.bytes_read += size
         self._run = self._run._replace(bytes=self._result.bytes_read)
-        path = self._order[number]
         if self._outstanding.take(seen):
-            self._finish(self._entries[path], self._found[number], self._read[number])
-        elif self._sample is None:
-            unseen = [(one.first, one.stop) for one in sorted(self._outstanding.layers[number])]
-            self._enter(self._entries[path].begin(self._found[number], unseen))
-
-    def _finish(self, entry: Entry, found: Verdict, size: int) -> None:
-        """Enter what was found of a whole layer."""
-        self._result.verdicts.append(replace(found, path=entry.path, bytes_read=size))
-        if self._sample is not None:
-            if entry.exit == DIFFERENT:  # not seen again is not mended
-                found.join(entry.known())
-            entry = entry.looked_at(found)._replace(sampled=time.time())
+            entry = self._way.wholly(entry, found)
+            self._finish(entry, replace(found, path=entry.path, bytes_read=self._read[number]))
         else:
-            seen = entry.verified if found.exit_code == UNVERIFIED else time.time()
-            entry = entry.looked_at(found)._replace(
-                verified=seen, pass_=self._run.pass_, unseen=None, pending=None
-            )
-        self._enter(entry)
-        different = self._run.different + (found.exit_code == DIFFERENT)
-        self._run = self._run._replace(layers=self._run.layers + 1, different=different)
-        self._book.remember(self._run, entry, size)
-
-    def _enter(self, entry: Entry) -> None:
-        self._entries[entry.path] = entry
+            left = sorted(self._outstanding.layers[number])
+            entry = self._way.partly(entry, found, [(one.first, one.stop) for one in left])
+        self._entries[number] = entry
         self._book.put(entry)
 
+    def _finish(self, entry: Entry, found: Verdict) -> None:
+        """Enter what this run has found of a whole layer."""
+        self._result.verdicts.append(found)
+        different = self._run.different + (found.exit_code == DIFFERENT)
+        self._run = self._run._replace(layers=self._run.layers + 1, different=different)
+        self._book.remember(self._run, entry, found.bytes_read)
 
-def _sample(share: float) -> Sample:
-    from random import SystemRandom
 
-    return Sample(share, SystemRandom().getrandbits(48))
+# What is known of layers
 
 
 def _current(path: str, known: Entry | None) -> Entry:
@@ -217,5 +266,5 @@ def _weight(sidecar: str) -> int:
         return 0
 
 
-def _is_gone(path: str) -> bool:
-    return not os.path.lexists(path)
+def _is_gone(entry: Entry) -> bool:
+    return not os.path.lexists(entry.path)
