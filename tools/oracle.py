@@ -586,7 +586,7 @@ def check_manifest(file: BinaryIO, path: str, kind: str) -> Iterator[str]:
             yield "own digest: the last 32 bytes"
         file.seek(0)
         magic, version, length = MANIFEST_LAYOUT.unpack(file.read(MANIFEST_LAYOUT.size))
-        if magic != b"ACOWMANI" or version != 1:
+        if magic != b"ADDCOWMF" or version != 1:
             raise ManifestError(f"magic and version: {magic!r}, {version}")
         head = read_head(file, length)
         groups = sum(1 for _ in read_records(file, end))

@@ -14,10 +14,24 @@ from addcow_mp.errors import FileError
 
 SUFFIX = ".manifest"
 
+#: What is not finished, or was left by a crash, has this behind its name besides.
+DRAFT = ".part"
+
 
 def manifest_of(path: str) -> str:
     """The path of the manifest of the layer at ``path``."""
     return path + SUFFIX
+
+
+def draft_of(path: str) -> str:
+    """The path under which the manifest of the layer at ``path`` is written."""
+    return path + SUFFIX + DRAFT
+
+
+def described_by(path: str) -> str | None:
+    """The layer that ``path`` is the manifest of, or the draft of one; None = by its name, none."""
+    name = path.removesuffix(DRAFT)
+    return name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else None
 
 
 def invalidate(path: str, *, durable: bool = True) -> None:

@@ -39,7 +39,7 @@ from typing import NamedTuple
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import File, identity_of
 from addcow_mp.device.headers import peek_header, read_name
-from addcow_mp.device.sidecar import SUFFIX
+from addcow_mp.device.sidecar import described_by
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.members import Member, members_of
 from addcow_mp.farm.places import files_of
@@ -227,7 +227,8 @@ class _Building:
     def add_unnamed(self, paths: Iterable[str]) -> None:
         """The regular files among ``paths`` that came up nowhere."""
         for path in paths:
-            if path.endswith(SUFFIX) and os.path.lexists(path.removesuffix(SUFFIX)):
+            layer = described_by(path)
+            if layer is not None and os.path.lexists(layer):
                 continue  # a manifest belongs to what it is about
             there = _looked_up(path)
             if there.status is None or not stat.S_ISREG(there.status.st_mode):

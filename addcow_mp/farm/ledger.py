@@ -25,7 +25,9 @@ from urllib.parse import quote
 from addcow_mp.device.files import cannot_open
 from addcow_mp.errors import FileError, ImageError
 from addcow_mp.format.bits import Run
+from addcow_mp.jobs.looking import Part
 from addcow_mp.jobs.verdict import Grade, Range, Remark, Verdict
+from addcow_mp.units import MAX_SIZE
 
 #: What says that a database is one of these: "ACSC", and the version of its tables.
 APPLICATION, VERSION = 0x41435343, 1
@@ -74,6 +76,9 @@ _TABLES = (
 )""",
     "CREATE INDEX history_of ON history (path, time)",
 )
+
+#: No time of ours is later, in seconds since 1970: the year 5138.
+LATEST = 1e11
 
 #: How a run is called that has not ended, or was killed.
 UNFINISHED = "unfinished"
@@ -149,12 +154,64 @@ def _told(verdict: Verdict) -> dict[str, object]:
 
 
 def _verdict(path: str, told: dict[str, Any]) -> Verdict:
-    ranges = [Range(**one) for one in told.get("ranges", ())]
+    ranges = [
+        Range(_text(one["file"]), _count(one["start"]), _count(one["length"]))
+        for one in told.get("ranges", ())
+    ]
     remarks = [
-        Remark(one["name"], Grade(one["severity"]), one["file"], one["message"])
+        Remark(
+            _text(one["name"]), Grade(one["severity"]), _text(one["file"]), _text(one["message"])
+        )
         for one in told.get("findings", ())
     ]
-    return Verdict(path, ranges, remarks, told.get("bytes", 0))
+    return Verdict(path, ranges, remarks, _count(told.get("bytes", 0)))
+
+
+# What stands in the file: anybody can have written there
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    """The layer of a row. Raises for what cannot have been written by a scrub."""
+    entry = Entry(*row)
+    _text(entry.path)
+    for number in (entry.bytes, entry.pass_, entry.gone, entry.exit or 0):
+        _count(number)
+    for seconds in (entry.verified or 0, entry.sampled or 0):
+        _time(seconds)
+    entry.known()
+    entry.begun()
+    for span in entry.spans:
+        Part(0, *map(_count, span))
+    return entry
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    """The run of a row. Raises like :func:`_entry`."""
+    run = Record(*row)
+    _text(run.result)
+    for number in (run.number, run.pass_, run.seed or 0, run.layers, run.bytes, run.different):
+        _count(number)
+    for seconds in (run.begun, run.ended or 0, run.sample or 0):
+        _time(seconds)
+    return run
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_SIZE:
+        raise TypeError
+    return value
+
+
+def _time(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < LATEST:
+        raise TypeError
+    return float(value)
 
 
 class Ledger:
@@ -170,12 +227,12 @@ class Ledger:
         """All layers, by their paths."""
         with _saying(self.path, "read it"):
             rows = self._database.execute("SELECT * FROM layer ORDER BY path")
-            return {row[0]: Entry(*row) for row in rows}
+            return {entry.path: entry for entry in map(_entry, rows)}
 
     def runs(self) -> list[Record]:
         """All runs, in order."""
         with _saying(self.path, "read it"):
-            return [Record(*row) for row in self._database.execute("SELECT * FROM run ORDER BY 1")]
+            return list(map(_record, self._database.execute("SELECT * FROM run ORDER BY 1")))
 
     def put(self, *entries: Entry) -> None:
         """Record what is known of layers now."""
@@ -230,6 +287,9 @@ def _saying(path: str, action: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise FileError(path=path, action=action, reason=str(error)) from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        problem = "what stands in it makes no sense; go back to a copy, or name a new file"
+        raise ImageError(path=path, problem=problem) from error
 
 
 # Opening

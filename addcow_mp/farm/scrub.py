@@ -38,7 +38,7 @@ UNVERIFIED, DIFFERENT = 1, 2
 
 @dataclass
 class Scrubbed:
-    """What a run has found: ``verdicts`` of the layers that it has finished.
+    """What a run has found: ``verdicts`` of layers that it has finished, or found damaged.
 
     ``bytes_read`` were read, those of layers that were not finished included; ``left`` layers of
     the pass were not looked at to their ends.
@@ -114,7 +114,8 @@ class _Whole:
 
     def __init__(self, entries: dict[str, Entry], runs: list[Record]) -> None:
         self.pass_ = _last_pass(runs)
-        if all(entry.pass_ == self.pass_ for entry in entries.values()):
+        is_over = [run.result == COMPLETE for run in runs if run.sample is None][-1:] == [True]
+        if is_over or all(entry.pass_ == self.pass_ for entry in entries.values()):
             self.pass_ += 1
         due = (entry for entry in entries.values() if entry.pass_ < self.pass_)
         # What was begun goes first among its equals.
@@ -127,7 +128,9 @@ class _Whole:
         return entry.begun()
 
     def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:
-        return entry.begin(found, unseen)
+        # Damage is known at once: the end of a large layer may be nights away.
+        known = _remembering(entry, found) if found.exit_code == DIFFERENT else entry
+        return known.begin(found, unseen)
 
     def wholly(self, entry: Entry, found: Verdict) -> Entry:
         entry = entry._replace(pass_=self.pass_, unseen=None, pending=None)
@@ -187,6 +190,7 @@ class _Round:
         parts = (way.parts(number, entry) for number, entry in enumerate(way.order))
         self._outstanding = Outstanding(part for some in parts for part in some)
         self._result = Scrubbed()
+        self._different: set[int] = set()
 
     def run(self, conduct: Conduct, is_late: Callable[[], bool]) -> Scrubbed:
         """Look at what is due, as long as that is allowed."""
@@ -197,9 +201,19 @@ class _Round:
             ending = self._ending(conduct)
         finally:
             self._result.left = len(self._outstanding.layers)
+            self._result.verdicts += self._unfinished()
             self._run = self._run._replace(ended=time.time(), result=ending)
             self._write()
         return self._result
+
+    def _unfinished(self) -> list[Verdict]:
+        """What this run has found of layers in which it found damage, and not their ends."""
+        numbers = sorted(self._different & self._outstanding.layers.keys())
+        return [self._told(number) for number in numbers]
+
+    def _told(self, number: int) -> Verdict:
+        path, read = self._entries[number].path, self._read[number]
+        return replace(self._found[number], path=path, bytes_read=read)
 
     def _ending(self, conduct: Conduct) -> str:
         if not self._outstanding.layers:
@@ -225,10 +239,14 @@ class _Round:
         found.join(seen.verdict)
         self._read[number] += size
         self._result.bytes_read += size
-        self._run = self._run._replace(bytes=self._result.bytes_read)
+        if found.exit_code == DIFFERENT:
+            self._different.add(number)
+        self._run = self._run._replace(
+            bytes=self._result.bytes_read, different=len(self._different)
+        )
         if self._outstanding.take(seen):
             entry = self._way.wholly(entry, found)
-            self._finish(entry, replace(found, path=entry.path, bytes_read=self._read[number]))
+            self._finish(entry, self._told(number))
         else:
             left = sorted(self._outstanding.layers[number])
             entry = self._way.partly(entry, found, [(one.first, one.stop) for one in left])
@@ -238,8 +256,7 @@ class _Round:
     def _finish(self, entry: Entry, found: Verdict) -> None:
         """Enter what this run has found of a whole layer."""
         self._result.verdicts.append(found)
-        different = self._run.different + (found.exit_code == DIFFERENT)
-        self._run = self._run._replace(layers=self._run.layers + 1, different=different)
+        self._run = self._run._replace(layers=self._run.layers + 1)
         self._book.remember(self._run, entry, found.bytes_read)
 
 

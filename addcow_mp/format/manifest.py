@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,8 @@ from addcow_mp.format.bits import runs
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.units import KiB
 
-MAGIC, VERSION = b"ACOWMANI", 1
+#: Not that of an overlay: those are known by their first four bytes.
+MAGIC, VERSION = b"ADDCOWMF", 1
 
 #: Bytes of the guest's offsets in one leaf: fixed by the format, so that digests of images with
 #: different clusters are the same.
@@ -288,8 +290,11 @@ def read_head(path: str) -> Head:
 
     Raises :class:`ManifestError` for a file that begins otherwise, :class:`OSError`.
     """
-    with open(path, "rb") as file:
-        raw = file.read(HEAD)
+    fd = _opened(path)
+    try:
+        raw = os.pread(fd, HEAD, 0)
+    finally:
+        os.close(fd)
     try:
         return Head.unpack(raw)
     except (ValueError, struct.error) as error:
@@ -377,10 +382,22 @@ def _unpacked(content: memoryview, place: int) -> Group:
 
 
 def _mapped(path: str) -> mmap.mmap | bytes:
-    with open(path, "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size == 0:
+    fd = _opened(path)
+    try:
+        if os.fstat(fd).st_size == 0:
             return b""
-        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)
+
+
+def _opened(path: str) -> int:
+    """A descriptor of the file; what is none is refused without waiting for it."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ManifestError(path=path, problem="it is no regular file")
+    return fd
 
 
 def guest_blocks(chain: list[Manifest], size: int) -> Iterator[tuple[int, bytes]]:

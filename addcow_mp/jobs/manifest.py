@@ -22,7 +22,7 @@ from addcow_mp.device.chain import open_layer
 from addcow_mp.device.files import sync_directory
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import manifest_of
+from addcow_mp.device.sidecar import draft_of, manifest_of
 from addcow_mp.engine.leaves import Leaves, file_of, is_all_local
 from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Failed, Part, Pool
@@ -97,13 +97,13 @@ def _manifest_of(
         there = None
     if there is not None:
         return there, False
-    with _draft(path) as fd:
+    with _draft(path, draft_of(layer.path)) as fd:
         _write(fd, layer, wanted, below, conduct)
         if head_of(layer, below) != wanted:
             raise ImageError(path=layer.path, problem="it was changed meanwhile; try again")
         with _saying(path, "make it durable"):
             os.fsync(fd)
-            os.rename(f"{path}.part", path)
+            os.rename(draft_of(layer.path), path)
         sync_directory(path)
     return Manifest.load(path), True
 
@@ -157,17 +157,24 @@ def _saying(path: str, action: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _draft(path: str) -> Iterator[int]:
-    """A file beside ``path`` that is not yet it; what a killed writer left is begun anew."""
-    part = f"{path}.part"
+def _draft(path: str, part: str) -> Iterator[int]:
+    """The file ``part`` beside ``path``; what a killed writer left is begun anew."""
     with _saying(path, "write it"):
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         with _saying(path, "write it"):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # somebody else may be at it
+            _claim(path, fd)
         yield from _emptied(fd, part)
     finally:
         os.close(fd)
+
+
+def _claim(path: str, fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = "another process is writing it just now; try again when that has ended"
+        raise ImageError(path=path, problem=problem) from None
 
 
 def _emptied(fd: int, part: str) -> Iterator[int]:
