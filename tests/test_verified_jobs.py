@@ -1,0 +1,612 @@
+"""Commits and flattens that read back what they wrote (`--verify`), through the command line.
+
+The digest that a command tells is held against one that is computed here, from the bytes that an
+independent reader sees before the job. Then bytes are changed behind the command's back: it stops
+at its fault point `read_back`, when the job is done and nothing has been read yet, a test flips a
+byte, and the command has to see it, wherever it is. That what is read comes from the disk, and
+not from memory, is shown by flipping it on the device below the file system.
+
+The seed is printed with a failure; ADDCOW_SEED=... draws the same chains again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import (
+    ALL_ALLOCATED,
+    CLUSTER,
+    KiB,
+    MiB,
+    Result,
+    addcow,
+    bits,
+    draw,
+    draw_raw,
+    guest_picture,
+    io,
+    local_clusters,
+    look,
+    overlay_bytes,
+    pair,
+    put,
+    read_header,
+    snapshot,
+    succeed,
+    tool,
+    virtual_size,
+)
+from faulty import WIDE_CLUSTER, Ended, Rules, Wide, rule, running
+from test_kills import opened_for_writing
+from test_manifest import guest_digest, made, view_of
+from test_manifest_kills import Layers, form, one_line
+from test_space import mounted
+
+SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
+
+WORDS = {
+    "commit": ("commit",),
+    "commit -d": ("commit", "-d"),
+    "flatten": ("flatten",),
+    "discard": ("flatten", "--discard"),
+}
+EACH = pytest.mark.parametrize("job", list(WORDS))
+BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
+CACHES = pytest.mark.parametrize("cache", ["writeback", "none", "unsafe"])
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
+    return random.Random(f"{SEED} {request.node.name}")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here"
+
+
+def command(job: str, *more: str, top: str = "top.add-cow") -> tuple[str, ...]:
+    return (*WORDS[job], "--verify", *more, top)
+
+
+def target(job: str) -> str:
+    """The file that is written, in a pair of base.img and top.add-cow."""
+    return "base.img" if job.startswith("commit") else "top.raw"
+
+
+def rules_for(here: Path, *sections: str) -> Rules:
+    return Rules.write(here.parent / "rules", *sections)
+
+
+def met(here: Path, *words: str, meanwhile: Callable[[], object]) -> Ended:
+    """Run a command that stops where it begins to read back, so that something may happen there."""
+    rules = rules_for(here, rule("read_back", "stop", once="on"))
+    with running(*words, cwd=here, rules=rules) as run:
+        (stopped,) = run.stopped()
+        assert stopped == run.pid
+        meanwhile()
+        run.signal(signal.SIGCONT)
+        ended = run.end()
+        run.all_gone()
+    return ended
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("rb") as file:
+        file.seek(at)
+        old = file.read(1)[0]
+    put(path, at, bytes([old ^ 0x10]))
+
+
+def is_seen(ended: Ended, file: str, at: int) -> None:
+    """Assert that it says in one line which file differs, and where about."""
+    line = one_line(ended._replace(stderr=without_warning(ended.stderr)))
+    assert ended.stdout == ""
+    assert line.startswith(f"addcow: {file}: "), line
+    place = re.search(r"(\d+) bytes at (\d+)", line)
+    assert place, line
+    assert 0 <= at - int(place[2]) < int(place[1]), line
+
+
+def without_warning(stderr: str) -> str:
+    """Leave out what `-t unsafe` says of itself."""
+    return re.sub("^addcow: warning: -t unsafe: .*\n", "", stderr)
+
+
+# ---- what is told ----
+
+
+@EACH
+@BOTH
+def test_a_job_that_is_read_back_tells_the_digest(here: Path, job: str, jobs: str) -> None:
+    top = pair(here, "ABCDEFGH", "-X-Y0---")
+    seen = guest_digest(view_of(top))
+    told = succeed(*command(job, "--jobs", jobs, "--output", "json"), cwd=here)
+    assert told.json["guest-digest"] == seen
+    assert told.stderr == ""
+    assert look(here / target(job)) == "AXCY0FGH"
+
+
+@EACH
+def test_it_tells_nothing_else_than_without(here: Path, job: str) -> None:
+    pair(here, "ABCDEFGH", "-X-Y0---")
+    shutil.copytree(here, here.parent / "twin")
+    plain = succeed(*WORDS[job], "--output", "json", "top.add-cow", cwd=here.parent / "twin").json
+    told = succeed(*command(job, "--output", "json"), cwd=here).json
+    assert told.keys() - plain.keys() == {"guest-digest"}
+    different = {key for key in plain if plain[key] != told[key]}
+    assert different <= {"seconds"}
+    assert snapshot(here) == snapshot(here.parent / "twin")
+
+
+@EACH
+def test_people_are_told_in_a_second_line(here: Path, job: str) -> None:
+    top = pair(here, "ABCDEFGH", "-X-Y0---")
+    seen = guest_digest(view_of(top))
+    first, second = succeed(*command(job), cwd=here).stdout.splitlines()
+    assert first in ("Image committed.", "Image flattened.")
+    assert second.startswith("Read back")
+    assert seen in second
+
+
+@EACH
+def test_quiet_is_quiet(here: Path, job: str) -> None:
+    pair(here, "ABCDEFGH", "-X-Y0---")
+    told = succeed(*command(job, "-q"), cwd=here)
+    assert told.said == ""
+
+
+@EACH
+@CACHES
+@BOTH
+def test_caches_and_processes_make_no_difference(
+    here: Path, job: str, cache: str, jobs: str
+) -> None:
+    wide = Wide.lay(here, "commit" if job.startswith("commit") else "flatten")
+    told = succeed(*command(job, "-t", cache, "--jobs", jobs, "--output", "json"), cwd=here).json
+    assert told["guest-digest"] == guest_digest_of(wide)
+    if job in ("commit", "flatten"):
+        wide.is_done()
+
+
+def guest_digest_of(wide: Wide) -> str:
+    """What a raw file of this view would have, by the command that was tested for that."""
+    name = wide.target.name
+    found = made(wide.here, "-f", "raw", "--replace", name=name)[f"{name}.manifest"]
+    (wide.here / f"{name}.manifest").unlink()
+    digest: str = found["guest-digest"]
+    return digest
+
+
+@pytest.mark.parametrize("turn", range(16))
+def test_random_chains(here: Path, rng: random.Random, turn: int) -> None:
+    laid = Layers.some(here, rng, longer=rng.random() < 0.5)
+    if laid.top == "base.img":
+        succeed("create", "-b", "base.img", "-F", "raw", "o1.add-cow", cwd=here)
+        laid = Layers(here, ("base.img", "o1.add-cow"))
+    job, below = rng.choice(list(WORDS)), laid.names[-2]
+    view = view_of(here / laid.top)
+    sizes = {n: virtual_size(here / n, form(n)) for n in (below, laid.top)}
+    image = read_header(here / laid.top).image
+    options = ("--jobs", rng.choice(["0", "2"]), "-t", rng.choice(["writeback", "none", "unsafe"]))
+    before = snapshot(here)
+    result = addcow(*command(job, *options, "--output", "json", top=laid.top), cwd=here)
+    if result.status:  # nothing else may be refused
+        one_line(result)
+        assert job.startswith("commit")
+        assert form(below) == "add-cow"
+        assert sizes[below] < sizes[laid.top], result
+        assert snapshot(here) == before
+        return
+    assert result.json["guest-digest"] == guest_digest(view)
+    where = here / (below if job.startswith("commit") else image)
+    assert view_of(where)[: len(view)] == view
+    assert (here / laid.top).exists() == (job != "discard")
+    if job != "discard":
+        assert view_of(here / laid.top) == view
+
+
+@EACH
+@pytest.mark.parametrize("size", [0, 512, 5 * CLUSTER + 512])
+@pytest.mark.parametrize("cluster", [4 * KiB, 2 * MiB])
+def test_odd_sizes_and_nothing_at_all(here: Path, job: str, size: int, cluster: int) -> None:
+    with (here / "base.img").open("wb") as file:
+        file.write(b"b" * size)
+    with (here / "top.raw").open("wb") as file:
+        file.write(b"t" * size)
+    content = overlay_bytes(
+        image="top.raw",
+        size=size,
+        backing="base.img",
+        cluster=cluster,
+        local=range(-(-size // cluster // 2)),
+    )
+    (here / "top.add-cow").write_bytes(content)
+    seen = guest_digest(view_of(here / "top.add-cow"))
+    told = succeed(*command(job, "--output", "json"), cwd=here).json
+    assert told["guest-digest"] == seen
+
+
+@pytest.mark.parametrize("job", ["flatten", "discard"])
+def test_a_flattened_overlay_is_read_back_all_the_same(here: Path, job: str) -> None:
+    top = pair(here, "ABCD", "-X-Y")
+    succeed("flatten", "top.add-cow", cwd=here)
+    seen = guest_digest(view_of(top))
+    assert succeed(*command(job, "--output", "json"), cwd=here).json["guest-digest"] == seen
+
+
+def test_a_flattened_overlay_that_changes_is_seen(here: Path) -> None:
+    pair(here, "ABCD", "-X-Y")
+    succeed("flatten", "top.add-cow", cwd=here)
+    at = 2 * CLUSTER + 77
+    ended = met(here, *command("flatten"), meanwhile=lambda: flip(here / "top.raw", at))
+    is_seen(ended, "top.raw", at)
+
+
+def test_a_committed_overlay_is_read_back_all_the_same(here: Path) -> None:
+    top = pair(here, "ABCD", "-X-Y")
+    seen = guest_digest(view_of(top))
+    for _ in range(2):
+        told = succeed(*command("commit", "--output", "json"), cwd=here).json
+        assert told["guest-digest"] == seen
+
+
+def test_an_overlay_of_nobody_is_flattened(here: Path) -> None:
+    """One without a backing file: it is zeros where it is not local."""
+    draw_raw(here / "top.raw", "xYz")
+    cow = overlay_bytes(image="top.raw", size=3 * CLUSTER, local=[1])
+    (here / "top.add-cow").write_bytes(cow)
+    told = succeed(*command("flatten", "--output", "json"), cwd=here).json
+    assert told["guest-digest"] == guest_digest(bytes(CLUSTER) + b"Y" * CLUSTER + bytes(CLUSTER))
+    assert look(here / "top.raw") == "0Y0"
+
+
+# ---- differences ----
+
+
+@EACH
+@BOTH
+@pytest.mark.parametrize("at", [0, 3 * CLUSTER + 5, 8 * CLUSTER - 1])
+def test_a_flipped_byte_is_seen(here: Path, job: str, jobs: str, at: int) -> None:
+    pair(here, "ABCDEFGH", "-X-Y0---")
+    path = here / target(job)
+    ended = met(here, *command(job, "--jobs", jobs), meanwhile=lambda: flip(path, at))
+    is_seen(ended, path.name, at)
+    # What the job did stays, and what could still be thrown away is not.
+    assert (here / "top.add-cow").exists()
+    done = look(path)
+    assert [a for a, b in zip(done, "AXCY0FGH", strict=True) if a != b] == ["?"]
+    if job == "commit":
+        assert bits(here / "top.add-cow") == "........"
+    elif job in ("flatten", "discard"):
+        assert read_header(here / "top.add-cow").compatible & ALL_ALLOCATED
+
+
+@EACH
+def test_programs_get_the_status_and_one_line_too(here: Path, job: str) -> None:
+    pair(here, "ABCD", "-X-Y")
+    path = here / target(job)
+    words = command(job, "--output", "json", "-q")
+    is_seen(met(here, *words, meanwhile=lambda: flip(path, CLUSTER)), path.name, CLUSTER)
+
+
+@CACHES
+@EACH
+def test_a_flip_in_a_large_image_is_seen(
+    here: Path, rng: random.Random, job: str, cache: str
+) -> None:
+    """Where there is data and where there is none, with two processes."""
+    wide = Wide.lay(here, "commit" if job.startswith("commit") else "flatten")
+    at = rng.randrange(wide.clusters * WIDE_CLUSTER)
+    words = command(job, "-t", cache, "--jobs", "2")
+    is_seen(met(here, *words, meanwhile=lambda: flip(wide.target, at)), wide.target.name, at)
+
+
+@EACH
+def test_zeros_that_are_lost_are_seen(here: Path, job: str) -> None:
+    """What should be data reads as a hole."""
+    pair(here, "ABCD", "-X-Y")
+    path = here / target(job)
+    ended = met(here, *command(job), meanwhile=lambda: put(path, CLUSTER, bytes(CLUSTER)))
+    is_seen(ended, path.name, CLUSTER)
+
+
+@EACH
+def test_a_file_that_was_cut_short_is_seen(here: Path, job: str) -> None:
+    pair(here, "ABCD", "-X-Y")
+    path = here / target(job)
+    ended = met(here, *command(job), meanwhile=lambda: os.truncate(path, 3 * CLUSTER))
+    assert path.name in one_line(ended)
+    assert (here / "top.add-cow").exists()
+
+
+def test_what_lies_behind_the_overlay_is_not_its_business(here: Path) -> None:
+    top = pair(here, "ABCDEFGH", "-X-Y")
+    seen = guest_digest(view_of(top))
+    words = command("commit", "--output", "json")
+    ended = met(here, *words, meanwhile=lambda: flip(here / "base.img", 4 * CLUSTER))
+    assert ended.status == 0, ended
+    assert json.loads(ended.stdout)["guest-digest"] == seen
+    assert look(here / "base.img")[:4] == "AXCY"
+
+
+def chain(here: Path) -> None:
+    draw_raw(here / "base.img", "ABCDEFGH")
+    draw(here / "mid.add-cow", "M--M----")
+    draw(here / "top.add-cow", "-T-T--0-", "mid.add-cow", backing_format="add-cow")
+
+
+@pytest.mark.parametrize("job", ["commit", "commit -d"])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("mid.raw", 0), ("mid.raw", CLUSTER + 9), ("base.img", 5 * CLUSTER), ("base.img", CLUSTER)],
+)
+def test_the_backing_is_read_as_its_guest_reads_it(
+    here: Path, job: str, name: str, at: int
+) -> None:
+    """Whatever layer below shows there: what is covered by another does not matter."""
+    chain(here)
+    seen = guest_digest(view_of(here / "top.add-cow"))
+    words = command(job, "--output", "json")
+    ended = met(here, *words, meanwhile=lambda: flip(here / name, at))
+    if (name, at) == ("base.img", CLUSTER):
+        assert ended.status == 0, ended
+        assert json.loads(ended.stdout)["guest-digest"] == seen
+        return
+    line = one_line(ended)
+    assert any(f"addcow: {file}: " in line for file in ("mid.add-cow", "mid.raw", name)), line
+
+
+@pytest.mark.parametrize("job", ["commit", "commit -d"])
+def test_bits_of_the_backing_that_got_lost_are_seen(here: Path, job: str) -> None:
+    chain(here)
+    cow = here / "mid.add-cow"
+    ended = met(here, *command(job), meanwhile=lambda: put(cow, CLUSTER, b"\x09"))
+    assert "mid." in one_line(ended)
+    assert local_clusters(cow) == [0, 3]
+
+
+@EACH
+@BOTH
+def test_what_is_lost_while_the_job_works_is_seen(here: Path, job: str, jobs: str) -> None:
+    """A byte that changes after it was written and before it is synced."""
+    pair(here, "ABCDEFGH", "-X-Y0---")
+    path, at = here / target(job), (1 if job.startswith("commit") else 5) * CLUSTER + 99
+    rules = rules_for(here, rule("data_sync", "stop", once="on"))
+    with running(*command(job, "--jobs", jobs), cwd=here, rules=rules) as run:
+        stopped = run.stopped()
+        flip(path, at)
+        run.signal(signal.SIGCONT, *stopped)
+        is_seen(run.end(), path.name, at)
+    assert (here / "top.add-cow").exists()
+
+
+# ---- from the disk, not from memory ----
+
+
+@dataclass(frozen=True)
+class Below:
+    """An ext4 on a loop device, and its device file."""
+
+    here: Path
+    device: Path
+
+    def flip(self, name: str, at: int) -> None:
+        """Change a byte of a file where it lies on the device, so that no cache of it knows."""
+        with (self.here / name).open("rb") as file:
+            size = struct.unpack("i", fcntl.ioctl(file, 2, bytes(4)))[0]  # FIGETBSZ
+            block = struct.unpack("i", fcntl.ioctl(file, 1, struct.pack("i", at // size)))[0]
+        assert block, "there is nothing on the device"
+        flip(self.device, block * size + at % size)
+
+
+@pytest.fixture
+def below(tmp_path: Path) -> Iterator[Below]:
+    mount = mounted("ext4", tmp_path)
+    yield Below(next(mount), tmp_path / "device")
+    with suppress(StopIteration):
+        next(mount)
+
+
+@EACH
+@CACHES
+@BOTH
+def test_what_is_read_back_comes_from_the_disk(
+    below: Below, job: str, cache: str, jobs: str
+) -> None:
+    here = below.here
+    pair(here, "ABCDEFGH", "-X-Y-Z--")
+    os.sync()
+    name, at = target(job), 3 * CLUSTER + 4321
+    words = command(job, "-t", cache, "--jobs", jobs, "--copy", "buffer")
+    ended = met(here, *words, meanwhile=lambda: below.flip(name, at))
+    is_seen(ended, name, at)
+
+
+@EACH
+def test_what_the_job_need_not_write_is_read_from_the_disk_too(below: Below, job: str) -> None:
+    """Clusters that were there already: a flattened disk consists of them as well."""
+    here = below.here
+    pair(here, "ABCDEFGH", "-X-Y-Z--")
+    os.sync()
+    name, at = target(job), (0 if job.startswith("commit") else 1) * CLUSTER + 5
+    is_seen(met(here, *command(job), meanwhile=lambda: below.flip(name, at)), name, at)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+@EACH
+def test_small_file_systems_will_do(tmp_path: Path, job: str, kind: str) -> None:
+    mount = mounted(kind, tmp_path)
+    place = next(mount)
+    try:
+        top = pair(place, "ABCDEFGH", "-X-Y-Z--")
+        seen = guest_digest(view_of(top))
+        told = succeed(*command(job, "--output", "json"), cwd=place).json
+        assert told["guest-digest"] == seen
+    finally:
+        with suppress(StopIteration):
+            next(mount)
+
+
+# ---- errors ----
+
+
+@EACH
+@BOTH
+def test_what_cannot_be_read_back_is_done_and_not_verified(here: Path, job: str, jobs: str) -> None:
+    pair(here, "ABCDEFGH", "-X-Y0---")
+    rules = rules_for(here, rule("read_back"))
+    with running(*command(job, "--jobs", jobs), cwd=here, rules=rules) as run:
+        ended = run.end()
+        run.all_gone()
+    line = one_line(ended)
+    assert ended.stdout == ""
+    assert "done" in line
+    assert "not verified" in line
+    assert target(job) in line
+    assert look(here / target(job)) == "AXCY0FGH"
+    assert (here / "top.add-cow").exists()
+    succeed(*command(job), cwd=here)
+    assert (here / "top.add-cow").exists() == (job != "discard")
+
+
+@EACH
+def test_the_event_is_met_once(here: Path, job: str) -> None:
+    pair(here, "ABCD", "-X-Y")
+    rules = rules_for(here, rule("read_back", after=1))
+    with running(*command(job, "--jobs", "2"), cwd=here, rules=rules) as run:
+        assert run.end().status == 0
+
+
+@EACH
+def test_without_it_nothing_is_read_back(here: Path, job: str) -> None:
+    pair(here, "ABCD", "-X-Y")
+    rules = rules_for(here, rule("read_back"))
+    with running(*WORDS[job], "top.add-cow", cwd=here, rules=rules) as run:
+        ended = run.end()
+    assert ended.status == 0
+    assert len(ended.stdout.splitlines()) == 1
+
+
+@EACH
+@BOTH
+def test_a_bad_place_that_is_met_before_the_job_stops_it(here: Path, job: str, jobs: str) -> None:
+    """What cannot be read has no digest; then nothing is changed."""
+    pair(here, "ABCDEFGH", "-X-Y0---")
+    before = snapshot(here)
+    rules = rules_for(here, rule("image_read", cluster=3))
+    with running(*command(job, "--jobs", jobs), cwd=here, rules=rules) as run:
+        line = one_line(run.end())
+        run.all_gone()
+    assert "top.raw" in line
+    assert snapshot(here) == before
+
+
+@EACH
+def test_a_job_that_fails_says_nothing_of_reading_back(here: Path, job: str) -> None:
+    pair(here, "ABCDEFGH", "-X-Y0---")
+    seen = guest_picture(here / "top.add-cow")
+    event = "backing_write" if job.startswith("commit") else "image_write"
+    with running(*command(job), cwd=here, rules=rules_for(here, rule(event, errno=28))) as run:
+        line = one_line(run.end())
+    assert "No space left" in line
+    assert "verif" not in line
+    assert "read back" not in line
+    assert guest_picture(here / "top.add-cow") == seen
+    succeed(*command(job), cwd=here)
+
+
+# ---- interruptions ----
+
+
+@EACH
+@BOTH
+def test_a_kill_while_it_reads_back_costs_nothing(here: Path, job: str, jobs: str) -> None:
+    top = pair(here, "ABCDEFGH", "-X-Y0---")
+    seen = guest_digest(view_of(top))
+    rules = rules_for(here, rule("read_back", "kill", once="on"))
+    with running(*command(job, "--jobs", jobs), cwd=here, rules=rules) as run:
+        assert run.end().status == -signal.SIGKILL
+        run.all_gone()
+    assert guest_picture(top) == "AXCY0FGH"
+    assert look(here / target(job)) == "AXCY0FGH"
+    told = succeed(*command(job, "--output", "json"), cwd=here).json
+    assert told["guest-digest"] == seen
+    assert top.exists() == (job != "discard")
+
+
+@EACH
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_reading_back_can_be_stopped(here: Path, job: str, number: signal.Signals) -> None:
+    wide = Wide.lay(here, "commit" if job.startswith("commit") else "flatten")
+    rules = rules_for(here, rule("read_back", "stop", once="on"))
+    with running(*command(job, "--jobs", "2"), cwd=here, rules=rules) as run:
+        run.stopped()
+        os.killpg(run.pid, number)
+        run.signal(signal.SIGCONT)
+        ended = run.end()
+        run.all_gone()
+    assert ended.status == 128 + number, ended
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stdout == ""
+    assert (here / "top.add-cow").exists()
+    wide.holds()
+    succeed(*command(job), cwd=here)
+
+
+@EACH
+def test_nobody_writes_while_it_reads_back(here: Path, job: str) -> None:
+    """A guest that began before the end would be taken for a disk that lies."""
+    tool("qemu-io", "--version", cwd=here)
+    pair(here, "ABCD", "-X-Y")
+    said: list[Result] = []
+
+    def others() -> None:
+        said.append(addcow("io", "-c", "write -P 1 0 512", "top.add-cow", cwd=here))
+        assert re.search('Failed to get "[a-z ]+" lock', opened_for_writing(here / target(job)))
+
+    assert met(here, *command(job), meanwhile=others).status == 0
+    for one in said:
+        assert "in use" in one_line(one)
+
+
+# ---- manifests ----
+
+
+@EACH
+def test_manifests_of_changed_layers_go_and_none_is_made(here: Path, job: str) -> None:
+    pair(here, "ABCD", "-X-Y")
+    shutil.copytree(here, here.parent / "twin", copy_function=shutil.copy2)
+    for place in (here, here.parent / "twin"):
+        made(place)
+    succeed(*WORDS[job], "top.add-cow", cwd=here.parent / "twin")
+    succeed(*command(job), cwd=here)
+    left = [sorted(p.name for p in d.glob("*.manifest*")) for d in (here, here.parent / "twin")]
+    assert left[0] == left[1]
+    assert f"{target(job)}.manifest" not in left[0]
+
+
+@EACH
+def test_the_digest_is_that_of_the_manifest_of_the_overlay(here: Path, job: str) -> None:
+    pair(here, "ABCDEFGH", "-X-Y0---")
+    io("top.add-cow", "write -P 0x55 3k 100k", cwd=here)
+    seen = made(here)["top.add-cow.manifest"]["guest-digest"]
+    told: dict[str, Any] = succeed(*command(job, "--output", "json"), cwd=here).json
+    assert told["guest-digest"] == seen
+    after = made(here, "-f", "raw", "--replace", name=target(job))
+    assert after[f"{target(job)}.manifest"]["guest-digest"] == seen
