@@ -477,6 +477,10 @@ MANNERS = (
 )
 
 
+#: How many jobs read back what they wrote.
+READ_BACK = 0.2
+
+
 def promise_of(words: str, files: Files, rng: random.Random) -> Promise:
     """Return what the command ``words`` promises about ``files``, done in a random manner."""
     if words == "io":
@@ -484,6 +488,8 @@ def promise_of(words: str, files: Files, rng: random.Random) -> Promise:
         return Io(files, list(random_writes(rng, size, rng.randint(1, 40))))
     promise = KINDS[words](files)
     promise.manner = rng.choice(MANNERS)
+    if words != "convert" and rng.random() < READ_BACK:
+        promise.manner += ("--verify",)
     return promise
 
 

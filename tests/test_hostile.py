@@ -705,31 +705,46 @@ ADDRESSES = 1 * GiB
 RESIDENT = 200 * MiB
 
 
+#: Run by Python: addcow within ``sys.argv[1]`` bytes of address space, and at the end what it took
+#: of memory, in KiB, into the descriptor ``sys.argv[2]``. The peak that wait4 would tell is also
+#: that of the process which started it, before it became another.
+LIMITED = """
+import os, re, resource, runpy, sys
+addresses, fd = map(int, sys.argv[1:3])
+del sys.argv[1:3]
+resource.setrlimit(resource.RLIMIT_AS, (addresses, addresses))
+sys.argv[0] = "addcow"
+try:
+    runpy.run_module("addcow_mp", run_name="__main__")
+finally:
+    own = re.search(rb"VmHWM:\\s*([0-9]+)", open("/proc/self/status", "rb").read())[1]
+    others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    os.write(fd, b"%d" % max(int(own), others))
+"""
+
+
 def bounded(here: Path, *words: str, addresses: int = ADDRESSES) -> Result:
     """Run addcow with little address space; insist on an answer and on little memory."""
-    limited = (
-        "import resource, runpy, sys\n"
-        f"resource.setrlimit(resource.RLIMIT_AS, ({addresses}, {addresses}))\n"
-        "sys.argv[0] = 'addcow'\n"
-        "runpy.run_module('addcow_mp', run_name='__main__')\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", limited, *words],
-        cwd=here,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        watchdog = threading.Timer(PATIENCE, process.kill)
-        watchdog.start()
-        out, err = process.stdout.read(), process.stderr.read()  # type: ignore[union-attr]
-        _, status, usage = os.wait4(process.pid, 0)
-        watchdog.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert "Traceback" not in err, err
-    assert process.returncode >= 0, f"ended by signal {-process.returncode}"
-    assert usage.ru_maxrss * KiB < RESIDENT
-    return Result(process.returncode, out, err)
+    peak, written = os.pipe()
+    try:
+        limited = [sys.executable, "-c", LIMITED, str(addresses), str(written), *words]
+        done = subprocess.run(
+            limited,
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            pass_fds=(written,),
+        )
+        os.close(written)
+        memory = int(os.read(peak, 100)) * KiB
+    finally:
+        os.close(peak)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode >= 0, f"ended by signal {-done.returncode}"
+    assert memory < RESIDENT
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 HUGE = 2**32 - 1
