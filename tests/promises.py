@@ -329,6 +329,8 @@ class Io(Promise):
         self.writes = writes
         #: What has failed in some run: it may have been written in part, or in another run.
         self.failed: list[Write] = []
+        #: Whether an earlier run has made clusters local that this one has begun to write again.
+        self.is_repeated = False
         self.stdin = "".join(write.line() for write in writes)
 
     def again(self) -> Io:
@@ -337,7 +339,10 @@ class Io(Promise):
         It may be seen now and be lost with the power later. But each sector holds what it held
         before the first run, or what one of the steps wrote: the runs have the same steps.
         """
-        return Io(self.files, self.writes) if self.done else self
+        if self.done:
+            return Io(self.files, self.writes)
+        self.is_repeated = True
+        return self
 
     @property
     def _bits_to_change(self) -> int:
@@ -406,7 +411,8 @@ class Io(Promise):
         if flushed:
             allowed = states[heard.flushed :]
         else:
-            allowed = states[heard.following :] if local else states[:1]
+            first = 0 if self.is_repeated else heard.following
+            allowed = states[first:] if local else states[:1]
         since = f"{heard.flushed} of {len(self.writes)} steps were flushed"
         yield from _one_of(allowed, seen[start:stop], start, since)
 
