@@ -434,6 +434,17 @@ def test_a_farm_is_verified_layer_by_layer(tmp_path: Path) -> None:
     assert result.json["summary"]["bytes"] == (4 + 4 * 2) * CLUSTER
 
 
+def test_a_raw_file_that_is_named_is_never_passed_over(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "alone.img", "AB")
+    without = addcow("farm", "verify", "alone.img", cwd=tmp_path)
+    assert without.status == 1
+    assert "alone.img: it has no manifest" in without.stderr
+    made(tmp_path, "-f", "raw", name="alone.img")
+    for places in (["alone.img"], [".", "alone.img"], ["alone.img", "alone.img.manifest"]):
+        told = succeed("farm", "verify", "--output", "json", *places, cwd=tmp_path).json
+        assert [one["bytes"] for one in told["files"]] == [2 * CLUSTER]
+
+
 def test_an_overlay_that_is_none_any_more_is_missed_by_its_manifest(here: Path) -> None:
     put(here / "top.add-cow", 0, b"X")
     result = addcow("farm", "verify", "--output", "json", ".", cwd=here)

@@ -511,7 +511,7 @@ def test_a_sync_that_fails_is_told_and_leaves_whole_manifests(here: Path, warm: 
         if not rules.struck:
             break
         turns += 1
-        assert "cannot make the directory durable" in one_line(ended)
+        assert "it is there, and may be gone after a power cut" in one_line(ended)
         assert chain.drafts() == []
         chain.holds()
         chain.again("--jobs", "0")

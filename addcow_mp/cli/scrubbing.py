@@ -15,7 +15,7 @@ from addcow_mp.cli.verifying import counts_of, layer_of, print_findings, worst
 from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
-from addcow_mp.errors import StoppedError, TimeLimitError
+from addcow_mp.errors import StoppedError, TimeLimitError, UsageError
 from addcow_mp.farm.ledger import Entry, Record, read
 from addcow_mp.farm.scrub import DIFFERENT, Scrubbed, scrub
 from addcow_mp.jobs.report import Conduct
@@ -42,6 +42,7 @@ class Wishes:
 
 def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
     """Scrub, print what was found, and exit."""
+    _refuse_no_name(wishes.state)
     limit = Limit(wishes.time_limit)
     share = None if wishes.sample is None else parse_share(wishes.sample, "--sample")
     with working(wishes.jobs, access, wishes.manner, progress=False) as conduct:
@@ -53,6 +54,11 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
         if found.left:
             _say_what_stopped_it(found, conduct)
     raise typer.Exit(worst(found.verdicts))
+
+
+def _refuse_no_name(state: str) -> None:
+    if not state:
+        raise UsageError(message="--state '': name a file")
 
 
 def _say_what_stopped_it(found: Scrubbed, conduct: Conduct) -> None:
@@ -83,6 +89,7 @@ def _show(found: Scrubbed, wishes: Wishes) -> None:
 
 def show_status(state: str, *, as_json: bool) -> None:
     """Print what the ledger in the file ``state`` says."""
+    _refuse_no_name(state)
     with read(state) as ledger:
         entries, runs = list(ledger.entries().values()), ledger.runs()
     there = [one for one in entries if not one.gone]

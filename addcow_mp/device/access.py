@@ -46,7 +46,9 @@ class Access(NamedTuple):
 
     def beside(self, path: str) -> Access:
         """The same, with the directory of ``path`` as a further root."""
-        return self._replace(roots=(os.path.dirname(os.path.abspath(path)), *self.roots))
+        directory = os.path.dirname(os.path.abspath(path))
+        others = (root for root in self.roots if root != directory)
+        return self._replace(roots=(directory, *others))
 
     def open_named(self, path: str, *, writable: bool = False) -> File:
         """Open what the user named: any regular file or allowed device."""

@@ -316,6 +316,8 @@ def read(path: str) -> Iterator[Ledger]:
     except (OSError, ValueError) as error:
         raise cannot_open(path, "open it", error) from error
     _refuse_kind(path, status)
+    if status.st_size == 0:
+        raise ImageError(path=path, problem="it is empty: no scrub has remembered anything yet")
     with _connected(path) as database:
         _refuse_others(path, database)
         yield Ledger(path, database)

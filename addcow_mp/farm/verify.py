@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import identity_of
-from addcow_mp.device.sidecar import SUFFIX
+from addcow_mp.device.sidecar import SUFFIX, described_by, manifest_of
 from addcow_mp.errors import ManifestError
 from addcow_mp.farm.places import files_of, overlays_of
-from addcow_mp.format.header import ADD_COW
+from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import read_head
 from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.looking import Target
@@ -50,11 +50,17 @@ def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVe
 
 
 def layers_in(places: Iterable[str], access: Access) -> tuple[list[Target], list[Target], Access]:
-    """The overlays in ``places``, all other layers, and how they may be opened."""
+    """The overlays in ``places``, all other layers, and how they may be opened.
+
+    A file that is a place itself is a layer, whatever it is: it was asked for.
+    """
+    places = list(places)
+    named = {path for path in places if os.path.isfile(path)}
     paths, access = files_of(places, access)
     overlays = overlays_of(path for path in paths if not path.endswith(SUFFIX))
     seen: set[Identity] = {one.identity for one in overlays}
     others = list(_others(overlays, paths, access, seen))
+    others += [one for path in sorted(named) for one in _alone(path, seen)]
     return [Target(one.path) for one in overlays], others, access
 
 
@@ -71,6 +77,14 @@ def _others(
         if path.endswith(SUFFIX):
             for target in _new(Target(path.removesuffix(SUFFIX)), seen):
                 yield replace(target, format=_kind(path))
+
+
+def _alone(path: str, seen: set[Identity]) -> Iterator[Target]:
+    """A file that was named and is no overlay: raw, but for the manifest that was one of those."""
+    if described_by(path) is None:
+        sidecar = manifest_of(path)
+        kind = _kind(sidecar) if os.path.lexists(sidecar) else RAW
+        yield from _new(Target(path, kind), seen)
 
 
 def _kind(path: str) -> str:

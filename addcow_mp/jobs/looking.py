@@ -284,7 +284,8 @@ class _Look:
         try:
             return self.work.manifest(layer.path)
         except FileNotFoundError:
-            told = "it has no manifest; make one with 'addcow manifest create'"
+            form = "" if self.target.format == ADD_COW else " -f raw"
+            told = f"it has no manifest; make one with 'addcow manifest create{form}'"
             self.verdict.remark("no-manifest", Grade.UNVERIFIED, layer.path, told)
         except ManifestError as error:
             self.verdict.remark("manifest", Grade.DAMAGE, path, error.fields["problem"])

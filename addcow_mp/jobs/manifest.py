@@ -28,7 +28,7 @@ from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Failed, Part, Pool
 from addcow_mp.engine.run import workers_for
 from addcow_mp.engine.survey import data_stretches
-from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError
+from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError, SyncError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.manifest import (
@@ -104,8 +104,17 @@ def _manifest_of(
         with _saying(path, "make it durable"):
             os.fsync(fd)
             os.rename(draft_of(layer.path), path)
-        sync_directory(path)
+        _sync_entry(path)
     return Manifest.load(path), True
+
+
+def _sync_entry(path: str) -> None:
+    try:
+        sync_directory(path)
+    except SyncError as error:
+        reason = error.fields["reason"]
+        told = f"{reason}; it is there, and may be gone after a power cut"
+        raise FileError(path=path, action="make its name durable", reason=told) from error
 
 
 def _found(layer: Layer, path: str, wanted: Head) -> Manifest | None:
