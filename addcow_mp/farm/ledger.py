@@ -5,7 +5,7 @@ than one of them, and what a crash takes along is the last second. Layers are kn
 paths; what is recorded of one is of the manifest that it had, and begins anew when that does.
 
 A *pass* is one round over all layers. Of a layer that was begun in it, *unseen* are the ranges of
-groups that are still to be looked at, *pending* what was found in the others. What was sampled is
+leaves that are still to be looked at, *pending* what was found in the others. What was sampled is
 no verification, but damage that it found stays until a whole look says otherwise.
 """
 
@@ -49,7 +49,7 @@ _TABLES = (
     exit INTEGER,                -- of the last look, as that of verify
     ranges TEXT NOT NULL,
     findings TEXT NOT NULL,
-    unseen TEXT,                 -- [[first group, stop], ...] when begun in this pass
+    unseen TEXT,                 -- [[first leaf, stop], ...] when begun in this pass
     pending TEXT,
     gone INTEGER NOT NULL
 ) WITHOUT ROWID""",
@@ -117,11 +117,11 @@ class Entry(NamedTuple):
 
     @property
     def spans(self) -> list[Run]:
-        """The groups that this pass has still to look at, as far as it has begun."""
+        """The leaves that this pass has still to look at, as far as it has begun."""
         return [(first, stop) for first, stop in json.loads(self.unseen or "[]")]
 
     def begin(self, verdict: Verdict, unseen: list[Run]) -> Entry:
-        """The same, looked at but for the groups ``unseen``."""
+        """The same, looked at but for the leaves ``unseen``."""
         pending = {**_told(verdict), "bytes": verdict.bytes_read}
         return self._replace(unseen=json.dumps(unseen), pending=json.dumps(pending))
 

@@ -101,7 +101,7 @@ class _Way(Protocol):
         """What earlier runs have found of what this one completes."""
 
     def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:
-        """What is known of a layer that was looked at but for the groups ``unseen``."""
+        """What is known of a layer that was looked at but for the leaves ``unseen``."""
 
     def wholly(self, entry: Entry, found: Verdict) -> Entry:
         """What is known of a layer that was looked at to its end."""

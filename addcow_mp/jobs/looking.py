@@ -57,8 +57,8 @@ from addcow_mp.units import EiB, MiB
 #: Groups with something in them for one task, 256 MiB: so a large layer is shared out evenly.
 PART = 256 * MiB // GROUP
 
-#: A number behind all groups.
-END = EiB // GROUP * 16
+#: A number behind all leaves.
+END = EiB // LEAF * 16
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Target:
 
 @dataclass(frozen=True, order=True, slots=True)
 class Part:
-    """The groups ``[first, stop)`` of the layer that has this ``index`` among the targets."""
+    """The leaves ``[first, stop)`` of the layer that has this ``index`` among the targets."""
 
     index: int
     first: int = 0
@@ -157,6 +157,11 @@ class Looking:
     def _allowance(self) -> int:
         """Groups in one task: with a limit what takes about a second, so that little is lost."""
         return min(PART, max(1, self.rate // GROUP)) if self.rate else PART
+
+    @property
+    def step(self) -> int:
+        """Leaves that are compared at once: with a limit a second's worth, which a stop costs."""
+        return min(FAN, max(1, self.rate // LEAF)) if self.rate else FAN
 
     @cached_property
     def _pace(self) -> Pace:
@@ -261,21 +266,34 @@ class _Look:
         leaves = _Leaves(layer, manifest, self.work)
         leaves.trusted = self._has_sound_bits(layer, manifest)
         numbers = leaves.groups(self.part)
-        for number in numbers[: self.allowance]:
-            try:
-                self.work.look_up()
-                leaves.compare(number)
-            except StoppedError:
-                break
-            self.groups += 1
+        position = self._compared(leaves, numbers[: self.allowance])
         self.verdict.ranges += leaves.ranges()
         self.verdict.bytes_read = leaves.bytes_read
         if not leaves.trusted and any(manifest.group(one).mixed.any() for one in manifest.records):
             told = "leaves that mix layers were not verified: that takes the bitmap as it was"
             self.verdict.remark("mixed", Grade.UNVERIFIED, layer.path, told)
-        cuts = [*numbers[self.groups :: PART], self.part.stop]
-        for first, stop in pairwise(cuts):
-            yield Part(self.part.index, first, stop)
+        if left := numbers[self.groups :]:
+            # From the group in which it stopped on, then what others may take.
+            first = max(position, self.part.first, left[0] * FAN)
+            cuts = [first, *(number * FAN for number in left[PART::PART]), self.part.stop]
+            yield from (Part(self.part.index, *span) for span in pairwise(cuts))
+
+    def _compared(self, leaves: _Leaves, numbers: list[int]) -> int:
+        """Compare the leaves of some groups until all shall stop; the leaf behind the last one."""
+        position = self.part.first
+        for number in numbers:
+            start = max(self.part.first, number * FAN)
+            stop = min(self.part.stop, (number + 1) * FAN)
+            for first in range(start, stop, self.work.step):
+                last = min(first + self.work.step, stop)
+                try:
+                    self.work.look_up()
+                    leaves.compare(number, first, last)
+                except StoppedError:
+                    return position
+                position = last
+            self.groups += 1
+        return position
 
     # What costs nothing
 
@@ -390,7 +408,7 @@ class _Leaves:
 
     def groups(self, part: Part) -> list[int]:
         """The groups of ``part`` that hold something, or did."""
-        first, stop = part.first, part.stop
+        first, stop = part.first // FAN, -(-part.stop // FAN)
         numbers = {number for number in self.manifest.records if first <= number < stop}
         if self.manifest.head.all_local:
             start, end = first * GROUP, min(stop * GROUP, self.layer.size)
@@ -398,10 +416,12 @@ class _Leaves:
                 numbers.update(range(here // GROUP, -(-there // GROUP)))
         return sorted(numbers)
 
-    def compare(self, number: int) -> None:
-        """Find the leaves of a group that do not hold what they held."""
+    def compare(self, number: int, first: int, stop: int) -> None:
+        """Find those of the leaves ``[first, stop)`` of a group that do not hold what they held."""
         was, base = self.manifest.group(number), number * FAN
-        own, mixed = was.covered & ~was.mixed, was.covered & was.mixed
+        within = bitarray(FAN, endian="little")
+        within[first - base : stop - base] = 1
+        own, mixed = was.covered & ~was.mixed & within, was.covered & was.mixed & within
         if not self.trusted:
             mixed.setall(0)
         if self.sample is not None:
