@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -300,6 +301,31 @@ def sync_directory(path: str) -> None:
             os.close(fd)
     except OSError as error:
         raise SyncError.of(directory, "make the directory durable", error) from error
+
+
+def sync_entry(path: str, action: str, otherwise: str) -> None:
+    """Make durable what has become of the name of the file at ``path``, by ``action``.
+
+    Raises :class:`FileError`, which says what may be ``otherwise``: it is done already.
+    """
+    try:
+        sync_directory(path)
+    except SyncError as error:
+        reason = f"{error.fields['reason']}; {otherwise} after a power cut"
+        raise FileError(path=path, action=action, reason=reason) from error
+
+
+def claim_alone(path: str, fd: int, problem: str) -> None:
+    """Hold an open file against others of this program that do the same, until it is closed.
+
+    Raises :class:`ImageError` with ``problem`` when somebody holds it, :class:`FileError`.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ImageError(path=path, problem=problem) from None
+    except OSError as error:
+        raise FileError.of(path, "lock it", error) from error
 
 
 def copy(source: File, target: File, start: int, stop: int, buffer: memoryview) -> None:

@@ -46,6 +46,30 @@ def new_buffer() -> memoryview:
     return memoryview(bytearray(BUFFER_SIZE))
 
 
+def hash_leaves(
+    block: bytearray,
+    bits: bitarray,
+    number: int,
+    size: int,
+    read: Callable[[memoryview, int], None],
+    buffer: memoryview,
+) -> None:
+    """Put the digests of the leaves ``bits`` of a group into its ``block``.
+
+    They are of the first ``size`` bytes of what ``read`` fills views from, several at a time.
+    """
+    step = len(buffer) // LEAF
+    for first, stop in runs(bits, 1, 0, FAN):
+        for leaf in range(first, stop, step):
+            start, view = (number * FAN + leaf) * LEAF, buffer[: min(step, stop - leaf) * LEAF]
+            length = min(len(view), size - start)
+            read(view[:length], start)
+            if length < len(view):
+                view[length:] = bytes(len(view) - length)
+            found = b"".join(digest(view[at : at + LEAF]) for at in range(0, len(view), LEAF))
+            block[leaf * DIGEST : leaf * DIGEST + len(found)] = found
+
+
 def _nobody(length: int) -> None:
     """Nobody wants to know what was read."""
 
@@ -77,25 +101,11 @@ class Hasher:
         held = bytearray(ZERO_BLOCK)
         data = [part for span in spans for part in self._file.data_runs(*span)]
         touched = leaves_touched(data, number)
-        for first, stop in runs(touched & ~mixed, 1, 0, FAN):
-            held[first * DIGEST : stop * DIGEST] = self._whole(number * FAN, first, stop)
+        hash_leaves(held, touched & ~mixed, number, self._size, self._read, self._buffer)
         for first, stop in runs(touched & mixed, 1, 0, FAN):
             for leaf in range(first, stop):
                 held[leaf * DIGEST : (leaf + 1) * DIGEST] = self._part(number * FAN + leaf, data)
         return bytes(held)
-
-    def _whole(self, base: int, first: int, stop: int) -> bytes:
-        """The digests of the leaves ``[first, stop)`` behind ``base``, one after the other."""
-        step = len(self._buffer) // LEAF
-        found = []
-        for leaf in range(first, stop, step):
-            start, extent = (base + leaf) * LEAF, min(step, stop - leaf) * LEAF
-            length = min(extent, self._size - start)
-            self._read(self._buffer[:length], start)
-            if length < extent:
-                self._buffer[length:extent] = bytes(extent - length)
-            found += [digest(self._buffer[at : at + LEAF]) for at in range(0, extent, LEAF)]
-        return b"".join(found)
 
     def _part(self, leaf: int, data: list[Run]) -> bytes:
         """The digest of a leaf of which only ``data`` counts."""
@@ -117,8 +127,8 @@ class Leaves:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.parent: int | None = None
-        self._hasher = Hasher(file_of(layer), layer.size)
-        self._view = memoryview(bytearray(LEAF))
+        self._buffer = new_buffer()
+        self._hasher = Hasher(file_of(layer), layer.size, buffer=self._buffer)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Leaves, (self.layer,), {"parent": os.getpid()})
@@ -155,17 +165,8 @@ class Leaves:
 
     def _seen(self, number: int, mixed: bitarray) -> bytes:
         seen = bytearray(ZERO_BLOCK)
-        for first, stop in runs(mixed, 1, 0, FAN):
-            for leaf in range(first, stop):
-                seen[leaf * DIGEST : (leaf + 1) * DIGEST] = self._guest_leaf(number * FAN + leaf)
+        hash_leaves(seen, mixed, number, self.layer.size, self.layer.read_into, self._buffer)
         return bytes(seen)
-
-    def _guest_leaf(self, leaf: int) -> bytes:
-        view, start = self._view, leaf * LEAF
-        length = min(LEAF, self.layer.size - start)
-        self.layer.read_into(view[:length], start)
-        view[length:] = bytes(LEAF - length)
-        return digest(view)
 
 
 # Which leaves

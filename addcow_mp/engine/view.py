@@ -12,14 +12,13 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
-from addcow_mp.device.files import BUFFER_SIZE
 from addcow_mp.device.layer import Kind, Layer
-from addcow_mp.engine.leaves import leaves_touched
+from addcow_mp.engine.leaves import hash_leaves, leaves_touched, new_buffer
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.errors import StoppedError
-from addcow_mp.format.bits import Run, runs
-from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, ZERO_BLOCK, digest
+from addcow_mp.format.bits import Run
+from addcow_mp.format.manifest import GROUP, ZERO_BLOCK, digest
 
 
 class View:
@@ -31,7 +30,7 @@ class View:
         self.parent: int | None = None
         #: Asked between groups by the process that hands out the work.
         self.stopping: Callable[[], bool] = lambda: False
-        self._buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._buffer = new_buffer()
 
     def __reduce__(self) -> tuple[object, ...]:
         return (View, (self.layer, self.size), {"parent": os.getpid()})
@@ -57,19 +56,6 @@ class View:
 
     def _block(self, number: int, spans: list[Run]) -> bytearray:
         """The 256 digests of a group that has data in ``spans``."""
-        block, step = bytearray(ZERO_BLOCK), BUFFER_SIZE // LEAF
-        for first, stop in runs(leaves_touched(spans, number), 1, 0, FAN):
-            for leaf in range(first, stop, step):
-                count = min(step, stop - leaf)
-                block[leaf * DIGEST : (leaf + count) * DIGEST] = self._leaves(
-                    number * FAN + leaf, count
-                )
+        block, read = bytearray(ZERO_BLOCK), self.layer.read_into
+        hash_leaves(block, leaves_touched(spans, number), number, self.size, read, self._buffer)
         return block
-
-    def _leaves(self, leaf: int, count: int) -> bytes:
-        """The digests of ``count`` leaves, read at once."""
-        view, start = self._buffer[: count * LEAF], leaf * LEAF
-        length = min(len(view), self.size - start)
-        self.layer.read_into(view[:length], start)
-        view[length:] = bytes(len(view) - length)
-        return b"".join(digest(view[at : at + LEAF]) for at in range(0, len(view), LEAF))

@@ -11,7 +11,6 @@ no verification, but damage that it found stays until a whole look says otherwis
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -22,7 +21,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from addcow_mp.device.files import cannot_open
+from addcow_mp.device.files import cannot_open, claim_alone
 from addcow_mp.errors import FileError, ImageError
 from addcow_mp.format.bits import Run
 from addcow_mp.jobs.looking import Part
@@ -336,20 +335,10 @@ def _alone(path: str) -> Iterator[None]:
         raise cannot_open(path, "open it", error) from error
     try:
         _refuse_kind(path, os.fstat(fd))
-        _claim(path, fd)
+        claim_alone(path, fd, "another scrub is using it; wait until that has ended")
         yield
     finally:
         os.close(fd)
-
-
-def _claim(path: str, fd: int) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = "another scrub is using it; wait until that has ended"
-        raise ImageError(path=path, problem=problem) from None
-    except OSError as error:
-        raise FileError.of(path, "lock it", error) from error
 
 
 def _refuse_kind(path: str, status: os.stat_result) -> None:

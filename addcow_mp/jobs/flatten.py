@@ -12,14 +12,14 @@ import os
 
 from addcow_mp.device import faults
 from addcow_mp.device.chain import READ, WRITE, open_chain
-from addcow_mp.device.files import identity_of, sync_directory
+from addcow_mp.device.files import identity_of, sync_entry
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.sidecar import invalidate
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.space import Room
 from addcow_mp.engine.survey import alignment, missing_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
-from addcow_mp.errors import FileError, ImageError, SpaceError, SyncError
+from addcow_mp.errors import ImageError, SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import Movement, move, room
 from addcow_mp.jobs.readback import Proof, reading_back
@@ -114,16 +114,4 @@ def _discard(overlay: Overlay) -> None:
             faults.hit("discard")
         os.unlink(path)
     if overlay.cow.durable:
-        _sync_removal(path)
-
-
-def _sync_removal(path: str) -> None:
-    try:
-        sync_directory(path)
-    except SyncError as error:
-        reason = error.fields["reason"]
-        raise FileError(
-            path=path,
-            action="make its removal durable",
-            reason=f"{reason}; it is removed, and may be back after a power cut",
-        ) from error
+        sync_entry(path, "make its removal durable", "it is removed, and may be back")

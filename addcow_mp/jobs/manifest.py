@@ -12,14 +12,13 @@ there whole or not at all. A layer that changes while it is read gets none.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from addcow_mp.device.chain import open_layer
-from addcow_mp.device.files import sync_directory
+from addcow_mp.device.files import claim_alone, sync_entry
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.sidecar import draft_of, manifest_of
@@ -28,7 +27,7 @@ from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Failed, Part, Pool
 from addcow_mp.engine.run import workers_for
 from addcow_mp.engine.survey import data_stretches
-from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError, SyncError
+from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.manifest import (
@@ -104,17 +103,8 @@ def _manifest_of(
         with _saying(path, "make it durable"):
             os.fsync(fd)
             os.rename(draft_of(layer.path), path)
-        _sync_entry(path)
+        sync_entry(path, "make its name durable", "it is there, and may be gone")
     return Manifest.load(path), True
-
-
-def _sync_entry(path: str) -> None:
-    try:
-        sync_directory(path)
-    except SyncError as error:
-        reason = error.fields["reason"]
-        told = f"{reason}; it is there, and may be gone after a power cut"
-        raise FileError(path=path, action="make its name durable", reason=told) from error
 
 
 def _found(layer: Layer, path: str, wanted: Head) -> Manifest | None:
@@ -171,19 +161,10 @@ def _draft(path: str, part: str) -> Iterator[int]:
     with _saying(path, "write it"):
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        with _saying(path, "write it"):
-            _claim(path, fd)
+        claim_alone(path, fd, "another process is writing it just now; try again when it has ended")
         yield from _emptied(fd, part)
     finally:
         os.close(fd)
-
-
-def _claim(path: str, fd: int) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = "another process is writing it just now; try again when that has ended"
-        raise ImageError(path=path, problem=problem) from None
 
 
 def _emptied(fd: int, part: str) -> Iterator[int]:
