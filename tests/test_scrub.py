@@ -612,6 +612,10 @@ def counted(shop: Shop, *words: str) -> tuple[int, Told]:
         return read, json.loads(os.pread(out.fileno(), 1 << 20, 0).decode().partition("addcow:")[0])
 
 
+#: What is hashed between two notes of how far a process has come: a group of leaves.
+STEP = 16 * MiB
+
+
 @pytest.mark.parametrize(("jobs", "whom"), [("0", signal.SIGKILL), ("2", signal.SIGTERM)])
 def test_a_large_layer_goes_on_in_its_middle(
     shop: Shop, rng: random.Random, jobs: str, whom: signal.Signals
@@ -644,7 +648,9 @@ def test_a_large_layer_goes_on_in_its_middle(
     (layer,) = told["layers"]
     assert layer["exit"] == 2
     assert [one["start"] for one in layer["ranges"]] == [7 * MiB, 600 * MiB]
-    assert read - nothing <= size - kept + 16 * MiB, "it read again what it had verified"
+    # Each process was in the midst of a step, and a worker's start reads modules.
+    again = max(1, int(jobs)) * (STEP + 8 * MiB)
+    assert read - nothing <= size - kept + again, "it read again what it had verified"
     assert shop.status()["coverage"]["pass-left"] == 0
     assert [one["start"] for one in shop.layers()[0]["ranges"]] == [7 * MiB, 600 * MiB]
 
