@@ -7,7 +7,8 @@ included; if the result lies beneath no root it is refused, with the directory t
 user may allow. It is then opened relative to that root in one call that refuses to
 follow any link or to leave the root (openat2), so that nothing can be exchanged between
 looking and opening; where the kernel has no such call, the opened file's own path is
-compared afterwards.
+compared afterwards. A path that is spelt straight down from a root is tried with that call
+first: where it succeeds there was nothing to resolve.
 
 Only regular files are opened, and block devices when allowed. Opening never waits: a
 FIFO is refused, not read. Files of /proc and /sys look regular but are not data.
@@ -56,6 +57,12 @@ class Access(NamedTuple):
 
     def open_beneath(self, path: str, *, writable: bool = False) -> File:
         """Open what an image named: only beneath a root. Raises :class:`OutsideError`."""
+        fd = _open_plain(self.roots, path, writable)
+        if fd is None:
+            fd = self._open_resolved(path, writable)
+        return self._checked(File(path, fd, writable=writable))
+
+    def _open_resolved(self, path: str, writable: bool) -> int:
         real = os.path.realpath(path)
         root = next(
             (root for root in map(os.path.realpath, self.roots) if _beneath(real, root)), None
@@ -64,7 +71,7 @@ class Access(NamedTuple):
             raise OutsideError(
                 path=path, directory=os.path.dirname(real), roots=_listed(self.roots)
             )
-        return self._checked(File(path, _open_in(root, real, path, writable), writable=writable))
+        return _open_in(root, real, path, writable)
 
     def _checked(self, file: File) -> File:
         try:
@@ -76,8 +83,10 @@ class Access(NamedTuple):
         return file
 
 
-def _beneath(path: str, root: str) -> bool:
-    return path.startswith(root.rstrip("/") + "/")
+def _beneath(path: str, root: str) -> str:
+    """How ``path`` goes on from ``root``; empty when it lies elsewhere."""
+    prefix = root.rstrip("/") + "/"
+    return path[len(prefix) :] if path.startswith(prefix) else ""
 
 
 def _listed(roots: Sequence[str]) -> str:
@@ -95,15 +104,36 @@ def _open(path: str, writable: bool) -> int:
         raise cannot_open(path, "open it", error) from error
 
 
+def _open_plain(roots: Sequence[str], path: str, writable: bool) -> int | None:
+    """Open ``path`` if it leads straight down from a root, as nearly all do, without resolving it.
+
+    None when a link or ``..`` is on the way, or anything else stands against it.
+    """
+    if ".." in path or "\0" in path:
+        return None
+    full = os.path.abspath(path)
+    for root in roots:
+        if relative := _beneath(full, root):
+            try:
+                return _open_from(root, relative, writable)
+            except OSError:
+                return None
+    return None
+
+
+def _open_from(root: str, relative: str, writable: bool) -> int | None:
+    """Open beneath the directory ``root``, following no link; None without such a call."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _openat2(directory, relative, _mode(writable))
+    finally:
+        os.close(directory)
+
+
 def _open_in(root: str, real: str, path: str, writable: bool) -> int:
     """Open ``path``, resolved to ``real``, beneath ``root``, following no link on the way."""
-    relative = os.path.relpath(real, root)
     try:
-        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fd = _openat2(directory, relative, _mode(writable))
-        finally:
-            os.close(directory)
+        fd = _open_from(root, _beneath(real, root), writable)
         return _open_and_compare(real, writable) if fd is None else fd
     except (OSError, ValueError) as error:
         raise cannot_open(path, "open it", error) from error

@@ -27,6 +27,9 @@ from addcow_mp.errors import FileError, LockedError
 
 _USED, _UNSHARED = 100, 200
 
+#: First and number of the bytes that anybody locks, with room for permissions to come.
+_ALL_BYTES = 100, 200
+
 #: Tries before a conflict is believed, and the longest pause between two, in seconds:
 #: a racer that also failed has let go by then.
 TRIES, PAUSE = 5, 0.02
@@ -88,14 +91,14 @@ def stands_free(fd: int, claim: Claim) -> bool:
 
     For a look so short that holding the locks meanwhile would say no more than this.
     """
-    if not _is_held(fd, _USED, 2 * _USED):
+    if not _is_held(fd, *_ALL_BYTES):
         return True
     return _conflict(fd, claim.used, _ALL - claim.shared) is None
 
 
 def unlock(file: File) -> None:
     """Let go of all locks; the descriptor's duplicates, if any, let go with it."""
-    _set(file.fd, fcntl.F_UNLCK, _USED, 2 * _USED)
+    _set(file.fd, fcntl.F_UNLCK, *_ALL_BYTES)
 
 
 def _try(file: File, claim: Claim) -> tuple[Permission, int] | None:
@@ -106,7 +109,8 @@ def _try(file: File, claim: Claim) -> tuple[Permission, int] | None:
             _set(file.fd, fcntl.F_RDLCK, _USED + permission)
         for permission in unshared:
             _set(file.fd, fcntl.F_RDLCK, _UNSHARED + permission)
-        if claim == SHARING:
+        # Nearly always nobody else has any lock, which one question tells.
+        if claim == SHARING or not _is_held(file.fd, *_ALL_BYTES):
             return None
         conflict = _conflict(file.fd, claim.used, unshared)
     except OSError as error:

@@ -26,7 +26,7 @@ from functools import cached_property
 from bitarray import bitarray
 
 from addcow_mp.device import faults, holes
-from addcow_mp.device.files import BUFFER_SIZE, File, copy
+from addcow_mp.device.files import BUFFER_SIZE, File, copy, new_buffer
 from addcow_mp.device.filesystem import filesystem_of
 from addcow_mp.errors import FileError
 from addcow_mp.format.bits import Run, between
@@ -121,7 +121,7 @@ class Mover:
     @cached_property
     def buffer(self) -> memoryview:
         """What is read and written through; made when it is needed first."""
-        return memoryview(bytearray(BUFFER_SIZE))
+        return new_buffer()
 
     def move(self, source: File, start: int, stop: int) -> None:
         """Move ``[start, stop)`` from ``source``. Raises :class:`FileError`."""

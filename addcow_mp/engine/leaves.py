@@ -13,8 +13,9 @@ import os
 from collections.abc import Callable, Iterator
 
 from bitarray import bitarray
+from blake3 import blake3
 
-from addcow_mp.device.files import BUFFER_SIZE, File
+from addcow_mp.device.files import File, new_buffer
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import Task
@@ -41,9 +42,29 @@ def is_all_local(layer: Layer) -> bool:
     return not isinstance(layer, Overlay) or layer.all_allocated
 
 
-def new_buffer() -> memoryview:
-    """What leaves are read through: whoever hashes many layers makes it once."""
-    return memoryview(bytearray(BUFFER_SIZE))
+# What an .add-cow file holds
+
+
+def cow_digests(overlay: Overlay, buffer: memoryview | None = None) -> tuple[str, str]:
+    """The digests of header and bitmap, in hexadecimal; of holes nothing is read."""
+    buffer = new_buffer() if buffer is None else buffer
+    size = overlay.header.header_size
+    stop = max(size, min(overlay.cow.length, size + overlay.geometry.bitmap_length))
+    return _hashed(overlay.cow, 0, size, buffer), _hashed(overlay.cow, size, stop, buffer)
+
+
+def _hashed(file: File, start: int, stop: int, buffer: memoryview) -> str:
+    hasher = blake3()
+    for first in range(start, stop, len(buffer)):
+        view = buffer[: min(len(buffer), stop - first)]
+        view[:] = bytes(len(view))
+        for here, there in file.data_runs(first, first + len(view)):
+            file.read_into(view[here - first : there - first], here)
+        hasher.update(view)
+    return hasher.hexdigest()
+
+
+# Leaf by leaf
 
 
 def hash_leaves(

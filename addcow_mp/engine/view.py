@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
+from addcow_mp.device.files import new_buffer
 from addcow_mp.device.layer import Kind, Layer
-from addcow_mp.engine.leaves import hash_leaves, leaves_touched, new_buffer
+from addcow_mp.engine.leaves import hash_leaves, leaves_touched
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.errors import StoppedError

@@ -17,7 +17,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -45,6 +45,9 @@ DIGEST = 32
 _CONTEXT = b"add-cow guest 1\0"
 #: The head's place in the file: what it says is short, whatever the image.
 HEAD = 4 * KiB
+
+#: Manifests up to this length are read, not mapped: that of 512 MiB of data takes 256 KiB.
+SMALL = 256 * KiB
 
 _HEAD = struct.Struct("<8sII")
 _RECORD = struct.Struct("<Q32s32s32s32s")
@@ -241,27 +244,23 @@ class Head:
 
     @classmethod
     def _of(cls, told: dict[str, Any]) -> Head:
-        below = told.get("backing", {})
-        files = {
-            name: FileState(*(_number(state[key]) for key in _STATE_KEYS))
-            for name, state in told["files"].items()
-        }
-        head = cls(
+        is_overlay, below = "header-digest" in told, told.get("backing")
+        return cls(
             kind=_kind(told["kind"]),
             virtual_size=_number(told["virtual-size"]),
             all_local=told["all-local"] is True,
-            files=files,
+            files={
+                name: FileState(*(_number(state[key]) for key in _STATE_KEYS))
+                for name, state in told["files"].items()
+            },
+            header_size=_number(told["header-size"]) if is_overlay else None,
+            header_digest=_hex(told["header-digest"]) if is_overlay else None,
+            bitmap_digest=_hex(told["bitmap-digest"]) if is_overlay else None,
+            backing_digest=_hex(below["guest-digest"]) if below else None,
+            backing_size=_number(below["virtual-size"]) if below else None,
             guest_digest=_hex(told["guest-digest"]),
             groups=_number(told["groups"]),
         )
-        if "header-digest" in told:
-            size, header = _number(told["header-size"]), _hex(told["header-digest"])
-            bitmap = _hex(told["bitmap-digest"])
-            head = replace(head, header_size=size, header_digest=header, bitmap_digest=bitmap)
-        if below:
-            digest, size = _hex(below["guest-digest"]), _number(below["virtual-size"])
-            head = replace(head, backing_digest=digest, backing_size=size)
-        return head
 
 
 def _kind(value: object) -> str:
@@ -290,7 +289,7 @@ def read_head(path: str) -> Head:
 
     Raises :class:`ManifestError` for a file that begins otherwise, :class:`OSError`.
     """
-    fd = _opened(path)
+    fd, _ = _opened(path)
     try:
         raw = os.pread(fd, HEAD, 0)
     finally:
@@ -311,7 +310,7 @@ def weight_of(path: str, head: Head) -> int:
 
 
 class Manifest:
-    """A manifest whose ``content`` is mapped; :meth:`load` opens one that is finished."""
+    """A manifest with this ``content``; :meth:`load` opens one that is finished."""
 
     def __init__(self, path: str, content: mmap.mmap | bytes, head: Head, end: int) -> None:
         self.path = path
@@ -326,7 +325,7 @@ class Manifest:
 
         Raises :class:`OSError` when it cannot be read.
         """
-        content = _mapped(path)
+        content = _content(path)
         end = len(content) - DIGEST
         if end < HEAD or content[: len(MAGIC)] != MAGIC:
             raise ManifestError(path=path, problem="it is not a whole manifest")
@@ -381,23 +380,25 @@ def _unpacked(content: memoryview, place: int) -> Group:
     return Group(covered, mixed, held_block, _spread(content[middle:], seen))
 
 
-def _mapped(path: str) -> mmap.mmap | bytes:
-    fd = _opened(path)
+def _content(path: str) -> mmap.mmap | bytes:
+    """What stands in the file, mapped if it is much."""
+    fd, size = _opened(path)
     try:
-        if os.fstat(fd).st_size == 0:
-            return b""
-        return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        if size <= SMALL:
+            return os.pread(fd, size, 0)
+        return mmap.mmap(fd, size, prot=mmap.PROT_READ)
     finally:
         os.close(fd)
 
 
-def _opened(path: str) -> int:
-    """A descriptor of the file; what is none is refused without waiting for it."""
+def _opened(path: str) -> tuple[int, int]:
+    """A descriptor of the file, and its length; what is none is refused without waiting for it."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise ManifestError(path=path, problem="it is no regular file")
-    return fd
+    return fd, status.st_size
 
 
 def guest_blocks(chain: list[Manifest], size: int) -> Iterator[tuple[int, bytes]]:

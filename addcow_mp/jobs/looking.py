@@ -27,7 +27,7 @@ from typing import NamedTuple
 from bitarray import bitarray
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import BACKING, COW, IMAGE, File
+from addcow_mp.device.files import BACKING, COW, IMAGE, File, new_buffer
 from addcow_mp.device.headers import (
     Names,
     load_header,
@@ -42,7 +42,7 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.engine.board import Board
-from addcow_mp.engine.leaves import Hasher, file_of, new_buffer
+from addcow_mp.engine.leaves import Hasher, cow_digests, file_of
 from addcow_mp.engine.pace import Pace
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
@@ -50,7 +50,6 @@ from addcow_mp.errors import AddcowError, ManifestError, StoppedError
 from addcow_mp.format.bits import Run, merged, runs
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, FileState, Manifest, digest
-from addcow_mp.jobs.manifest import cow_digests
 from addcow_mp.jobs.verdict import Grade, Range, Verdict
 from addcow_mp.units import EiB, MiB
 
@@ -342,7 +341,7 @@ class _Look:
         """Whether the bitmap is what it was; header and bitmap that are not are ranges."""
         if not isinstance(layer, Overlay):
             return True
-        header, bitmap = cow_digests(layer)
+        header, bitmap = cow_digests(layer, self.work.buffer)
         size = layer.header.header_size
         length = min(layer.cow.length - size, layer.geometry.bitmap_length)
         for name, same, start, extent in (

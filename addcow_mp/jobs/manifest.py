@@ -22,7 +22,7 @@ from addcow_mp.device.files import claim_alone, sync_entry
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.sidecar import draft_of, manifest_of
-from addcow_mp.engine.leaves import Leaves, file_of, is_all_local
+from addcow_mp.engine.leaves import Leaves, cow_digests, file_of, is_all_local
 from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Failed, Part, Pool
 from addcow_mp.engine.run import workers_for
@@ -132,16 +132,6 @@ def head_of(layer: Layer, below: list[Manifest]) -> Head:
         known = below[0].head
         head = replace(head, backing_digest=known.guest_digest, backing_size=known.virtual_size)
     return head
-
-
-def cow_digests(overlay: Overlay) -> tuple[str, str]:
-    """The digests of header and bitmap, in hexadecimal."""
-    size = overlay.header.header_size
-    stop = min(overlay.cow.length, size + overlay.geometry.bitmap_length)
-    with overlay.cow.doing("map its bitmap"):
-        content = mmap.mmap(overlay.cow.fd, stop, prot=mmap.PROT_READ)
-    view = memoryview(content)
-    return digest(view[:size]).hex(), digest(view[size:]).hex()
 
 
 # Writing
