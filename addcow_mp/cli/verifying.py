@@ -6,11 +6,11 @@ import json
 from typing import TYPE_CHECKING
 
 from addcow_mp.cli.saying import one_line, tell
-from addcow_mp.jobs.manifest import Made
 from addcow_mp.jobs.verdict import Grade, Verdict
 
 if TYPE_CHECKING:
     from addcow_mp.farm.verify import FarmVerdict
+    from addcow_mp.jobs.manifest import Made
 
 #: Exit statuses of layers, the worst first.
 WORST_FIRST = (2, 1, 0)

@@ -205,8 +205,10 @@ class File:
 
     def data_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The parts of ``[start, stop)`` that are not in a hole, in order."""
-        with self.doing(f"look for data from {start} on"):
+        try:
             yield from holes.data_runs(self.fd, start, stop)
+        except OSError as error:
+            raise FileError.of(self.path, f"look for data from {start} on", error) from error
 
     def punch(self, start: int, stop: int) -> None:
         """Free the space of ``[start, stop)`` where the file system can; the length stays."""

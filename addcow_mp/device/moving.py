@@ -70,6 +70,9 @@ class Manner:
 #: Cloning takes 50 us a call and more whatever the length: shorter runs are copied sooner.
 CLONE_FROM = 512 * KiB
 
+#: Runs below this length need no more than one read and one write, and nobody would clone them.
+SHORT = min(CLONE_FROM, BUFFER_SIZE)
+
 #: One request of copy_file_range; also the longest time that an interrupt has to wait.
 RANGE_STEP = 64 * MiB
 
@@ -145,11 +148,11 @@ class Mover:
     def move_short(self, source: File, start: int, stop: int) -> bool:
         """Move ``[start, stop)`` with one read and one write; false when that cannot be.
 
-        It cannot if the run is longer than the buffer, or has a hole, or if something fails:
+        It cannot if the run is long enough to be cloned, or has a hole, or if something fails:
         :meth:`move` then meets the same again, and can tell.
         """
         length, fd = stop - start, source.fd
-        if length > BUFFER_SIZE:
+        if length >= SHORT:
             return False
         part = self._views.get(length)
         if part is None:

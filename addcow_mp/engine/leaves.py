@@ -20,7 +20,7 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
-from addcow_mp.format.bits import Run, merged, runs
+from addcow_mp.format.bits import Run, between, merged, runs
 from addcow_mp.format.manifest import (
     DIGEST,
     FAN,
@@ -48,20 +48,25 @@ def is_all_local(layer: Layer) -> bool:
 def cow_digests(overlay: Overlay, buffer: memoryview | None = None) -> tuple[str, str]:
     """The digests of header and bitmap, in hexadecimal; of holes nothing is read."""
     buffer = new_buffer() if buffer is None else buffer
-    size = overlay.header.header_size
-    stop = max(size, min(overlay.cow.length, size + overlay.geometry.bitmap_length))
-    return _hashed(overlay.cow, 0, size, buffer), _hashed(overlay.cow, size, stop, buffer)
-
-
-def _hashed(file: File, start: int, stop: int, buffer: memoryview) -> str:
-    hasher = blake3()
-    for first in range(start, stop, len(buffer)):
+    size, cow = overlay.header.header_size, overlay.cow
+    stop = max(size, min(cow.length, size + overlay.geometry.bitmap_length))
+    header, bitmap = blake3(), blake3()
+    for first in range(0, stop, len(buffer)):
         view = buffer[: min(len(buffer), stop - first)]
-        view[:] = bytes(len(view))
-        for here, there in file.data_runs(first, first + len(view)):
-            file.read_into(view[here - first : there - first], here)
-        hasher.update(view)
-    return hasher.hexdigest()
+        _read_with_holes(cow, view, first)
+        header.update(view[: max(0, size - first)])
+        bitmap.update(view[max(0, size - first) :])
+    return header.hexdigest(), bitmap.hexdigest()
+
+
+def _read_with_holes(file: File, view: memoryview, start: int) -> None:
+    """Fill ``view`` from ``start`` on, reading nothing but data."""
+    stop = start + len(view)
+    data = list(file.data_runs(start, stop))
+    for first, last in between(data, start, stop):
+        view[first - start : last - start] = bytes(last - first)
+    for first, last in data:
+        file.read_into(view[first - start : last - start], first)
 
 
 # Leaf by leaf

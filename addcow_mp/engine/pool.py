@@ -239,6 +239,11 @@ class Pool:
         """How many processes there may be; the counter of this one is behind theirs."""
         return self._jobs
 
+    def start(self) -> None:
+        """Start all other processes now: there will be tasks for them before they stand ready."""
+        for slot in self._free_slots():
+            self._workers.append(self._start(slot))
+
     def run(
         self,
         tasks: Sequence[Task],
@@ -346,13 +351,18 @@ class Pool:
 
     def _staff(self) -> None:
         """Start processes, as many as have something to do."""
+        free = self._free_slots() if self._pays else []
+        if free:
+            wanted = len(self._waiting) - sum(1 for worker in self._workers if not worker.orders)
+            for slot in free[: max(0, wanted)]:
+                self._workers.append(self._start(slot))
+
+    def _free_slots(self) -> list[int]:
+        """The numbers of processes that could still be started."""
         others = self._jobs - (self._part in SHARING)
-        if not self._pays or len(self._workers) >= others:
-            return
-        wanted = len(self._waiting) - sum(1 for worker in self._workers if not worker.orders)
-        free = sorted(set(range(others)) - {worker.slot for worker in self._workers})
-        for slot in free[: max(0, wanted)]:
-            self._workers.append(self._start(slot))
+        if len(self._workers) >= others:
+            return []
+        return sorted(set(range(others)) - {worker.slot for worker in self._workers})
 
     def _start(self, slot: int) -> _Worker:
         import signal

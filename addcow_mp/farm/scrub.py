@@ -21,13 +21,13 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.errors import ManifestError
 from addcow_mp.farm.ledger import Entry, Ledger, Record, opened
-from addcow_mp.farm.verify import layers_in
+from addcow_mp.farm.verify import FarmFiles
 from addcow_mp.format.bits import Run
 from addcow_mp.format.manifest import FileState, read_head, weight_of
 from addcow_mp.jobs.looking import Part, Sample, Seen, Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Verdict
-from addcow_mp.jobs.verify import Outstanding, looked_at
+from addcow_mp.jobs.verify import Outstanding, lookers
 
 #: How a run has ended, in the ledger's words.
 COMPLETE, TIME_LIMIT, INTERRUPTED, FAILED = "complete", "time-limit", "interrupted", "failed"
@@ -79,8 +79,9 @@ def scrub(
 
 def _targets(places: Iterable[str], access: Access) -> tuple[dict[str, Target], Access]:
     """The layers by their real paths."""
-    images, files, access = layers_in(map(os.path.abspath, places), access)
-    return {os.path.realpath(one.path): one for one in (*images, *files)}, access
+    files = FarmFiles(map(os.path.abspath, places), access)
+    images, others = files.layers()
+    return {os.path.realpath(one.path): one for one in (*images, *others)}, files.access
 
 
 # What is looked at, and what that means
@@ -222,11 +223,12 @@ class _Round:
 
     def _look(self, conduct: Conduct) -> None:
         total, parts = len(self._targets), self._outstanding.parts
-        for seen in looked_at(self._targets, parts, conduct, self._way.sample):
-            self._take(seen)
-            conduct.progress(total - len(self._outstanding.layers), total)
-            if self._book.is_due:
-                self._write()
+        with lookers(conduct, len(parts), self._way.sample) as crew:
+            for seen in crew.look(self._targets, parts):
+                self._take(seen)
+                conduct.progress(total - len(self._outstanding.layers), total)
+                if self._book.is_due:
+                    self._write()
 
     def _write(self) -> None:
         self._book.put_run(self._run)

@@ -22,7 +22,7 @@ from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.looking import Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Verdict
-from addcow_mp.jobs.verify import chain_of, verify_all
+from addcow_mp.jobs.verify import chain_of, lookers
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,41 @@ def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVe
     Raises :class:`BeginsAnewError` when ``conduct`` stops it.
     """
     conduct = conduct or Conduct()
-    images, files, access = layers_in(places, conduct.access)
-    verdicts = verify_all([*images, *files], replace(conduct, access=access))
+    files = FarmFiles(places, conduct.access)
+    with lookers(replace(conduct, access=files.access), len(files.paths)) as crew:
+        images, others = files.layers()
+        verdicts = crew.verify([*images, *others])
     return FarmVerdict(verdicts[: len(images)], verdicts[len(images) :])
 
 
-def layers_in(places: Iterable[str], access: Access) -> tuple[list[Target], list[Target], Access]:
-    """The overlays in ``places``, all other layers, and how they may be opened.
+class FarmFiles:
+    """The files in ``places`` by their names, and how what they name may be opened.
 
-    A file that is a place itself is a layer, whatever it is: it was asked for.
+    Raises :class:`ImageError` for a place that is not there.
     """
-    places = list(places)
-    named = {path for path in places if os.path.isfile(path)}
-    paths, access = files_of(places, access)
-    overlays = overlays_of(path for path in paths if not path.endswith(SUFFIX))
-    seen: set[Identity] = {one.identity for one in overlays}
-    others = list(_others(overlays, paths, access, seen))
-    others += [one for path in sorted(named) for one in _alone(path, seen)]
-    return [Target(one.path) for one in overlays], others, access
+
+    def __init__(self, places: Iterable[str], access: Access) -> None:
+        places = list(places)
+        self._named = {path for path in places if os.path.isfile(path)}
+        paths, self.access = files_of(places, access)
+        #: All but manifests, which are about one of the others or about nothing.
+        self.paths = [path for path in paths if not path.endswith(SUFFIX)]
+        self._manifests = [path for path in paths if path.endswith(SUFFIX)]
+
+    def layers(self) -> tuple[list[Target], list[Target]]:
+        """The overlays among the files, and all other layers.
+
+        A file that is a place itself is a layer, whatever it is: it was asked for.
+        """
+        overlays = overlays_of(self.paths)
+        seen: set[Identity] = {one.identity for one in overlays}
+        others = list(_others(overlays, self._manifests, self.access, seen))
+        others += [one for path in sorted(self._named) for one in _alone(path, seen)]
+        return [Target(one.path) for one in overlays], others
 
 
 def _others(
-    overlays: list[Named], paths: list[str], access: Access, seen: set[Identity]
+    overlays: list[Named], manifests: list[str], access: Access, seen: set[Identity]
 ) -> Iterator[Target]:
     """What overlays stand on and no overlay of the farm is, and what has a manifest besides."""
     for one in overlays:
@@ -73,10 +86,9 @@ def _others(
         if one.backing not in seen:
             for target in list(chain_of(one.path, ADD_COW, access.beside(one.path)))[1:]:
                 yield from _new(target, seen)
-    for path in paths:
-        if path.endswith(SUFFIX):
-            for target in _new(Target(path.removesuffix(SUFFIX)), seen):
-                yield replace(target, format=_kind(path))
+    for path in manifests:
+        for target in _new(Target(path.removesuffix(SUFFIX)), seen):
+            yield replace(target, format=_kind(path))
 
 
 def _alone(path: str, seen: set[Identity]) -> Iterator[Target]:

@@ -83,9 +83,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Parcel(Task):
-    """Some parts to be looked at one after the other."""
+    """Some parts to be looked at one after the other, and the layer of each."""
 
     parts: tuple[Part, ...]
+    targets: tuple[Target, ...]
 
 
 class Seen(NamedTuple):
@@ -120,13 +121,11 @@ class Looking:
 
     def __init__(
         self,
-        targets: list[Target],
         access: Access,
         board: Board,
         sample: Sample | None = None,
         rate: int = 0,
     ) -> None:
-        self.targets = targets
         self.access = access
         self.board = board
         self.sample = sample
@@ -136,18 +135,19 @@ class Looking:
         self.stopping: Callable[[], bool] = lambda: False
         self.buffer = new_buffer()
         self._manifests = _Manifests()
+        self._beside: dict[str, Access] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        shared = (self.targets, self.access, self.board, self.sample, self.rate)
+        shared = (self.access, self.board, self.sample, self.rate)
         return (Looking, shared, {"parent": os.getpid()})
 
     def __call__(self, task: Task, slot: int) -> list[Seen]:  # noqa: ARG002
         """What was seen of the parts of a :class:`Parcel` that were begun, in order."""
         assert isinstance(task, Parcel)  # noqa: S101 - what this work is given
         allowance, seen = self._allowance, list[Seen]()
-        for part in task.parts:
+        for part, target in zip(task.parts, task.targets, strict=True):
             if allowance > 0 and not self._shall_stop():
-                look = _Look(self, part, allowance)
+                look = _Look(self, part, target, allowance)
                 seen.append(look.seen())
                 allowance -= look.groups
         return seen
@@ -178,6 +178,14 @@ class Looking:
         end_orphan(self.parent)
         if self._shall_stop():
             raise StoppedError(path="")
+
+    def access_for(self, target: Target) -> Access:
+        """How the layer may be opened, and what it names."""
+        path = target.holder or target.path
+        directory = os.path.dirname(path)
+        if directory not in self._beside:
+            self._beside[directory] = self.access.beside(path)
+        return self._beside[directory]
 
     def manifest(self, path: str) -> Manifest:
         """That of the layer at ``path``. Raises like :meth:`Manifest.load`."""
@@ -219,10 +227,10 @@ class _Manifests:
 class _Look:
     """One look at one part of a layer, at no more than ``allowance`` groups of it."""
 
-    def __init__(self, work: Looking, part: Part, allowance: int) -> None:
+    def __init__(self, work: Looking, part: Part, target: Target, allowance: int) -> None:
         self.work = work
         self.part = part
-        self.target = work.targets[part.index]
+        self.target = target
         self.allowance = allowance
         self.verdict = Verdict(self.target.path)
         #: Groups that were looked at.
@@ -244,7 +252,7 @@ class _Look:
     def _opened(self, opened: ExitStack) -> Layer:
         """The layer alone, without what lies below."""
         target = self.target
-        access, named = self.work.access.beside(target.holder or target.path), target.holder is None
+        access, named = self.work.access_for(target), target.holder is None
         role = COW if target.format == ADD_COW else BACKING
         file = open_claimed(access, target.path, READING, role, named=named)
         opened.callback(file.close)
@@ -360,7 +368,7 @@ class _Look:
             return False
         try:
             head = self.work.manifest(self.target.path).head
-            with closing(_opened_cow(self.target, self.work.access)) as cow:
+            with closing(_opened_cow(self.target, self.work.access_for(self.target))) as cow:
                 found = bytearray(min(head.header_size or 0, cow.length))
                 cow.read_into(memoryview(found), 0)
         except (AddcowError, OSError):
@@ -374,7 +382,6 @@ class _Look:
 
 
 def _opened_cow(target: Target, access: Access) -> File:
-    access = access.beside(target.holder or target.path)
     opener = access.open_named if target.holder is None else access.open_beneath
     return opener(target.path)
 

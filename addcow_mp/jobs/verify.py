@@ -8,7 +8,7 @@ is dealt out anew, before whatever comes later: layers are looked at in about th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import count
 
@@ -26,7 +26,8 @@ from addcow_mp.jobs.verdict import Grade, Verdict
 #: Layers in one task: enough that handing it out costs little against it.
 PARCEL = 16
 
-#: Layers for which other processes are started at once: they take longer than to find it out.
+#: Layers for which other processes are started at once: finding out what the first ones take
+#: would take longer.
 MANY = 256
 
 #: Tasks for each process at the least: so that all end at about the same time.
@@ -74,15 +75,8 @@ def verify_all(targets: list[Target], conduct: Conduct) -> list[Verdict]:
 
     Raises :class:`BeginsAnewError` when ``conduct`` stops it.
     """
-    verdicts = [Verdict(target.path) for target in targets]
-    outstanding = Outstanding(Part(index) for index in range(len(targets)))
-    for seen in looked_at(targets, outstanding.parts, conduct):
-        verdicts[seen.part.index].join(seen.verdict)
-        outstanding.take(seen)
-        conduct.progress(len(targets) - len(outstanding.layers), len(targets))
-    if outstanding.layers:
-        raise BeginsAnewError(path=f"{len(targets)} layers")
-    return verdicts
+    with lookers(conduct, len(targets)) as crew:
+        return crew.verify(targets)
 
 
 class Outstanding:
@@ -109,38 +103,61 @@ class Outstanding:
         return not parts
 
 
-def looked_at(
-    targets: list[Target],
-    parts: Sequence[Part],
-    conduct: Conduct,
-    sample: Sample | None = None,
-) -> Iterator[Seen]:
-    """Look at ``parts``, in about this order; ends early when ``conduct`` stops it."""
+# The processes that look
+
+
+@contextmanager
+def lookers(conduct: Conduct, layers: int, sample: Sample | None = None) -> Iterator[Lookers]:
+    """Processes that will look at about so many ``layers``, whichever these turn out to be.
+
+    Where that is many they are started at once, so that they stand ready when it is known.
+    """
     board = Board.create((), 0)
     jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
     rate, idle = conduct.manner.rate, conduct.manner.idle
-    share = max(1, rate // max(1, jobs)) if rate else 0
-    work = Looking(targets, conduct.access, board, sample, share)
+    work = Looking(conduct.access, board, sample, max(1, rate // max(1, jobs)) if rate else 0)
     work.stopping = conduct.stopping
     # Limits are for workers: this process would exceed them, or could not be reached meanwhile.
-    usual = Role.FULL if len(parts) >= MANY else Role.FIRST
-    role = Role.NONE if idle or rate else usual
+    usual = Role.FULL if layers >= MANY else Role.FIRST
     try:
-        with Pool(work, jobs, idle=idle, part=role) as pool:
-            yield from _Dealing(pool, targets, max(1, jobs)).all(parts, _stopping(conduct, board))
+        with Pool(work, jobs, idle=idle, part=Role.NONE if idle or rate else usual) as pool:
+            if layers >= MANY:
+                pool.start()
+            yield Lookers(pool, conduct, board)
     finally:
         board.close()
 
 
-def _stopping(conduct: Conduct, board: Board) -> Callable[[], bool]:
-    """Whether to stop; all processes are told."""
+class Lookers:
+    """What :func:`lookers` yields. Used once."""
 
-    def stopping() -> bool:
-        if conduct.stopping():
-            board.stop()
-        return board.stopped
+    def __init__(self, pool: Pool, conduct: Conduct, board: Board) -> None:
+        self._pool = pool
+        self._conduct = conduct
+        self._board = board
 
-    return stopping
+    def verify(self, targets: list[Target]) -> list[Verdict]:
+        """Verify ``targets``; verdicts are in their order. Raises like :func:`verify_all`."""
+        verdicts = [Verdict(target.path) for target in targets]
+        outstanding = Outstanding(Part(index) for index in range(len(targets)))
+        for seen in self.look(targets, outstanding.parts):
+            verdicts[seen.part.index].join(seen.verdict)
+            outstanding.take(seen)
+            self._conduct.progress(len(targets) - len(outstanding.layers), len(targets))
+        if outstanding.layers:
+            raise BeginsAnewError(path=f"{len(targets)} layers")
+        return verdicts
+
+    def look(self, targets: list[Target], parts: Sequence[Part]) -> Iterator[Seen]:
+        """Look at ``parts`` of ``targets``, in about this order; ends early when it is stopped."""
+        dealing = _Dealing(self._pool, targets, max(1, self._pool.jobs))
+        return dealing.all(parts, self._stopping)
+
+    def _stopping(self) -> bool:
+        """Whether to stop; all processes are told."""
+        if self._conduct.stopping():
+            self._board.stop()
+        return self._board.stopped
 
 
 class _Dealing:
@@ -160,7 +177,13 @@ class _Dealing:
 
     def _parcels(self, parts: Sequence[Part], size: int) -> list[Parcel]:
         groups = [tuple(parts[at : at + size]) for at in range(0, len(parts), size)]
-        return [Parcel(next(self._numbers), 0, 0, len(group), group) for group in groups]
+        return [
+            Parcel(next(self._numbers), 0, 0, len(group), group, self._targets_of(group))
+            for group in groups
+        ]
+
+    def _targets_of(self, parts: Sequence[Part]) -> tuple[Target, ...]:
+        return tuple(self._targets[part.index] for part in parts)
 
     def _seen(self, result: Done | Failed) -> list[Seen]:
         """What a task has shown; whatever it left is dealt out."""
