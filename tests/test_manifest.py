@@ -432,6 +432,9 @@ def test_a_farm_is_verified_layer_by_layer(tmp_path: Path) -> None:
     assert (base["exit"], base["bytes"]) == (2, 4 * CLUSTER)
     assert base["ranges"] == [{"file": "./base.img", "start": 0, "length": LEAF}]
     assert result.json["summary"]["bytes"] == (4 + 4 * 2) * CLUSTER
+    # All of them once more, for whoever asks for nothing else.
+    assert result.json["ranges"] == [*images["./vm1.add-cow"]["ranges"], *base["ranges"]]
+    assert {one["name"] for one in result.json["findings"]} == {"changed", "no-manifest"}
 
 
 def test_a_raw_file_that_is_named_is_never_passed_over(tmp_path: Path) -> None:

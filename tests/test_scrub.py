@@ -334,6 +334,22 @@ def test_progress_is_told_as_json(shop: Shop) -> None:
     told_by(ended, 0)
     lines = [json.loads(line) for line in ended.stderr.splitlines()]
     assert lines[-1]["images-done"] == lines[-1]["images"] == 4
+    assert lines[-1]["bytes-done"] == lines[-1]["bytes"] == 4 * MiB
+
+
+@BOTH
+def test_progress_within_a_layer_is_told_in_bytes(shop: Shop, jobs: str) -> None:
+    """A farm of one large base would else be at nothing until it is at its end."""
+    with (shop.here / "base.img").open("wb") as file:
+        for _ in range(96):
+            file.write(b"abcdefgh" * (MiB // 8))
+    shop.manifest("base.img")
+    command = (*shop.words, "--jobs", jobs, "-r", "64M", "--progress", "json", str(shop.here))
+    ended = shop.warm.run(*command, cwd=shop.here)
+    told_by(ended, 0)
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    assert any(0 < one["bytes-done"] < one["bytes"] for one in lines if not one["images-done"])
+    assert lines[-1]["bytes-done"] == lines[-1]["bytes"] == 96 * MiB
 
 
 # ---- order ----
@@ -504,6 +520,32 @@ def test_a_run_that_is_asked_to_stop_keeps_what_it_finished(
     assert sorted(first + second) == sorted(snapshot_of_layers(shop))
     assert [one["result"] for one in shop.status()["runs"]] == ["interrupted", "complete"]
     assert len(shop.run()["layers"]) == 10
+
+
+def rests_of(pid: int) -> int:
+    """How often a process has gone to sleep."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+def test_a_second_interrupt_ends_a_run_at_once(shop: Shop) -> None:
+    """Its worker hangs, as one does that waits for a sick disk."""
+    shop.overlays(2)
+    rules = shop.rules(rule("image_read", "stop"))
+    with shop.running("--jobs", "1", *SLOW, rules=rules) as job:
+        (worker,) = job.stopped()
+        assert worker != job.pid
+        rests = rests_of(job.pid)
+        job.signal(signal.SIGINT)
+        job.until(lambda: rests_of(job.pid) >= rests + 2, "it to meet the first one")
+        job.signal(signal.SIGINT)
+        ended = job.end()
+        job.all_gone()
+    assert ended.status == 130
+    assert ended.stderr == "addcow: interrupted\n"
+    assert shop.status()["runs"][-1]["result"] == "interrupted"
+    first = {name for name, when in shop.verified().items() if when}
+    assert {*first, *names(shop.run())} == set(snapshot_of_layers(shop))
 
 
 @pytest.mark.parametrize(("jobs", "whom"), [("0", "parent"), ("2", "group")])

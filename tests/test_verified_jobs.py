@@ -610,3 +610,95 @@ def test_the_digest_is_that_of_the_manifest_of_the_overlay(here: Path, job: str)
     assert told["guest-digest"] == seen
     after = made(here, "-f", "raw", "--replace", name=target(job))
     assert after[f"{target(job)}.manifest"]["guest-digest"] == seen
+
+
+# ---- many images ----
+
+
+def farm_of(here: Path, count: int) -> list[str]:
+    """Lay pairs in directories of their own; return their overlays' names."""
+    for number in range(count):
+        (here / f"{number}").mkdir()
+        pair(here / f"{number}", "ABCDEFGH", "-X-Y0---")
+    return [f"{number}/top.add-cow" for number in range(count)]
+
+
+def farm_command(job: str, *more: str) -> tuple[str, ...]:
+    return ("farm", *WORDS[job], "--verify", "--output", "json", *more, ".")
+
+
+MANY = pytest.mark.parametrize("job", ["commit", "flatten", "discard"])
+
+
+@MANY
+@BOTH
+def test_each_image_of_a_farm_tells_its_digest(here: Path, job: str, jobs: str) -> None:
+    names = farm_of(here, 5)
+    seen = guest_digest(view_of(here / names[0]))
+    told = succeed(*farm_command(job, "--jobs", jobs), cwd=here).json
+    found = {one["filename"]: one["guest-digest"] for one in told["images"]}
+    assert found == {f"./{name}": seen for name in names}
+    assert all(look(here / f"{number}" / target(job)) == "AXCY0FGH" for number in range(5))
+    assert all((here / name).exists() != (job == "discard") for name in names)
+
+
+@MANY
+def test_a_farm_that_is_not_to_be_read_back_is_not(here: Path, job: str) -> None:
+    farm_of(here, 2)
+    rules = rules_for(here, rule("read_back", once="on"))
+    words = ("farm", *WORDS[job], "--output", "json", ".")
+    with running(*words, cwd=here, rules=rules) as run:
+        ended = run.end()
+    assert (ended.status, rules.struck) == (0, False)
+    assert all("guest-digest" not in one for one in json.loads(ended.stdout)["images"])
+
+
+def image_of(pid: int, job: str) -> str:
+    """The directory of the image that a process has in its hands."""
+    names = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    (found,) = {Path(name).parent.name for name in names if name.endswith(f"/{target(job)}")}
+    return found
+
+
+@MANY
+@BOTH
+def test_an_image_of_a_farm_that_reads_back_differently_ends_alone(
+    here: Path, job: str, jobs: str
+) -> None:
+    names = farm_of(here, 4)
+    rules = rules_for(here, rule("read_back", "stop", once="on"))
+    with running(*farm_command(job, "--jobs", jobs), cwd=here, rules=rules) as run:
+        (stopped,) = run.stopped()
+        bad = image_of(stopped, job)
+        flip(here / bad / target(job), 3 * CLUSTER + 5)
+        run.signal(signal.SIGCONT, stopped)
+        ended = run.end()
+        run.all_gone()
+    assert ended.status == 1
+    told = {one["filename"]: one for one in json.loads(ended.stdout)["images"]}
+    states = {name: told[f"./{name}"]["state"] for name in names}
+    assert states == {name: "failed" if name.startswith(bad) else "done" for name in names}
+    problem = told[f"./{bad}/top.add-cow"]["problem"]
+    assert f"{bad}/{target(job)}: what was read back differs" in problem
+    # Nothing of it was thrown away.
+    assert (here / bad / "top.add-cow").exists()
+
+
+def test_a_large_image_of_a_farm_is_read_back_too(here: Path) -> None:
+    """So large that it is shared out among the processes, beside small ones."""
+    names = farm_of(here, 3)
+    (here / "big").mkdir()
+    with (here / "big" / "base.img").open("wb") as base:
+        for number in range(300):
+            base.write(struct.pack("<I", number + 1) * (MiB // 4))
+    size = (here / "big" / "base.img").stat().st_size
+    with (here / "big" / "top.raw").open("wb") as image:
+        image.truncate(size)
+    content = overlay_bytes(image="top.raw", size=size, backing="base.img", local=())
+    (here / "big" / "top.add-cow").write_bytes(content)
+    told = succeed(*farm_command("discard", "--jobs", "2"), cwd=here).json
+    found = {one["filename"]: one for one in told["images"]}
+    assert all("guest-digest" in one for one in found.values())
+    with (here / "big" / "base.img").open("rb") as base:
+        assert found["./big/top.add-cow"]["guest-digest"] == guest_digest(base.read())
+    assert not any((here / name).exists() for name in (*names, "big/top.add-cow"))

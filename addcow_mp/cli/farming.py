@@ -28,6 +28,7 @@ class Wishes:
     operation: str
     output: str
     discard: bool = False
+    verifies: bool = False
     dry_run: bool = False
     stops_at_error: bool = False
     time_limit: str | None = None
@@ -44,7 +45,8 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
     limit = Limit(wishes.time_limit)
     with working(wishes.jobs, access, wishes.manner, progress=False) as conduct:
         # Planning has no limit: it says what is left.
-        made = plan(places, Operation(wishes.operation), conduct, discard=wishes.discard)
+        how = {"discard": wishes.discard, "verifies": wishes.verifies}
+        made = plan(places, Operation(wishes.operation), conduct, **how)
         problem = None
         if not wishes.dry_run:
             bounded = replace(conduct, stopping=lambda: conduct.stopping() or limit.is_reached)

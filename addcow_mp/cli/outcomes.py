@@ -51,7 +51,7 @@ def _done(step: Step) -> dict[str, object]:
         return {}
     told = step.report.as_json()
     kept = ("bytes-moved", "clusters-moved", "bytes-zeroed", "clusters-zeroed", "seconds")
-    return {key: told[key] for key in kept}
+    return {key: told[key] for key in (*kept, "guest-digest") if key in told}
 
 
 def _summary(plan: Plan) -> dict[str, object]:

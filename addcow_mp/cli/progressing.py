@@ -39,13 +39,20 @@ Show = Callable[[Tally], None]
 @contextmanager
 def counting(form: str | None, fd: int | None, conduct: Conduct) -> Iterator[Conduct]:
     """The conduct of work that only looks at files, and counts them."""
+    read = (0, 0)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal read
+        read = (done, total)
+        conduct.progress(done, total)
+
     with shown(form, fd) as show:
 
-        def progress(done: int, total: int) -> None:
-            show(Tally(done, total, 0, 0))
-            conduct.progress(done, total)
+        def counted(done: int, total: int) -> None:
+            show(Tally(done, total, *read))
+            conduct.counted(done, total)
 
-        yield replace(conduct, progress=progress)
+        yield replace(conduct, progress=progress, counted=counted)
 
 
 @contextmanager

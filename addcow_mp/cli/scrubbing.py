@@ -11,7 +11,7 @@ import typer
 from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.progressing import counting
 from addcow_mp.cli.saying import one_line, tell
-from addcow_mp.cli.verifying import counts_of, layer_of, print_findings, worst
+from addcow_mp.cli.verifying import counts_of, findings_of, layer_of, print_findings, worst
 from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
@@ -76,7 +76,8 @@ def _show(found: Scrubbed, wishes: Wishes) -> None:
     summary |= {"bytes": found.bytes_read, "left": found.left}
     if wishes.as_json:
         layers = [layer_of(one) for one in found.verdicts]
-        print(json.dumps({"layers": layers, "summary": summary}, indent=4))
+        told = {"layers": layers, **findings_of(found.verdicts), "summary": summary}
+        print(json.dumps(told, indent=4))
         return
     print_findings(found.verdicts)
     if not wishes.quiet:

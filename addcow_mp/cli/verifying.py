@@ -118,6 +118,7 @@ def _print_farm_json(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG00
     told = {
         "images": [layer_of(one) for one in found.images],
         "files": [layer_of(one) for one in found.files],
+        **findings_of(found.all),
         "summary": _totals(found),
     }
     print(json.dumps(told, indent=4))

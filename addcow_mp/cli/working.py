@@ -32,9 +32,9 @@ def working(
     jobs: int | None, access: Access, manner: Manner, *, progress: bool
 ) -> Iterator[Conduct]:
     """A conduct with progress on stderr, which SIGINT and SIGTERM end between tasks."""
-    with _stoppable() as stop, _shown(progress) as show:
+    with _stoppable() as stop, _shown(progress) as (show, counted):
         try:
-            yield Conduct(jobs, show, lambda: bool(stop), access, manner)
+            yield Conduct(jobs, show, lambda: bool(stop), access, manner, counted=counted)
         except StoppedError as error:
             if not stop:
                 raise  # no signal was it
@@ -61,22 +61,26 @@ def _stoppable() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _shown(progress: bool) -> Iterator[Progress]:
-    """Progress as asked for, and once more whenever SIGUSR1 comes."""
+def _shown(progress: bool) -> Iterator[tuple[Progress, Progress]]:
+    """Progress in bytes as asked for, and once more whenever SIGUSR1 comes, also in images."""
     asked: list[int] = []
     old = signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+
+    def answer(line: str) -> None:
+        if asked:
+            asked.clear()
+            tell(line)
+
     try:
         with _renderer(progress) as show:
-            yield lambda done, total: _show(show, asked, done, total)
+
+            def shown(done: int, total: int) -> None:
+                show(done, total)
+                answer(_line(done, total))
+
+            yield shown, lambda done, total: answer(f"    {done} of {total} images")
     finally:
         signal.signal(signal.SIGUSR1, old)
-
-
-def _show(show: Progress, asked: list[int], done: int, total: int) -> None:
-    show(done, total)
-    if asked:
-        asked.clear()
-        tell(_line(done, total))
 
 
 @contextmanager

@@ -152,9 +152,9 @@ def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Che
                 images = sum(map(len, done.values()))
                 # How many of the files are images shows in time: at least one is left till then.
                 expected = max(round(images * count / looked_at), images + (looked_at < count))
-                conduct.progress(images, expected)
+                conduct.counted(images, expected)
     if not tasks:
-        conduct.progress(0, 0)
+        conduct.counted(0, 0)
     if len(done) < len(tasks):
         raise BeginsAnewError(path=f"{count} files")
     for task in tasks:

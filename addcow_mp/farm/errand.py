@@ -26,6 +26,7 @@ class Operation(StrEnum):
 class Errand:
     """``operation`` on the overlay at ``path``; ``discard`` is flatten's.
 
+    ``verifies``: what was written is read back from the disk, before anything is discarded.
     ``receives``: before it, clusters will be committed into this overlay, so that there is
     something to do although nothing in it is local yet.
     """
@@ -35,6 +36,7 @@ class Errand:
     around: Surroundings
     discard: bool = False
     receives: bool = False
+    verifies: bool = False
 
     def foresee(self, conduct: Conduct) -> Prospect | None:
         """What it would do, None for nothing. Raises what it would be refused for."""
@@ -47,5 +49,6 @@ class Errand:
         """Do it. Raises :class:`AddcowError`."""
         conduct = replace(conduct, around=self.around)
         if self.operation is Operation.FLATTEN:
-            return flatten.flatten(self.path, discard=self.discard, conduct=conduct)
-        return commit.commit(self.path, conduct=conduct)
+            kept = {"discard": self.discard, "verifies": self.verifies}
+            return flatten.flatten(self.path, **kept, conduct=conduct)
+        return commit.commit(self.path, verifies=self.verifies, conduct=conduct)

@@ -117,8 +117,9 @@ def plan(
     conduct: Conduct | None = None,
     *,
     discard: bool = False,
+    verifies: bool = False,
 ) -> Plan:
-    """What ``operation`` on all overlays in ``places`` would do.
+    """What ``operation`` on all overlays in ``places`` would do, and whether it ``verifies``.
 
     Raises :class:`ImageError` for a place that is not there, :class:`BeginsAnewError` when
     ``conduct`` stops it.
@@ -126,7 +127,8 @@ def plan(
     conduct = conduct or Conduct()
     paths, access = files_of(places, conduct.access)
     neighbours = Neighbours(paths, access)
-    wanted = _Wanted(operation, discard, frozenset(one.identity for one in neighbours.farm))
+    overlays = frozenset(one.identity for one in neighbours.farm)
+    wanted = _Wanted(operation, discard, verifies, overlays)
     steps = [_step(one, wanted, neighbours) for one in neighbours.farm]
     steps.sort(key=lambda step: (-step.depth, step.path))
     conduct = replace(conduct, access=access)
@@ -142,6 +144,7 @@ class _Wanted(NamedTuple):
 
     operation: Operation
     discard: bool
+    verifies: bool
     overlays: frozenset[Identity]
 
 
@@ -150,7 +153,8 @@ def _step(named: Named, wanted: _Wanted, neighbours: Neighbours) -> Step:
     # Those above are gone by then; if one is not, its step says so, and the accounts below.
     leaving = wanted.overlays if wanted.discard else frozenset()
     around = neighbours.around(named, as_backing=commits, leaving=leaving)
-    errand = Errand(named.path, wanted.operation, around, discard=wanted.discard)
+    how = {"discard": wanted.discard, "verifies": wanted.verifies}
+    errand = Errand(named.path, wanted.operation, around, **how)
     chain = tuple(_chain(named, neighbours))
     return Step(named, errand, len(chain), chain, written=2 if commits else 1)
 

@@ -27,7 +27,7 @@ from addcow_mp.format.manifest import FileState, read_head, weight_of
 from addcow_mp.jobs.looking import Part, Sample, Seen, Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Verdict
-from addcow_mp.jobs.verify import Outstanding, lookers
+from addcow_mp.jobs.verify import Outstanding, Reading, lookers
 
 #: How a run has ended, in the ledger's words.
 COMPLETE, TIME_LIMIT, INTERRUPTED, FAILED = "complete", "time-limit", "interrupted", "failed"
@@ -98,6 +98,9 @@ class _Way(Protocol):
     def parts(self, number: int, entry: Entry) -> list[Part]:
         """What is to be looked at of the layer that has this ``number`` in the order."""
 
+    def weight(self, entry: Entry) -> int:
+        """About how many bytes of the layer are to be read."""
+
     def beginning(self, entry: Entry) -> Verdict:
         """What earlier runs have found of what this one completes."""
 
@@ -125,6 +128,9 @@ class _Whole:
     def parts(self, number: int, entry: Entry) -> list[Part]:
         return [Part(number, *span) for span in entry.spans] or [Part(number)]
 
+    def weight(self, entry: Entry) -> int:
+        return max(0, entry.bytes - entry.begun().bytes_read)
+
     def beginning(self, entry: Entry) -> Verdict:
         return entry.begun()
 
@@ -149,11 +155,15 @@ class _Sampled:
         from random import SystemRandom
 
         self.pass_ = _last_pass(runs)
+        self._share = share
         self.sample = Sample(share, SystemRandom().getrandbits(48))
         self.order = sorted(entries.values(), key=lambda one: (one.last_looked_at, one.path))
 
     def parts(self, number: int, entry: Entry) -> list[Part]:  # noqa: ARG002
         return [Part(number)]
+
+    def weight(self, entry: Entry) -> int:
+        return round(entry.bytes * self._share)
 
     def beginning(self, entry: Entry) -> Verdict:
         return Verdict(entry.path)
@@ -190,17 +200,20 @@ class _Round:
         self._read = [0] * len(way.order)
         parts = (way.parts(number, entry) for number, entry in enumerate(way.order))
         self._outstanding = Outstanding(part for some in parts for part in some)
+        self._reading = Reading([way.weight(entry) for entry in way.order])
         self._result = Scrubbed()
         self._different: set[int] = set()
 
     def run(self, conduct: Conduct, is_late: Callable[[], bool]) -> Scrubbed:
         """Look at what is due, as long as that is allowed."""
         self._write()
-        ending = FAILED
+        ending = ""
         try:
             self._look(replace(conduct, stopping=lambda: conduct.stopping() or is_late()))
             ending = self._ending(conduct)
         finally:
+            # A second interrupt ends it at once.
+            ending = ending or (INTERRUPTED if conduct.stopping() else FAILED)
             self._result.left = len(self._outstanding.layers)
             self._result.verdicts += self._unfinished()
             self._run = self._run._replace(ended=time.time(), result=ending)
@@ -222,11 +235,11 @@ class _Round:
         return INTERRUPTED if conduct.stopping() else TIME_LIMIT
 
     def _look(self, conduct: Conduct) -> None:
-        total, parts = len(self._targets), self._outstanding.parts
+        parts = self._outstanding.parts
         with lookers(conduct, len(parts), self._way.sample) as crew:
             for seen in crew.look(self._targets, parts):
                 self._take(seen)
-                conduct.progress(total - len(self._outstanding.layers), total)
+                self._reading.tell(conduct)
                 if self._book.is_due:
                     self._write()
 
@@ -246,7 +259,9 @@ class _Round:
         self._run = self._run._replace(
             bytes=self._result.bytes_read, different=len(self._different)
         )
-        if self._outstanding.take(seen):
+        is_last = self._outstanding.take(seen)
+        self._reading.take(seen, is_last=is_last)
+        if is_last:
             entry = self._way.wholly(entry, found)
             self._finish(entry, self._told(number))
         else:

@@ -300,8 +300,11 @@ class _Farm:
             part = step.weight * done // max(1, total)
             self.watch.progress(replace(before, bytes_done=before.bytes_done + part))
 
+        # What is lent keeps files mapped until each process has let go of it, and a file that is
+        # to be read back must not be: such a job has processes of its own.
+        crew = None if step.errand.verifies else pool
         try:
-            return step.errand.run(replace(self._conduct, crew=pool, progress=progress))
+            return step.errand.run(replace(self._conduct, crew=crew, progress=progress))
         except UnstartedError:
             raise
         except AddcowError as error:

@@ -305,8 +305,12 @@ def weight_of(path: str, head: Head) -> int:
 
     Raises :class:`OSError`.
     """
-    digests = os.stat(path).st_size - HEAD - DIGEST - head.groups * _RECORD.size
-    return max(0, digests) // DIGEST * LEAF
+    return weight_of_length(os.stat(path).st_size - head.groups * _RECORD.size)
+
+
+def weight_of_length(length: int) -> int:
+    """How many bytes a manifest of ``length`` bytes can have digests of at most."""
+    return max(0, length - HEAD - DIGEST) // DIGEST * LEAF
 
 
 class Manifest:

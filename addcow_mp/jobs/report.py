@@ -30,8 +30,9 @@ class Conduct:
 
     ``jobs``: worker processes; 0 = in this process, None = the usable processors. ``crew``:
     processes that work for several jobs, instead of its own. ``progress`` is called with bytes
-    done and bytes in all; ``stopping`` is asked between tasks, and once it is true no new one
-    is begun. ``access`` says what may be opened and how, ``manner`` how bytes are moved,
+    done and bytes in all, ``counted`` with images done and images in all by jobs that look at many,
+    after ``progress``. ``stopping`` is asked between tasks, and once it is true no new one is
+    begun. ``access`` says what may be opened and how, ``manner`` how bytes are moved,
     ``around`` what is known of other overlays nearby; None = look.
     """
 
@@ -42,6 +43,7 @@ class Conduct:
     manner: Manner = field(default_factory=Manner)
     crew: Pool | None = None
     around: Surroundings | None = None
+    counted: Progress = no_progress
 
     def amid(self, before: int, after: int) -> Conduct:
         """The same for one step of several: so many bytes ``before`` it and ``after`` it."""

@@ -7,6 +7,7 @@ is dealt out anew, before whatever comes later: layers are looked at in about th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -14,11 +15,13 @@ from itertools import count
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.headers import MAX_DEPTH, load_header, load_names, resolve
+from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.pool import Done, Failed, Pool, usable_cpus
 from addcow_mp.engine.pool import Part as Role
 from addcow_mp.errors import AddcowError, BeginsAnewError
 from addcow_mp.format.header import ADD_COW
+from addcow_mp.format.manifest import weight_of_length
 from addcow_mp.jobs.looking import Looking, Parcel, Part, Sample, Seen, Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Grade, Verdict
@@ -103,6 +106,40 @@ class Outstanding:
         return not parts
 
 
+class Reading:
+    """How much was read of layers, of which there are about ``weights`` bytes to read."""
+
+    def __init__(self, weights: list[int]) -> None:
+        self._weights = weights
+        self._read = [0] * len(weights)
+        self._finished = 0
+        self._done = 0
+        self._total = sum(weights)
+
+    def take(self, seen: Seen, *, is_last: bool) -> None:
+        """Take note of what was seen of a layer, ``is_last`` when that was all of it."""
+        index, size = seen.part.index, seen.verdict.bytes_read
+        expected = max(self._weights[index], self._read[index])
+        self._read[index] += size
+        self._done += size
+        found = self._read[index] if is_last else max(expected, self._read[index])
+        self._total += found - expected
+        self._finished += is_last
+
+    def tell(self, conduct: Conduct) -> None:
+        """Tell it in bytes and in layers."""
+        conduct.progress(self._done, self._total)
+        conduct.counted(self._finished, len(self._weights))
+
+
+def _about(path: str) -> int:
+    """About how many bytes there are to read of the layer at ``path``; 0 without a manifest."""
+    try:
+        return weight_of_length(os.stat(manifest_of(path)).st_size)
+    except OSError:
+        return 0
+
+
 # The processes that look
 
 
@@ -140,10 +177,11 @@ class Lookers:
         """Verify ``targets``; verdicts are in their order. Raises like :func:`verify_all`."""
         verdicts = [Verdict(target.path) for target in targets]
         outstanding = Outstanding(Part(index) for index in range(len(targets)))
+        reading = Reading([_about(target.path) for target in targets])
         for seen in self.look(targets, outstanding.parts):
             verdicts[seen.part.index].join(seen.verdict)
-            outstanding.take(seen)
-            self._conduct.progress(len(targets) - len(outstanding.layers), len(targets))
+            reading.take(seen, is_last=outstanding.take(seen))
+            reading.tell(self._conduct)
         if outstanding.layers:
             raise BeginsAnewError(path=f"{len(targets)} layers")
         return verdicts
