@@ -499,3 +499,41 @@ def test_sixteen_tebibytes_of_holes_cost_nothing(tmp_path: Path) -> None:
     made(tmp_path)
     verified(tmp_path)
     assert (tmp_path / "base.img.manifest").stat().st_size < MiB
+
+
+# ---- several names ----
+
+
+def test_a_layer_with_several_names_has_one_manifest(tmp_path: Path) -> None:
+    (tmp_path / "golden").mkdir()
+    draw_raw(tmp_path / "golden" / "base.img", "ABCD")
+    (tmp_path / "newest.img").symlink_to("base.img")
+    (tmp_path / "base.img").symlink_to("golden/base.img")
+    draw(tmp_path / "one.add-cow", "-X--", "newest.img")
+    draw(tmp_path / "two.add-cow", "-Y--", "golden/base.img")
+    assert made(tmp_path, name="one.add-cow")["golden/base.img.manifest"]["written"]
+    assert not made(tmp_path, name="two.add-cow")["golden/base.img.manifest"]["written"]
+    assert [path.parent.name for path in tmp_path.rglob("base.img.manifest")] == ["golden"]
+    verified(tmp_path, name="one.add-cow")
+    # Whoever changes it by one of its names takes away what is said of all.
+    succeed("commit", "--force", "one.add-cow", cwd=tmp_path)
+    assert not list(tmp_path.rglob("base.img.manifest"))
+
+
+def test_links_in_a_circle_are_no_layer(tmp_path: Path) -> None:
+    (tmp_path / "a.img").symlink_to("b.img")
+    (tmp_path / "b.img").symlink_to("a.img")
+    assert "a.img" in refused("verify", "-f", "raw", "a.img", cwd=tmp_path)
+    assert "a.img" in refused("manifest", "create", "-f", "raw", "a.img", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("job", ["commit", "flatten", "io"])
+def test_what_is_said_of_an_image_file_as_a_disk_goes_with_the_rest(
+    tmp_path: Path, job: str
+) -> None:
+    draw_raw(tmp_path / "base.img", "ABCD")
+    draw(tmp_path / "top.add-cow", "-X--")
+    made(tmp_path, "-f", "raw", name="top.raw")
+    words = {"io": ("io", "-c", "write -P 1 0 512")}.get(job, (job,))
+    succeed(*words, "top.add-cow", cwd=tmp_path)
+    assert not (tmp_path / "top.raw.manifest").exists()

@@ -605,7 +605,7 @@ def to_the_first_end(file: BinaryIO, path: str, kind: str) -> Iterator[str]:
 
 def manifest_faults(path: str, kind: str = "add-cow") -> list[str]:
     """Return what the manifest beside PATH says that is not so, a line for each."""
-    with open(f"{path}.manifest", "rb") as file:
+    with open(f"{os.path.realpath(path)}.manifest", "rb") as file:
         return list(to_the_first_end(file, path, kind))
 
 

@@ -31,7 +31,7 @@ from addcow_mp.device.headers import short_bitmap_warning
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.requests import Requests
-from addcow_mp.device.sidecar import invalidate
+from addcow_mp.device.sidecar import invalidate_all
 from addcow_mp.errors import FileError, ImageError, RangeError
 from addcow_mp.format.bitmap import CowBitmap, SparseBits
 from addcow_mp.format.bits import MappedBits, Run, merged, runs
@@ -237,7 +237,7 @@ class Overlay:
         """Take away what a manifest says of this overlay, before the first change of it."""
         with self._pending_lock:
             if not self._has_changed:
-                invalidate(self.path, durable=self.cow.durable)
+                invalidate_all(self, durable=self.cow.durable)
                 self._has_changed = True
 
     def _make_local(self, first: int, stop: int) -> None:

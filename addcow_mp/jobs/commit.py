@@ -102,7 +102,7 @@ def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
     movement = Movement(overlay, overlay.geometry, Which.LOCAL, target, tasks)
     movement.publish = None if keep else (overlay, 0)
     movement.frees = not keep
-    movement.changed = (backing.path, *(() if keep else (overlay.path,)))
+    movement.changed = (backing,) if keep else (backing, overlay)
     movement.prepare = lambda: _prepare(overlay, backing, keep=keep)
     return movement
 

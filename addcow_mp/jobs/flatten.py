@@ -91,7 +91,7 @@ def _movement(overlay: Overlay) -> Movement:
     geometry, target = overlay.geometry, RawTarget(overlay.image.file)
     tasks = cut(missing_stretches(overlay, alignment(overlay.cluster_size)), geometry.clusters)
     movement = Movement(overlay, geometry, Which.MISSING, target, tasks, publish=(overlay, 1))
-    movement.changed = (overlay.path,)
+    movement.changed = (overlay,)
     return movement
 
 

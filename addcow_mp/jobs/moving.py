@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from addcow_mp.device import faults
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import invalidate
+from addcow_mp.device.sidecar import invalidate_all
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import Part
@@ -30,8 +30,8 @@ class Movement:
 
     ``publish`` is the overlay whose bits become the given value for what was moved; an add-cow
     target's own bits are published before them. ``frees`` then gives back the space of what was
-    moved. ``prepare`` is called when nothing is left to refuse. ``changed``: the paths of the
-    layers that become others by it.
+    moved. ``prepare`` is called when nothing is left to refuse. ``changed``: the layers whose files
+    become others by it.
     """
 
     source: Layer
@@ -41,7 +41,7 @@ class Movement:
     tasks: list[Task]
     publish: tuple[Overlay, int] | None = None
     frees: bool = False
-    changed: tuple[str, ...] = ()
+    changed: tuple[Layer, ...] = ()
     prepare: Callable[[], None] = lambda: None
 
     @property
@@ -82,8 +82,8 @@ def move(movement: Movement, conduct: Conduct, report: Report) -> None:
         )
         work = movement.transfer(board, conduct, max(1, report.jobs))
         refuse_without_space(work, tasks, report.jobs, frees=movement.frees)
-        for path in movement.changed:
-            invalidate(path, durable=target.file.durable)
+        for layer in movement.changed:
+            invalidate_all(layer, durable=target.file.durable)
         movement.prepare()
         job = Assignment(work, tasks, geometry, board, publisher, movement.source.path)
         job.idle = conduct.manner.idle

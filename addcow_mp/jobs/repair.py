@@ -17,7 +17,7 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.chain import WRITE, open_chain
 from addcow_mp.device.files import File, sync_directory
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import invalidate
+from addcow_mp.device.sidecar import invalidate_all
 from addcow_mp.format.bits import merged
 from addcow_mp.format.header import FIXED_SIZE
 from addcow_mp.jobs.check import check, leaked_clusters
@@ -40,7 +40,7 @@ def repair(path: str, access: Access | None = None, *, everything: bool) -> Chec
     with open_chain(path, WRITE, access) as overlay:
         mend = "commit or flatten them first"
         refuse_dependants(overlay, [overlay.image.file], access or Access(), mend)
-        invalidate(overlay.path)
+        invalidate_all(overlay)
         mended = _mend(overlay, before, everything=everything)
     after = check(path, access)
     after.repairs, after.backup = mended.repairs, mended.backup
