@@ -19,6 +19,7 @@ from addcow_mp.device.files import File, new_buffer
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import Task
+from addcow_mp.engine.scan import mapped
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.format.bits import Run, between, merged, runs
 from addcow_mp.format.manifest import (
@@ -46,27 +47,27 @@ def is_all_local(layer: Layer) -> bool:
 
 
 def cow_digests(overlay: Overlay, buffer: memoryview | None = None) -> tuple[str, str]:
-    """The digests of header and bitmap, in hexadecimal; of holes nothing is read."""
+    """The digests of header and bitmap, in hexadecimal; what is a hole is not looked at."""
     buffer = new_buffer() if buffer is None else buffer
     size, cow = overlay.header.header_size, overlay.cow
     stop = max(size, min(cow.length, size + overlay.geometry.bitmap_length))
     header, bitmap = blake3(), blake3()
     for first in range(0, stop, len(buffer)):
         view = buffer[: min(len(buffer), stop - first)]
-        _read_with_holes(cow, view, first)
+        _look_at(cow, view, first)
         header.update(view[: max(0, size - first)])
         bitmap.update(view[max(0, size - first) :])
     return header.hexdigest(), bitmap.hexdigest()
 
 
-def _read_with_holes(file: File, view: memoryview, start: int) -> None:
-    """Fill ``view`` from ``start`` on, reading nothing but data."""
+def _look_at(file: File, view: memoryview, start: int) -> None:
+    """Fill ``view`` with what stands from ``start`` on, where holes are zeros; mapped, not read."""
     stop = start + len(view)
     data = list(file.data_runs(start, stop))
     for first, last in between(data, start, stop):
         view[first - start : last - start] = bytes(last - first)
     for first, last in data:
-        file.read_into(view[first - start : last - start], first)
+        view[first - start : last - start] = mapped(file, first, last)
 
 
 # Leaf by leaf
