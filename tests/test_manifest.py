@@ -360,7 +360,7 @@ def test_a_touch_accuses_nobody(here: Path) -> None:
 
 JOBS = {
     "commit": (("commit", "top.add-cow"), {"base.img", "top.add-cow"}),
-    "commit -d": (("commit", "-d", "top.add-cow"), {"base.img"}),
+    "commit -d": (("commit", "-d", "top.add-cow"), {"base.img", "top.add-cow"}),
     "flatten": (("flatten", "top.add-cow"), {"top.add-cow"}),
     "flatten --discard": (("flatten", "--discard", "top.add-cow"), {"top.add-cow"}),
     "io": (("io", "-c", "write -P 1 0 512", "top.add-cow"), {"top.add-cow"}),
@@ -537,3 +537,207 @@ def test_what_is_said_of_an_image_file_as_a_disk_goes_with_the_rest(
     words = {"io": ("io", "-c", "write -P 1 0 512")}.get(job, (job,))
     succeed(*words, "top.add-cow", cwd=tmp_path)
     assert not (tmp_path / "top.raw.manifest").exists()
+
+
+def test_nobody_is_told_of_a_manifest_that_lies_outside(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    draw_raw(outside / "base.img", "ABCD")
+    draw(inside / "top.add-cow", "-X--", "../outside/base.img")
+    made(inside, "--root", str(outside))
+    put(outside / "base.img", 0, b"!")
+    made(outside, "-f", "raw", "--replace", name="base.img")
+    allowed = verified(inside, "--root", str(outside), status=2)
+    assert "backing-replaced" in {one["name"] for one in allowed["findings"]}
+    without = verified(inside, status=1)
+    assert [one["name"] for one in without["findings"]] == ["unexamined"]
+    assert "base.img" in without["findings"][0]["file"]
+
+
+def test_a_layer_with_two_hard_links_is_changed_under_both(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "ABCD")
+    (tmp_path / "same.img").hardlink_to(tmp_path / "base.img")
+    draw(tmp_path / "top.add-cow", "-X--")
+    made(tmp_path)
+    made(tmp_path, "-f", "raw", name="same.img")
+    draw_raw(tmp_path / "other.img", "A")
+    made(tmp_path, "-f", "raw", name="other.img")
+    succeed("commit", "top.add-cow", cwd=tmp_path)
+    assert [path.name for path in tmp_path.glob("*.manifest")] == ["other.img.manifest"]
+
+
+def test_a_commit_of_nothing_takes_nothing_away(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "ABCD")
+    draw(tmp_path / "top.add-cow", "----")
+    made(tmp_path)
+    succeed("commit", "top.add-cow", cwd=tmp_path)
+    verified(tmp_path)
+
+
+def test_quiet_spares_notes(here: Path) -> None:
+    os.utime(here / "top.raw")
+    assert succeed("verify", "top.add-cow", cwd=here).lines[0].startswith("NOTE changed")
+    for words in (("verify", "-q", "top.add-cow"), ("farm", "verify", "-q", ".")):
+        assert succeed(*words, cwd=here).said == ""
+
+
+# ---- places that cannot be read ----
+
+
+@pytest.mark.parametrize("jobs", ["0", "2"])
+def test_a_leaf_that_cannot_be_read_keeps_nobody_else_from_it(tmp_path: Path, jobs: str) -> None:
+    draw_raw(tmp_path / "base.img", "ABCDEFGH" * 4)
+    made(tmp_path, "-f", "raw", "--jobs", "0", name="base.img")
+    for number in (3, 20):
+        put(tmp_path / "base.img", number * CLUSTER, b"!")
+    bad = [rule("backing_read", cluster=number) for number in (7, 8, 20)]
+    rules = Rules.write(tmp_path / "rules", *bad)
+    words = ("verify", "-f", "raw", "--jobs", jobs, "--output", "json", "base.img")
+    with running(*words, cwd=tmp_path, rules=rules) as command:
+        ended = command.end()
+    assert ended.status == 2
+    told = json.loads(ended.stdout)
+    assert [(one["start"], one["length"]) for one in told["ranges"]] == [(3 * LEAF, LEAF)]
+    unread = [one["message"] for one in told["findings"] if one["name"] == "unreadable"]
+    reason = "cannot be read: Input/output error"
+    assert unread == [
+        f"{2 * LEAF} bytes at {7 * LEAF} {reason}",
+        f"{LEAF} bytes at {20 * LEAF} {reason}",
+    ]
+    assert told["layers"][0]["bytes"] == 29 * LEAF
+
+
+def test_a_disk_that_is_gone_is_given_up(tmp_path: Path) -> None:
+    """Each leaf may take as long as the disk tries again and again."""
+    draw_raw(tmp_path / "base.img", "A" * 300)
+    made(tmp_path, "-f", "raw", "--jobs", "0", name="base.img")
+    rules = Rules.write(tmp_path / "rules", rule("backing_read"))
+    words = ("verify", "-f", "raw", "--output", "json", "base.img")
+    with running(*words, cwd=tmp_path, rules=rules) as command:
+        ended = command.end()
+    assert ended.status == 1
+    assert {one["name"] for one in json.loads(ended.stdout)["findings"]} == {
+        "unreadable",
+        "unexamined",
+    }
+
+
+# ---- files that are called like manifests ----
+
+
+NOTES = "nobody's but mine"
+
+
+CHANGING = {
+    "io": ("io", "-c", "write -P 1 0 64k", "top.add-cow"),
+    "commit": ("commit", "top.add-cow"),
+    "flatten": ("flatten", "--verify", "top.add-cow"),
+    "check": ("check", "-r", "leaks", "top.add-cow"),
+    "farm": ("farm", "commit", "."),
+}
+
+
+@pytest.mark.parametrize("job", CHANGING)
+@pytest.mark.parametrize("name", ["base.img.manifest", "top.add-cow.manifest", "top.raw.manifest"])
+def test_a_file_of_that_name_that_is_no_manifest_stays(tmp_path: Path, job: str, name: str) -> None:
+    draw_raw(tmp_path / "base.img", "ABCD")
+    draw(tmp_path / "top.add-cow", "-Xy-")
+    (tmp_path / name).write_text(NOTES)
+    succeed(*CHANGING[job], cwd=tmp_path)
+    assert (tmp_path / name).read_text() == NOTES
+
+
+@pytest.mark.parametrize("job", CHANGING)
+@pytest.mark.parametrize("which", ["image", "backing"])
+def test_a_disk_of_that_name_is_a_disk(tmp_path: Path, job: str, which: str) -> None:
+    """Even one whose guest has written what manifests begin with."""
+    name = "top.add-cow.manifest"
+    files = {"image": "top.raw", "backing": "base.img", which: name}
+    draw_raw(tmp_path / files["backing"], "ABCD")
+    (tmp_path / files["image"]).write_bytes(
+        b"ADDCOWMF".ljust(2 * CLUSTER, b"x") + bytes(2 * CLUSTER)
+    )
+    if which == "backing":
+        put(tmp_path / name, 0, b"ADDCOWMF")
+    content = overlay_bytes(
+        image=files["image"], size=4 * CLUSTER, backing=files["backing"], local=[0]
+    )
+    (tmp_path / "top.add-cow").write_bytes(content)
+    seen = view_of(tmp_path / "top.add-cow")
+    if job == "io":
+        seen = b"\1" * CLUSTER + seen[CLUSTER:]
+    succeed(*CHANGING[job], cwd=tmp_path)
+    assert view_of(tmp_path / "top.add-cow") == seen
+
+
+@pytest.mark.parametrize("draft", ["", ".part"])
+@pytest.mark.parametrize("which", ["image", "backing", "text", "another name", "overlay"])
+@pytest.mark.parametrize("words", [(), ("--replace",)])
+def test_nothing_is_overwritten_by_a_manifest(
+    tmp_path: Path, draft: str, which: str, words: tuple[str, ...]
+) -> None:
+    name = f"top.add-cow.manifest{draft}" if which != "overlay" else f"base.img.manifest{draft}"
+    files = {"image": "top.raw", "backing": "base.img", "overlay": "top.add-cow", which: name}
+    draw_raw(tmp_path / files["backing"], "ABCD")
+    draw_raw(tmp_path / files["image"], "-X--")
+    content = overlay_bytes(
+        image=files["image"], size=4 * CLUSTER, backing=files["backing"], local=[1]
+    )
+    (tmp_path / files["overlay"]).write_bytes(content)
+    if which == "text":
+        (tmp_path / name).write_text(NOTES)
+    elif which == "another name":
+        (tmp_path / name).hardlink_to(tmp_path / "base.img")
+    before = snapshot(tmp_path)
+    line = refused("manifest", "create", *words, files["overlay"], cwd=tmp_path)
+    assert name in line
+    after = snapshot(tmp_path)
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.parametrize("job", ["create", "convert"])
+def test_what_is_said_of_a_file_that_is_gone_is_not_said_of_a_new_one(here: Path, job: str) -> None:
+    made(here, "-f", "raw", name="top.raw")
+    succeed("convert", "-O", "raw", "top.add-cow", "copy.raw", cwd=here)
+    made(here, "-f", "raw", name="copy.raw")
+    for name in ("top.add-cow", "top.raw", "copy.raw"):
+        (here / name).unlink()
+    succeed("create", "-q", "-b", "base.img", "-F", "raw", "top.add-cow", cwd=here)
+    if job == "convert":
+        succeed("convert", "-O", "raw", "top.add-cow", "copy.raw", cwd=here)
+    left = {path.name for path in here.glob("*.manifest")}
+    assert left == {"base.img.manifest"} | ({"copy.raw.manifest"} if job == "create" else set())
+
+
+def test_a_long_name_needs_no_manifest(tmp_path: Path) -> None:
+    name = "b" * 250
+    draw_raw(tmp_path / name, "ABCD")
+    draw(tmp_path / "top.add-cow", "-X--", name)
+    succeed("commit", "--verify", "top.add-cow", cwd=tmp_path)
+
+
+def test_a_manifest_of_another_kind_of_layer_accuses_no_header(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "AB")
+    made(tmp_path, "-f", "raw", name="base.img")
+    told = verified(tmp_path, name="base.img", status=1)
+    assert ([one["name"] for one in told["findings"]], told["ranges"]) == (["unexamined"], [])
+
+
+def test_what_is_missing_is_missed_once(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "AB")
+    for number in range(3):
+        draw(tmp_path / f"{number}.add-cow", "-X")
+        made(tmp_path, name=f"{number}.add-cow")
+    (tmp_path / "base.img").unlink()
+    told = addcow("farm", "verify", "--output", "json", ".", cwd=tmp_path).json
+    assert [os.path.basename(one["filename"]) for one in told["files"]] == ["base.img"]
+
+
+def test_of_two_names_the_one_with_a_manifest_counts(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "AB")
+    draw(tmp_path / "vm.add-cow", "-X")
+    made(tmp_path, name="vm.add-cow")
+    (tmp_path / "alias").hardlink_to(tmp_path / "vm.add-cow")
+    told = succeed("farm", "verify", "--output", "json", ".", cwd=tmp_path).json
+    assert [one["filename"] for one in told["images"]] == ["./vm.add-cow"]

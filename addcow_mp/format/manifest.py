@@ -32,6 +32,9 @@ from addcow_mp.units import KiB
 #: Not that of an overlay: those are known by their first four bytes.
 MAGIC, VERSION = b"ADDCOWMF", 1
 
+#: What begins with this is not finished.
+DRAFT_MAGIC = b"ADDCOWMP"
+
 #: Bytes of the guest's offsets in one leaf: fixed by the format, so that digests of images with
 #: different clusters are the same.
 LEAF = 64 * KiB
@@ -46,7 +49,7 @@ _CONTEXT = b"add-cow guest 1\0"
 #: The head's place in the file: what it says is short, whatever the image.
 HEAD = 4 * KiB
 
-#: Manifests up to this length are read, not mapped: that of 512 MiB of data takes 256 KiB.
+#: Manifests up to this length are read at once, longer ones mapped: half a GiB of data takes it.
 SMALL = 256 * KiB
 
 _HEAD = struct.Struct("<8sII")
@@ -329,16 +332,17 @@ class Manifest:
 
         Raises :class:`OSError` when it cannot be read.
         """
-        content = _content(path)
+        content, found = _content(path)
         end = len(content) - DIGEST
-        if end < HEAD or content[: len(MAGIC)] != MAGIC:
-            raise ManifestError(path=path, problem="it is not a whole manifest")
-        if digest(memoryview(content)[:end]) != content[end:]:
+        if found != content[end:]:
             raise ManifestError(path=path, problem="its own digest says that it was changed")
         try:
-            return cls(path, content, Head.unpack(content[:HEAD]), end)
+            manifest = cls(path, content, Head.unpack(content[:HEAD]), end)
         except (ValueError, struct.error) as error:
-            raise ManifestError(path=path, problem="it is of no known version") from error
+            raise ManifestError(path=path, problem="what stands in it makes no sense") from error
+        if len(manifest.records) != manifest.head.groups:
+            raise ManifestError(path=path, problem="it has not the records that it says")
+        return manifest
 
     def group(self, number: int) -> Group:
         """What is said of the leaves of a group."""
@@ -384,15 +388,31 @@ def _unpacked(content: memoryview, place: int) -> Group:
     return Group(covered, mixed, held_block, _spread(content[middle:], seen))
 
 
-def _content(path: str) -> mmap.mmap | bytes:
-    """What stands in the file, mapped if it is much."""
+def _content(path: str) -> tuple[mmap.mmap | bytes, bytes]:
+    """What stands in the file, mapped if it is much, and the digest of all but its end.
+
+    The digest is of what was read: a place that the disk does not give is an error there, and
+    a SIGBUS under a mapping.
+    """
     fd, size = _opened(path)
     try:
+        if size < HEAD + DIGEST or os.pread(fd, len(MAGIC), 0) != MAGIC:
+            raise ManifestError(path=path, problem="it is not a whole manifest")
         if size <= SMALL:
-            return os.pread(fd, size, 0)
-        return mmap.mmap(fd, size, prot=mmap.PROT_READ)
+            content = os.pread(fd, size, 0)
+            return content, digest(content[:-DIGEST])
+        found = _digest_of(fd, size - DIGEST)
+        return mmap.mmap(fd, size, prot=mmap.PROT_READ), found
     finally:
         os.close(fd)
+
+
+def _digest_of(fd: int, length: int) -> bytes:
+    """The digest of the first ``length`` bytes of a file, or of as many as it has."""
+    hasher = blake3()
+    for start in range(0, length, SMALL):
+        hasher.update(os.pread(fd, min(SMALL, length - start), start))
+    return hasher.digest()
 
 
 def _opened(path: str) -> tuple[int, int]:

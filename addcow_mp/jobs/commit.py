@@ -102,7 +102,9 @@ def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
     movement = Movement(overlay, overlay.geometry, Which.LOCAL, target, tasks)
     movement.publish = None if keep else (overlay, 0)
     movement.frees = not keep
-    movement.changed = (backing,) if keep else (backing, overlay)
+    if not _is_done(overlay) or backing.size < overlay.size:
+        # With ``keep``, too: what lies below the overlay is not what its manifest says then.
+        movement.changed = (backing, overlay)
     movement.prepare = lambda: _prepare(overlay, backing, keep=keep)
     return movement
 

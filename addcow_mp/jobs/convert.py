@@ -16,6 +16,7 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import RESIZING, lock
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import cut_off
+from addcow_mp.device.sidecar import invalidate
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.survey import alignment, data_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
@@ -59,6 +60,7 @@ def _new_file(path: str, *, durable: bool) -> Iterator[File]:
     file = File.create(path)
     try:
         file.role, file.durable = TARGET, durable
+        invalidate(path, durable=durable)
         lock(file, RESIZING)
         yield file
         file.sync()

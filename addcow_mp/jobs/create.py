@@ -21,6 +21,7 @@ from addcow_mp.device.chain import depth_of, open_layer
 from addcow_mp.device.files import COW, IMAGE, File, identity_of, kind_of, sync_directory
 from addcow_mp.device.headers import MAX_DEPTH, open_claimed, resolve
 from addcow_mp.device.locks import RESIZING
+from addcow_mp.device.sidecar import invalidate
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
 from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import (
@@ -55,6 +56,7 @@ def create_raw(path: str, size: int) -> int:
     size = _whole_sectors(size)
     with _Making(Access()) as making:
         file = making.new(path)
+        invalidate(path)
         file.grow(size, seen=0)
         file.sync()
         sync_directory(path)
@@ -91,6 +93,7 @@ def create(
     with _Making(access) as making:
         told = _make_image(image_path, size, making, hidden=backing_path is not None)
         _make_cow(path, names, Geometry(size, cluster_size), making)
+        invalidate(path)
         sync_directory(path)
     told += _roots_needed(path, image_path, backing_path)
     return Created(size, told)
@@ -371,6 +374,8 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
             told.append(f"{path}: the image file holds data that the new overlay hides")
     else:
         image = making.new(path)
+    if image.length != size:
+        invalidate(path)
     image.grow(size, seen=virtual_size(image.length))
     image.sync()
     sync_directory(path)

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from addcow_mp.device.chain import open_layer
-from addcow_mp.device.files import claim_alone, sync_entry
+from addcow_mp.device.files import claim_alone, identity_of, sync_entry
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import draft_of, manifest_of
+from addcow_mp.device.sidecar import draft_of, is_manifest, manifest_of
 from addcow_mp.engine.leaves import Leaves, cow_digests, file_of, is_all_local
 from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Failed, Part, Pool
@@ -32,8 +32,10 @@ from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.manifest import (
     DIGEST,
+    DRAFT_MAGIC,
     GROUP,
     HEAD,
+    MAGIC,
     FileState,
     Head,
     Manifest,
@@ -66,7 +68,9 @@ def create(
     try:
         made: list[Made] = []
         below: list[Manifest] = []
-        for one in reversed(list(layers_of(layer))):
+        layers = list(layers_of(layer))
+        _refuse_own(layers)
+        for one in reversed(layers):
             manifest, written = _manifest_of(one, below, conduct, replaces=replaces)
             below.insert(0, manifest)
             made.append(Made(manifest.path, manifest.head.guest_digest, written))
@@ -80,6 +84,17 @@ def layers_of(layer: Layer | None) -> Iterator[Layer]:
     while layer is not None:
         yield layer
         layer = layer.backing if isinstance(layer, Overlay) else None
+
+
+def _refuse_own(layers: list[Layer]) -> None:
+    """Raise where a file of the chain has the name that a manifest of it would have."""
+    used = {file_of(one).identity for one in layers}
+    used |= {one.cow.identity for one in layers if isinstance(one, Overlay)}
+    for one in layers:
+        for path in (manifest_of(one.path), draft_of(one.path)):
+            if os.path.exists(path) and identity_of(os.stat(path)) in used:
+                problem = "it is a disk of this chain, and lies where the manifest would; rename it"
+                raise ImageError(path=path, problem=problem)
 
 
 def _manifest_of(
@@ -109,9 +124,11 @@ def _manifest_of(
 
 def _found(layer: Layer, path: str, wanted: Head) -> Manifest | None:
     """The manifest that is there already. Raises :class:`ManifestError` for a useless one."""
-    if not os.path.lexists(path):
+    if not os.path.exists(path):
         return None
     with _saying(path, "read it"):
+        if os.path.getsize(path) and not is_manifest(path):
+            raise ImageError(path=path, problem="it is there and no manifest; move it away")
         manifest = Manifest.load(path)
     if replace(manifest.head, guest_digest="", groups=0) != wanted:
         problem = f"it is of another state of {layer.path} or of what lies below"
@@ -152,9 +169,18 @@ def _draft(path: str, part: str) -> Iterator[int]:
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         claim_alone(path, fd, "another process is writing it just now; try again when it has ended")
+        _refuse_foreign(fd, part)
         yield from _emptied(fd, part)
     finally:
         os.close(fd)
+
+
+def _refuse_foreign(fd: int, part: str) -> None:
+    """Raise for a file of this name that no writer has left: it may be somebody's disk."""
+    with _saying(part, "write it"):
+        is_alone = os.fstat(fd).st_nlink == 1
+        if not is_alone or os.pread(fd, len(MAGIC), 0) not in (b"", DRAFT_MAGIC, MAGIC):
+            raise ImageError(path=part, problem="it is there and no manifest; move it away")
 
 
 def _emptied(fd: int, part: str) -> Iterator[int]:
@@ -170,7 +196,7 @@ def _emptied(fd: int, part: str) -> Iterator[int]:
 
 def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Conduct) -> None:
     with _saying(manifest_of(layer.path), "write it"), os.fdopen(os.dup(fd), "r+b") as file:
-        file.write(bytes(HEAD))
+        file.write(DRAFT_MAGIC.ljust(HEAD, b"\0"))
         for records in _hashed(layer, conduct):
             file.write(records)
         file.flush()
