@@ -296,6 +296,15 @@ class Job:
         caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
         return not int(caught.split()[1], 16) >> (number - 1) & 1
 
+    def is_round(self) -> Callable[[], bool]:
+        """Return what says whether the parent, which waits by turns, has gone round since now."""
+        before = self._rests()
+        return lambda: self._rests() >= before + 2
+
+    def _rests(self) -> int:
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
     def end(self) -> Ended:
         """Wait for the parent's end."""
         status = self._process.wait(PATIENCE)

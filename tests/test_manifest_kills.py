@@ -44,6 +44,8 @@ from command import (
     virtual_size,
 )
 from faulty import Ended, Job, Rules, Warm, rule, running
+from test_compare import disks
+from test_copying import uncache
 from test_farm_kills import memory_of
 from test_manifest import guest_digest, made, some_content, verified, write_sparse
 from test_space import disk, fill, mounted
@@ -933,3 +935,35 @@ def test_manifests_are_the_same_to_the_byte_however_many_make_them(
     assert set(found[0]) == {f"{name}.manifest" for name in laid.names} or ALL_ALLOCATED in {
         read_header(here / name).compatible for name in laid.names[1:]
     }
+
+
+# ---- disks that do not give what they had ----
+
+
+@pytest.mark.parametrize("jobs", ["0", "2"])
+@pytest.mark.parametrize("words", [("verify", "top.add-cow"), ("farm", "verify", ".")])
+def test_a_bitmap_that_cannot_be_read_is_named(
+    tmp_path: Path, jobs: str, words: tuple[str, ...]
+) -> None:
+    """Under a mapping it is a signal, which would end a command that takes part itself."""
+    with disks(tmp_path, "xfs", "ext4") as (below, upper):
+        here = upper.mountpoint
+        size = 65536 * MiB  # so that most of the bitmap is not read along with the header
+        with (here / "top.raw").open("wb") as image:
+            image.truncate(size)
+        content = overlay_bytes(image="top.raw", size=size, local=[size // CLUSTER - 1])
+        (here / "top.add-cow").write_bytes(content)
+        made(here, "--jobs", "0")
+        uncache(here / "top.add-cow")
+        rules = Rules.write(tmp_path / "rules", rule("bitmap_load", "stop", once="on"))
+        command = (*words[:-1], "--output", "json", "--jobs", jobs, words[-1])
+        with running(*command, cwd=here, rules=rules) as job:
+            (stopped,) = job.stopped()
+            below.cut()
+            job.signal(signal.SIGCONT, stopped)
+            ended = job.end()
+    assert ended.status == 1
+    findings = json.loads(ended.stdout)["findings"]
+    assert [one["name"] for one in findings] == ["unexamined"]
+    assert findings[0]["file"].endswith("top.add-cow")
+    assert findings[0]["message"].startswith("cannot read")

@@ -163,8 +163,8 @@ class _Lines:
         self._shown = -1
 
     def __call__(self, tally: Tally) -> None:
-        step = int(share(tally) * STEPS)
-        if step != self._shown:
+        step = int(share(tally) * STEPS) if tally.images_done < tally.images else STEPS + 1
+        if step > self._shown:
             self._shown = step
             self._write(f"    ({100 * share(tally):.2f}/100%) {self._words(tally)}")
 

@@ -15,7 +15,7 @@ from addcow_mp.cli.verifying import counts_of, findings_of, layer_of, print_find
 from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
-from addcow_mp.errors import StoppedError, TimeLimitError, UsageError
+from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError, UsageError
 from addcow_mp.farm.ledger import Entry, Record, read
 from addcow_mp.farm.scrub import DIFFERENT, Scrubbed, scrub
 from addcow_mp.jobs.report import Conduct
@@ -51,7 +51,9 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
                 places, wishes.state, counted, share=share, is_late=lambda: limit.is_reached
             )
         _show(found, wishes)
-        if found.left:
+        if found.problem is not None:
+            _say_problem(found, found.problem)
+        elif found.left:
             _say_what_stopped_it(found, conduct)
     raise typer.Exit(worst(found.verdicts))
 
@@ -59,6 +61,13 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
 def _refuse_no_name(state: str) -> None:
     if not state:
         raise UsageError(message="--state '': name a file")
+
+
+def _say_problem(found: Scrubbed, problem: AddcowError) -> None:
+    """Raise it, unless damage counts for more."""
+    if worst(found.verdicts) != DIFFERENT:
+        raise problem
+    tell(f"addcow: {problem}")
 
 
 def _say_what_stopped_it(found: Scrubbed, conduct: Conduct) -> None:
@@ -79,7 +88,7 @@ def _show(found: Scrubbed, wishes: Wishes) -> None:
         told = {"layers": layers, **findings_of(found.verdicts), "summary": summary}
         print(json.dumps(told, indent=4))
         return
-    print_findings(found.verdicts)
+    print_findings(found.verdicts, quiet=wishes.quiet)
     if not wishes.quiet:
         counts = (f"{count} {word}" for word, count in summary.items())
         print(", ".join(counts).replace("-", " "))

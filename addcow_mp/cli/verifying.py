@@ -48,7 +48,7 @@ def show_verdicts(file: str, verdicts: list[Verdict], *, as_json: bool, quiet: b
         told = {"filename": file, "exit": status, **findings_of(verdicts), "layers": layers}
         print(json.dumps(told, indent=4))
         return status
-    print_findings(verdicts)
+    print_findings(verdicts, quiet=quiet)
     if not quiet:
         print(_summary(verdicts, status))
     return status
@@ -61,10 +61,15 @@ def findings_of(verdicts: list[Verdict]) -> dict[str, object]:
     return {"ranges": ranges, "findings": findings}
 
 
-def print_findings(verdicts: list[Verdict]) -> None:
-    """Print a line for each range and each finding; what nobody could look at goes to stderr."""
+def print_findings(verdicts: list[Verdict], *, quiet: bool = False) -> None:
+    """Print a line for each range and each finding; what nobody could look at goes to stderr.
+
+    When ``quiet``, mere notes are left out.
+    """
     for one in verdicts:
         for remark in one.remarks:
+            if quiet and remark.grade is Grade.NOTE:
+                continue
             line = one_line(f"{remark.file}: {remark.message}")
             if remark.grade is Grade.UNVERIFIED:
                 tell(f"addcow: {remark.name}: {line}")
@@ -131,7 +136,7 @@ def _print_farm_jsonl(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG0
 
 
 def _print_farm(found: FarmVerdict, *, quiet: bool) -> None:
-    print_findings(found.all)
+    print_findings(found.all, quiet=quiet)
     if not quiet:
         counts = (f"{count} {word}" for word, count in _totals(found).items())
         print(", ".join(counts).replace("-", " "))

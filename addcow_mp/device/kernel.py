@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 _SYNC_FILE_RANGE_WRITE = 2
+_MADV_POPULATE_READ = 22
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
 
 
@@ -48,6 +49,23 @@ def has_in_memory(fd: int, start: int, stop: int) -> bool:
         libc.munmap(address, length)
     # Only the lowest bit of each byte is defined.
     return any(pages) and any(page & 1 for page in pages)
+
+
+def peek(fd: int, view: memoryview, offset: int) -> bool:
+    """Fill ``view`` from ``offset`` of a file through a mapping; false when it has to be read.
+
+    A place that the disk does not give is a SIGBUS under a mapping: the pages are asked for
+    first, which is an error where one is missing, and on systems that cannot ask like that.
+    """
+    base = offset - offset % mmap.ALLOCATIONGRANULARITY
+    length = offset - base + len(view)
+    try:
+        window = mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=base)
+        window.madvise(_MADV_POPULATE_READ)
+    except (OSError, ValueError):
+        return False
+    view[:] = memoryview(window)[offset - base :]
+    return True
 
 
 def die_with_parent() -> None:

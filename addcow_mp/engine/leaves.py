@@ -5,6 +5,8 @@ leaves are read in one go through a buffer that stays in the processor's cache a
 there; a leaf of which only a part is local is put together in a buffer of zeros. What the guest
 sees is read through the chain, and only where leaves alone do not say it: where a leaf mixes
 layers, and where an overlay ends within a leaf that its backing file goes on with.
+
+Header and bitmap of an overlay have a digest each, of all their bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from collections.abc import Callable, Iterator
 from bitarray import bitarray
 from blake3 import blake3
 
+from addcow_mp.device import kernel
 from addcow_mp.device.files import File, new_buffer
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.plan import Task
-from addcow_mp.engine.scan import mapped
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.format.bits import Run, between, merged, runs
 from addcow_mp.format.manifest import (
@@ -61,13 +63,18 @@ def cow_digests(overlay: Overlay, buffer: memoryview | None = None) -> tuple[str
 
 
 def _look_at(file: File, view: memoryview, start: int) -> None:
-    """Fill ``view`` with what stands from ``start`` on, where holes are zeros; mapped, not read."""
+    """Fill ``view`` with what stands from ``start`` on, where holes are zeros.
+
+    It is looked at through a mapping, like every bitmap, and read where that cannot be.
+    """
     stop = start + len(view)
     data = list(file.data_runs(start, stop))
     for first, last in between(data, start, stop):
         view[first - start : last - start] = bytes(last - first)
     for first, last in data:
-        view[first - start : last - start] = mapped(file, first, last)
+        part = view[first - start : last - start]
+        if not kernel.peek(file.fd, part, first):
+            file.read_into(part, first)
 
 
 # Leaf by leaf

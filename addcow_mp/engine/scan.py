@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from bitarray import bitarray
 
-from addcow_mp.device.files import File, ended_early
+from addcow_mp.device.files import File
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
@@ -138,12 +138,9 @@ def mapped(file: File, start: int, stop: int) -> memoryview:
     """The bytes ``[start, stop)`` of ``file``, mapped for reading."""
     base = round_down(start, mmap.ALLOCATIONGRANULARITY)
     with file.doing(f"map {stop - start} bytes at {start}"):
-        try:
-            window = mmap.mmap(
-                file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
-            )
-        except ValueError:
-            raise ended_early() from None
+        window = mmap.mmap(
+            file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
+        )
         window.madvise(mmap.MADV_SEQUENTIAL)
     return memoryview(window)[start - base :]
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.sidecar import manifest_of
-from addcow_mp.errors import ManifestError
+from addcow_mp.errors import AddcowError, ManifestError
 from addcow_mp.farm.ledger import Entry, Ledger, Record, opened
 from addcow_mp.farm.verify import FarmFiles
 from addcow_mp.format.bits import Run
@@ -27,7 +27,7 @@ from addcow_mp.format.manifest import FileState, read_head, weight_of
 from addcow_mp.jobs.looking import Part, Sample, Seen, Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Verdict
-from addcow_mp.jobs.verify import Outstanding, Reading, lookers
+from addcow_mp.jobs.verify import Outstanding, ReadSoFar, verifiers
 
 #: How a run has ended, in the ledger's words.
 COMPLETE, TIME_LIMIT, INTERRUPTED, FAILED = "complete", "time-limit", "interrupted", "failed"
@@ -41,12 +41,13 @@ class Scrubbed:
     """What a run has found: ``verdicts`` of layers that it has finished, or found damaged.
 
     ``bytes_read`` were read, those of layers that were not finished included; ``left`` layers of
-    the pass were not looked at to their ends.
+    the pass were not looked at to their ends. ``problem`` ended the run.
     """
 
     verdicts: list[Verdict] = field(default_factory=list)
     bytes_read: int = 0
     left: int = 0
+    problem: AddcowError | None = None
 
 
 def scrub(
@@ -141,7 +142,7 @@ class _Whole:
 
     def wholly(self, entry: Entry, found: Verdict) -> Entry:
         entry = entry._replace(pass_=self.pass_, unseen=None, pending=None)
-        if found.exit_code == UNVERIFIED:
+        if found.exit_code == UNVERIFIED or not found.was_compared:
             return _remembering(entry, found)
         return entry.looked_at(found)._replace(verified=time.time())
 
@@ -169,7 +170,9 @@ class _Sampled:
         return Verdict(entry.path)
 
     def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:  # noqa: ARG002
-        return entry  # the next one draws others
+        # The next run draws others, and begins with layers whose turn was longer ago.
+        known = _remembering(entry, found) if found.exit_code == DIFFERENT else entry
+        return known._replace(sampled=time.time())
 
     def wholly(self, entry: Entry, found: Verdict) -> Entry:
         return _remembering(entry, found)._replace(sampled=time.time())
@@ -200,25 +203,34 @@ class _Round:
         self._read = [0] * len(way.order)
         parts = (way.parts(number, entry) for number, entry in enumerate(way.order))
         self._outstanding = Outstanding(part for some in parts for part in some)
-        self._reading = Reading([way.weight(entry) for entry in way.order])
+        self._so_far = ReadSoFar([way.weight(entry) for entry in way.order])
         self._result = Scrubbed()
         self._different: set[int] = set()
 
     def run(self, conduct: Conduct, is_late: Callable[[], bool]) -> Scrubbed:
         """Look at what is due, as long as that is allowed."""
         self._write()
-        ending = ""
+        ending = FAILED
         try:
             self._look(replace(conduct, stopping=lambda: conduct.stopping() or is_late()))
             ending = self._ending(conduct)
+        except KeyboardInterrupt:  # a second one, which ends it at once
+            ending = INTERRUPTED
+            raise
+        except AddcowError as error:  # what was found is told all the same
+            self._result.problem = error.kept()
         finally:
-            # A second interrupt ends it at once.
-            ending = ending or (INTERRUPTED if conduct.stopping() else FAILED)
             self._result.left = len(self._outstanding.layers)
             self._result.verdicts += self._unfinished()
             self._run = self._run._replace(ended=time.time(), result=ending)
-            self._write()
+            self._write_last()
         return self._result
+
+    def _write_last(self) -> None:
+        try:
+            self._write()
+        except AddcowError as error:
+            self._result.problem = self._result.problem or error.kept()
 
     def _unfinished(self) -> list[Verdict]:
         """What this run has found of layers in which it found damage, and not their ends."""
@@ -236,10 +248,10 @@ class _Round:
 
     def _look(self, conduct: Conduct) -> None:
         parts = self._outstanding.parts
-        with lookers(conduct, len(parts), self._way.sample) as crew:
+        with verifiers(conduct, len(parts), self._way.sample) as crew:
             for seen in crew.look(self._targets, parts):
                 self._take(seen)
-                self._reading.tell(conduct)
+                self._so_far.tell(conduct)
                 if self._book.is_due:
                     self._write()
 
@@ -260,7 +272,7 @@ class _Round:
             bytes=self._result.bytes_read, different=len(self._different)
         )
         is_last = self._outstanding.take(seen)
-        self._reading.take(seen, is_last=is_last)
+        self._so_far.take(seen, is_last=is_last)
         if is_last:
             entry = self._way.wholly(entry, found)
             self._finish(entry, self._told(number))
@@ -288,7 +300,7 @@ def _current(path: str, known: Entry | None) -> Entry:
         identity = " ".join(map(str, FileState.of(os.stat(sidecar))[:3]))
     except OSError:
         identity = None
-    if known is not None and known.manifest == identity:
+    if known is not None and identity in (None, known.manifest):
         return known._replace(gone=0)
     return Entry(path, identity, 0 if identity is None else _weight(sidecar))
 

@@ -3,6 +3,9 @@
 A base that a thousand overlays share is read once, as is every overlay; what stands above a layer
 that differs is known from the graph. Files with a manifest that nobody names any more count too:
 they may be overlays whose header was damaged beyond recognition.
+
+The processes are started once it is known how many manifests there are, and while the headers of
+a large farm are being read.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.looking import Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Verdict
-from addcow_mp.jobs.verify import chain_of, lookers
+from addcow_mp.jobs.verify import chain_of, verifiers
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVe
     """
     conduct = conduct or Conduct()
     files = FarmFiles(places, conduct.access)
-    with lookers(replace(conduct, access=files.access), len(files.paths)) as crew:
+    with verifiers(replace(conduct, access=files.access), len(files.manifests)) as crew:
         images, others = files.layers()
         verdicts = crew.verify([*images, *others])
     return FarmVerdict(verdicts[: len(images)], verdicts[len(images) :])
@@ -61,24 +64,27 @@ class FarmFiles:
         places = list(places)
         self._named = {path for path in places if os.path.isfile(path)}
         paths, self.access = files_of(places, access)
-        #: All but manifests, which are about one of the others or about nothing.
-        self.paths = [path for path in paths if not path.endswith(SUFFIX)]
-        self._manifests = [path for path in paths if path.endswith(SUFFIX)]
+        #: As many layers as have one can be verified.
+        self.manifests = [path for path in paths if path.endswith(SUFFIX)]
+        self._paths = [path for path in paths if not path.endswith(SUFFIX)]
 
     def layers(self) -> tuple[list[Target], list[Target]]:
         """The overlays among the files, and all other layers.
 
         A file that is a place itself is a layer, whatever it is: it was asked for.
         """
-        overlays = overlays_of(self.paths)
-        seen: set[Identity] = {one.identity for one in overlays}
-        others = list(_others(overlays, self._manifests, self.access, seen))
+        # A file has one verdict; of several names it goes by one that has a manifest.
+        described = {path.removesuffix(SUFFIX) for path in self.manifests}
+        paths = sorted(self._paths, key=lambda path: path not in described)
+        overlays = sorted(overlays_of(paths), key=lambda one: one.path)
+        seen: set[Identity | str] = {one.identity for one in overlays}
+        others = list(_others(overlays, self.manifests, self.access, seen))
         others += [one for path in sorted(self._named) for one in _alone(path, seen)]
         return [Target(one.path) for one in overlays], others
 
 
 def _others(
-    overlays: list[Named], manifests: list[str], access: Access, seen: set[Identity]
+    overlays: list[Named], manifests: list[str], access: Access, seen: set[Identity | str]
 ) -> Iterator[Target]:
     """What overlays stand on and no overlay of the farm is, and what has a manifest besides."""
     for one in overlays:
@@ -91,7 +97,7 @@ def _others(
             yield replace(target, format=_kind(path))
 
 
-def _alone(path: str, seen: set[Identity]) -> Iterator[Target]:
+def _alone(path: str, seen: set[Identity | str]) -> Iterator[Target]:
     """A file that was named and is no overlay: raw, but for the manifest that was one of those."""
     if described_by(path) is None:
         sidecar = manifest_of(path)
@@ -107,13 +113,14 @@ def _kind(path: str) -> str:
         return ADD_COW
 
 
-def _new(target: Target, seen: set[Identity]) -> Iterator[Target]:
-    """``target``, unless the same file was met before."""
+def _new(target: Target, seen: set[Identity | str]) -> Iterator[Target]:
+    """``target``, unless the same file was met before, or the same name of none."""
+    identity: Identity | str
     try:
         identity = identity_of(os.stat(target.path))
     except OSError:
-        yield target  # that it is not there is for its verdict to say
-        return
+        # That it is not there is for its verdict to say.
+        identity = os.path.realpath(target.path)
     if identity not in seen:
         seen.add(identity)
         yield target

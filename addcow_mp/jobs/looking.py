@@ -10,14 +10,16 @@ nor accuse sound data. Only leaves that mix layers need the bits; where those ar
 leaves remain unverified. Times alone accuse nobody: a file that was written since holds other
 bytes in some leaf, and that is found; one that was only touched does not.
 
-A task is several parts, done one after the other until so much was read that another process may
-want the rest; what is left comes back with what was seen, also when all shall stop.
+A leaf that the disk does not give remains unverified, and the others are looked at all the same.
+
+A task is several parts, done one after the other until so much was looked at that another process
+may want the rest; what is left comes back with what was seen, also when all shall stop.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,18 +45,21 @@ from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.leaves import Hasher, cow_digests, file_of
-from addcow_mp.engine.pace import Pace
+from addcow_mp.engine.pace import STEPS_PER_SECOND, Pace
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
-from addcow_mp.errors import AddcowError, ManifestError, StoppedError
+from addcow_mp.errors import AddcowError, FileError, ManifestError, StoppedError
 from addcow_mp.format.bits import Run, merged, runs
-from addcow_mp.format.header import ADD_COW
-from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, FileState, Manifest, digest
+from addcow_mp.format.header import ADD_COW, RAW
+from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, FileState, Group, Manifest, digest
 from addcow_mp.jobs.verdict import Grade, Range, Verdict
 from addcow_mp.units import EiB, MiB
 
 #: Groups with something in them for one task, 256 MiB: so a large layer is shared out evenly.
 PART = 256 * MiB // GROUP
+
+#: Leaves that cannot be read before a layer is given up: a disk that is gone would take for ever.
+BAD_LEAVES = 64
 
 #: A number behind all leaves.
 END = EiB // LEAF * 16
@@ -136,6 +141,7 @@ class Looking:
         self.buffer = new_buffer()
         self._manifests = _Manifests()
         self._beside: dict[str, Access] = {}
+        self._reachable: dict[tuple[str, tuple[str, ...]], bool] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         shared = (self.access, self.board, self.sample, self.rate)
@@ -149,18 +155,18 @@ class Looking:
             if allowance > 0 and not self._shall_stop():
                 look = _Look(self, part, target, allowance)
                 seen.append(look.seen())
-                allowance -= look.groups
+                allowance -= look.leaves
         return seen
 
     @property
     def _allowance(self) -> int:
-        """Groups in one task: with a limit what takes about a second, so that little is lost."""
-        return min(PART, max(1, self.rate // GROUP)) if self.rate else PART
+        """Leaves in one task: with a limit what takes about a second, which a crash may cost."""
+        return min(PART * FAN, max(1, self.rate // LEAF)) if self.rate else PART * FAN
 
     @property
     def step(self) -> int:
-        """Leaves that are compared at once: with a limit a second's worth, which a stop costs."""
-        return min(FAN, max(1, self.rate // LEAF)) if self.rate else FAN
+        """Leaves that are compared at once, which a stop may cost."""
+        return min(FAN, max(1, self.rate // LEAF // STEPS_PER_SECOND)) if self.rate else FAN
 
     @cached_property
     def _pace(self) -> Pace:
@@ -191,9 +197,15 @@ class Looking:
         """That of the layer at ``path``. Raises like :meth:`Manifest.load`."""
         return self._manifests.of(path)
 
-    def guest_digest(self, path: str) -> str | None:
-        """What the manifest of the layer at ``path`` says that its guest sees; None without one."""
-        return self._manifests.guest_digest(path)
+    def guest_digest(self, path: str, holder: Target) -> str | None:
+        """What the manifest of the layer at ``path`` says that its guest sees; None without one.
+
+        Nor is there one for ``holder`` when what it names lies where names may not lead.
+        """
+        access = self.access_for(holder)
+        if (path, access.roots) not in self._reachable:
+            self._reachable[path, access.roots] = can_reach(path, access)
+        return self._manifests.guest_digest(path) if self._reachable[path, access.roots] else None
 
 
 class _Manifests:
@@ -225,7 +237,7 @@ class _Manifests:
 
 
 class _Look:
-    """One look at one part of a layer, at no more than ``allowance`` groups of it."""
+    """One look at one part of a layer, at no more than ``allowance`` leaves of it."""
 
     def __init__(self, work: Looking, part: Part, target: Target, allowance: int) -> None:
         self.work = work
@@ -233,7 +245,8 @@ class _Look:
         self.target = target
         self.allowance = allowance
         self.verdict = Verdict(self.target.path)
-        #: Groups that were looked at.
+        #: Leaves and groups that were looked at.
+        self.leaves = 0
         self.groups = 0
         #: What an overlay names.
         self.names: Names | None = None
@@ -246,7 +259,9 @@ class _Look:
                 left = tuple(self._left(self._opened(opened)))
         except AddcowError as error:
             if not self._is_header_damaged():
-                self.verdict.remark("unexamined", Grade.UNVERIFIED, self.target.path, str(error))
+                path, told = self.target.path, str(error)
+                told = told.removeprefix(f"{path}: ")
+                self.verdict.remark("unexamined", Grade.UNVERIFIED, path, told)
         return Seen(self.part, self.verdict, left)
 
     def _opened(self, opened: ExitStack) -> Layer:
@@ -273,9 +288,10 @@ class _Look:
         leaves = _Leaves(layer, manifest, self.work)
         leaves.trusted = self._has_sound_bits(layer, manifest)
         numbers = leaves.groups(self.part)
-        position = self._compared(leaves, numbers[: self.allowance])
-        self.verdict.ranges += leaves.ranges()
-        self.verdict.bytes_read = leaves.bytes_read
+        try:
+            position = self._compared(leaves, numbers)
+        finally:
+            self._note(leaves)
         if not leaves.trusted and any(manifest.group(one).mixed.any() for one in manifest.records):
             told = "leaves that mix layers were not verified: that takes the bitmap as it was"
             self.verdict.remark("mixed", Grade.UNVERIFIED, layer.path, told)
@@ -285,19 +301,27 @@ class _Look:
             cuts = [first, *(number * FAN for number in left[PART::PART]), self.part.stop]
             yield from (Part(self.part.index, *span) for span in pairwise(cuts))
 
+    def _note(self, leaves: _Leaves) -> None:
+        self.verdict.ranges += leaves.ranges()
+        self.verdict.bytes_read = leaves.bytes_compared
+        for place, told in leaves.unreadable():
+            self.verdict.remark("unreadable", Grade.UNVERIFIED, place.file, told)
+
     def _compared(self, leaves: _Leaves, numbers: list[int]) -> int:
-        """Compare the leaves of some groups until all shall stop; the leaf behind the last one."""
+        """Compare the leaves of groups as far as allowed; the leaf behind the last one."""
         position = self.part.first
         for number in numbers:
             start = max(self.part.first, number * FAN)
             stop = min(self.part.stop, (number + 1) * FAN)
-            for first in range(start, stop, self.work.step):
-                last = min(first + self.work.step, stop)
+            for first, last in leaves.steps(number, start, stop, self.work.step):
+                if self.leaves >= self.allowance:
+                    return position
                 try:
                     self.work.look_up()
                     leaves.compare(number, first, last)
                 except StoppedError:
                     return position
+                self.leaves += min(self.work.step, last - first)
                 position = last
             self.groups += 1
         return position
@@ -331,6 +355,10 @@ class _Look:
             elif was != now:
                 told = "it was written or touched after its manifest was made"
                 self.verdict.remark("changed", Grade.NOTE, file.path, told)
+        if same and (manifest.head.kind, manifest.head.virtual_size) != _kind_of(layer):
+            told = "it is of a layer of another format or size"
+            self.verdict.remark("manifest", Grade.DAMAGE, manifest.path, told)
+            same = False
         self._compare_below(layer, manifest)
         return same
 
@@ -340,7 +368,7 @@ class _Look:
         if wanted is None or self.names is None or self.names.backing is None:
             return
         path = resolve(layer.path, self.names.backing)
-        found = self.work.guest_digest(path)
+        found = self.work.guest_digest(path, self.target)
         if found is not None and found != wanted:
             told = f"what lies below, {path}, is not what lay there when the manifest was made"
             self.verdict.remark("backing-replaced", Grade.DAMAGE, layer.path, told)
@@ -373,17 +401,32 @@ class _Look:
                 cow.read_into(memoryview(found), 0)
         except (AddcowError, OSError):
             return False
-        if digest(found).hex() == head.header_digest:
+        if head.header_digest is None or digest(found).hex() == head.header_digest:
             return False
-        self.verdict.ranges.append(Range(self.target.path, 0, len(found)))
+        if found:
+            self.verdict.ranges.append(Range(self.target.path, 0, len(found)))
         told = "its header is not what it was, and nothing else of it could be verified"
         self.verdict.remark("header", Grade.DAMAGE, self.target.path, told)
         return True
 
 
+def can_reach(path: str, access: Access) -> bool:
+    """Whether a name in an image may lead to ``path``, and it can be opened."""
+    try:
+        access.open_beneath(path).close()
+    except AddcowError:
+        return False
+    return True
+
+
 def _opened_cow(target: Target, access: Access) -> File:
     opener = access.open_named if target.holder is None else access.open_beneath
     return opener(target.path)
+
+
+def _kind_of(layer: Layer) -> tuple[str, int]:
+    """Format and virtual size."""
+    return (ADD_COW if isinstance(layer, Overlay) else RAW), layer.size
 
 
 def _files(layer: Layer) -> Iterator[tuple[str, File]]:
@@ -405,12 +448,11 @@ class _Leaves:
         #: Whether the bitmap can be asked what is local in leaves that mix layers.
         self.trusted = True
         self._hasher = Hasher(file_of(layer), layer.size, work.spend, work.buffer)
+        #: What was read of the image and compared.
+        self.bytes_compared = 0
         self._differing: list[int] = []
-
-    @property
-    def bytes_read(self) -> int:
-        """What was read of the image so far."""
-        return self._hasher.bytes_read
+        self._unreadable: dict[int, str] = {}
+        self._last: tuple[int, Group] | None = None
 
     def groups(self, part: Part) -> list[int]:
         """The groups of ``part`` that hold something, or did."""
@@ -422,9 +464,37 @@ class _Leaves:
                 numbers.update(range(here // GROUP, -(-there // GROUP)))
         return sorted(numbers)
 
+    def steps(self, number: int, first: int, stop: int, most: int) -> Iterator[Run]:
+        """``[first, stop)`` of a group, cut into parts with at most ``most`` leaves to read."""
+        base = number * FAN
+        covered = self._group(number).covered[first - base : stop - base]
+        cuts = [first + leaf for leaf in list(covered.search(1))[most::most]]
+        yield from pairwise((first, *cuts, stop))
+
     def compare(self, number: int, first: int, stop: int) -> None:
-        """Find those of the leaves ``[first, stop)`` of a group that do not hold what they held."""
-        was, base = self.manifest.group(number), number * FAN
+        """Find those of the leaves ``[first, stop)`` of a group that do not hold what they held.
+
+        Those that the disk does not give are noted, unless they are too many.
+        """
+        try:
+            self._compare(number, first, stop)
+        except FileError as error:
+            if len(self._unreadable) >= BAD_LEAVES:
+                raise
+            if stop - first == 1:
+                self._unreadable[first] = error.fields["reason"]
+                return
+            for leaf in range(first, stop):
+                self.compare(number, leaf, leaf + 1)
+
+    def _group(self, number: int) -> Group:
+        """What the manifest says of a group; the last one is kept."""
+        if self._last is None or self._last[0] != number:
+            self._last = number, self.manifest.group(number)
+        return self._last[1]
+
+    def _compare(self, number: int, first: int, stop: int) -> None:
+        was, base = self._group(number), number * FAN
         within = bitarray(FAN, endian="little")
         within[first - base : stop - base] = 1
         own, mixed = was.covered & ~was.mixed & within, was.covered & was.mixed & within
@@ -433,7 +503,9 @@ class _Leaves:
         if self.sample is not None:
             chosen = self.sample.chosen(self.layer.path, number)
             own, mixed = own & chosen, mixed & chosen
+        before = self._hasher.bytes_read
         now = self._hasher.held(number, self._spans(number, own, mixed), mixed)
+        self.bytes_compared += self._hasher.bytes_read - before
         if now != was.held:
             places = range(0, FAN * DIGEST, DIGEST)
             counted = own | mixed
@@ -464,8 +536,17 @@ class _Leaves:
 
     def ranges(self) -> list[Range]:
         """Whole leaves of the file that differ, joined and clipped to it."""
+        return self._places(self._differing)
+
+    def unreadable(self) -> Iterator[tuple[Range, str]]:
+        """Where the disk did not give what the file holds, and what is said of it."""
+        for place in self._places(self._unreadable):
+            reason = self._unreadable[place.start // LEAF]
+            yield place, f"{place.length} bytes at {place.start} cannot be read: {reason}"
+
+    def _places(self, leaves: Iterable[int]) -> list[Range]:
         file = file_of(self.layer)
-        parts = merged((leaf, leaf + 1) for leaf in self._differing)
+        parts = merged((leaf, leaf + 1) for leaf in leaves)
         spans = ((first * LEAF, min(stop * LEAF, file.length)) for first, stop in parts)
         return [Range(file.path, start, stop - start) for start, stop in spans]
 

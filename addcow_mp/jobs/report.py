@@ -30,10 +30,10 @@ class Conduct:
 
     ``jobs``: worker processes; 0 = in this process, None = the usable processors. ``crew``:
     processes that work for several jobs, instead of its own. ``progress`` is called with bytes
-    done and bytes in all, ``counted`` with images done and images in all by jobs that look at many,
-    after ``progress``. ``stopping`` is asked between tasks, and once it is true no new one is
-    begun. ``access`` says what may be opened and how, ``manner`` how bytes are moved,
-    ``around`` what is known of other overlays nearby; None = look.
+    done and bytes in all, ``counted`` with images done and images in all by jobs that look at
+    many, after ``progress`` where they tell both. ``stopping`` is asked between tasks, and once
+    it is true no new one is begun. ``access`` says what may be opened and how, ``manner`` how
+    bytes are moved, ``around`` what is known of other overlays nearby; None = look.
     """
 
     jobs: int | None = None

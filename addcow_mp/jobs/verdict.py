@@ -9,6 +9,9 @@ from itertools import groupby
 
 from addcow_mp.format.bits import merged
 
+#: Remarks on layers of which nothing was read: there is nothing to hold them against.
+NOT_COMPARED = ("manifest", "no-manifest", "replaced", "unexamined")
+
 
 class Grade(Enum):
     """What a remark means."""
@@ -67,6 +70,11 @@ class Verdict:
         if self.ranges or Grade.DAMAGE in grades:
             return 2
         return 1 if Grade.UNVERIFIED in grades else 0
+
+    @property
+    def was_compared(self) -> bool:
+        """Whether the content was held against the manifest, whatever came of it."""
+        return not any(remark.name in NOT_COMPARED for remark in self.remarks)
 
     def remark(self, name: str, grade: Grade, file: str, message: str) -> None:
         """Add a remark."""

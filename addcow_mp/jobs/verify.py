@@ -3,6 +3,9 @@
 Layers are dealt out in parcels to one pool; whoever has one opens its files and looks at them
 (:mod:`addcow_mp.jobs.looking`). What a process leaves, since it is much or since all shall stop,
 is dealt out anew, before whatever comes later: layers are looked at in about the given order.
+
+The processes can be had before the layers are known: they start while a farm is being listed. How
+much there is to read is estimated by the length of manifests, and corrected by what was read.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 from addcow_mp.device.access import Access
@@ -20,18 +24,18 @@ from addcow_mp.engine.board import Board
 from addcow_mp.engine.pool import Done, Failed, Pool, usable_cpus
 from addcow_mp.engine.pool import Part as Role
 from addcow_mp.errors import AddcowError, BeginsAnewError
-from addcow_mp.format.header import ADD_COW
+from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import weight_of_length
-from addcow_mp.jobs.looking import Looking, Parcel, Part, Sample, Seen, Target
+from addcow_mp.jobs.looking import Looking, Parcel, Part, Sample, Seen, Target, can_reach
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Grade, Verdict
 
 #: Layers in one task: enough that handing it out costs little against it.
 PARCEL = 16
 
-#: Layers for which other processes are started at once: finding out what the first ones take
-#: would take longer.
-MANY = 256
+#: Layers for which another process is started at once: finding out what the first ones take would
+#: take longer.
+MANY = 128
 
 #: Tasks for each process at the least: so that all end at about the same time.
 SHARES = 8
@@ -46,7 +50,9 @@ def verify(path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW)
     conduct = conduct or Conduct()
     conduct.access.open_named(path).close()
     access = conduct.access.beside(path)
-    return verify_all(list(chain_of(path, format_, access)), replace(conduct, access=access))
+    chain = list(chain_of(path, format_, access))
+    with verifiers(replace(conduct, access=access), len(chain)) as crew:
+        return crew.verify(chain)
 
 
 def chain_of(path: str, format_: str, access: Access) -> Iterator[Target]:
@@ -73,15 +79,6 @@ def _below(path: str, access: Access, *, named: bool) -> tuple[str, str] | None:
         return None
 
 
-def verify_all(targets: list[Target], conduct: Conduct) -> list[Verdict]:
-    """Verify many layers with one pool, each by itself; verdicts are in their order.
-
-    Raises :class:`BeginsAnewError` when ``conduct`` stops it.
-    """
-    with lookers(conduct, len(targets)) as crew:
-        return crew.verify(targets)
-
-
 class Outstanding:
     """The parts of layers that are still to be looked at."""
 
@@ -106,7 +103,7 @@ class Outstanding:
         return not parts
 
 
-class Reading:
+class ReadSoFar:
     """How much was read of layers, of which there are about ``weights`` bytes to read."""
 
     def __init__(self, weights: list[int]) -> None:
@@ -132,41 +129,50 @@ class Reading:
         conduct.counted(self._finished, len(self._weights))
 
 
-def _about(path: str) -> int:
-    """About how many bytes there are to read of the layer at ``path``; 0 without a manifest."""
+def _about(target: Target, access: Access) -> int:
+    """About how many bytes there are to read of a layer; 0 without a manifest.
+
+    Digests of zeros are not stored, but a file can be full of them.
+    """
+    holder = target.holder
+    if holder is not None and not can_reach(target.path, access.beside(holder)):
+        return 0
     try:
-        return weight_of_length(os.stat(manifest_of(path)).st_size)
+        weight = weight_of_length(os.stat(manifest_of(target.path)).st_size)
+        stored = os.stat(target.path).st_blocks * 512 if target.format == RAW else 0
     except OSError:
         return 0
+    return max(weight, stored)
 
 
-# The processes that look
+# The processes that verify
 
 
 @contextmanager
-def lookers(conduct: Conduct, layers: int, sample: Sample | None = None) -> Iterator[Lookers]:
-    """Processes that will look at about so many ``layers``, whichever these turn out to be.
+def verifiers(conduct: Conduct, layers: int, sample: Sample | None = None) -> Iterator[Verifiers]:
+    """Processes for about so many ``layers``, whichever these turn out to be.
 
     Where that is many they are started at once, so that they stand ready when it is known.
     """
     board = Board.create((), 0)
-    jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
     rate, idle = conduct.manner.rate, conduct.manner.idle
-    work = Looking(conduct.access, board, sample, max(1, rate // max(1, jobs)) if rate else 0)
+    # One process can keep up with any limit, and needs nobody to share it with.
+    jobs = (1 if rate else usable_cpus()) if conduct.jobs is None else conduct.jobs
+    work = Looking(conduct.access, board, sample, conduct.manner.rate_of_each(jobs))
     work.stopping = conduct.stopping
     # Limits are for workers: this process would exceed them, or could not be reached meanwhile.
     usual = Role.FULL if layers >= MANY else Role.FIRST
     try:
         with Pool(work, jobs, idle=idle, part=Role.NONE if idle or rate else usual) as pool:
-            if layers >= MANY:
-                pool.start()
-            yield Lookers(pool, conduct, board)
+            if layers >= MANY and not conduct.stopping():
+                pool.start(layers // MANY)
+            yield Verifiers(pool, conduct, board)
     finally:
         board.close()
 
 
-class Lookers:
-    """What :func:`lookers` yields. Used once."""
+class Verifiers:
+    """What :func:`verifiers` yields. Used once."""
 
     def __init__(self, pool: Pool, conduct: Conduct, board: Board) -> None:
         self._pool = pool
@@ -174,14 +180,17 @@ class Lookers:
         self._board = board
 
     def verify(self, targets: list[Target]) -> list[Verdict]:
-        """Verify ``targets``; verdicts are in their order. Raises like :func:`verify_all`."""
+        """Verify ``targets``; verdicts are in their order.
+
+        Raises :class:`BeginsAnewError` when it is stopped.
+        """
         verdicts = [Verdict(target.path) for target in targets]
         outstanding = Outstanding(Part(index) for index in range(len(targets)))
-        reading = Reading([_about(target.path) for target in targets])
+        read = ReadSoFar([_about(target, self._conduct.access) for target in targets])
         for seen in self.look(targets, outstanding.parts):
             verdicts[seen.part.index].join(seen.verdict)
-            reading.take(seen, is_last=outstanding.take(seen))
-            reading.tell(self._conduct)
+            read.take(seen, is_last=outstanding.take(seen))
+            read.tell(self._conduct)
         if outstanding.layers:
             raise BeginsAnewError(path=f"{len(targets)} layers")
         return verdicts
@@ -189,13 +198,7 @@ class Lookers:
     def look(self, targets: list[Target], parts: Sequence[Part]) -> Iterator[Seen]:
         """Look at ``parts`` of ``targets``, in about this order; ends early when it is stopped."""
         dealing = _Dealing(self._pool, targets, max(1, self._pool.jobs))
-        return dealing.all(parts, self._stopping)
-
-    def _stopping(self) -> bool:
-        """Whether to stop; all processes are told."""
-        if self._conduct.stopping():
-            self._board.stop()
-        return self._board.stopped
+        return dealing.all(parts, partial(self._board.stops_by, self._conduct.stopping))
 
 
 class _Dealing:
