@@ -8,7 +8,7 @@ survives being sent from a worker to its parent and means the same there.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class AddcowError(Exception):
@@ -24,6 +24,11 @@ class AddcowError(Exception):
     def __init__(self, **fields: Any) -> None:
         self.fields = fields
         super().__init__(self.template.format(**fields))
+
+    def kept(self) -> Self:
+        """The same without the way that it came: with it live the files that were open there."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from class and fields: keyword arguments survive pickling."""

@@ -344,21 +344,22 @@ def test_a_large_job_starts_the_others_after_the_second_task(tmp_path: Path) -> 
 def test_processes_can_be_started_before_there_are_tasks(tmp_path: Path, part: Part) -> None:
     others = 2 if part in (Part.FULL, Part.FIRST) else 3
     with Pool(Plain(tmp_path), 3, part=part) as pool:
-        pool.start()
+        pool.start(1)
+        assert len(own_children()) == 1
+        pool.start(9)
         started = own_children()
         assert len(started) == others
-        pool.start()
         results = [one for one in pool.run(tasks_of(40)) if one is not None]
         assert own_children() == started
     all_done({result.task.number: result for result in results}, tasks_of(40))
     with Pool(Plain(tmp_path), 3, part=part) as pool:
-        pool.start()
+        pool.start(9)
     assert not own_children()
 
 
 def test_a_process_that_is_started_before_there_are_tasks_may_die(tmp_path: Path) -> None:
     with Pool(Plain(tmp_path), 1) as pool:
-        pool.start()
+        pool.start(9)
         (process,) = active_children()
         process.kill()
         all_done({one.task.number: one for one in pool.run(tasks_of(9)) if one}, tasks_of(9))

@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from command import (
     tool,
     virtual_size,
 )
-from faulty import WIDE_CLUSTER, Ended, Rules, Wide, rule, running
+from faulty import WIDE_CLUSTER, Ended, Process, Rules, Wide, rule, running
 from test_kills import opened_for_writing
 from test_manifest import guest_digest, made, view_of
 from test_manifest_kills import Layers, form, one_line
@@ -702,3 +703,106 @@ def test_a_large_image_of_a_farm_is_read_back_too(here: Path) -> None:
     with (here / "big" / "base.img").open("rb") as base:
         assert found["./big/top.add-cow"]["guest-digest"] == guest_digest(base.read())
     assert not any((here / name).exists() for name in (*names, "big/top.add-cow"))
+
+
+def test_a_farm_that_is_stopped_tells_what_was_not_verified(here: Path) -> None:
+    farm_of(here, 1)
+    rules = rules_for(here, rule("read_back", "stop", once="on"))
+    with running(*farm_command("flatten", "--jobs", "1"), cwd=here, rules=rules) as run:
+        (stopped,) = run.stopped()
+        run.signal(signal.SIGTERM)
+        run.until(lambda: run.has_met(signal.SIGTERM), "the signal")
+        run.until(run.is_round(), "it to tell its worker")
+        run.signal(signal.SIGCONT, stopped)
+        ended = run.end()
+        run.all_gone()
+    assert ended.status == 128 + signal.SIGTERM
+    assert ended.stderr.startswith("addcow: 0 of 1 images left, 1 done and not verified: stopped")
+    assert json.loads(ended.stdout)["images"][0]["state"] == "stopped"
+    assert look(here / "0" / "top.raw") == "AXCY0FGH"
+
+
+# ---- limits ----
+
+
+@EACH
+@BOTH
+def test_what_is_read_counts_against_a_limit(here: Path, job: str, jobs: str) -> None:
+    """Once before the job and once after it; moving alone would take a quarter of a second."""
+    pair(here, "A" * 16, "-X" * 8)
+    begun = time.monotonic()
+    succeed(*command(job, "--jobs", jobs, "-r", "2M"), cwd=here)
+    assert time.monotonic() - begun >= 1
+
+
+@BOTH
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_limit_holds_nobody_back_who_is_asked_to_stop(
+    here: Path, jobs: str, number: signal.Signals
+) -> None:
+    """It would take two minutes to read the disk before the job."""
+    pair(here, "A" * 32, "-X" * 16)
+    words = command("flatten", "--jobs", jobs, "-r", "16K")
+    with running(*words, cwd=here) as run:
+        run.until(lambda: is_at_work(run.members()), "it to read")
+        run.signal(number)
+        ended = run.end()
+        run.all_gone()
+    assert ended.status == 128 + number
+    assert bits(here / "top.add-cow") == ".1" * 16
+
+
+def is_at_work(processes: list[Process]) -> bool:
+    """Whether one of them has the disk open."""
+    with suppress(OSError):
+        opened = [fd for one in processes for fd in Path(f"/proc/{one.pid}/fd").iterdir()]
+        return any(os.readlink(fd).endswith("/base.img") for fd in opened)
+    return False
+
+
+# ---- what stands in the way ----
+
+
+@BOTH
+def test_a_farm_holds_nothing_that_it_was_refused(here: Path, jobs: str) -> None:
+    """Whoever was refused has had the file mapped that another one is to read back."""
+    draw_raw(here / "base.img", "ABCD")
+    draw(here / "a.add-cow", "-X--", "base.img")
+    draw(here / "b.add-cow", "--Y-", "a.add-cow", backing_format="add-cow")
+    draw(here / "other.add-cow", "---Z", "base.img")
+    words = ("farm", "commit", "--verify", "--jobs", jobs, "--output", "json", ".")
+    told = {one["filename"]: one for one in addcow(*words, cwd=here).json["images"]}
+    assert told["./a.add-cow"]["state"] == "refused"
+    assert told["./b.add-cow"]["state"] == "done", told["./b.add-cow"]
+    assert guest_picture(here / "b.add-cow") == "AXYD"
+
+
+@pytest.mark.parametrize("job", ["flatten", "discard"])
+def test_what_a_killed_worker_did_is_not_held_against_itself(here: Path, job: str) -> None:
+    """Done once more, there is nothing to do, and what is there is what is there."""
+    names = farm_of(here, 2)
+    rules = rules_for(here, rule("read_back", "stop", once="on"))
+    with running(*farm_command(job, "--jobs", "1"), cwd=here, rules=rules) as run:
+        (stopped,) = run.stopped()
+        bad = image_of(stopped, job)
+        flip(here / bad / target(job), 3 * CLUSTER + 5)
+        run.signal(signal.SIGKILL, stopped)
+        ended = run.end()
+        run.all_gone()
+    assert ended.status == 1
+    told = {one["filename"]: one for one in json.loads(ended.stdout)["images"]}
+    states = {name: told[f"./{name}"]["state"] for name in names}
+    assert states == {name: "failed" if name.startswith(bad) else "done" for name in names}
+    assert (here / bad / "top.add-cow").exists()
+
+
+@EACH
+@BOTH
+def test_a_disk_that_has_grown_meanwhile_is_another_one(here: Path, job: str, jobs: str) -> None:
+    pair(here, "ABCD", "-X-Y")
+    name = "base.img" if job == "commit -d" else "top.raw"
+    path, size = here / name, 4 * CLUSTER
+    ended = met(here, *command(job, "--jobs", jobs), meanwhile=lambda: os.truncate(path, 2 * size))
+    line = one_line(ended)
+    assert f"{name}: it is {2 * size} bytes large, and was {size}" in line
+    assert (here / "top.add-cow").exists()

@@ -13,6 +13,7 @@ but copy. They belong together, and are never compared with a whole process.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -26,12 +27,13 @@ from pathlib import Path
 
 from bench_files import BenchError, Run
 
-from addcow_mp.units import KiB
+from addcow_mp.units import MiB
 
 ADDCOW = str(Path(sys.executable).with_name("addcow"))
 
-#: The copy buffer of the bare loop, and its processes: what the fastest plain copy takes.
-BUFFER, PROCESSES = 256 * KiB, 2
+#: The copy buffer of the bare loop, in whole pages, and its processes: what the fastest plain copy
+#: takes.
+BUFFER, PROCESSES = 1 * MiB, 2
 
 #: Seconds after which a copying process is taken for dead.
 PATIENCE = 600.0
@@ -180,7 +182,7 @@ def bare_loop(source: Path, target: Path, runs: list[Run]) -> float:
 
 def _copy(source: Path, target: Path, runs: list[Run], gate: Barrier) -> None:
     here, there = os.open(source, os.O_RDONLY), os.open(target, os.O_WRONLY)
-    buffer = memoryview(bytearray(BUFFER))
+    buffer = memoryview(mmap.mmap(-1, BUFFER))
     gate.wait()
     for start, stop in runs:
         for at in range(start, stop, BUFFER):

@@ -14,7 +14,7 @@ from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.delivery import UnstartedError
-from addcow_mp.errors import StoppedError, TimeLimitError
+from addcow_mp.errors import NotReadBackError, StoppedError, TimeLimitError
 from addcow_mp.farm.errand import Operation
 from addcow_mp.farm.plan import Plan, State, plan
 from addcow_mp.farm.work import carry_out as work
@@ -45,8 +45,13 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
     limit = Limit(wishes.time_limit)
     with working(wishes.jobs, access, wishes.manner, progress=False) as conduct:
         # Planning has no limit: it says what is left.
-        how = {"discard": wishes.discard, "verifies": wishes.verifies}
-        made = plan(places, Operation(wishes.operation), conduct, **how)
+        made = plan(
+            places,
+            Operation(wishes.operation),
+            conduct,
+            discard=wishes.discard,
+            verifies=wishes.verifies,
+        )
         problem = None
         if not wishes.dry_run:
             bounded = replace(conduct, stopping=lambda: conduct.stopping() or limit.is_reached)
@@ -80,7 +85,9 @@ def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> UnstartedError | None
 def _say_what_stopped_it(made: Plan, conduct: Conduct, limit: Limit) -> None:
     """Raise unless an error was what stopped it: that has been told."""
     left = made.count(State.STOPPED) + made.count(State.LEFT)
-    named = f"{left} of {len(made.steps)} images left"
+    done = sum(1 for step in made.steps if isinstance(step.problem, NotReadBackError))
+    named = f"{left - done} of {len(made.steps)} images left"
+    named += f", {done} done and not verified" if done else ""
     if conduct.stopping():
         raise StoppedError(path=named)
     if limit.is_reached:

@@ -2,13 +2,13 @@
 
 The file named on the command line is the user's choice. Every name *inside* an image is
 somebody else's text, and is opened only beneath the directory of the first ``.add-cow``
-file or beneath a root that the user gave. The path is resolved first, links and ``..``
-included; if the result lies beneath no root it is refused, with the directory that the
-user may allow. It is then opened relative to that root in one call that refuses to
-follow any link or to leave the root (openat2), so that nothing can be exchanged between
-looking and opening; where the kernel has no such call, the opened file's own path is
-compared afterwards. A path that is spelt straight down from a root is tried with that call
-first: where it succeeds there was nothing to resolve.
+file or beneath a root that the user gave. It is opened relative to that root in one call
+that refuses to follow any link or to leave the root (openat2), so that nothing can be
+exchanged between looking and opening. A path that is spelt straight down from a root is
+tried like that at once, and where that succeeds there was nothing to resolve. Any other is
+resolved first, links and ``..`` included; if the result lies beneath no root it is refused,
+with the directory that the user may allow. Where the kernel has no such call, the opened
+file's own path is compared afterwards.
 
 Only regular files are opened, and block devices when allowed. Opening never waits: a
 FIFO is refused, not read. Files of /proc and /sys look regular but are not data.
@@ -64,14 +64,11 @@ class Access(NamedTuple):
 
     def _open_resolved(self, path: str, writable: bool) -> int:
         real = os.path.realpath(path)
-        root = next(
-            (root for root in map(os.path.realpath, self.roots) if _beneath(real, root)), None
-        )
-        if root is None:
-            raise OutsideError(
-                path=path, directory=os.path.dirname(real), roots=_listed(self.roots)
-            )
-        return _open_in(root, real, path, writable)
+        for root in map(os.path.realpath, self.roots):
+            relative = _beneath(real, root)
+            if relative is not None:
+                return _open_in(root, relative, path, writable)
+        raise OutsideError(path=path, directory=os.path.dirname(real), roots=_listed(self.roots))
 
     def _checked(self, file: File) -> File:
         try:
@@ -83,10 +80,10 @@ class Access(NamedTuple):
         return file
 
 
-def _beneath(path: str, root: str) -> str:
-    """How ``path`` goes on from ``root``; empty when it lies elsewhere."""
+def _beneath(path: str, root: str) -> str | None:
+    """How ``path`` goes on from ``root``; None when it lies elsewhere."""
     prefix = root.rstrip("/") + "/"
-    return path[len(prefix) :] if path.startswith(prefix) else ""
+    return path[len(prefix) :] if path.startswith(prefix) else None
 
 
 def _listed(roots: Sequence[str]) -> str:
@@ -113,7 +110,8 @@ def _open_plain(roots: Sequence[str], path: str, writable: bool) -> int | None:
         return None
     full = os.path.abspath(path)
     for root in roots:
-        if relative := _beneath(full, root):
+        relative = _beneath(full, root)
+        if relative is not None:
             try:
                 return _open_from(root, relative, writable)
             except OSError:
@@ -125,16 +123,16 @@ def _open_from(root: str, relative: str, writable: bool) -> int | None:
     """Open beneath the directory ``root``, following no link; None without such a call."""
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return _openat2(directory, relative, _mode(writable))
+        return _openat2(directory, relative or ".", _mode(writable))
     finally:
         os.close(directory)
 
 
-def _open_in(root: str, real: str, path: str, writable: bool) -> int:
-    """Open ``path``, resolved to ``real``, beneath ``root``, following no link on the way."""
+def _open_in(root: str, relative: str, path: str, writable: bool) -> int:
+    """Open ``path``, resolved to ``relative`` from ``root``, following no link on the way."""
     try:
-        fd = _open_from(root, _beneath(real, root), writable)
-        return _open_and_compare(real, writable) if fd is None else fd
+        fd = _open_from(root, relative, writable)
+        return _open_and_compare(os.path.join(root, relative), writable) if fd is None else fd
     except (OSError, ValueError) as error:
         raise cannot_open(path, "open it", error) from error
 

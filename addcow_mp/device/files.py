@@ -38,9 +38,12 @@ def new_buffer(size: int = BUFFER_SIZE) -> memoryview:
     """Memory to read into again and again, in whole pages.
 
     A bytearray of this size begins 16 bytes behind a page: copying through it takes a quarter
-    longer, hashing from it a sixth.
+    longer, hashing from it a sixth. Making one costs more than a small copy: keep it.
     """
-    return memoryview(mmap.mmap(-1, size))
+    try:
+        return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except OSError as error:
+        raise MemoryError from error
 
 
 #: What a file is in its chain: names its fault points.
@@ -304,7 +307,7 @@ def kind_of(mode: int) -> str:
 
 def sync_directory(path: str) -> None:
     """Make the directory entry of the file at ``path`` durable."""
-    directory = os.path.dirname(os.path.abspath(path))
+    directory = os.path.dirname(path) or "."
     try:
         if faults.armed:
             faults.hit("directory_sync")
@@ -314,7 +317,8 @@ def sync_directory(path: str) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise SyncError.of(directory, "make the directory durable", error) from error
+        path = os.path.abspath(directory)
+        raise SyncError.of(path, "make the directory durable", error) from error
 
 
 def sync_entry(path: str, action: str, otherwise: str) -> None:

@@ -66,6 +66,10 @@ class Manner:
     rate: int = 0
     idle: bool = False
 
+    def rate_of_each(self, processes: int) -> int:
+        """The limit of each of so many processes, 0 = none."""
+        return max(1, self.rate // max(1, processes)) if self.rate else 0
+
 
 #: Cloning takes 50 us a call and more whatever the length: shorter runs are copied sooner.
 CLONE_FROM = 512 * KiB
@@ -281,7 +285,7 @@ class Mover:
 
     def _copy_direct(self, source: File, start: int, stop: int) -> None:
         here, there = self._direct_fd(source), self._direct_fd(self.target)
-        buffer = _aligned_buffer(DIRECT_STEP)
+        buffer = new_buffer(DIRECT_STEP)
         self._pass_fault_points(source, start, stop)
         for offset in range(start, stop, DIRECT_STEP):
             view = buffer[: stop - offset]
@@ -317,12 +321,6 @@ class Mover:
             flags = mode | os.O_DIRECT | os.O_CLOEXEC
             self._direct[file.fd] = os.open(f"/proc/self/fd/{file.fd}", flags)
         return self._direct[file.fd]
-
-
-def _aligned_buffer(size: int) -> memoryview:
-    import mmap
-
-    return memoryview(mmap.mmap(-1, size))
 
 
 def nonzero_runs(view: memoryview, block: int) -> Iterator[Run]:

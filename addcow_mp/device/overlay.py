@@ -26,7 +26,7 @@ from typing import Any
 
 from addcow_mp.device import faults
 from addcow_mp.device.extent import Extent
-from addcow_mp.device.files import File, copy, new_buffer
+from addcow_mp.device.files import BUFFER_SIZE, File, copy
 from addcow_mp.device.headers import short_bitmap_warning
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.device.raw import RawLayer
@@ -253,7 +253,8 @@ class Overlay:
         head, tail = self.geometry.span(first, last)
         for edge_start, edge_stop, cluster in ((head, start, first), (stop, tail, last - 1)):
             if edge_start < edge_stop and next(self.local_runs(0, cluster, cluster + 1), None):
-                self.copy_up(edge_start, edge_stop, new_buffer())
+                length = min(edge_stop - edge_start, BUFFER_SIZE)
+                self.copy_up(edge_start, edge_stop, memoryview(bytearray(length)))
 
     def copy_up(self, start: int, stop: int, buffer: memoryview) -> None:
         """Copy ``[start, stop)`` from below into the image, whatever the image held there."""
@@ -338,6 +339,7 @@ class Overlay:
 
     def abandon(self) -> None:
         """Close all files, without a flush: what was not flushed was never announced."""
+        self.bitmap.unmap()
         self.cow.close()
         self.image.close()
         if self.backing is not None:

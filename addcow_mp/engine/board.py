@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any
 
 from addcow_mp.format.bits import BITS_PER_BYTE, MappedBits
@@ -75,6 +76,12 @@ class Board:
     def stopped(self) -> bool:
         """Whether the job shall stop."""
         return bool(self._memory[self._stop])
+
+    def stops_by(self, stopping: Callable[[], bool]) -> bool:
+        """Whether the job shall stop, here or since ``stopping()`` says so; all are told."""
+        if stopping():
+            self.stop()
+        return self.stopped
 
     def close(self) -> None:
         """Give the memory back to the system."""

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 #: the parent while the parent syncs, and a death costs no more than one of them.
 AHEAD = 2
 
-#: Times that a task may meet the death of its worker before it has failed, and that workers
-#: may die before they have begun.
+#: Times that a task may usually meet the death of its worker before it has failed, and that
+#: workers may die before they have begun.
 TRIES = 2
 
 #: Seconds of work left for which starting processes pays: it takes about half of that.
@@ -113,7 +113,7 @@ def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
     try:
         return Done(task, work(task, slot))
     except AddcowError as error:
-        return Failed(task, error)
+        return Failed(task, error.kept())
     except Exception as error:
         return Failed(task, UnexpectedError(error=repr(error)))
 
@@ -203,17 +203,25 @@ class Pool:
     """``jobs`` processes doing ``work``. A context manager: leaving it ends them.
 
     With ``idle`` they take the disk only when nobody else wants it. ``part`` says what of the
-    work this process does; its counter is the one behind the workers'.
+    work this process does; its counter is the one behind the workers'. ``tries``: how many times
+    a task may meet the death of its worker before it has failed.
     """
 
     def __init__(
-        self, work: Work, jobs: int, *, idle: bool = False, part: Part = Part.NONE
+        self,
+        work: Work,
+        jobs: int,
+        *,
+        idle: bool = False,
+        part: Part = Part.NONE,
+        tries: int = TRIES,
     ) -> None:
         self._works: dict[int, Work] = {OWN: work}
         self._numbers = count(OWN + 1)
         self._part = part
         self._idle = idle
         self._jobs = jobs
+        self._most_tries = tries
         self._done_here = 0
         #: Whether other processes are worth their start; with Part.FIRST that shows in time.
         self._pays = part is not Part.FIRST
@@ -239,9 +247,9 @@ class Pool:
         """How many processes there may be; the counter of this one is behind theirs."""
         return self._jobs
 
-    def start(self) -> None:
-        """Start all other processes now: there will be tasks for them before they stand ready."""
-        for slot in self._free_slots():
+    def start(self, most: int) -> None:
+        """Start up to ``most`` processes now: there will be tasks before they stand ready."""
+        for slot in self._free_slots()[:most]:
             self._workers.append(self._start(slot))
 
     def run(
@@ -461,7 +469,7 @@ class Pool:
     def _suspect(self, order: Order, worker: _Worker) -> None:
         number, task = order
         self._tries[number, task.number] += 1
-        if self._tries[number, task.number] < TRIES:
+        if self._tries[number, task.number] < self._most_tries:
             self._suspects.append(order)
         else:
             status = _status(worker.process.exitcode)

@@ -182,7 +182,7 @@ def carry_out(
     job: Assignment,
     workers: int,
     progress: Progress = no_progress,
-    stopping: Callable[[], bool] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Amount:
     """Do all tasks of ``job`` with ``workers`` processes and publish what they finish.
 
@@ -193,9 +193,8 @@ def carry_out(
     ledger = _Ledger(job)
 
     def enough() -> bool:
-        if stopping and stopping():
-            job.board.stop()
-        return ledger.failure is not None or ledger.checkpoints.failed or job.board.stopped
+        stops = job.board.stops_by(stopping)
+        return stops or ledger.failure is not None or ledger.checkpoints.failed
 
     unstarted = _collect(job, workers, progress, enough, ledger)
     ledger.close()

@@ -215,7 +215,7 @@ class Transfer:
         self._files = list(layer.files())
         self._mover = Mover(target.file, manner)
         # Less than a byte a second for each is still a limit, not none.
-        self._pace = Pace(max(manner.rate // max(1, workers), min(1, manner.rate)))
+        self._pace = Pace(manner.rate_of_each(workers))
         self._written = _Written(target.file)
         self._shares: dict[int, bool] = {}
         #: In a worker, the process that started it.

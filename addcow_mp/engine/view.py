@@ -14,7 +14,9 @@ from itertools import groupby
 
 from addcow_mp.device.files import new_buffer
 from addcow_mp.device.layer import Kind, Layer
+from addcow_mp.engine.board import Board
 from addcow_mp.engine.leaves import hash_leaves, leaves_touched
+from addcow_mp.engine.pace import Pace
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.errors import StoppedError
@@ -23,18 +25,24 @@ from addcow_mp.format.manifest import GROUP, ZERO_BLOCK, digest
 
 
 class View:
-    """Hashes groups of the first ``size`` bytes of a view. Picklable to a worker."""
+    """Hashes groups of the first ``size`` bytes of a view. Picklable to a worker.
 
-    def __init__(self, layer: Layer, size: int) -> None:
+    ``board`` says when to stop; ``rate``: bytes per second for this process, 0 = no limit.
+    """
+
+    def __init__(self, layer: Layer, size: int, board: Board, rate: int = 0) -> None:
         self.layer = layer
         self.size = size
+        self.board = board
+        self.rate = rate
         self.parent: int | None = None
-        #: Asked between groups by the process that hands out the work.
+        #: Asked by the process that hands out the work, beside the board.
         self.stopping: Callable[[], bool] = lambda: False
         self._buffer = new_buffer()
+        self._pace = Pace(rate)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (View, (self.layer, self.size), {"parent": os.getpid()})
+        return (View, (self.layer, self.size, self.board, self.rate), {"parent": os.getpid()})
 
     def __call__(self, task: Task, slot: int) -> dict[int, bytes]:  # noqa: ARG002
         """The nodes of the groups ``[first, stop)`` that have data, by their numbers."""
@@ -43,10 +51,14 @@ class View:
 
     def _nodes(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
         for number, spans in groupby(self._data(start, stop), key=lambda span: span[0] // GROUP):
-            end_orphan(self.parent)
-            if self.stopping():
-                raise StoppedError(path=self.layer.path)
+            self._look_up()
             yield number, digest(self._block(number, list(spans)))
+
+    def _look_up(self) -> None:
+        """See whether to go on. Raises :class:`StoppedError`."""
+        end_orphan(self.parent)
+        if self.board.stopped or self.stopping():
+            raise StoppedError(path=self.layer.path)
 
     def _data(self, start: int, stop: int) -> Iterator[Run]:
         """What of ``[start, stop)`` is data, cut where groups begin."""
@@ -57,6 +69,10 @@ class View:
 
     def _block(self, number: int, spans: list[Run]) -> bytearray:
         """The 256 digests of a group that has data in ``spans``."""
-        block, read = bytearray(ZERO_BLOCK), self.layer.read_into
-        hash_leaves(block, leaves_touched(spans, number), number, self.size, read, self._buffer)
+        block, leaves = bytearray(ZERO_BLOCK), leaves_touched(spans, number)
+        hash_leaves(block, leaves, number, self.size, self._read, self._buffer)
         return block
+
+    def _read(self, view: memoryview, start: int) -> None:
+        self.layer.read_into(view, start)
+        self._pace.spend(len(view), self._look_up)

@@ -49,6 +49,7 @@ class Errand:
         """Do it. Raises :class:`AddcowError`."""
         conduct = replace(conduct, around=self.around)
         if self.operation is Operation.FLATTEN:
-            kept = {"discard": self.discard, "verifies": self.verifies}
-            return flatten.flatten(self.path, **kept, conduct=conduct)
+            return flatten.flatten(
+                self.path, discard=self.discard, verifies=self.verifies, conduct=conduct
+            )
         return commit.commit(self.path, verifies=self.verifies, conduct=conduct)

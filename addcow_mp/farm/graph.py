@@ -292,7 +292,7 @@ class _Building:
         try:
             about, problem = info(there.path, access, named=False), None
         except AddcowError as error:
-            about, problem = None, error
+            about, problem = None, error.kept()
         said = _said(there.path, about, access, named=False)
         node = self._overlay(Kind.BACKING, Member(named, about, problem), said)
         self.waiting.append((node, access))

@@ -89,7 +89,7 @@ def _member(named: Named, depth: int | None, access: Access) -> Member:
     try:
         about, problem = info(named.path, access), None
     except AddcowError as error:
-        about, problem = None, error
+        about, problem = None, error.kept()
     return Member(named, about, problem, depth)
 
 

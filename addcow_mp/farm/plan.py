@@ -153,8 +153,13 @@ def _step(named: Named, wanted: _Wanted, neighbours: Neighbours) -> Step:
     # Those above are gone by then; if one is not, its step says so, and the accounts below.
     leaving = wanted.overlays if wanted.discard else frozenset()
     around = neighbours.around(named, as_backing=commits, leaving=leaving)
-    how = {"discard": wanted.discard, "verifies": wanted.verifies}
-    errand = Errand(named.path, wanted.operation, around, **how)
+    errand = Errand(
+        named.path,
+        wanted.operation,
+        around,
+        discard=wanted.discard,
+        verifies=wanted.verifies,
+    )
     chain = tuple(_chain(named, neighbours))
     return Step(named, errand, len(chain), chain, written=2 if commits else 1)
 
@@ -203,7 +208,7 @@ def outlook(errand: Errand, conduct: Conduct) -> Prospect | AddcowError | None:
     try:
         return errand.foresee(conduct)
     except AddcowError as error:
-        return error
+        return error.kept()
 
 
 def _foreseen(steps: list[Step], conduct: Conduct) -> list[Prospect | AddcowError | None]:

@@ -4,6 +4,8 @@ A small image is one task: whoever takes it opens it, moves it and publishes it,
 for one image would with ``--jobs 0``. A large one is opened here and split: its tasks are lent to
 the same pool, before the small ones. Either way a checkpoint is the image's own, so that after a
 kill finished images are found finished, and an unfinished one repeats one checkpoint at most.
+Where images are read back, a large one is not lent but has processes of its own, and begins when
+nothing else is under way.
 
 A step waits for earlier ones that use a file it writes, or write a file it uses: so chains are
 worked off from above, and nobody meets a lock of the farm's own. It also waits until the space
@@ -30,7 +32,7 @@ from addcow_mp.device.moving import Manner
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.delivery import UnstartedError
 from addcow_mp.engine.plan import Task
-from addcow_mp.engine.pool import Done, Part, Pool, usable_cpus
+from addcow_mp.engine.pool import TRIES, Done, Part, Pool, usable_cpus
 from addcow_mp.errors import AddcowError, ImageError, StoppedError
 from addcow_mp.farm.errand import Errand
 from addcow_mp.farm.plan import Plan, State, Step
@@ -218,6 +220,7 @@ class _Farm:
         self._plan = plan
         self._conduct = replace(conduct, access=plan.access)
         self._stops_at_error = stops_at_error
+        self._verifies = any(step.errand.verifies for step in plan.steps)
         self._steps = [step for step in plan.steps if step.state is State.READY]
         self._jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
         self._agenda = _Agenda(self._steps)
@@ -246,12 +249,14 @@ class _Farm:
     def _pool(self, board: Board) -> Pool:
         manner = self._conduct.manner
         # Each process keeps its share of a limit, whatever image it is at.
-        each = replace(manner, rate=max(min(1, manner.rate), manner.rate // max(1, self._jobs)))
+        each = replace(manner, rate=manner.rate_of_each(self._jobs))
         work = _Errands(replace(self._conduct, jobs=0, manner=each), board)
         # Fault rules are for workers, and so are limits: this process would exceed them.
         held_back = faults.armed or manner.idle or manner.rate
         part = Part.NONE if held_back else Part.FIRST
-        return Pool(work, self._jobs, idle=manner.idle, part=part)
+        # Once more would hold what a job has left behind against itself, and find it as it was.
+        tries = 1 if self._verifies else TRIES
+        return Pool(work, self._jobs, idle=manner.idle, part=part, tries=tries)
 
     @property
     def _is_over(self) -> bool:
@@ -261,13 +266,21 @@ class _Farm:
     def _turn(self, pool: Pool) -> None:
         """Begin what may begin, and take note of what has come to its end."""
         self._look_again()
-        pool.add(list(self._small_ones()))
-        large = self._agenda.next(large=True, fits=self._space.fits)
+        large = self._large_one() if self._verifies else None
+        if large is None:
+            pool.add(list(self._small_ones()))
+            large = None if self._verifies else self._large_one()
         if large is not None:
             self._begin(large)
             self._finish(large, self._split(self._steps[large], pool))
         self._take_all(pool)
         self.watch.progress(self._done)
+
+    def _large_one(self) -> int | None:
+        """A large image that may begin; one that is read back has the disk to itself."""
+        if self._verifies and self._under_way:
+            return None
+        return self._agenda.next(large=True, fits=self._space.fits)
 
     def _small_ones(self) -> Iterator[Task]:
         """As many tasks as keep all processes busy for a while."""
@@ -302,13 +315,13 @@ class _Farm:
 
         # What is lent keeps files mapped until each process has let go of it, and a file that is
         # to be read back must not be: such a job has processes of its own.
-        crew = None if step.errand.verifies else pool
+        crew = None if self._verifies else pool
         try:
             return step.errand.run(replace(self._conduct, crew=crew, progress=progress))
         except UnstartedError:
             raise
         except AddcowError as error:
-            return error
+            return error.kept()
 
     # What has become of a step
 
@@ -364,7 +377,7 @@ def _finished_discard(step: Step) -> Report | AddcowError:
     try:
         sync_directory(step.path)
     except AddcowError as error:
-        return error
+        return error.kept()
     return Report(step.errand.operation, step.path)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from addcow_mp.device import faults
 from addcow_mp.device.chain import open_layer
@@ -23,8 +23,9 @@ from addcow_mp.device.files import File
 from addcow_mp.device.forgetting import forget
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task, cut
-from addcow_mp.engine.pool import Failed, Part, Pool
+from addcow_mp.engine.pool import Done, Failed, Part, Pool
 from addcow_mp.engine.run import workers_for
 from addcow_mp.engine.survey import data_stretches
 from addcow_mp.engine.view import View
@@ -32,12 +33,13 @@ from addcow_mp.errors import (
     AddcowError,
     BeginsAnewError,
     FileError,
+    ImageError,
     NotReadBackError,
     ReadBackError,
     StoppedError,
     UnverifiedError,
 )
-from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import GROUP, view_digest, zero_node
 from addcow_mp.jobs.report import Conduct, Report
@@ -70,21 +72,36 @@ def look(layer: Layer, size: int, conduct: Conduct) -> Sight:
     """See the first ``size`` bytes of ``layer``. Raises :class:`BeginsAnewError` when stopped."""
     tasks = _tasks(layer, size)
     weight, left, done = sum(task.weight for task in tasks), len(tasks), 0
-    work, nodes = View(layer, size), dict[int, bytes]()
-    work.stopping = conduct.stopping
-    jobs = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
-    part = Part.NONE if conduct.manner.idle else Part.FIRST
-    with Pool(work, jobs, idle=conduct.manner.idle, part=part) as pool:
-        for result in pool.run(tasks, conduct.stopping):
-            if isinstance(result, Failed):
-                raise _told(layer, result)
-            if result is not None:
-                nodes |= result.result
-                left, done = left - 1, done + result.task.weight
-                conduct.progress(done, weight)
+    nodes = dict[int, bytes]()
+    for result in _seen(layer, size, tasks, conduct):
+        if isinstance(result, Failed):
+            raise _told(layer, result)
+        nodes |= result.result
+        left, done = left - 1, done + result.task.weight
+        conduct.progress(done, weight)
     if left:
         raise BeginsAnewError(path=layer.path)
     return Sight(size, nodes, weight)
+
+
+def _seen(layer: Layer, size: int, tasks: list[Task], conduct: Conduct) -> Iterator[Done | Failed]:
+    """What comes of the tasks, as it comes."""
+    rate, idle = conduct.manner.rate, conduct.manner.idle
+    # One process can keep up with any limit, and needs nobody to share it with.
+    wanted = 1 if rate and conduct.jobs is None else conduct.jobs
+    jobs = workers_for(wanted, tasks, idle=idle)
+    board = Board.create((), 0)
+    work = View(layer, size, board, conduct.manner.rate_of_each(jobs))
+    work.stopping = conduct.stopping
+    # Limits are for workers: this process would exceed them, or could not be reached meanwhile.
+    part = Part.NONE if idle or rate else Part.FIRST
+    try:
+        with Pool(work, jobs, idle=idle, part=part) as pool:
+            for result in pool.run(tasks, partial(board.stops_by, conduct.stopping)):
+                if result is not None:
+                    yield result
+    finally:
+        board.close()
 
 
 def _tasks(layer: Layer, size: int) -> list[Task]:
@@ -158,6 +175,7 @@ def _read_back(proof: Proof, size: int, conduct: Conduct) -> Sight:
 
 
 def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> Sight:
+    expected = virtual_size(next(proof.layer.files()).length)
     for one in proof.changed:
         for file in _unmapped(one):
             forget(file)
@@ -166,6 +184,9 @@ def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> Sight:
             faults.hit("read_back")
     format_ = ADD_COW if isinstance(proof.layer, Overlay) else RAW
     with closing(open_layer(proof.layer.path, format_, access=conduct.access)) as anew:
+        if anew.size != expected:
+            problem = f"it is {anew.size} bytes large, and was {expected}"
+            raise ImageError(path=next(anew.files()).path, problem=problem)
         return look(anew, size, conduct)
 
 
