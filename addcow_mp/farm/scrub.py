@@ -24,7 +24,8 @@ from addcow_mp.farm.ledger import Entry, Ledger, Record, opened
 from addcow_mp.farm.verify import FarmFiles
 from addcow_mp.format.bits import Run
 from addcow_mp.format.manifest import FileState, read_head, weight_of
-from addcow_mp.jobs.looking import Part, Sample, Seen, Target
+from addcow_mp.jobs.differing import Sample
+from addcow_mp.jobs.looking import Part, Seen, Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Verdict
 from addcow_mp.jobs.verify import Outstanding, ReadSoFar, verifiers

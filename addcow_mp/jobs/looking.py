@@ -3,14 +3,9 @@
 Each layer is looked at by itself, so that a difference has a file and a place in it. First comes
 what costs nothing: whether there is a manifest at all and it is whole; whether the files are the
 same ones, of the same size, unchanged since; whether what lies below is what lay below then. A
-file that was replaced is not read. Then header and bitmap, then leaf by leaf what the layer holds.
-
-The manifest says which leaves are the layer's own: a bitmap that was damaged can neither hide data
-nor accuse sound data. Only leaves that mix layers need the bits; where those are wrong, these
-leaves remain unverified. Times alone accuse nobody: a file that was written since holds other
-bytes in some leaf, and that is found; one that was only touched does not.
-
-A leaf that the disk does not give remains unverified, and the others are looked at all the same.
+file that was replaced is not read. Then header and bitmap, then what the layer holds
+(:mod:`addcow_mp.jobs.differing`). Times alone accuse nobody: a file that was written since holds
+other bytes in some leaf, and that is found; one that was only touched does not.
 
 A task is several parts, done one after the other until so much was looked at that another process
 may want the rest; what is left comes back with what was seen, also when all shall stop.
@@ -19,14 +14,12 @@ may want the rest; what is left comes back with what was seen, also when all sha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
-
-from bitarray import bitarray
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import BACKING, COW, IMAGE, File, new_buffer
@@ -44,22 +37,19 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.engine.board import Board
-from addcow_mp.engine.leaves import Hasher, cow_digests, file_of
+from addcow_mp.engine.leaves import cow_digests, file_of
 from addcow_mp.engine.pace import STEPS_PER_SECOND, Pace
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
-from addcow_mp.errors import AddcowError, FileError, ManifestError, StoppedError
-from addcow_mp.format.bits import Run, merged, runs
+from addcow_mp.errors import AddcowError, ManifestError, StoppedError
 from addcow_mp.format.header import ADD_COW, RAW
-from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, FileState, Group, Manifest, digest
+from addcow_mp.format.manifest import FAN, GROUP, LEAF, FileState, Manifest, digest
+from addcow_mp.jobs.differing import Leaves, Sample
 from addcow_mp.jobs.verdict import Grade, Range, Verdict
 from addcow_mp.units import EiB, MiB
 
 #: Groups with something in them for one task, 256 MiB: so a large layer is shared out evenly.
 PART = 256 * MiB // GROUP
-
-#: Leaves that cannot be read before a layer is given up: a disk that is gone would take for ever.
-BAD_LEAVES = 64
 
 #: A number behind all leaves.
 END = EiB // LEAF * 16
@@ -100,21 +90,6 @@ class Seen(NamedTuple):
     part: Part
     verdict: Verdict
     left: tuple[Part, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Only so large a ``share`` of leaves is read, chosen at random anew for each ``seed``."""
-
-    share: float
-    seed: int
-
-    def chosen(self, path: str, number: int) -> bitarray:
-        """The leaves of a group to be read."""
-        from random import Random
-
-        draw = Random(f"{self.seed} {path} {number}").random  # noqa: S311 - no secret
-        return bitarray((draw() < self.share for _ in range(FAN)), endian="little")
 
 
 class Looking:
@@ -285,9 +260,9 @@ class _Look:
         manifest = self._manifest(layer)
         if manifest is None or not self._is_same(layer, manifest):
             return
-        leaves = _Leaves(layer, manifest, self.work)
+        leaves = Leaves(layer, manifest, self.work.sample, self.work.spend, self.work.buffer)
         leaves.trusted = self._has_sound_bits(layer, manifest)
-        numbers = leaves.groups(self.part)
+        numbers = leaves.groups(self.part.first, self.part.stop)
         try:
             position = self._compared(leaves, numbers)
         finally:
@@ -301,13 +276,13 @@ class _Look:
             cuts = [first, *(number * FAN for number in left[PART::PART]), self.part.stop]
             yield from (Part(self.part.index, *span) for span in pairwise(cuts))
 
-    def _note(self, leaves: _Leaves) -> None:
+    def _note(self, leaves: Leaves) -> None:
         self.verdict.ranges += leaves.ranges()
         self.verdict.bytes_read = leaves.bytes_compared
         for place, told in leaves.unreadable():
             self.verdict.remark("unreadable", Grade.UNVERIFIED, place.file, told)
 
-    def _compared(self, leaves: _Leaves, numbers: list[int]) -> int:
+    def _compared(self, leaves: Leaves, numbers: list[int]) -> int:
         """Compare the leaves of groups as far as allowed; the leaf behind the last one."""
         position = self.part.first
         for number in numbers:
@@ -433,132 +408,3 @@ def _files(layer: Layer) -> Iterator[tuple[str, File]]:
     yield "image", file_of(layer)
     if isinstance(layer, Overlay):
         yield "cow", layer.cow
-
-
-# Leaf by leaf
-
-
-class _Leaves:
-    """The leaves of a layer beside those of its manifest, and which of them differ."""
-
-    def __init__(self, layer: Layer, manifest: Manifest, work: Looking) -> None:
-        self.layer = layer
-        self.manifest = manifest
-        self.sample = work.sample
-        #: Whether the bitmap can be asked what is local in leaves that mix layers.
-        self.trusted = True
-        self._hasher = Hasher(file_of(layer), layer.size, work.spend, work.buffer)
-        #: What was read of the image and compared.
-        self.bytes_compared = 0
-        self._differing: list[int] = []
-        self._unreadable: dict[int, str] = {}
-        self._last: tuple[int, Group] | None = None
-
-    def groups(self, part: Part) -> list[int]:
-        """The groups of ``part`` that hold something, or did."""
-        first, stop = part.first // FAN, -(-part.stop // FAN)
-        numbers = {number for number in self.manifest.records if first <= number < stop}
-        if self.manifest.head.all_local:
-            start, end = first * GROUP, min(stop * GROUP, self.layer.size)
-            for here, there in file_of(self.layer).data_runs(start, end):
-                numbers.update(range(here // GROUP, -(-there // GROUP)))
-        return sorted(numbers)
-
-    def steps(self, number: int, first: int, stop: int, most: int) -> Iterator[Run]:
-        """``[first, stop)`` of a group, cut into parts with at most ``most`` leaves to read."""
-        base = number * FAN
-        covered = self._group(number).covered[first - base : stop - base]
-        cuts = [first + leaf for leaf in list(covered.search(1))[most::most]]
-        yield from pairwise((first, *cuts, stop))
-
-    def compare(self, number: int, first: int, stop: int) -> None:
-        """Find those of the leaves ``[first, stop)`` of a group that do not hold what they held.
-
-        Those that the disk does not give are noted, unless they are too many.
-        """
-        try:
-            self._compare(number, first, stop)
-        except FileError as error:
-            if len(self._unreadable) >= BAD_LEAVES:
-                raise
-            if stop - first == 1:
-                self._unreadable[first] = error.fields["reason"]
-                return
-            for leaf in range(first, stop):
-                self.compare(number, leaf, leaf + 1)
-
-    def _group(self, number: int) -> Group:
-        """What the manifest says of a group; the last one is kept."""
-        if self._last is None or self._last[0] != number:
-            self._last = number, self.manifest.group(number)
-        return self._last[1]
-
-    def _compare(self, number: int, first: int, stop: int) -> None:
-        was, base = self._group(number), number * FAN
-        within = bitarray(FAN, endian="little")
-        within[first - base : stop - base] = 1
-        own, mixed = was.covered & ~was.mixed & within, was.covered & was.mixed & within
-        if not self.trusted:
-            mixed.setall(0)
-        if self.sample is not None:
-            chosen = self.sample.chosen(self.layer.path, number)
-            own, mixed = own & chosen, mixed & chosen
-        before = self._hasher.bytes_read
-        now = self._hasher.held(number, self._spans(number, own, mixed), mixed)
-        self.bytes_compared += self._hasher.bytes_read - before
-        if now != was.held:
-            places = range(0, FAN * DIGEST, DIGEST)
-            counted = own | mixed
-            self._differing += [
-                base + leaf
-                for leaf, at in enumerate(places)
-                if counted[leaf] and now[at : at + DIGEST] != was.held[at : at + DIGEST]
-            ]
-
-    def _spans(self, number: int, own: bitarray, mixed: bitarray) -> list[Run]:
-        """The bytes of a group that are to be read."""
-        base = number * FAN
-        spans = [
-            ((base + first) * LEAF, min((base + last) * LEAF, self.layer.size))
-            for first, last in runs(own, 1, 0, FAN)
-        ]
-        if mixed.any():
-            spans += _parts_in(self._local(number), mixed, base)
-        return spans
-
-    def _local(self, number: int) -> list[Run]:
-        """What the bitmap calls local in a group, whatever a damaged header says besides."""
-        assert isinstance(self.layer, Overlay)  # noqa: S101 - nothing else mixes layers
-        start, stop = number * GROUP, min((number + 1) * GROUP, self.layer.size)
-        geometry = self.layer.geometry
-        first, last = geometry.touched(start, stop)
-        return [geometry.span(*run) for run in self.layer.bitmap.runs(1, first, last)]
-
-    def ranges(self) -> list[Range]:
-        """Whole leaves of the file that differ, joined and clipped to it."""
-        return self._places(self._differing)
-
-    def unreadable(self) -> Iterator[tuple[Range, str]]:
-        """Where the disk did not give what the file holds, and what is said of it."""
-        for place in self._places(self._unreadable):
-            reason = self._unreadable[place.start // LEAF]
-            yield place, f"{place.length} bytes at {place.start} cannot be read: {reason}"
-
-    def _places(self, leaves: Iterable[int]) -> list[Range]:
-        file = file_of(self.layer)
-        parts = merged((leaf, leaf + 1) for leaf in leaves)
-        spans = ((first * LEAF, min(stop * LEAF, file.length)) for first, stop in parts)
-        return [Range(file.path, start, stop - start) for start, stop in spans]
-
-
-def _parts_in(spans: list[Run], mixed: bitarray, base: int) -> list[Run]:
-    """The parts of ``spans`` in leaves that are mixed."""
-    leaves = [
-        ((base + first) * LEAF, (base + last) * LEAF) for first, last in runs(mixed, 1, 0, FAN)
-    ]
-    return [
-        (max(start, first), min(stop, last))
-        for first, last in leaves
-        for start, stop in spans
-        if start < last and first < stop
-    ]

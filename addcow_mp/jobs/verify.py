@@ -26,7 +26,8 @@ from addcow_mp.engine.pool import Part as Role
 from addcow_mp.errors import AddcowError, BeginsAnewError
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import weight_of_length
-from addcow_mp.jobs.looking import Looking, Parcel, Part, Sample, Seen, Target, can_reach
+from addcow_mp.jobs.differing import Sample
+from addcow_mp.jobs.looking import Looking, Parcel, Part, Seen, Target, can_reach
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Grade, Verdict
 
