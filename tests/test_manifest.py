@@ -741,3 +741,39 @@ def test_of_two_names_the_one_with_a_manifest_counts(tmp_path: Path) -> None:
     (tmp_path / "alias").hardlink_to(tmp_path / "vm.add-cow")
     told = succeed("farm", "verify", "--output", "json", ".", cwd=tmp_path).json
     assert [one["filename"] for one in told["images"]] == ["./vm.add-cow"]
+
+
+def tower(here: Path, *backings: str) -> None:
+    """Overlays with one local cluster, 0.add-cow the first, over these backing files."""
+    for number, backing in enumerate(backings):
+        (here / f"{number}.raw").write_bytes(bytes([number + 1]) * CLUSTER)
+        kind = "raw" if backing == "base.img" else "add-cow"
+        content = overlay_bytes(
+            image=f"{number}.raw",
+            size=CLUSTER,
+            backing=backing,
+            backing_format=kind,
+            local=[0],
+        )
+        (here / f"{number}.add-cow").write_bytes(content)
+
+
+def test_layers_of_a_chain_too_deep_to_be_opened_are_verified(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "A")
+    tower(tmp_path, *(f"{number}.add-cow" for number in range(1, 35)), "base.img")
+    assert "deeper than 30" in refused("manifest", "create", "0.add-cow", cwd=tmp_path)
+    made(tmp_path, name="5.add-cow")
+    put(tmp_path / "base.img", 7, b"\1")
+    told = verified(tmp_path, name="0.add-cow", status=2)
+    assert [one["filename"] for one in told["layers"]] == [
+        *(f"{number}.add-cow" for number in range(35)),
+        "base.img",
+    ]
+    assert [(one["file"], one["start"]) for one in told["ranges"]] == [("base.img", 0)]
+    assert [one["name"] for one in told["findings"]].count("no-manifest") == 5
+
+
+def test_layers_of_a_circle_are_verified_once(tmp_path: Path) -> None:
+    tower(tmp_path, "1.add-cow", "2.add-cow", "0.add-cow")
+    told = verified(tmp_path, name="0.add-cow", status=1)
+    assert [one["filename"] for one in told["layers"]] == [f"{n}.add-cow" for n in range(3)]

@@ -18,7 +18,8 @@ from functools import partial
 from itertools import count
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.headers import MAX_DEPTH, load_header, load_names, resolve
+from addcow_mp.device.files import identity_of
+from addcow_mp.device.headers import load_header, load_names, resolve
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.pool import Done, Failed, Pool, usable_cpus
@@ -26,6 +27,7 @@ from addcow_mp.engine.pool import Part as Role
 from addcow_mp.errors import AddcowError, BeginsAnewError
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import weight_of_length
+from addcow_mp.jobs.dependants import Identity
 from addcow_mp.jobs.differing import Sample
 from addcow_mp.jobs.looking import Looking, Parcel, Part, Seen, Target, can_reach
 from addcow_mp.jobs.report import Conduct
@@ -57,14 +59,31 @@ def verify(path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW)
 
 
 def chain_of(path: str, format_: str, access: Access) -> Iterator[Target]:
-    """The layers of a chain as far down as sound headers lead; what is damaged is the last."""
+    """The layers of a chain as far down as sound headers lead; what is damaged is the last.
+
+    Each is named once: a chain that runs in a circle has an end, and one that is too deep to be
+    opened has layers to be verified all the same.
+    """
     holder: str | None = None
-    for _ in range(MAX_DEPTH):
+    met: set[Identity] = set()
+    while not _was_met(path, met):
         yield Target(path, format_, holder)
         below = _below(path, access, named=holder is None) if format_ == ADD_COW else None
         if below is None:
             return
         holder, (path, format_) = path, below
+
+
+def _was_met(path: str, met: set[Identity]) -> bool:
+    """Whether ``met`` has the file at ``path``, and has it from now on."""
+    try:
+        identity = identity_of(os.stat(path))
+    except OSError:
+        return False  # nothing is named by what is not there
+    if identity in met:
+        return True
+    met.add(identity)
+    return False
 
 
 def _below(path: str, access: Access, *, named: bool) -> tuple[str, str] | None:
