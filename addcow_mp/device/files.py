@@ -348,8 +348,7 @@ def claim_alone(path: str, fd: int, problem: str) -> None:
 
 def copy(source: File, target: File, start: int, stop: int, buffer: memoryview) -> None:
     """Copy the bytes ``[start, stop)`` between two files at the same offset."""
-    preadv, pwrite, here, there = os.preadv, os.pwrite, source.fd, target.fd
-    size = len(buffer)
+    preadv, here, there, size = os.preadv, source.fd, target.fd, len(buffer)
     while start < stop:
         part = buffer if stop - start >= size else buffer[: stop - start]
         try:
@@ -365,13 +364,12 @@ def copy(source: File, target: File, start: int, stop: int, buffer: memoryview) 
         if faults.armed:
             target.write(part, start)
         else:
-            _write_part(target, pwrite, there, part, start)
+            _write_part(target, there, part, start)
         start += done
 
 
-def _write_part(target: File, pwrite: Any, fd: int, part: memoryview, start: int) -> None:
+def _write_part(target: File, fd: int, part: memoryview, start: int) -> None:
     try:
-        if pwrite(fd, part, start) != len(part):
-            write_all(fd, part, start)
+        write_all(fd, part, start)
     except OSError as error:
         raise FileError.of(target.path, f"write at {start}", error) from error

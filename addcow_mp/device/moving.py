@@ -26,9 +26,10 @@ from functools import cached_property
 from bitarray import bitarray
 
 from addcow_mp.device import faults, holes
-from addcow_mp.device.files import BUFFER_SIZE, File, copy, new_buffer
+from addcow_mp.device.files import File, copy, new_buffer
 from addcow_mp.device.filesystem import filesystem_of
 from addcow_mp.errors import FileError
+from addcow_mp.format.bitmap import WRITE_STEP
 from addcow_mp.format.bits import Run, between
 from addcow_mp.units import KiB, MiB, round_down, round_up
 
@@ -74,8 +75,8 @@ class Manner:
 #: Cloning takes 50 us a call and more whatever the length: shorter runs are copied sooner.
 CLONE_FROM = 512 * KiB
 
-#: Runs below this length need no more than one read and one write, and nobody would clone them.
-SHORT = min(CLONE_FROM, BUFFER_SIZE)
+#: Runs up to this length need no more than one read and one write, and nobody would clone them.
+SHORT = WRITE_STEP
 
 #: One request of copy_file_range; also the longest time that an interrupt has to wait.
 RANGE_STEP = 64 * MiB
@@ -156,7 +157,7 @@ class Mover:
         :meth:`move` then meets the same again, and can tell.
         """
         length, fd = stop - start, source.fd
-        if length >= SHORT:
+        if length > SHORT:
             return False
         part = self._views.get(length)
         if part is None:
