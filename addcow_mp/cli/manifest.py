@@ -54,6 +54,7 @@ def create(
 
     access = access_of(roots, allow_device, share=share)
     manner = manner_of(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
-    with working(jobs, access, manner, progress=progress and not quiet) as conduct:
+    shown = progress and not quiet
+    with working(jobs, access, manner, progress=shown, quiet=quiet) as conduct:
         made = job(file, conduct, format_=format.value, replaces=replace)
     show_made(file, made, as_json=output is Output.json, quiet=quiet)

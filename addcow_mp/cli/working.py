@@ -7,14 +7,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
-from addcow_mp.cli.saying import tell
+from addcow_mp.cli.saying import one_line, tell
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.run import Progress, no_progress
 from addcow_mp.errors import InterruptedJobError, StoppedError, TerminatedJobError
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.report import Conduct, ignore
 from addcow_mp.units import human_size
 
 #: Without a terminal a line is printed at every tenth part, not at every moment.
@@ -29,16 +30,25 @@ _MEANINGS: dict[int, type[StoppedError]] = {
 
 @contextmanager
 def working(
-    jobs: int | None, access: Access, manner: Manner, *, progress: bool
+    jobs: int | None, access: Access, manner: Manner, *, progress: bool, quiet: bool = False
 ) -> Iterator[Conduct]:
-    """A conduct with progress on stderr, which SIGINT and SIGTERM end between tasks."""
+    """A conduct with progress on stderr, which SIGINT and SIGTERM end between tasks.
+
+    What keeps a job waiting is told too, unless it shall be ``quiet``.
+    """
+    note = ignore if quiet else _note
     with _stoppable() as stop, _shown(progress) as (show, counted):
         try:
-            yield Conduct(jobs, show, lambda: bool(stop), access, manner, counted=counted)
+            stops = partial(bool, stop)
+            yield Conduct(jobs, show, stops, access, manner, counted=counted, note=note)
         except StoppedError as error:
             if not stop:
                 raise  # no signal was it
             raise _MEANINGS[stop[0]](message=str(error)) from error
+
+
+def _note(line: str) -> None:
+    tell(f"addcow: {one_line(line)}")
 
 
 @contextmanager

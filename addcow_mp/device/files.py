@@ -333,17 +333,18 @@ def sync_entry(path: str, action: str, otherwise: str) -> None:
         raise FileError(path=path, action=action, reason=reason) from error
 
 
-def claim_alone(path: str, fd: int, problem: str) -> None:
+def claim_alone(path: str, fd: int) -> bool:
     """Hold an open file against others of this program that do the same, until it is closed.
 
-    Raises :class:`ImageError` with ``problem`` when somebody holds it, :class:`FileError`.
+    False when somebody holds it. Raises :class:`FileError`.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ImageError(path=path, problem=problem) from None
+        return False
     except OSError as error:
         raise FileError.of(path, "lock it", error) from error
+    return True
 
 
 def copy(source: File, target: File, start: int, stop: int, buffer: memoryview) -> None:

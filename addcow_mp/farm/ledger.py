@@ -335,7 +335,9 @@ def _alone(path: str) -> Iterator[None]:
         raise cannot_open(path, "open it", error) from error
     try:
         _refuse_kind(path, os.fstat(fd))
-        claim_alone(path, fd, "another scrub is using it; wait until that has ended")
+        if not claim_alone(path, fd):
+            problem = "another scrub is using it; wait until that has ended"
+            raise ImageError(path=path, problem=problem)
         yield
     finally:
         os.close(fd)

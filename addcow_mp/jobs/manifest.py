@@ -6,7 +6,9 @@ manifest that is there is taken if it is of these files as they are now, and nev
 unless that is asked for.
 
 It is written beside the layer under another name, made durable and then renamed: a manifest is
-there whole or not at all. A layer that changes while it is read gets none.
+there whole or not at all. A layer that changes while it is read gets none. Whoever finds another
+process at it waits, and takes what that has made: overlays that share a base can be done side by
+side.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,7 +24,7 @@ from addcow_mp.device.chain import open_layer
 from addcow_mp.device.files import claim_alone, identity_of, sync_entry
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import draft_of, is_manifest, manifest_of
+from addcow_mp.device.sidecar import SUFFIX, draft_of, is_manifest, manifest_of
 from addcow_mp.engine.leaves import Leaves, cow_digests, file_of, is_all_local
 from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Failed, Part, Pool
@@ -44,6 +47,12 @@ from addcow_mp.format.manifest import (
     guest_digest,
 )
 from addcow_mp.jobs.report import Conduct
+
+#: Seconds between looks at whether another process has ended that writes the same manifest.
+LOOK_AGAIN = 0.1
+
+#: Seconds in which it writes something, or does not get on: digests come by tasks of 64 MiB.
+STANDSTILL = 10.0
 
 
 @dataclass(frozen=True)
@@ -103,15 +112,14 @@ def _manifest_of(
     """The manifest of a layer, and whether it had to be written."""
     path = manifest_of(layer.path)
     wanted = head_of(layer, below)
-    try:
-        there = _found(layer, path, wanted)
-    except ManifestError:
-        if not replaces:
-            raise
-        there = None
+    there = _found(layer, path, wanted, replaces=replaces)
     if there is not None:
         return there, False
-    with _draft(path, draft_of(layer.path)) as fd:
+    with _draft(path, draft_of(layer.path), conduct) as fd:
+        # Another process may have written it until now: overlays share their base.
+        there = _found(layer, path, wanted, replaces=replaces)
+        if there is not None:
+            return there, False
         _write(fd, layer, wanted, below, conduct)
         if head_of(layer, below) != wanted:
             raise ImageError(path=layer.path, problem="it was changed meanwhile; try again")
@@ -122,10 +130,20 @@ def _manifest_of(
     return Manifest.load(path), True
 
 
-def _found(layer: Layer, path: str, wanted: Head) -> Manifest | None:
-    """The manifest that is there already. Raises :class:`ManifestError` for a useless one."""
-    if not os.path.exists(path):
+def _found(layer: Layer, path: str, wanted: Head, *, replaces: bool) -> Manifest | None:
+    """The manifest that is there already, unless it is a useless one that may be replaced.
+
+    Raises :class:`ManifestError` for a useless one that may not.
+    """
+    try:
+        return _sound(layer, path, wanted) if os.path.exists(path) else None
+    except ManifestError:
+        if not replaces:
+            raise
         return None
+
+
+def _sound(layer: Layer, path: str, wanted: Head) -> Manifest:
     with _saying(path, "read it"):
         if os.path.getsize(path) and not is_manifest(path):
             raise ImageError(path=path, problem="it is there and no manifest; move it away")
@@ -163,16 +181,76 @@ def _saying(path: str, action: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _draft(path: str, part: str) -> Iterator[int]:
-    """The file ``part`` beside ``path``; what a killed writer left is begun anew."""
-    with _saying(path, "write it"):
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+def _draft(path: str, part: str, conduct: Conduct) -> Iterator[int]:
+    """The file ``part`` beside ``path``, empty and nobody else's; waits for others to end.
+
+    What a killed writer left is begun anew; what was not renamed is removed.
+    """
+    fd = _claimed(path, part, conduct)
     try:
-        claim_alone(path, fd, "another process is writing it just now; try again when it has ended")
         _refuse_foreign(fd, part)
         yield from _emptied(fd, part)
     finally:
         os.close(fd)
+
+
+def _claimed(path: str, part: str, conduct: Conduct) -> int:
+    """``part``, opened, and held by this process alone; waits for another one that gets on."""
+    fd = _claim(path, part)
+    if fd is None:
+        conduct.note(f"{path}: another process is writing it; waiting until that has ended")
+    patience = _Patience(part)
+    while fd is None:
+        if conduct.stopping():
+            raise BeginsAnewError(path=path.removesuffix(SUFFIX))
+        if patience.is_over:
+            problem = (
+                "another process is writing it and does not get on; try again when it has ended"
+            )
+            raise ImageError(path=path, problem=problem)
+        time.sleep(LOOK_AGAIN)
+        fd = _claim(path, part)
+    return fd
+
+
+class _Patience:
+    """How long to wait for the writer of a file: as long as it writes."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._since = time.monotonic()
+        self._state: FileState | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the file has been the same for too long."""
+        with contextlib.suppress(OSError):
+            state = FileState.of(os.stat(self._path, follow_symlinks=False))
+            if state != self._state:
+                self._state, self._since = state, time.monotonic()
+        return time.monotonic() - self._since > STANDSTILL
+
+
+def _claim(path: str, part: str) -> int | None:
+    with _saying(path, "write it"):
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        # Before it was held, it may have been renamed: what it is called then is not to be written.
+        if claim_alone(path, fd) and _is_called(fd, part):
+            return fd
+    except FileError:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _is_called(fd: int, name: str) -> bool:
+    """Whether this is the name of that file."""
+    try:
+        return identity_of(os.stat(name, follow_symlinks=False)) == identity_of(os.fstat(fd))
+    except OSError:
+        return False
 
 
 def _refuse_foreign(fd: int, part: str) -> None:
@@ -188,10 +266,10 @@ def _emptied(fd: int, part: str) -> Iterator[int]:
         with _saying(part, "write it"):
             os.ftruncate(fd, 0)
         yield fd
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
+    finally:
+        if _is_called(fd, part):
+            with contextlib.suppress(OSError):
+                os.unlink(part)
 
 
 def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Conduct) -> None:

@@ -24,6 +24,10 @@ def never() -> bool:
     return False
 
 
+def ignore(_: str) -> None:
+    """Nobody to be told."""
+
+
 @dataclass(frozen=True)
 class Conduct:
     """How a job is carried out, whatever it does.
@@ -31,8 +35,9 @@ class Conduct:
     ``jobs``: worker processes; 0 = in this process, None = the usable processors. ``crew``:
     processes that work for several jobs, instead of its own. ``progress`` is called with bytes
     done and bytes in all, ``counted`` with images done and images in all by jobs that look at
-    many, after ``progress`` where they tell both. ``stopping`` is asked between tasks, and once
-    it is true no new one is begun. ``access`` says what may be opened and how, ``manner`` how
+    many, after ``progress`` where they tell both. ``note`` is called with a line about what keeps
+    the job waiting. ``stopping`` is asked between tasks, and once it is true no new one is begun.
+    ``access`` says what may be opened and how, ``manner`` how
     bytes are moved, ``around`` what is known of other overlays nearby; None = look.
     """
 
@@ -44,6 +49,7 @@ class Conduct:
     crew: Pool | None = None
     around: Surroundings | None = None
     counted: Progress = no_progress
+    note: Callable[[str], None] = ignore
 
     def amid(self, before: int, after: int) -> Conduct:
         """The same for one step of several: so many bytes ``before`` it and ``after`` it."""
