@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Processes that test, half as many again as processors: tests of kills and limits mostly wait.
+TESTERS ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
+
 MINUTES ?= 10
 SECONDS ?= 60
 
@@ -29,7 +32,7 @@ demo: $(READY)
 	@$(BIN)/python tools/demo.py
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow
