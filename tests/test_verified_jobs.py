@@ -661,24 +661,35 @@ def image_of(pid: int, job: str) -> str:
     return found
 
 
-@MANY
-@BOTH
-def test_an_image_of_a_farm_that_reads_back_differently_ends_alone(
-    here: Path, job: str, jobs: str
-) -> None:
-    names = farm_of(here, 4)
+def one_fails(
+    here: Path, names: list[str], job: str, jobs: str, number: int
+) -> tuple[str, dict[str, Any]]:
+    """Flip a bit of an image before it is read back, and send its process a signal then.
+
+    It alone may have failed; returns its directory, and what was told of all images.
+    """
     rules = rules_for(here, rule("read_back", "stop", once="on"))
     with running(*farm_command(job, "--jobs", jobs), cwd=here, rules=rules) as run:
         (stopped,) = run.stopped()
         bad = image_of(stopped, job)
         flip(here / bad / target(job), 3 * CLUSTER + 5)
-        run.signal(signal.SIGCONT, stopped)
+        run.signal(number, stopped)
         ended = run.end()
         run.all_gone()
     assert ended.status == 1
     told = {one["filename"]: one for one in json.loads(ended.stdout)["images"]}
     states = {name: told[f"./{name}"]["state"] for name in names}
     assert states == {name: "failed" if name.startswith(bad) else "done" for name in names}
+    return bad, told
+
+
+@MANY
+@BOTH
+def test_an_image_of_a_farm_that_reads_back_differently_ends_alone(
+    here: Path, job: str, jobs: str
+) -> None:
+    names = farm_of(here, 4)
+    bad, told = one_fails(here, names, job, jobs, signal.SIGCONT)
     problem = told[f"./{bad}/top.add-cow"]["problem"]
     assert f"{bad}/{target(job)}: what was read back differs" in problem
     # Nothing of it was thrown away.
@@ -781,18 +792,7 @@ def test_a_farm_holds_nothing_that_it_was_refused(here: Path, jobs: str) -> None
 def test_what_a_killed_worker_did_is_not_held_against_itself(here: Path, job: str) -> None:
     """Done once more, there is nothing to do, and what is there is what is there."""
     names = farm_of(here, 2)
-    rules = rules_for(here, rule("read_back", "stop", once="on"))
-    with running(*farm_command(job, "--jobs", "1"), cwd=here, rules=rules) as run:
-        (stopped,) = run.stopped()
-        bad = image_of(stopped, job)
-        flip(here / bad / target(job), 3 * CLUSTER + 5)
-        run.signal(signal.SIGKILL, stopped)
-        ended = run.end()
-        run.all_gone()
-    assert ended.status == 1
-    told = {one["filename"]: one for one in json.loads(ended.stdout)["images"]}
-    states = {name: told[f"./{name}"]["state"] for name in names}
-    assert states == {name: "failed" if name.startswith(bad) else "done" for name in names}
+    bad, _ = one_fails(here, names, job, "1", signal.SIGKILL)
     assert (here / bad / "top.add-cow").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from addcow_mp.cli.saying import one_line, tell
+from addcow_mp.cli.saying import one_line, say
 from addcow_mp.farm.plan import Plan, State, Step
 from addcow_mp.units import human_size
 
@@ -94,7 +94,7 @@ def print_lines(plan: Plan, *, quiet: bool) -> None:
     """Print a line for each image and a summary; what went wrong goes to stderr."""
     for step in plan.steps:
         if step.problem is not None and step.state is not State.STOPPED:
-            tell(f"addcow: {one_line(_told(step))}")
+            say(_told(step))
         elif not quiet:
             print(one_line(_told(step)))
     if not quiet:

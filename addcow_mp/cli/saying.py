@@ -14,14 +14,19 @@ _STEERING = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F,
 def complain(message: str, status: int) -> int:
     """Say what went wrong, in one line, and pass the exit status on."""
     sys.stdout.flush()
-    tell(f"addcow: {one_line(message)}")
+    say(message)
     return status
+
+
+def say(message: str) -> None:
+    """Say something in one line, in the name of the command."""
+    tell(f"addcow: {one_line(message)}")
 
 
 def warn(messages: Sequence[str]) -> None:
     """Say what the user should know although the command goes on."""
     for message in messages:
-        tell(f"addcow: warning: {one_line(message)}")
+        say(f"warning: {message}")
 
 
 def tell(line: str) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.progressing import counting
-from addcow_mp.cli.saying import one_line, tell
+from addcow_mp.cli.saying import one_line, say
 from addcow_mp.cli.verifying import counts_of, findings_of, layer_of, print_findings, worst
 from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
@@ -52,7 +52,7 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
             )
         _show(found, wishes)
         if found.problem is not None:
-            _say_problem(found, found.problem)
+            _raise(found, found.problem)
         elif found.left:
             _say_what_stopped_it(found, conduct)
     raise typer.Exit(worst(found.verdicts))
@@ -63,11 +63,11 @@ def _refuse_no_name(state: str) -> None:
         raise UsageError(message="--state '': name a file")
 
 
-def _say_problem(found: Scrubbed, problem: AddcowError) -> None:
-    """Raise it, unless damage counts for more."""
+def _raise(found: Scrubbed, problem: AddcowError) -> None:
+    """Raise what ended a run, unless damage counts for more: then it is said."""
     if worst(found.verdicts) != DIFFERENT:
         raise problem
-    tell(f"addcow: {problem}")
+    say(str(problem))
 
 
 def _say_what_stopped_it(found: Scrubbed, conduct: Conduct) -> None:
@@ -75,9 +75,7 @@ def _say_what_stopped_it(found: Scrubbed, conduct: Conduct) -> None:
     if conduct.stopping():
         raise StoppedError(path=named)
     told = f"{named}: the time limit was reached; the same command goes on from there"
-    if worst(found.verdicts) != DIFFERENT:
-        raise TimeLimitError(message=told)
-    tell(f"addcow: {told}")
+    _raise(found, TimeLimitError(message=told))
 
 
 def _show(found: Scrubbed, wishes: Wishes) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
-from addcow_mp.cli.saying import one_line, tell
+from addcow_mp.cli.saying import say, tell
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.run import Progress, no_progress
@@ -36,7 +36,7 @@ def working(
 
     What keeps a job waiting is told too, unless it shall be ``quiet``.
     """
-    note = ignore if quiet else _note
+    note = ignore if quiet else say
     with _stoppable() as stop, _shown(progress) as (show, counted):
         try:
             stops = partial(bool, stop)
@@ -45,10 +45,6 @@ def working(
             if not stop:
                 raise  # no signal was it
             raise _MEANINGS[stop[0]](message=str(error)) from error
-
-
-def _note(line: str) -> None:
-    tell(f"addcow: {one_line(line)}")
 
 
 @contextmanager

@@ -286,6 +286,14 @@ def identity_of(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def identity_at(path: str) -> tuple[int, int] | None:
+    """That of the file at ``path``; None when there is none to be seen."""
+    try:
+        return identity_of(os.stat(path))
+    except OSError:
+        return None
+
+
 def free_bytes(status: os.statvfs_result) -> int:
     """Bytes that we can still write to a file system of this ``status``."""
     blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail

@@ -67,6 +67,14 @@ class Manner:
     rate: int = 0
     idle: bool = False
 
+    @property
+    def is_for_workers(self) -> bool:
+        """Whether the process that hands out the work has to keep out of it.
+
+        It would exceed a limit that the others share, and could not be reached while it waits.
+        """
+        return self.idle or self.rate > 0
+
     def rate_of_each(self, processes: int) -> int:
         """The limit of each of so many processes, 0 = none."""
         return max(1, self.rate // max(1, processes)) if self.rate else 0

@@ -15,7 +15,7 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from addcow_mp.device.files import identity_of, sync_directory
+from addcow_mp.device.files import identity_at, sync_directory
 from addcow_mp.errors import FileError
 
 if TYPE_CHECKING:
@@ -72,15 +72,8 @@ def invalidate_all(layer: Layer, *, durable: bool = True) -> None:
     for path in dict.fromkeys((layer.path, files[0].path)):
         for name in _names(path):
             # A disk of the chain may have such a name, and what its guest has written at its start.
-            if _identity(manifest_of(name)) not in {file.identity for file in files}:
+            if identity_at(manifest_of(name)) not in {file.identity for file in files}:
                 invalidate(name, durable=durable)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        return identity_of(os.stat(path))
-    except OSError:
-        return None
 
 
 def _names(path: str) -> list[str]:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import identity_of
 from addcow_mp.device.sidecar import SUFFIX, described_by, manifest_of
 from addcow_mp.errors import ManifestError
 from addcow_mp.farm.places import files_of, overlays_of
@@ -25,7 +24,7 @@ from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.looking import Target
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.jobs.verdict import Verdict
-from addcow_mp.jobs.verify import chain_of, verifiers
+from addcow_mp.jobs.verify import chain_of, verifiers, was_met
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,5 @@ def _kind(path: str) -> str:
 
 def _new(target: Target, seen: set[Identity | str]) -> Iterator[Target]:
     """``target``, unless the same file was met before, or the same name of none."""
-    identity: Identity | str
-    try:
-        identity = identity_of(os.stat(target.path))
-    except OSError:
-        # That it is not there is for its verdict to say.
-        identity = os.path.realpath(target.path)
-    if identity not in seen:
-        seen.add(identity)
+    if not was_met(target.path, seen):
         yield target

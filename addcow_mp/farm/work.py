@@ -252,8 +252,7 @@ class _Farm:
         each = replace(manner, rate=manner.rate_of_each(self._jobs))
         work = _Errands(replace(self._conduct, jobs=0, manner=each), board)
         # Fault rules are for workers, and so are limits: this process would exceed them.
-        held_back = faults.armed or manner.idle or manner.rate
-        part = Part.NONE if held_back else Part.FIRST
+        part = Part.NONE if faults.armed or manner.is_for_workers else Part.FIRST
         # Once more would hold what a job has left behind against itself, and find it as it was.
         tries = 1 if self._verifies else TRIES
         return Pool(work, self._jobs, idle=manner.idle, part=part, tries=tries)
@@ -266,10 +265,11 @@ class _Farm:
     def _turn(self, pool: Pool) -> None:
         """Begin what may begin, and take note of what has come to its end."""
         self._look_again()
-        large = self._large_one() if self._verifies else None
+        large = self._lone_one() if self._verifies else None
         if large is None:
             pool.add(list(self._small_ones()))
-            large = None if self._verifies else self._large_one()
+        if not self._verifies:
+            large = self._large_one()
         if large is not None:
             self._begin(large)
             self._finish(large, self._split(self._steps[large], pool))
@@ -277,10 +277,12 @@ class _Farm:
         self.watch.progress(self._done)
 
     def _large_one(self) -> int | None:
-        """A large image that may begin; one that is read back has the disk to itself."""
-        if self._verifies and self._under_way:
-            return None
+        """A large image that may begin."""
         return self._agenda.next(large=True, fits=self._space.fits)
+
+    def _lone_one(self) -> int | None:
+        """The same, where it is read back: such a one has the disk to itself."""
+        return None if self._under_way else self._large_one()
 
     def _small_ones(self) -> Iterator[Task]:
         """As many tasks as keep all processes busy for a while."""

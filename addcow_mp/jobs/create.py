@@ -56,7 +56,6 @@ def create_raw(path: str, size: int) -> int:
     size = _whole_sectors(size)
     with _Making(Access()) as making:
         file = making.new(path)
-        invalidate(path)
         file.grow(size, seen=0)
         file.sync()
         sync_directory(path)
@@ -93,7 +92,6 @@ def create(
     with _Making(access) as making:
         told = _make_image(image_path, size, making, hidden=backing_path is not None)
         _make_cow(path, names, Geometry(size, cluster_size), making)
-        invalidate(path)
         sync_directory(path)
     told += _roots_needed(path, image_path, backing_path)
     return Created(size, told)
@@ -333,10 +331,11 @@ class _Making:
         return self
 
     def new(self, path: str, role: str = IMAGE) -> File:
-        """Create the file, which goes again on failure."""
+        """Create the file, which goes again on failure; a manifest was of one that is gone."""
         file = File.create(path)
         self._new.append(file)
         file.role = role
+        invalidate(path)
         return file
 
     def grown(self, path: str) -> File:
@@ -372,10 +371,10 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
         image = making.grown(path)
         if hidden and image.next_data(0) is not None:
             told.append(f"{path}: the image file holds data that the new overlay hides")
+        if image.length != size:
+            invalidate(path)
     else:
         image = making.new(path)
-    if image.length != size:
-        invalidate(path)
     image.grow(size, seen=virtual_size(image.length))
     image.sync()
     sync_directory(path)

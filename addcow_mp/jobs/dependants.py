@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access, pseudo_devices
-from addcow_mp.device.files import File, identity_of
+from addcow_mp.device.files import File, identity_at, identity_of
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import DependantsError, ImageError
@@ -245,7 +245,4 @@ def _path(path: str, fd: int, offset: int, size: int, limit: int) -> str | None:
 
 
 def _identity(path: str | None) -> Identity | None:
-    try:
-        return None if path is None else identity_of(os.stat(path))
-    except OSError:
-        return None
+    return None if path is None else identity_at(path)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from addcow_mp.device.chain import open_layer
-from addcow_mp.device.files import claim_alone, identity_of, sync_entry
+from addcow_mp.device.files import claim_alone, identity_at, identity_of, sync_entry
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.sidecar import SUFFIX, draft_of, is_manifest, manifest_of
@@ -101,7 +101,7 @@ def _refuse_own(layers: list[Layer]) -> None:
     used |= {one.cow.identity for one in layers if isinstance(one, Overlay)}
     for one in layers:
         for path in (manifest_of(one.path), draft_of(one.path)):
-            if os.path.exists(path) and identity_of(os.stat(path)) in used:
+            if identity_at(path) in used:
                 problem = "it is a disk of this chain, and lies where the manifest would; rename it"
                 raise ImageError(path=path, problem=problem)
 
@@ -300,7 +300,7 @@ def _hashed(layer: Layer, conduct: Conduct) -> Iterator[bytes]:
     """The records of all groups, in order."""
     tasks = tasks_of(layer)
     workers = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
-    part = Part.NONE if conduct.manner.idle else Part.FIRST
+    part = Part.NONE if conduct.manner.is_for_workers else Part.FIRST
     waiting: dict[int, bytes] = {}
     due, done, total = 0, 0, sum(task.weight for task in tasks)
     with Pool(Leaves(layer), workers, idle=conduct.manner.idle, part=part) as pool:

@@ -103,7 +103,7 @@ def _processes(conduct: Conduct, tasks: list[Task]) -> int:
 def _part(conduct: Conduct, work: Transfer, tasks: list[Task]) -> Part:
     """What this process does itself: all it can, unless so many workers were asked for."""
     # Fault rules are for workers, and so are limits: this process would exceed them.
-    if faults.armed or conduct.manner.idle or conduct.manner.rate:
+    if faults.armed or conduct.manner.is_for_workers:
         return Part.NONE
     if conduct.jobs is not None:
         return Part.START

@@ -86,17 +86,14 @@ def look(layer: Layer, size: int, conduct: Conduct) -> Sight:
 
 def _seen(layer: Layer, size: int, tasks: list[Task], conduct: Conduct) -> Iterator[Done | Failed]:
     """What comes of the tasks, as it comes."""
-    rate, idle = conduct.manner.rate, conduct.manner.idle
-    # One process can keep up with any limit, and needs nobody to share it with.
-    wanted = 1 if rate and conduct.jobs is None else conduct.jobs
-    jobs = workers_for(wanted, tasks, idle=idle)
+    manner = conduct.manner
+    jobs = workers_for(conduct.readers, tasks, idle=manner.idle)
     board = Board.create((), 0)
-    work = View(layer, size, board, conduct.manner.rate_of_each(jobs))
+    work = View(layer, size, board, manner.rate_of_each(jobs))
     work.stopping = conduct.stopping
-    # Limits are for workers: this process would exceed them, or could not be reached meanwhile.
-    part = Part.NONE if idle or rate else Part.FIRST
+    part = Part.NONE if manner.is_for_workers else Part.FIRST
     try:
-        with Pool(work, jobs, idle=idle, part=part) as pool:
+        with Pool(work, jobs, idle=manner.idle, part=part) as pool:
             for result in pool.run(tasks, partial(board.stops_by, conduct.stopping)):
                 if result is not None:
                     yield result

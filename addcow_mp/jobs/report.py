@@ -37,8 +37,8 @@ class Conduct:
     done and bytes in all, ``counted`` with images done and images in all by jobs that look at
     many, after ``progress`` where they tell both. ``note`` is called with a line about what keeps
     the job waiting. ``stopping`` is asked between tasks, and once it is true no new one is begun.
-    ``access`` says what may be opened and how, ``manner`` how
-    bytes are moved, ``around`` what is known of other overlays nearby; None = look.
+    ``access`` says what may be opened and how, ``manner`` how bytes are moved, ``around`` what is
+    known of other overlays nearby; None = look.
     """
 
     jobs: int | None = None
@@ -50,6 +50,11 @@ class Conduct:
     around: Surroundings | None = None
     counted: Progress = no_progress
     note: Callable[[str], None] = ignore
+
+    @property
+    def readers(self) -> int | None:
+        """``jobs`` for what only reads: one process keeps up with any limit."""
+        return 1 if self.jobs is None and self.manner.rate else self.jobs
 
     def amid(self, before: int, after: int) -> Conduct:
         """The same for one step of several: so many bytes ``before`` it and ``after`` it."""

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import count
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import identity_of
+from addcow_mp.device.files import identity_at
 from addcow_mp.device.headers import load_header, load_names, resolve
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.engine.board import Board
@@ -65,8 +65,8 @@ def chain_of(path: str, format_: str, access: Access) -> Iterator[Target]:
     opened has layers to be verified all the same.
     """
     holder: str | None = None
-    met: set[Identity] = set()
-    while not _was_met(path, met):
+    met: set[Identity | str] = set()
+    while not was_met(path, met):
         yield Target(path, format_, holder)
         below = _below(path, access, named=holder is None) if format_ == ADD_COW else None
         if below is None:
@@ -74,12 +74,9 @@ def chain_of(path: str, format_: str, access: Access) -> Iterator[Target]:
         holder, (path, format_) = path, below
 
 
-def _was_met(path: str, met: set[Identity]) -> bool:
-    """Whether ``met`` has the file at ``path``, and has it from now on."""
-    try:
-        identity = identity_of(os.stat(path))
-    except OSError:
-        return False  # nothing is named by what is not there
+def was_met(path: str, met: set[Identity | str]) -> bool:
+    """Whether ``met`` has the file at ``path``, or the name of none, and has it from now on."""
+    identity = identity_at(path) or os.path.realpath(path)
     if identity in met:
         return True
     met.add(identity)
@@ -175,15 +172,14 @@ def verifiers(conduct: Conduct, layers: int, sample: Sample | None = None) -> It
     Where that is many they are started at once, so that they stand ready when it is known.
     """
     board = Board.create((), 0)
-    rate, idle = conduct.manner.rate, conduct.manner.idle
-    # One process can keep up with any limit, and needs nobody to share it with.
-    jobs = (1 if rate else usable_cpus()) if conduct.jobs is None else conduct.jobs
-    work = Looking(conduct.access, board, sample, conduct.manner.rate_of_each(jobs))
+    manner, wanted = conduct.manner, conduct.readers
+    jobs = usable_cpus() if wanted is None else wanted
+    work = Looking(conduct.access, board, sample, manner.rate_of_each(jobs))
     work.stopping = conduct.stopping
-    # Limits are for workers: this process would exceed them, or could not be reached meanwhile.
     usual = Role.FULL if layers >= MANY else Role.FIRST
+    part = Role.NONE if manner.is_for_workers else usual
     try:
-        with Pool(work, jobs, idle=idle, part=Role.NONE if idle or rate else usual) as pool:
+        with Pool(work, jobs, idle=manner.idle, part=part) as pool:
             if layers >= MANY and not conduct.stopping():
                 pool.start(layers // MANY)
             yield Verifiers(pool, conduct, board)
