@@ -1,6 +1,7 @@
 """The public functions, as ``addcow_mp`` shows them: small, typed, one call each.
 
-Paths may be given as ``str`` or path objects. ``jobs`` is the number of worker processes:
+Paths may be given as ``str``, ``bytes`` or path objects; anything else raises a
+:class:`TypeError` that names the argument. ``jobs`` is the number of worker processes:
 None for as many as there are usable processors, 0 for none (the work is done in the calling
 process). ``access`` says where names inside images may lead and how files are used; by default
 only beneath the directory of the image itself. Workers are spawned, so a script that starts
@@ -27,13 +28,35 @@ if TYPE_CHECKING:
     from addcow_mp.jobs.report import Conduct, Report
 
 
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+def _text(path: Path, argument: str) -> str:
+    """The path as the package uses it. Raises :class:`TypeError` that names the ``argument``."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        wanted = "give a str, bytes or os.PathLike"
+        raise TypeError(f"{argument}: {wanted}, not {type(path).__name__}") from None
+
+
+def _allowed(access: Access | None) -> Access:
+    """What may be opened, with roots as text."""
+    access = Access() if access is None else access
+    if isinstance(access.roots, str | bytes | os.PathLike):
+        raise TypeError("roots: give a sequence of directories, not one name")
+    return access._replace(roots=tuple(_text(root, "roots") for root in access.roots))
+
+
 def _conduct(jobs: int | None, access: Access | None) -> Conduct:
+    from addcow_mp.errors import UsageError
     from addcow_mp.jobs.report import Conduct
 
-    return Conduct(jobs, access=access or Access())
-
-
-Path = str | os.PathLike[str]
+    if jobs is not None and not isinstance(jobs, int):
+        raise TypeError(f"jobs: give a number or None, not {type(jobs).__name__}")
+    if jobs is not None and jobs < 0:
+        raise UsageError(message=f"invalid jobs {jobs}: give 0 or more, or None")
+    return Conduct(jobs, access=_allowed(access))
 
 
 def open(path: Path, *, writable: bool = False, access: Access | None = None) -> Overlay:  # noqa: A001
@@ -42,7 +65,7 @@ def open(path: Path, *, writable: bool = False, access: Access | None = None) ->
     A cluster is read from the image file when its bit is set, else from the backing, else
     as zeros. A context manager: leaving it flushes and closes.
     """
-    return open_chain(os.fspath(path), WRITE if writable else READ, access)
+    return open_chain(_text(path, "path"), WRITE if writable else READ, _allowed(access))
 
 
 def create(
@@ -63,14 +86,14 @@ def create(
     from addcow_mp.jobs.create import create as job
 
     return job(
-        os.fspath(path),
+        _text(path, "path"),
         size=size,
-        backing=None if backing is None else os.fspath(backing),
+        backing=None if backing is None else _text(backing, "backing"),
         backing_format=backing_format,
-        image=None if image is None else os.fspath(image),
+        image=None if image is None else _text(image, "image"),
         image_format=image_format,
         cluster_size=cluster_size,
-        access=access,
+        access=_allowed(access),
     )
 
 
@@ -90,7 +113,7 @@ def commit(
     """
     from addcow_mp.jobs.commit import commit as job
 
-    return job(os.fspath(path), keep=keep, verifies=verify, conduct=_conduct(jobs, access))
+    return job(_text(path, "path"), keep=keep, verifies=verify, conduct=_conduct(jobs, access))
 
 
 def flatten(
@@ -108,7 +131,9 @@ def flatten(
     """
     from addcow_mp.jobs.flatten import flatten as job
 
-    return job(os.fspath(path), discard=discard, verifies=verify, conduct=_conduct(jobs, access))
+    return job(
+        _text(path, "path"), discard=discard, verifies=verify, conduct=_conduct(jobs, access)
+    )
 
 
 def convert(
@@ -123,8 +148,8 @@ def convert(
     from addcow_mp.jobs.convert import convert as job
 
     return job(
-        os.fspath(source),
-        os.fspath(destination),
+        _text(source, "source"),
+        _text(destination, "destination"),
         source_format=source_format,
         conduct=_conduct(jobs, access),
     )
@@ -134,17 +159,21 @@ def check(path: Path, *, access: Access | None = None) -> CheckReport:
     """Run every check of the format's rules; damage is reported, not raised."""
     from addcow_mp.jobs.check import check as job
 
-    return job(os.fspath(path), access)
+    return job(_text(path, "path"), _allowed(access))
 
 
 def info(path: Path, *, access: Access | None = None) -> Info:
     """Describe the overlay: header, names, sizes, clusters."""
     from addcow_mp.jobs.info import info as job
 
-    return job(os.fspath(path), access)
+    return job(_text(path, "path"), _allowed(access))
 
 
 def extents(path: Path, *, access: Access | None = None) -> Iterator[Extent]:
     """What the guest's view is made of, from its beginning to its end."""
-    with open(path, access=access) as disk:
+    return _extents(_text(path, "path"), _allowed(access))
+
+
+def _extents(path: str, access: Access) -> Iterator[Extent]:
+    with open_chain(path, READ, access) as disk:
         yield from disk.extents()

@@ -1,0 +1,141 @@
+"""The public functions as a script calls them: the kinds of paths that they take."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import PATIENCE, pair
+
+import addcow_mp
+
+
+class _BytesPath:
+    """A path object whose name is bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self._path)
+
+
+#: Ways to spell the path of one file.
+SPELLINGS: list[Callable[[Path], Any]] = [str, os.fsencode, Path, _BytesPath]
+
+CALLS: dict[str, Callable[[Any], object]] = {
+    "open": addcow_mp.open,
+    "create": lambda path: addcow_mp.create(path, size=512),
+    "create, backing": lambda path: addcow_mp.create("x", backing=path, backing_format="raw"),
+    "create, image": lambda path: addcow_mp.create("x", size=512, image=path),
+    "commit": addcow_mp.commit,
+    "flatten": addcow_mp.flatten,
+    "convert, source": lambda path: addcow_mp.convert(path, "x"),
+    "convert, destination": lambda path: addcow_mp.convert("x", path),
+    "check": addcow_mp.check,
+    "info": addcow_mp.info,
+    "extents": addcow_mp.extents,
+}
+
+
+@pytest.mark.parametrize("spelt", SPELLINGS)
+def test_every_spelling_of_a_path_is_taken(tmp_path: Path, spelt: Callable[[Path], Any]) -> None:
+    (tmp_path / "base.img").write_bytes(b"A" * 65536)
+    top, image = spelt(tmp_path / "top.add-cow"), spelt(tmp_path / "top.img")
+    addcow_mp.create(
+        top, backing=spelt(tmp_path / "base.img"), backing_format="raw", image=image, size=65536
+    )
+    access = addcow_mp.Access(roots=(spelt(tmp_path),))
+    with addcow_mp.open(top, writable=True, access=access) as disk:
+        disk.write(0, b"B" * 512)
+        disk.flush()
+    assert addcow_mp.info(top).allocated_clusters == 1
+    assert addcow_mp.check(top).exit_code == 0
+    assert [one.length for one in addcow_mp.extents(top)] == [65536]
+    addcow_mp.convert(top, spelt(tmp_path / "copy.raw"), jobs=0)
+    assert (tmp_path / "copy.raw").read_bytes() == b"B" * 512 + b"A" * (65536 - 512)
+    assert addcow_mp.commit(top, jobs=0).amount.clusters_moved == 1
+    addcow_mp.flatten(top, jobs=0)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, 1.5, ["top.add-cow"], object()])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_path_is_refused_with_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: object
+) -> None:
+    if wrong is None and name.startswith("create,"):
+        pytest.skip("None leaves the option out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match=r"^(path|backing|image|source|destination): give a str"):
+        CALLS[name](wrong)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("roots", ["dir", b"dir", Path("dir"), (3,)])
+def test_roots_that_are_no_list_of_paths(tmp_path: Path, roots: Any) -> None:
+    path = pair(tmp_path, "A", "-")
+    with pytest.raises(TypeError, match=r"^roots: give a"):
+        addcow_mp.info(path, access=addcow_mp.Access(roots=roots))
+
+
+def test_jobs_that_are_no_number_of_processes(tmp_path: Path) -> None:
+    path = pair(tmp_path, "A", "X")
+    with pytest.raises(TypeError, match=r"^jobs: give a number"):
+        addcow_mp.commit(path, jobs="2")  # type: ignore[arg-type]
+    with pytest.raises(addcow_mp.UsageError, match="jobs -1"):
+        addcow_mp.flatten(path, jobs=-1)
+
+
+# The package as it is given away
+
+
+def _tracked() -> list[str]:
+    project = Path(__file__).parent.parent
+    done = subprocess.run(
+        ["git", "ls-files"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no git repository: {done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+def test_the_source_distribution_has_every_file() -> None:
+    import tomllib
+
+    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    included = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    always = {".gitignore", "pyproject.toml"}
+    missing = [
+        path
+        for path in _tracked()
+        if path not in always
+        and not any(f"/{path}" == one or f"/{path}".startswith(f"{one}/") for one in included)
+    ]
+    assert not missing
+
+
+def test_the_package_says_that_it_has_types() -> None:
+    assert "addcow_mp/py.typed" in _tracked()
+    assert (Path(addcow_mp.__file__).parent / "py.typed").is_file()
+
+
+def test_a_type_checker_sees_the_types_of_the_package(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("import addcow_mp\nreveal_type(addcow_mp.info(b'x'))\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    assert "addcow_mp.jobs.info.Info" in done.stdout, done
