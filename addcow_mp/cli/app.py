@@ -485,9 +485,9 @@ def _tell(report: Report, sentence: str, output: Output, *, quiet: bool) -> None
 
     warn(report.warnings)
     if output is Output.json:
-        import json
+        from addcow_mp.cli.jsontext import as_document
 
-        print(json.dumps(report.as_json(), indent=4))
+        print(as_document(report.as_json()))
     elif sentence and not quiet:
         print(sentence)
         if report.guest_digest is not None:

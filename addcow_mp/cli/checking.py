@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
+from addcow_mp.cli.jsontext import as_document
 from addcow_mp.cli.saying import complain, one_line
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.check import check
@@ -18,7 +18,7 @@ def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, 
         check(file, access) if repair is None else mend(file, access, everything=repair == "all")
     )
     if as_json:
-        print(json.dumps(report.as_json(), indent=4))
+        print(as_document(report.as_json()))
     elif not report.is_addcow:
         return complain(report.findings[0].message, report.exit_code)
     else:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+from addcow_mp.cli.jsontext import as_document
 from addcow_mp.cli.saying import warn
 from addcow_mp.format.bits import merged
 from addcow_mp.jobs.compare import Compared
@@ -26,7 +25,7 @@ def compare(
     result = job(one, other, formats, strict=strict, every=as_json, conduct=conduct)
     warn(result.warnings)
     if as_json:
-        print(json.dumps(_as_json(one, other, result), indent=4))
+        print(as_document(_as_json(one, other, result)))
     elif not quiet:
         print("\n".join(_sentences(result)))
     return 0 if result.same else 1

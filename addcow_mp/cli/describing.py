@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from addcow_mp.cli.jsontext import as_document
 from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.info import Info, RawInfo, chain_info, info
@@ -16,10 +17,8 @@ def show_info(file: str, access: Access, *, as_json: bool, chain: bool) -> None:
     for one in found:
         warn(one.warnings if isinstance(one, Info) else [])
     if as_json:
-        import json
-
         described = [describe(one) for one in found]
-        print(json.dumps(described if chain else described[0], indent=4))
+        print(as_document(described if chain else described[0]))
     else:
         print("\n\n".join("\n".join(map(one_line, _lines(one))) for one in found))
 

@@ -105,22 +105,22 @@ def _branches(more: list[bool]) -> str:
 
 def draw_json(graph: Graph) -> None:
     """Print images, other files and a summary as one document."""
-    import json
+    from addcow_mp.cli.jsontext import as_document
 
     document = {
         "images": [_image(node) for node in graph.images],
         "files": [_file(node) for node in graph.files],
         "summary": _summary(graph),
     }
-    print(json.dumps(document, indent=4))
+    print(as_document(document))
 
 
 def draw_jsonl(graph: Graph) -> None:
     """Print a line for each image."""
-    import json
+    from addcow_mp.cli.jsontext import as_line
 
     for node in graph.images:
-        print(json.dumps(_image(node)))
+        print(as_line(_image(node)))
 
 
 def _image(node: Node) -> dict[str, object]:
@@ -181,7 +181,7 @@ def _name(node: Node) -> str:
 
 
 def _attributes(node: Node) -> str:
-    details = _words(node).removeprefix(node.path).strip()
+    details = _words(node).removeprefix(node.path).lstrip()
     rows = [node.path, details, *(f"[{mark}]" for mark in node.marks)]
     label = "\\n".join(_escaped(_spelt_out(row)) for row in rows)
     colour = _colour(node.marks)
@@ -219,6 +219,10 @@ def _colour(marks: list[Mark]) -> str:
 
 # SVG
 
+#: Names may begin with blanks, end with them, and have several in a row. Viewers know one or the
+#: other of these two.
+_KEEP_BLANKS = {"xml:space": "preserve", "style": "white-space: pre"}
+
 _ROW, _INDENT, _MARGIN = 20, 20, 10
 _FONT, _CHARACTER = 12, 7.3  # the width is that of common monospaced faces, for the page's size
 
@@ -253,7 +257,7 @@ def _draw_row(page: Element, line: Line, number: int, parents: list[int]) -> flo
     if parents:
         elbow = f"M {x - _INDENT / 2:g} {_middle(parents[-1]) + _FONT / 2:g} V {y:g} H {x - 2}"
         SubElement(row, "path", {**_ELBOW, "d": elbow})
-    place = {"x": str(x), "y": f"{y + _FONT / 3:g}", "fill": _colour(line.marks)}
+    place = {"x": str(x), "y": f"{y + _FONT / 3:g}", "fill": _colour(line.marks), **_KEEP_BLANKS}
     text = SubElement(row, "text", {**place, "font-family": "monospace", "font-size": str(_FONT)})
     text.text = _in_xml(one_line(line.words))
     for mark in line.marks:

@@ -109,6 +109,9 @@ FromFile = Annotated[
     str | None,
     typer.Option("--from-file", metavar="FILE", help="further places, one a line; - is stdin"),
 ]
+NulSeparated = Annotated[
+    bool, typer.Option("-0", "--null", help="names in --from-file end with NUL, as of find -print0")
+]
 HowToList = Annotated[Listing, typer.Option("--output", help="human, json or jsonl")]
 ShowBar = Annotated[bool, typer.Option("-p", help="show progress on stderr")]
 ProgressForm = Annotated[
@@ -136,6 +139,7 @@ Discard = Annotated[bool, typer.Option("--discard", help="flatten: then remove t
 def ls(
     places: Places = None,
     from_file: FromFile = None,
+    null: NulSeparated = False,
     sort: Annotated[Key, typer.Option("--sort", help="the order of the lines")] = Key.name,
     reverse: Annotated[bool, typer.Option("--reverse", help="the other way round")] = False,
     output: HowToList = Listing.human,
@@ -147,7 +151,9 @@ def ls(
     from addcow_mp.cli.listing import PRINTERS, in_order
     from addcow_mp.farm.members import members
 
-    found = members(all_places(places, from_file), access_of(roots, allow_device, share=share))
+    found = members(
+        all_places(places, from_file, null=null), access_of(roots, allow_device, share=share)
+    )
     PRINTERS[output](in_order(found, sort, reverse=reverse))
 
 
@@ -155,6 +161,7 @@ def ls(
 def graph(
     places: Places = None,
     from_file: FromFile = None,
+    null: NulSeparated = False,
     output: Annotated[Drawing, typer.Option("--output", help="how to draw")] = Drawing.human,
     share: Share = False,
     roots: Roots = None,
@@ -165,13 +172,14 @@ def graph(
     from addcow_mp.farm.graph import farm_graph
 
     access = access_of(roots, allow_device, share=share)
-    DRAWERS[output](farm_graph(all_places(places, from_file), access))
+    DRAWERS[output](farm_graph(all_places(places, from_file, null=null), access))
 
 
 @command("check")
 def check(
     places: Places = None,
     from_file: FromFile = None,
+    null: NulSeparated = False,
     bar: ShowBar = False,
     progress: ProgressForm = None,
     progress_fd: ProgressFd = None,
@@ -190,7 +198,7 @@ def check(
     from addcow_mp.device.moving import Manner
     from addcow_mp.farm.check import farm_check
 
-    listed = all_places(places, from_file)
+    listed = all_places(places, from_file, null=null)
     access = access_of(roots, allow_device, share=share)
     form = form_of(bar, progress, quiet=quiet)
     with (
@@ -206,6 +214,7 @@ def check(
 def verify(
     places: Places = None,
     from_file: FromFile = None,
+    null: NulSeparated = False,
     bar: ShowBar = False,
     progress: ProgressForm = None,
     progress_fd: ProgressFd = None,
@@ -227,7 +236,7 @@ def verify(
     from addcow_mp.device.moving import Manner
     from addcow_mp.farm.verify import farm_verify
 
-    listed = all_places(places, from_file)
+    listed = all_places(places, from_file, null=null)
     access = access_of(roots, allow_device, share=share)
     form = form_of(bar, progress, quiet=quiet)
     with (
@@ -244,6 +253,7 @@ def plan(
     operation: Annotated[Operation, typer.Argument(metavar="commit|flatten")],
     places: Places = None,
     from_file: FromFile = None,
+    null: NulSeparated = False,
     discard: Discard = False,
     quiet: Quiet = False,
     jobs: Jobs = None,
@@ -259,13 +269,14 @@ def plan(
         raise typer.BadParameter("--discard is for flatten")
     access = access_of(roots, allow_device, force=force)
     wishes = Wishes(operation, output, discard=discard, dry_run=True, quiet=quiet, jobs=jobs)
-    carry_out(all_places(places, from_file), access, wishes)
+    carry_out(all_places(places, from_file, null=null), access, wishes)
 
 
 @command("commit")
 def commit(
     places: Places = None,
     from_file: FromFile = None,
+    null: NulSeparated = False,
     verify: Verify = False,
     dry_run: DryRun = False,
     on_error: AtError = OnError.skip,
@@ -308,13 +319,14 @@ def commit(
         jobs=jobs,
         manner=manner_of(copy, cache, sparse, rate, idle=idle),
     )
-    carry_out(all_places(places, from_file), access, wishes)
+    carry_out(all_places(places, from_file, null=null), access, wishes)
 
 
 @command("flatten")
 def flatten(
     places: Places = None,
     from_file: FromFile = None,
+    null: NulSeparated = False,
     discard: Discard = False,
     verify: Verify = False,
     dry_run: DryRun = False,
@@ -359,7 +371,7 @@ def flatten(
         jobs=jobs,
         manner=manner_of(copy, cache, sparse, rate, idle=idle),
     )
-    carry_out(all_places(places, from_file), access, wishes)
+    carry_out(all_places(places, from_file, null=null), access, wishes)
 
 
 def form_of(bar: bool, progress: ProgressIn | None, *, quiet: bool) -> str | None:
@@ -369,18 +381,20 @@ def form_of(bar: bool, progress: ProgressIn | None, *, quiet: bool) -> str | Non
     return "human" if bar and not quiet else None
 
 
-def all_places(places: list[str] | None, from_file: str | None) -> list[str]:
+def all_places(places: list[str] | None, from_file: str | None, *, null: bool) -> list[str]:
     """The places that are named, here or in a file of them. Raises :class:`UsageError` for none."""
     from addcow_mp.errors import UsageError
 
-    listed = [*(places or ()), *(_lines_of(from_file) if from_file is not None else ())]
+    if null and from_file is None:
+        raise UsageError(message="-0 says how names stand in a file of them: name it, --from-file")
+    listed = [*(places or ()), *(() if from_file is None else _names_in(from_file, null=null))]
     if not listed:
         raise UsageError(message="name at least one directory or file; see 'addcow farm --help'")
     return listed
 
 
-def _lines_of(path: str) -> list[str]:
-    """The lines of a file of names; a name is bytes, whatever the locale."""
+def _names_in(path: str, *, null: bool) -> list[str]:
+    """The names in a file of them; a name is bytes, whatever the locale."""
     import os
     import sys
 
@@ -389,4 +403,4 @@ def _lines_of(path: str) -> list[str]:
     else:
         with open(path, "rb") as file:
             content = file.read()
-    return [os.fsdecode(line) for line in content.split(b"\n") if line]
+    return [os.fsdecode(name) for name in content.split(b"\0" if null else b"\n") if name]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
+from addcow_mp.cli.jsontext import as_document, as_line
 from addcow_mp.cli.saying import one_line
 from addcow_mp.farm.members import Member
 from addcow_mp.units import human_size
@@ -47,12 +47,12 @@ def describe(one: Member) -> dict[str, object]:
 
 
 def _print_json(found: list[Member]) -> None:
-    print(json.dumps({"images": [describe(one) for one in found]}, indent=4))
+    print(as_document({"images": [describe(one) for one in found]}))
 
 
 def _print_jsonl(found: list[Member]) -> None:
     for one in found:
-        print(json.dumps(describe(one)))
+        print(as_line(describe(one)))
 
 
 def _print_table(found: list[Member]) -> None:

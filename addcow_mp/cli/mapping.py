@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 
+from addcow_mp.cli.jsontext import as_line
 from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, open_chain
@@ -33,7 +33,7 @@ def _extent(one: Extent) -> str:
     }
     if one.offset is not None:
         shown["offset"] = one.offset
-    return json.dumps(shown)
+    return as_line(shown)
 
 
 def _print_table(extents: Iterable[Extent], paths: list[str]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
+from addcow_mp.cli.jsontext import as_document, as_line
 from addcow_mp.cli.saying import one_line, say
 from addcow_mp.farm.plan import Plan, State, Step
 from addcow_mp.units import human_size
@@ -80,14 +80,14 @@ def _whole(plan: Plan) -> dict[str, object]:
 def print_json(plan: Plan, *, quiet: bool) -> None:  # noqa: ARG001 - all print in one manner
     """Print one document, images in the order of the plan."""
     images = [describe(step) for step in plan.steps]
-    print(json.dumps({"images": images, **_whole(plan)}, indent=4))
+    print(as_document({"images": images, **_whole(plan)}))
 
 
 def print_jsonl(plan: Plan, *, quiet: bool) -> None:  # noqa: ARG001
     """Print a line for each image, and one for the farm as a whole."""
     for step in plan.steps:
-        print(json.dumps(describe(step)))
-    print(json.dumps(_whole(plan)))
+        print(as_line(describe(step)))
+    print(as_line(_whole(plan)))
 
 
 def print_lines(plan: Plan, *, quiet: bool) -> None:

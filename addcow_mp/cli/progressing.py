@@ -7,7 +7,6 @@ ends the work.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from addcow_mp.cli.jsontext import as_line
 from addcow_mp.cli.saying import tell
 from addcow_mp.errors import UsageError
 from addcow_mp.farm.tally import Tally
@@ -151,7 +151,7 @@ class _Objects:
             "seconds": round(seconds, 3),
             "seconds-left": None if left is None else round(left, 3),
         }
-        self._write(json.dumps(told))
+        self._write(as_line(told))
 
 
 class _Lines:

@@ -23,6 +23,7 @@ from addcow_mp.cli.app import (
 )
 from addcow_mp.cli.farm import (
     FromFile,
+    NulSeparated,
     Places,
     ProgressFd,
     ProgressForm,
@@ -49,6 +50,7 @@ def run(
     state: StateFile,
     places: Places = None,
     from_file: FromFile = None,
+    null: NulSeparated = False,
     time_limit: TimeLimit = None,
     rate: Rate = None,
     sample: Annotated[
@@ -85,7 +87,7 @@ def run(
         jobs=jobs,
         manner=manner_of(CopyWay.auto, CacheMode.writeback, None, rate, idle=idle),
     )
-    carry_out(all_places(places, from_file), access, wishes)
+    carry_out(all_places(places, from_file, null=null), access, wishes)
 
 
 @scrub.command("status")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import typer
 
+from addcow_mp.cli.jsontext import as_document
 from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.progressing import counting
 from addcow_mp.cli.saying import one_line, say
@@ -84,7 +85,7 @@ def _show(found: Scrubbed, wishes: Wishes) -> None:
     if wishes.as_json:
         layers = [layer_of(one) for one in found.verdicts]
         told = {"layers": layers, **findings_of(found.verdicts), "summary": summary}
-        print(json.dumps(told, indent=4))
+        print(as_document(told))
         return
     print_findings(found.verdicts, quiet=wishes.quiet)
     if not wishes.quiet:
@@ -108,7 +109,7 @@ def show_status(state: str, *, as_json: bool) -> None:
             "coverage": coverage,
             "runs": [_run(one) for one in runs],
         }
-        print(json.dumps(told, indent=4))
+        print(as_document(told))
         return
     print_findings([one.known() for one in there])
     for run in runs[-SHOWN_RUNS:]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+from addcow_mp.cli.jsontext import as_document, as_line
 from addcow_mp.cli.saying import one_line
 from addcow_mp.farm.check import Checked, FarmReport
 
@@ -33,14 +32,14 @@ def _whole(report: FarmReport) -> dict[str, object]:
 def print_json(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001 - all print in one manner
     """Print one document."""
     images = [_image(one) for one in report.images]
-    print(json.dumps({"images": images, **_whole(report)}, indent=4))
+    print(as_document({"images": images, **_whole(report)}))
 
 
 def print_jsonl(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001
     """Print a line for each image, and one for the farm as a whole."""
     for one in report.images:
-        print(json.dumps(_image(one)))
-    print(json.dumps(_whole(report)))
+        print(as_line(_image(one)))
+    print(as_line(_whole(report)))
 
 
 def print_lines(report: FarmReport, *, quiet: bool) -> None:

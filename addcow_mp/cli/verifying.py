@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
+from addcow_mp.cli.jsontext import as_document, as_line
 from addcow_mp.cli.saying import one_line, tell
 from addcow_mp.jobs.verdict import Grade, Verdict
 
@@ -24,7 +24,7 @@ def show_made(file: str, made: list[Made], *, as_json: bool, quiet: bool) -> Non
             for one in made
         ]
         told = {"filename": file, "guest-digest": made[-1].guest_digest, "manifests": layers}
-        print(json.dumps(told, indent=4))
+        print(as_document(told))
     elif not quiet:
         for one in made:
             done = "written" if one.written else "kept"
@@ -46,7 +46,7 @@ def show_verdicts(file: str, verdicts: list[Verdict], *, as_json: bool, quiet: b
             for one in verdicts
         ]
         told = {"filename": file, "exit": status, **findings_of(verdicts), "layers": layers}
-        print(json.dumps(told, indent=4))
+        print(as_document(told))
         return status
     print_findings(verdicts, quiet=quiet)
     if not quiet:
@@ -126,13 +126,13 @@ def _print_farm_json(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG00
         **findings_of(found.all),
         "summary": _totals(found),
     }
-    print(json.dumps(told, indent=4))
+    print(as_document(told))
 
 
 def _print_farm_jsonl(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG001
     for one in found.all:
-        print(json.dumps(layer_of(one)))
-    print(json.dumps({"summary": _totals(found)}))
+        print(as_line(layer_of(one)))
+    print(as_line({"summary": _totals(found)}))
 
 
 def _print_farm(found: FarmVerdict, *, quiet: bool) -> None:

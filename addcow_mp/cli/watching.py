@@ -5,13 +5,13 @@ A full disk under the log is told once and never ends the work.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from addcow_mp.cli.jsontext import as_line
 from addcow_mp.cli.outcomes import describe
 from addcow_mp.cli.progressing import Show, shown
 from addcow_mp.cli.saying import warn
@@ -91,7 +91,7 @@ class Log:
         if self._fd is None:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **about}) + "\n"
+        line = as_line({"time": now, "event": event, **about}) + "\n"
         try:
             os.write(self._fd, line.encode())
         except OSError as error:
