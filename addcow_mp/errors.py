@@ -109,6 +109,15 @@ class LockedError(ImageError):
     template = "{path}: in use: {holder} {verb} the permission '{permission}'; try again later"
 
 
+class NoLocksError(ImageError):
+    """The file system, or a sandbox, has no locks: nothing would tell whether the file is used."""
+
+    template = (
+        "{path}: cannot lock it: {reason}; where no other program uses the file, "
+        "--locking off works without locks"
+    )
+
+
 class DependantsError(ImageError):
     """Other overlays need a file that the job would change."""
 

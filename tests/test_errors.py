@@ -294,6 +294,17 @@ def locked_error(here: Path) -> None:
         addcow_mp.commit(top, jobs=0)
 
 
+def no_locks_error(here: Path) -> None:
+    top = pair(here, "AB", "-X")
+
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", without_locks)
+        addcow_mp.commit(top, jobs=0)
+
+
 def dependants_error(here: Path) -> None:
     top = pair(here, "AB", "-X")
     draw(here / "other.add-cow", "-Y")
@@ -365,6 +376,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "UnverifiedError": unverified_error,
     "OutsideError": outside_error,
     "LockedError": locked_error,
+    "NoLocksError": no_locks_error,
     "DependantsError": dependants_error,
     "SpaceError": space_error,
     "CompareError": compare_error,
@@ -803,7 +815,7 @@ def test_a_disk_that_fails_to_say_where_data_is_is_named(
 @pytest.mark.parametrize(
     ("number", "kind", "told"),
     [
-        (errno.ENOLCK, addcow_mp.FileError, "cannot lock it: No locks available"),
+        (errno.ENOLCK, addcow_mp.NoLocksError, "cannot lock it: No locks available"),
         (errno.EAGAIN, addcow_mp.LockedError, "in use"),
     ],
 )

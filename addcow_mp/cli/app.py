@@ -113,6 +113,13 @@ class CopyWay(StrEnum):
     buffer = "buffer"
 
 
+class Locking(StrEnum):
+    """Whether image files are locked."""
+
+    on = "on"
+    off = "off"
+
+
 class Repair(StrEnum):
     """What check may repair."""
 
@@ -140,6 +147,10 @@ Roots = Annotated[
 Devices = Annotated[bool, typer.Option("--allow-device", help="open block devices too")]
 Share = Annotated[
     bool, typer.Option("-U", "--force-share", help="read although others may be writing")
+]
+Locks = Annotated[
+    Locking,
+    typer.Option("--locking", help="off: neither take locks nor heed those of others"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="change files that other overlays need")]
 Cache = Annotated[
@@ -206,11 +217,12 @@ def create(
     quiet: Quiet = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
     from addcow_mp.cli.creating import create as carry_out
 
-    access = access_of(roots, allow_device)
+    access = access_of(roots, allow_device, locking=locking, writes=True)
     carry_out(format.value, file, size, backing, backing_format, options or [], access, quiet=quiet)
 
 
@@ -225,11 +237,12 @@ def info(
     format: OverlayFormat = OnlyAddcow.addcow,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Describe an overlay."""
     from addcow_mp.cli.describing import show_info
 
-    access = access_of(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share, locking=locking)
     show_info(file, access, as_json=output is Output.json, chain=backing_chain)
 
 
@@ -241,11 +254,13 @@ def map_(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Show which file of the chain holds what."""
     from addcow_mp.cli.mapping import show_map
 
-    show_map(file, access_of(roots, allow_device, share=share), as_json=output is Output.json)
+    access = access_of(roots, allow_device, share=share, locking=locking)
+    show_map(file, access, as_json=output is Output.json)
 
 
 @command("check")
@@ -261,6 +276,7 @@ def check(
     format: OverlayFormat = OnlyAddcow.addcow,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Check an overlay against the format's rules.
 
@@ -268,7 +284,8 @@ def check(
     """
     from addcow_mp.cli.checking import show_check
 
-    access = access_of(roots, allow_device, share=share)
+    writes = repair is not None
+    access = access_of(roots, allow_device, share=share, locking=locking, writes=writes)
     as_json, mend = output is Output.json, None if repair is None else repair.value
     raise typer.Exit(show_check(file, access, mend, as_json=as_json, quiet=quiet))
 
@@ -285,6 +302,7 @@ def verify(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Hold every layer against its manifest, and say which bytes of which file differ.
 
@@ -294,7 +312,7 @@ def verify(
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.verify import verify as job
 
-    access = access_of(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share, locking=locking)
     manner = manner_of(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         verdicts = job(file, conduct, format_=format.value)
@@ -319,12 +337,13 @@ def convert(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Write the guest's view of SRC into a new sparse raw file."""
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.convert import convert as job
 
-    access = access_of(roots, allow_device, share=share, cache=cache)
+    access = access_of(roots, allow_device, share=share, cache=cache, locking=locking, writes=True)
     manner = manner_of(copy, cache, sparse, rate, idle=idle, usual="4k")
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(source, destination, source_format=format.value, conduct=conduct)
@@ -348,6 +367,7 @@ def compare(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Compare what the guests of two images see.
 
@@ -356,7 +376,7 @@ def compare(
     from addcow_mp.cli.comparing import compare as carry_out
     from addcow_mp.cli.working import working
 
-    access = access_of(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share, locking=locking)
     manner = manner_of(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         formats = (format.value, other_format.value)
@@ -384,12 +404,13 @@ def commit(
     force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Move the overlay's clusters into its backing file."""
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.commit import commit as job
 
-    access = access_of(roots, allow_device, cache=cache, force=force)
+    access = access_of(roots, allow_device, cache=cache, force=force, locking=locking, writes=True)
     manner = manner_of(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, keep=keep, verifies=verify, conduct=conduct)
@@ -416,12 +437,13 @@ def flatten(
     force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Bring every cluster into the image file, which then is the whole disk."""
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.flatten import flatten as job
 
-    access = access_of(roots, allow_device, cache=cache, force=force)
+    access = access_of(roots, allow_device, cache=cache, force=force, locking=locking, writes=True)
     manner = manner_of(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, discard=discard, verifies=verify, conduct=conduct)
@@ -440,6 +462,7 @@ def io_(
     format: OverlayFormat = OnlyAddcow.addcow,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Read and write as a guest would, with qemu-io's commands."""
     from addcow_mp.cli.exercising import exercise
@@ -447,7 +470,8 @@ def io_(
 
     if share and not read_only:
         raise UsageError(message="-U is for reading only: give -r as well")
-    access = access_of(roots, allow_device, share=share)
+    writes = not read_only
+    access = access_of(roots, allow_device, share=share, locking=locking, writes=writes)
     raise typer.Exit(exercise(file, commands, access, read_only=read_only))
 
 
@@ -458,8 +482,10 @@ def access_of(
     share: bool = False,
     cache: CacheMode = CacheMode.writeback,
     force: bool = False,
+    locking: Locking = Locking.on,
+    writes: bool = False,
 ) -> Access:
-    """What the options and the environment allow."""
+    """What the options and the environment allow a command, which ``writes`` or only looks."""
     import os
 
     from addcow_mp.cli.saying import warn
@@ -468,6 +494,8 @@ def access_of(
 
     if cache is CacheMode.unsafe:
         warn(["-t unsafe: nothing is synced, a power cut may lose data whose bits are set"])
+    if writes and locking is Locking.off:
+        warn(["--locking off: no locks are taken or heeded; no other program may use these files"])
     if roots and "" in roots:
         raise UsageError(message="--root '': name a directory; '.' is the current one")
     everywhere = [root for root in os.environ.get("ADDCOW_ROOTS", "").split(":") if root]
@@ -477,6 +505,7 @@ def access_of(
         share=share,
         durable=cache is not CacheMode.unsafe,
         force=force,
+        locking=locking is Locking.on,
     )
 
 

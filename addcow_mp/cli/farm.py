@@ -17,6 +17,8 @@ from addcow_mp.cli.app import (
     Force,
     Idle,
     Jobs,
+    Locking,
+    Locks,
     Quiet,
     Rate,
     Roots,
@@ -146,14 +148,14 @@ def ls(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """List every overlay: what it stands on, how large it is, how much of it is local."""
     from addcow_mp.cli.listing import PRINTERS, in_order
     from addcow_mp.farm.members import members
 
-    found = members(
-        all_places(places, from_file, null=null), access_of(roots, allow_device, share=share)
-    )
+    access = access_of(roots, allow_device, share=share, locking=locking)
+    found = members(all_places(places, from_file, null=null), access)
     PRINTERS[output](in_order(found, sort, reverse=reverse))
 
 
@@ -166,12 +168,13 @@ def graph(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Draw who backs whom, what is missing, and what nobody names."""
     from addcow_mp.cli.drawing import DRAWERS
     from addcow_mp.farm.graph import farm_graph
 
-    access = access_of(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share, locking=locking)
     DRAWERS[output](farm_graph(all_places(places, from_file, null=null), access))
 
 
@@ -190,6 +193,7 @@ def check(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
     from addcow_mp.cli import verdicts
@@ -199,7 +203,7 @@ def check(
     from addcow_mp.farm.check import farm_check
 
     listed = all_places(places, from_file, null=null)
-    access = access_of(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share, locking=locking)
     form = form_of(bar, progress, quiet=quiet)
     with (
         working(jobs, access, Manner(idle=idle), progress=False) as conduct,
@@ -225,6 +229,7 @@ def verify(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Hold every layer against its manifest, each once; the exit status is that of the worst.
 
@@ -237,7 +242,7 @@ def verify(
     from addcow_mp.farm.verify import farm_verify
 
     listed = all_places(places, from_file, null=null)
-    access = access_of(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share, locking=locking)
     form = form_of(bar, progress, quiet=quiet)
     with (
         working(jobs, access, Manner(idle=idle), progress=False) as conduct,
@@ -261,13 +266,14 @@ def plan(
     force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Say what a commit or flatten of every overlay would do, in which order, and what it needs."""
     from addcow_mp.cli.farming import Wishes, carry_out
 
     if discard and operation is Operation.commit:
         raise typer.BadParameter("--discard is for flatten")
-    access = access_of(roots, allow_device, force=force)
+    access = access_of(roots, allow_device, force=force, locking=locking)
     wishes = Wishes(operation, output, discard=discard, dry_run=True, quiet=quiet, jobs=jobs)
     carry_out(all_places(places, from_file, null=null), access, wishes)
 
@@ -296,6 +302,7 @@ def commit(
     force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Commit every overlay into its backing file, the deepest chains first.
 
@@ -304,7 +311,9 @@ def commit(
     """
     from addcow_mp.cli.farming import Wishes, carry_out
 
-    access = access_of(roots, allow_device, cache=cache, force=force)
+    access = access_of(
+        roots, allow_device, cache=cache, force=force, locking=locking, writes=not dry_run
+    )
     wishes = Wishes(
         Operation.commit,
         output,
@@ -347,6 +356,7 @@ def flatten(
     force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Bring every cluster of every overlay into its image file, the deepest chains first.
 
@@ -355,7 +365,9 @@ def flatten(
     """
     from addcow_mp.cli.farming import Wishes, carry_out
 
-    access = access_of(roots, allow_device, cache=cache, force=force)
+    access = access_of(
+        roots, allow_device, cache=cache, force=force, locking=locking, writes=not dry_run
+    )
     wishes = Wishes(
         Operation.flatten,
         output,

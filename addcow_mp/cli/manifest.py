@@ -14,6 +14,8 @@ from addcow_mp.cli.app import (
     HowToPrint,
     Idle,
     Jobs,
+    Locking,
+    Locks,
     Output,
     Quiet,
     Roots,
@@ -46,13 +48,14 @@ def create(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Write a manifest beside each layer of FILE that has none."""
     from addcow_mp.cli.verifying import show_made
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.manifest import create as job
 
-    access = access_of(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share, locking=locking, writes=True)
     manner = manner_of(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
     shown = progress and not quiet
     with working(jobs, access, manner, progress=shown, quiet=quiet) as conduct:

@@ -13,6 +13,8 @@ from addcow_mp.cli.app import (
     HowToPrint,
     Idle,
     Jobs,
+    Locking,
+    Locks,
     Output,
     Quiet,
     Rate,
@@ -67,6 +69,7 @@ def run(
     share: Share = False,
     roots: Roots = None,
     allow_device: Devices = False,
+    locking: Locks = Locking.on,
 ) -> None:
     """Hold layers against their manifests, the longest-unverified first.
 
@@ -75,7 +78,7 @@ def run(
     """
     from addcow_mp.cli.scrubbing import Wishes, carry_out
 
-    access = access_of(roots, allow_device, share=share)
+    access = access_of(roots, allow_device, share=share, locking=locking)
     wishes = Wishes(
         state,
         sample=sample,
@@ -91,8 +94,10 @@ def run(
 
 
 @scrub.command("status")
-def status(state: StateFile, output: HowToPrint = Output.human) -> None:
+def status(
+    state: StateFile, output: HowToPrint = Output.human, locking: Locks = Locking.on
+) -> None:
     """Say what was verified, when, and what came of it."""
     from addcow_mp.cli.scrubbing import show_status
 
-    show_status(state, as_json=output is Output.json)
+    show_status(state, as_json=output is Output.json, locking=locking is Locking.on)

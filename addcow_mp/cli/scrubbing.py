@@ -96,10 +96,10 @@ def _show(found: Scrubbed, wishes: Wishes) -> None:
 # What is remembered
 
 
-def show_status(state: str, *, as_json: bool) -> None:
+def show_status(state: str, *, as_json: bool, locking: bool) -> None:
     """Print what the ledger in the file ``state`` says."""
     _refuse_no_name(state)
-    with read(state) as ledger:
+    with read(state, locking=locking) as ledger:
         entries, runs = list(ledger.entries().values()), ledger.runs()
     there = [one for one in entries if not one.gone]
     coverage = _coverage(entries, runs)

@@ -37,6 +37,7 @@ class Access(NamedTuple):
     file's own. ``allow_device``: block devices too. ``share``: do not insist that nobody
     else writes (``-U``). ``durable``: syncs are carried out; without them a power cut can
     lose data that was announced (``-t unsafe``). ``force``: dependants do not matter.
+    ``locking``: take QEMU's image locks and heed those of others (``--locking off``: neither).
     """
 
     roots: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class Access(NamedTuple):
     share: bool = False
     durable: bool = True
     force: bool = False
+    locking: bool = True
 
     def beside(self, path: str) -> Access:
         """The same, with the directory of ``path`` as a further root."""

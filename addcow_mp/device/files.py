@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from addcow_mp.device import faults, holes, kernel
-from addcow_mp.errors import FileError, ImageError, SyncError
+from addcow_mp.errors import AddcowError, FileError, ImageError, NoLocksError, SyncError
 from addcow_mp.format.bitmap import write_all
 from addcow_mp.units import MAX_SIZE, KiB, MiB, round_up
 
@@ -32,6 +32,9 @@ from addcow_mp.units import MAX_SIZE, KiB, MiB, round_up
 BUFFER_SIZE = 1 * MiB
 
 _ZEROS = bytes(64 * KiB)
+
+#: Answers that mean "there are no locks here"; a sandbox answers EPERM.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
 def new_buffer(size: int = BUFFER_SIZE) -> memoryview:
@@ -341,17 +344,26 @@ def sync_entry(path: str, action: str, otherwise: str) -> None:
         raise FileError(path=path, action=action, reason=reason) from error
 
 
-def claim_alone(path: str, fd: int) -> bool:
+def cannot_lock(path: str, error: OSError) -> AddcowError:
+    """The error for a file that could not be locked; where there are no locks, with the way out."""
+    if error.errno in _NO_LOCKS:
+        return NoLocksError(path=path, reason=error.strerror or str(error))
+    return FileError.of(path, "lock it", error)
+
+
+def claim_alone(path: str, fd: int, *, locking: bool = True) -> bool:
     """Hold an open file against others of this program that do the same, until it is closed.
 
-    False when somebody holds it. Raises :class:`FileError`.
+    False when somebody holds it. Without ``locking`` a file system that has no locks will do.
+    Raises :class:`NoLocksError`, :class:`FileError`.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        raise FileError.of(path, "lock it", error) from error
+        if locking or error.errno not in _NO_LOCKS:
+            raise cannot_lock(path, error) from error
     return True
 
 

@@ -155,11 +155,17 @@ def open_claimed(
     try:
         file.role = role
         accept(file)
-        lock(file, SHARING if access.share and not writable else claim)
+        take_locks(file, claim, access)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def take_locks(file: File, claim: Claim, access: Access) -> None:
+    """Take the locks of ``claim`` on ``file``, as far as ``access`` wants any."""
+    if access.locking:
+        lock(file, SHARING if access.share and not file.writable else claim)
 
 
 def refuse_mismatch(file: File, format_: str) -> None:

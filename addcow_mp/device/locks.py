@@ -9,6 +9,9 @@ a few times with random pauses.
 
 The locks belong to the open file description: duplicates of the descriptor, in workers
 too, hold them until the last is closed. POSIX locks are never used on these files.
+
+A file system without such locks is refused, with the way out: whether the file is in use cannot
+be known there. Reading with -U does not ask for that, and goes on without locks.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import fcntl
 import os
 import struct
 import time
+from contextlib import suppress
 from enum import IntEnum
 from functools import cache, partial
 from typing import NamedTuple
 
-from addcow_mp.device.files import File
-from addcow_mp.errors import FileError, LockedError
+from addcow_mp.device.files import File, cannot_lock
+from addcow_mp.errors import LockedError
 
 _USED, _UNSHARED = 100, 200
 
@@ -66,8 +70,16 @@ RESIZING = Claim(_READ | {Permission.WRITE, Permission.RESIZE}, frozenset())
 
 
 def lock(file: File, claim: Claim) -> None:
-    """Take the locks of ``claim`` on ``file``. Raises :class:`LockedError` on a conflict."""
+    """Take the locks of ``claim`` on ``file``.
+
+    Raises :class:`LockedError` on a conflict, :class:`NoLocksError` where there are no locks.
+    """
     file.let_go = partial(unlock, file)
+    if claim == SHARING:
+        # It tells others that the file is read, where they can be told; nothing depends on it.
+        with suppress(OSError):
+            _set(file.fd, fcntl.F_RDLCK, _USED + Permission.CONSISTENT_READ)
+        return
     conflict = _try(file, claim)
     for _ in range(TRIES - 1):
         if conflict is not None:
@@ -110,14 +122,15 @@ def _try(file: File, claim: Claim) -> tuple[Permission, int] | None:
         for permission in unshared:
             _set(file.fd, fcntl.F_RDLCK, _UNSHARED + permission)
         # Nearly always nobody else has any lock, which one question tells.
-        if claim == SHARING or not _is_held(file.fd, *_ALL_BYTES):
+        if not _is_held(file.fd, *_ALL_BYTES):
             return None
         conflict = _conflict(file.fd, claim.used, unshared)
     except OSError as error:
-        unlock(file)
+        with suppress(OSError):  # what could not be locked cannot be unlocked either
+            unlock(file)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return Permission.CONSISTENT_READ, _USED
-        raise FileError.of(file.path, "lock it", error) from error
+        raise cannot_lock(file.path, error) from error
     if conflict is not None:
         unlock(file)
     return conflict
@@ -153,10 +166,18 @@ def _flock(kind: int, start: int, length: int = 1) -> bytes:
 
 def holder_of(file: File, byte: int) -> str | None:
     """Name and pid of a process that holds a lock on ``byte``, where /proc tells."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if int(pid) != os.getpid() and _holds(pid, file, byte):
-            return f"{_name(pid)} (pid {pid})"
+    for pid in other_processes():
+        if _holds(pid, file, byte):
+            return process_name(pid)
     return None
+
+
+def other_processes() -> list[str]:
+    """The numbers of all processes but this one, as /proc has them; none where it is missing."""
+    own = str(os.getpid())
+    with suppress(OSError):
+        return [pid for pid in os.listdir("/proc") if pid.isdigit() and pid != own]
+    return []
 
 
 def _holds(pid: str, file: File, byte: int) -> bool:
@@ -182,9 +203,9 @@ def _covers(pid: str, fd: str, byte: int) -> bool:
     return False
 
 
-def _name(pid: str) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-            return name.read().strip()
-    except OSError:
-        return "a process"
+def process_name(pid: str) -> str:
+    """A process as people know it."""
+    name = "a process"
+    with suppress(OSError), open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        name = file.read().strip()
+    return f"{name} (pid {pid})"

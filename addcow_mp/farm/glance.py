@@ -93,7 +93,7 @@ class Glance:
     """The glances of one process; ``access`` says where names may lead."""
 
     def __init__(self, access: Access) -> None:
-        self._share = access.share
+        self._heeds_locks = access.locking and not access.share
         self._roots = tuple(os.path.realpath(root).rstrip("/") + "/" for root in access.roots)
         self._sights: dict[tuple[str, str, str], Sight] = {}
         #: Image files that were met: they begin as no other format does.
@@ -221,7 +221,7 @@ class Glance:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_dev in pseudo_devices():
             raise LookCloserError
-        if not self._share and not stands_free(fd, READING):
+        if self._heeds_locks and not stands_free(fd, READING):
             raise LookCloserError
         return status
 

@@ -11,6 +11,8 @@ no verification, but damage that it found stays until a whole look says otherwis
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import sqlite3
@@ -21,7 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from addcow_mp.device.files import cannot_open, claim_alone
+from addcow_mp.device.files import cannot_lock, cannot_open, claim_alone
 from addcow_mp.errors import FileError, ImageError
 from addcow_mp.format.bits import Run
 from addcow_mp.jobs.looking import Part
@@ -295,12 +297,13 @@ def _saying(path: str, action: str) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Ledger]:
+def opened(path: str, *, locking: bool = True) -> Iterator[Ledger]:
     """Open a ledger to be written, made if it is not there; nobody else writes it meanwhile.
 
-    Raises :class:`ImageError` for a file that is something else or in use, :class:`FileError`.
+    Without ``locking`` the database is used without locks. Raises :class:`ImageError` for a file
+    that is something else, in use or cannot be locked, :class:`FileError`.
     """
-    with _alone(path), _connected(path) as database:
+    with _alone(path, locking=locking), _connected(path, locking=locking) as database:
         if os.stat(path).st_size == 0:
             _make(path, database)
         _refuse_others(path, database)
@@ -308,7 +311,7 @@ def opened(path: str) -> Iterator[Ledger]:
 
 
 @contextmanager
-def read(path: str) -> Iterator[Ledger]:
+def read(path: str, *, locking: bool = True) -> Iterator[Ledger]:
     """Open a ledger to be asked; it may be in use. Raises like :func:`opened`."""
     try:
         status = os.stat(path)
@@ -317,13 +320,13 @@ def read(path: str) -> Iterator[Ledger]:
     _refuse_kind(path, status)
     if status.st_size == 0:
         raise ImageError(path=path, problem="it is empty: no scrub has remembered anything yet")
-    with _connected(path) as database:
+    with _connected(path, locking=locking) as database:
         _refuse_others(path, database)
         yield Ledger(path, database)
 
 
 @contextmanager
-def _alone(path: str) -> Iterator[None]:
+def _alone(path: str, *, locking: bool) -> Iterator[None]:
     """Hold the file against other scrubs.
 
     The descriptor stays open as long as the database: closing any drops SQLite's own locks.
@@ -335,7 +338,7 @@ def _alone(path: str) -> Iterator[None]:
         raise cannot_open(path, "open it", error) from error
     try:
         _refuse_kind(path, os.fstat(fd))
-        if not claim_alone(path, fd):
+        if not claim_alone(path, fd, locking=locking):
             problem = "another scrub is using it; wait until that has ended"
             raise ImageError(path=path, problem=problem)
         yield
@@ -349,8 +352,11 @@ def _refuse_kind(path: str, status: os.stat_result) -> None:
 
 
 @contextmanager
-def _connected(path: str) -> Iterator[sqlite3.Connection]:
+def _connected(path: str, *, locking: bool) -> Iterator[sqlite3.Connection]:
+    if locking:
+        _refuse_without_locks(path)
     uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode=rw"
+    uri += "" if locking else "&nolock=1"
     with _saying(path, "open it"):
         database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=PATIENCE)
     database.text_factory = os.fsdecode
@@ -358,6 +364,16 @@ def _connected(path: str) -> Iterator[sqlite3.Connection]:
         yield database
     finally:
         database.close()
+
+
+def _refuse_without_locks(path: str) -> None:
+    """Raise where the file system has no locks: SQLite would wait, as if another had locked it."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise cannot_lock(path, error) from error
 
 
 def _make(path: str, database: sqlite3.Connection) -> None:

@@ -66,7 +66,7 @@ def scrub(
     file that is no ledger.
     """
     targets, access = _targets(places, conduct.access)
-    with opened(ledger) as book:
+    with opened(ledger, locking=access.locking) as book:
         known, runs = book.entries(), book.runs()
         entries = {path: _current(path, known.get(path)) for path in targets}
         book.put(

@@ -10,10 +10,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from addcow_mp.device.access import Access
 from addcow_mp.device.chain import open_layer
 from addcow_mp.device.files import TARGET, File, sync_directory
+from addcow_mp.device.headers import take_locks
 from addcow_mp.device.layer import Layer
-from addcow_mp.device.locks import RESIZING, lock
+from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import cut_off
 from addcow_mp.device.sidecar import invalidate
@@ -46,7 +48,7 @@ def convert(
     with reporting("convert", source) as report:
         layer = open_layer(source, source_format, access=conduct.access)
         try:
-            with _new_file(destination, durable=conduct.access.durable) as target:
+            with _new_file(destination, conduct.access) as target:
                 _copy(layer, target, conduct, report)
         except StoppedError:
             raise UnfinishedError(path=destination) from None
@@ -56,12 +58,12 @@ def convert(
 
 
 @contextlib.contextmanager
-def _new_file(path: str, *, durable: bool) -> Iterator[File]:
-    file = File.create(path)
+def _new_file(path: str, access: Access) -> Iterator[File]:
+    file, durable = File.create(path), access.durable
     try:
         file.role, file.durable = TARGET, durable
         invalidate(path, durable=durable)
-        lock(file, RESIZING)
+        take_locks(file, RESIZING, access)
         yield file
         file.sync()
         if durable:

@@ -196,7 +196,7 @@ def _draft(path: str, part: str, conduct: Conduct) -> Iterator[int]:
 
 def _claimed(path: str, part: str, conduct: Conduct) -> int:
     """``part``, opened, and held by this process alone; waits for another one that gets on."""
-    fd = _claim(path, part)
+    fd = _claim(path, part, conduct)
     if fd is None:
         conduct.note(f"{path}: another process is writing it; waiting until that has ended")
     patience = _Patience(part)
@@ -209,7 +209,7 @@ def _claimed(path: str, part: str, conduct: Conduct) -> int:
             )
             raise ImageError(path=path, problem=problem)
         time.sleep(LOOK_AGAIN)
-        fd = _claim(path, part)
+        fd = _claim(path, part, conduct)
     return fd
 
 
@@ -231,14 +231,15 @@ class _Patience:
         return time.monotonic() - self._since > STANDSTILL
 
 
-def _claim(path: str, part: str) -> int | None:
+def _claim(path: str, part: str, conduct: Conduct) -> int | None:
     with _saying(path, "write it"):
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         # Before it was held, it may have been renamed: what it is called then is not to be written.
-        if claim_alone(path, fd) and _is_called(fd, part):
+        alone = claim_alone(path, fd, locking=conduct.access.locking)
+        if alone and _is_called(fd, part):
             return fd
-    except FileError:
+    except BaseException:
         os.close(fd)
         raise
     os.close(fd)
