@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from addcow_mp.jobs.report import Report
 
 Command = Callable[..., None]
+Names = TypeVar("Names", str, str | None, list[str] | None)
 
 _COMMANDS: dict[str, Command] = {}
 
@@ -127,8 +128,30 @@ class Repair(StrEnum):
     all = "all"
 
 
-File = Annotated[str, typer.Argument(metavar="FILE", help="the .add-cow file")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print nothing but errors")]
+def name_of_file(given: Names) -> Names:
+    """The name of a file, or several, as given: ``-`` is none, and stands for no stream either."""
+    from addcow_mp.errors import UsageError
+
+    for name in [given] if isinstance(given, str) else given or []:
+        if name == "-":
+            raise UsageError(message="'-' is not a file name here; a file of that name is './-'")
+    return given
+
+
+def _hush(quiet: bool) -> bool:
+    from addcow_mp.cli import saying
+
+    saying.hush(quiet=quiet)
+    return quiet
+
+
+File = Annotated[
+    str, typer.Argument(metavar="FILE", callback=name_of_file, help="the .add-cow file")
+]
+AnyFile = Annotated[str, typer.Argument(metavar="FILE", callback=name_of_file, help="the image")]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", callback=_hush, help="print nothing but errors")
+]
 ShowProgress = Annotated[bool, typer.Option("-p", "--progress", help="show progress on stderr")]
 Jobs = Annotated[
     int | None,
@@ -153,6 +176,9 @@ Locks = Annotated[
     typer.Option("--locking", help="off: neither take locks nor heed those of others"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="change files that other overlays need")]
+ForceRaw = Annotated[
+    bool, typer.Option("--force", help="take as raw what begins as another format does")
+]
 Cache = Annotated[
     CacheMode,
     typer.Option(
@@ -201,13 +227,18 @@ def addcow(
 
 @command("create")
 def create(
-    file: Annotated[str | None, typer.Argument(metavar="FILE", help="the file to create")] = None,
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE", callback=name_of_file, help="the file to create"),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Argument(metavar="[SIZE]", help="virtual size; default: the image's, or backing's"),
     ] = None,
     format: Annotated[Format, typer.Option("-f", "--format", help="what FILE is")] = Format.addcow,
-    backing: Annotated[str | None, typer.Option("-b", metavar="FILE", help="backing file")] = None,
+    backing: Annotated[
+        str | None, typer.Option("-b", metavar="FILE", callback=name_of_file, help="backing file")
+    ] = None,
     backing_format: Annotated[
         str | None, typer.Option("-F", metavar="FMT", help="the backing file's format")
     ] = None,
@@ -215,6 +246,7 @@ def create(
         list[str] | None, typer.Option("-o", metavar="KEY=VALUE,...", help="'-o help' lists them")
     ] = None,
     quiet: Quiet = False,
+    force: ForceRaw = False,
     roots: Roots = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
@@ -222,7 +254,7 @@ def create(
     """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
     from addcow_mp.cli.creating import create as carry_out
 
-    access = access_of(roots, allow_device, locking=locking, writes=True)
+    access = access_of(roots, allow_device, force=force, locking=locking, writes=True)
     carry_out(format.value, file, size, backing, backing_format, options or [], access, quiet=quiet)
 
 
@@ -292,7 +324,7 @@ def check(
 
 @command("verify")
 def verify(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="the image")],
+    file: AnyFile,
     progress: ShowProgress = False,
     quiet: Quiet = False,
     jobs: Jobs = None,
@@ -321,8 +353,10 @@ def verify(
 
 @command("convert")
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="a new file")],
+    source: Annotated[str, typer.Argument(metavar="SRC", callback=name_of_file)],
+    destination: Annotated[
+        str, typer.Argument(metavar="DST", callback=name_of_file, help="a new file")
+    ],
     target_format: Annotated[OnlyRaw, typer.Option("-O", help="the new file's format")],
     format: Annotated[Format, typer.Option("-f", "--format", help="what SRC is")] = Format.addcow,
     progress: ShowProgress = False,
@@ -335,6 +369,7 @@ def convert(
     rate: Rate = None,
     idle: Idle = False,
     share: Share = False,
+    force: ForceRaw = False,
     roots: Roots = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
@@ -343,7 +378,9 @@ def convert(
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.convert import convert as job
 
-    access = access_of(roots, allow_device, share=share, cache=cache, locking=locking, writes=True)
+    access = access_of(
+        roots, allow_device, share=share, cache=cache, force=force, locking=locking, writes=True
+    )
     manner = manner_of(copy, cache, sparse, rate, idle=idle, usual="4k")
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(source, destination, source_format=format.value, conduct=conduct)
@@ -352,8 +389,8 @@ def convert(
 
 @command("compare")
 def compare(
-    one: Annotated[str, typer.Argument(metavar="A")],
-    other: Annotated[str, typer.Argument(metavar="B")],
+    one: Annotated[str, typer.Argument(metavar="A", callback=name_of_file)],
+    other: Annotated[str, typer.Argument(metavar="B", callback=name_of_file)],
     strict: Annotated[
         bool, typer.Option("-s", help="sizes and allocation must be equal too")
     ] = False,

@@ -22,7 +22,7 @@ def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, 
     elif not report.is_addcow:
         return complain(report.findings[0].message, report.exit_code)
     else:
-        for line in report.repairs:
+        for line in [] if quiet else report.repairs:
             print(f"REPAIRED {one_line(line)}")
         _print_findings(report)
         if not quiet:

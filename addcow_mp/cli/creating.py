@@ -9,7 +9,12 @@ from collections.abc import Iterable
 from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.errors import UsageError
-from addcow_mp.jobs.create import DEFAULT_CLUSTER_SIZE, create_raw, default_image
+from addcow_mp.jobs.create import (
+    DEFAULT_CLUSTER_SIZE,
+    create_raw,
+    default_image,
+    refuse_existing,
+)
 from addcow_mp.jobs.create import create as job
 from addcow_mp.units import parse_size
 
@@ -39,6 +44,7 @@ def create(
         return
     if file is None:
         raise UsageError(message="Missing argument 'FILE'; see 'addcow create --help'")
+    refuse_existing(file)
     bytes_ = None if size is None else parse_size(size)
     given = {"backing_file": backing, "backing_fmt": backing_format}
     chosen = _merged(parse_options(options), {k: v for k, v in given.items() if v is not None})
@@ -64,6 +70,9 @@ def parse_options(texts: Iterable[str]) -> dict[str, str]:
                 raise UsageError(
                     message=f"unknown option '{part}' in -o; the options are {', '.join(OPTIONS)}"
                 )
+            if value == "-" and key.endswith("_file"):
+                problem = f"-o {part}: '-' is not a file name here; a file of that name is './-'"
+                raise UsageError(message=problem)
             found[key] = value
     return found
 

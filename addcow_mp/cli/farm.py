@@ -27,6 +27,7 @@ from addcow_mp.cli.app import (
     Verify,
     access_of,
     manner_of,
+    name_of_file,
     registering,
 )
 
@@ -105,7 +106,8 @@ class ProgressIn(StrEnum):
 
 
 Places = Annotated[
-    list[str] | None, typer.Argument(metavar="PLACE...", help="directories, files, patterns")
+    list[str] | None,
+    typer.Argument(metavar="PLACE...", callback=name_of_file, help="directories, files, patterns"),
 ]
 FromFile = Annotated[
     str | None,
@@ -124,7 +126,13 @@ ProgressFd = Annotated[
     typer.Option("--progress-fd", metavar="N", min=0, help="progress goes there, as JSON lines"),
 ]
 LogFile = Annotated[
-    str | None, typer.Option("--log", metavar="FILE", help="append a JSON object for each event")
+    str | None,
+    typer.Option(
+        "--log",
+        metavar="FILE",
+        callback=name_of_file,
+        help="append a JSON object for each event to a regular file",
+    ),
 ]
 TimeLimit = Annotated[
     str | None,

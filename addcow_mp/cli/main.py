@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Any
 
-from addcow_mp.cli.saying import complain, lead_nowhere
+from addcow_mp.cli.saying import complain, hush, lead_nowhere
 from addcow_mp.errors import AddcowError, UsageError
 
 INTERRUPTED = 130
@@ -19,6 +19,7 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         # Names of files are bytes: what the terminal cannot show is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
+    hush(quiet=False)
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)

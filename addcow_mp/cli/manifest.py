@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.app import (
+    AnyFile,
     CacheMode,
     CopyWay,
     Devices,
+    ForceRaw,
     Format,
     HowToPrint,
     Idle,
@@ -35,7 +37,7 @@ def _manifest() -> None:
 
 @manifest.command("create")
 def create(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="the image")],
+    file: AnyFile,
     replace: Annotated[
         bool, typer.Option("--replace", help="make anew what is there and of another state")
     ] = False,
@@ -46,6 +48,7 @@ def create(
     format: Annotated[Format, typer.Option("-f", "--format", help="what FILE is")] = Format.addcow,
     idle: Idle = False,
     share: Share = False,
+    force: ForceRaw = False,
     roots: Roots = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
@@ -55,7 +58,7 @@ def create(
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.manifest import create as job
 
-    access = access_of(roots, allow_device, share=share, locking=locking, writes=True)
+    access = access_of(roots, allow_device, share=share, force=force, locking=locking, writes=True)
     manner = manner_of(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
     shown = progress and not quiet
     with working(jobs, access, manner, progress=shown, quiet=quiet) as conduct:

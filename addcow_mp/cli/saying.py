@@ -11,6 +11,12 @@ from typing import TextIO
 _STEERING = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 
+class _Manner:
+    """How this command speaks."""
+
+    quiet = False
+
+
 def complain(message: str, status: int) -> int:
     """Say what went wrong, in one line, and pass the exit status on."""
     sys.stdout.flush()
@@ -23,10 +29,21 @@ def say(message: str) -> None:
     tell(f"addcow: {one_line(message)}")
 
 
+def hush(*, quiet: bool) -> None:
+    """Whether nothing but errors is said from now on."""
+    _Manner.quiet = quiet
+
+
 def warn(messages: Sequence[str]) -> None:
     """Say what the user should know although the command goes on."""
     for message in messages:
-        say(f"warning: {message}")
+        note(f"warning: {message}")
+
+
+def note(message: str) -> None:
+    """Say what is no error: with ``-q`` nothing."""
+    if not _Manner.quiet:
+        say(message)
 
 
 def tell(line: str) -> None:

@@ -22,6 +22,7 @@ from addcow_mp.cli.app import (
     Share,
     access_of,
     manner_of,
+    name_of_file,
 )
 from addcow_mp.cli.farm import (
     FromFile,
@@ -38,7 +39,13 @@ from addcow_mp.cli.farm import (
 scrub = typer.Typer(help="Verify a farm bit by bit, and remember it.", rich_markup_mode=None)
 
 StateFile = Annotated[
-    str, typer.Option("--state", metavar="FILE", help="what is remembered, an SQLite database")
+    str,
+    typer.Option(
+        "--state",
+        metavar="FILE",
+        callback=name_of_file,
+        help="what is remembered, an SQLite database",
+    ),
 ]
 
 
@@ -97,7 +104,11 @@ def run(
 def status(
     state: StateFile, output: HowToPrint = Output.human, locking: Locks = Locking.on
 ) -> None:
-    """Say what was verified, when, and what came of it."""
+    """Say what was verified, when, and what came of it.
+
+    Exit status: 0 nothing amiss is known, 1 something could not be verified, 2 something differs.
+    """
     from addcow_mp.cli.scrubbing import show_status
 
-    show_status(state, as_json=output is Output.json, locking=locking is Locking.on)
+    as_json = output is Output.json
+    raise typer.Exit(show_status(state, as_json=as_json, locking=locking is Locking.on))

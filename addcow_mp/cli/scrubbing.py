@@ -18,7 +18,7 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError, UsageError
 from addcow_mp.farm.ledger import Entry, Record, read
-from addcow_mp.farm.scrub import DIFFERENT, Scrubbed, scrub
+from addcow_mp.farm.scrub import DIFFERENT, UNVERIFIED, Scrubbed, scrub
 from addcow_mp.jobs.report import Conduct
 from addcow_mp.units import human_size, parse_share
 
@@ -96,13 +96,17 @@ def _show(found: Scrubbed, wishes: Wishes) -> None:
 # What is remembered
 
 
-def show_status(state: str, *, as_json: bool, locking: bool) -> None:
-    """Print what the ledger in the file ``state`` says."""
+def show_status(state: str, *, as_json: bool, locking: bool) -> int:
+    """Print what the ledger in the file ``state`` says; returns the exit status of that.
+
+    Files that are gone are counted, and change nothing of the status.
+    """
     _refuse_no_name(state)
     with read(state, locking=locking) as ledger:
         entries, runs = list(ledger.entries().values()), ledger.runs()
-    there = [one for one in entries if not one.gone]
-    coverage = _coverage(entries, runs)
+    there = [one for one in entries if not one.is_gone]
+    coverage = _coverage(there, len(entries) - len(there), runs)
+    status = worst([one.known() for one in there])
     if as_json:
         told = {
             "layers": [_layer(one) for one in there],
@@ -110,15 +114,15 @@ def show_status(state: str, *, as_json: bool, locking: bool) -> None:
             "runs": [_run(one) for one in runs],
         }
         print(as_document(told))
-        return
+        return status
     print_findings([one.known() for one in there])
     for run in runs[-SHOWN_RUNS:]:
         print(one_line(_run_line(run)))
     print(_coverage_line(coverage))
+    return status
 
 
-def _coverage(entries: list[Entry], runs: list[Record]) -> dict[str, object]:
-    there = [one for one in entries if not one.gone]
+def _coverage(there: list[Entry], gone: int, runs: list[Record]) -> dict[str, object]:
     verified = [one for one in there if one.verified is not None]
     pass_ = max((run.pass_ for run in runs), default=0)
     return {
@@ -126,7 +130,8 @@ def _coverage(entries: list[Entry], runs: list[Record]) -> dict[str, object]:
         "verified": len(verified),
         "never-verified": len(there) - len(verified),
         "different": sum(1 for one in there if one.exit == DIFFERENT),
-        "gone": len(entries) - len(there),
+        "unverified": sum(1 for one in there if one.exit == UNVERIFIED),
+        "gone": gone,
         "bytes": sum(one.bytes for one in there),
         "bytes-verified": sum(map(_bytes_verified, there)),
         "oldest": _time(min((one.verified or 0 for one in verified), default=None)),
@@ -180,7 +185,7 @@ def _coverage_line(coverage: dict[str, object]) -> str:
     return f"{', '.join(told)}; {sizes[0]} of {sizes[1]}, the oldest of {oldest}"
 
 
-_COUNTS = ("layers", "verified", "never-verified", "different", "gone")
+_COUNTS = ("layers", "verified", "never-verified", "different", "unverified", "gone")
 
 
 def _time(seconds: float | None) -> str | None:

@@ -36,8 +36,9 @@ class Access(NamedTuple):
     ``roots``: directories beneath which names inside images may lead, besides the first
     file's own. ``allow_device``: block devices too. ``share``: do not insist that nobody
     else writes (``-U``). ``durable``: syncs are carried out; without them a power cut can
-    lose data that was announced (``-t unsafe``). ``force``: dependants do not matter.
-    ``locking``: take QEMU's image locks and heed those of others (``--locking off``: neither).
+    lose data that was announced (``-t unsafe``). ``force``: dependants and first bytes do not
+    matter. ``locking``: take QEMU's image locks and heed those of others (``--locking off``:
+    neither).
     """
 
     roots: tuple[str, ...] = ()

@@ -82,9 +82,7 @@ class File:
                 faults.hit("create")
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError as error:
-            raise ImageError(
-                path=path, problem="it exists already, and is never overwritten; name a new file"
-            ) from error
+            raise it_exists(path) from error
         except (OSError, ValueError) as error:
             raise cannot_open(path, "create it", error) from error
         return cls(path, fd, writable=True)
@@ -274,6 +272,12 @@ def _received(path: str, duplicate: Any, writable: bool) -> File:
 def ended_early() -> OSError:
     """The error for a file that is shorter than it was when it was opened."""
     return OSError(errno.EIO, "the file ends early; was it cut short meanwhile?")
+
+
+def it_exists(path: str) -> ImageError:
+    """The error for a path at which a new file should be made, and something is."""
+    problem = "it exists already, and is never overwritten; name a new file"
+    return ImageError(path=path, problem=problem)
 
 
 def cannot_open(path: str, action: str, error: OSError | ValueError) -> FileError:

@@ -8,6 +8,7 @@ format's magic is not what its header says.
 from __future__ import annotations
 
 from addcow_mp.device.files import File
+from addcow_mp.errors import ImageError
 
 #: Format names, with the bytes that a file of that format begins with.
 MAGICS = {
@@ -46,6 +47,20 @@ def magic_of(first: bytes) -> str | None:
     if not first.startswith(_ANY):
         return None
     return next((name for name, magic in MAGICS.items() if first.startswith(magic)), None)
+
+
+def refuse_as_raw(file: File) -> None:
+    """Raise for a file that a user calls raw and that begins as another format does.
+
+    It may be raw: then its guest's data begins like that. A check reports it either way.
+    """
+    seems = resembles(file)
+    if seems is not None:
+        raise ImageError(
+            path=file.path,
+            problem=f"it is called raw, but begins as {seems} does; give its real format, or use "
+            "--force if it is a raw disk whose data begins like that",
+        )
 
 
 def contradicts(file: File, format_: str) -> bool:

@@ -121,6 +121,19 @@ class Entry(NamedTuple):
         """The leaves that this pass has still to look at, as far as it has begun."""
         return [(first, stop) for first, stop in json.loads(self.unseen or "[]")]
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is no such file any more; one that cannot be looked at may be there."""
+        if self.gone:
+            return True
+        try:
+            os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
+        return False
+
     def begin(self, verdict: Verdict, unseen: list[Run]) -> Entry:
         """The same, looked at but for the leaves ``unseen``."""
         pending = {**_told(verdict), "bytes": verdict.bytes_read}

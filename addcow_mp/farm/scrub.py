@@ -70,7 +70,7 @@ def scrub(
         known, runs = book.entries(), book.runs()
         entries = {path: _current(path, known.get(path)) for path in targets}
         book.put(
-            *entries.values(), *(one._replace(gone=1) for one in known.values() if _is_gone(one))
+            *entries.values(), *(one._replace(gone=1) for one in known.values() if one.is_gone)
         )
         way = _Whole(entries, runs) if share is None else _Sampled(entries, runs, share)
         run = Record(len(runs) + 1, way.pass_, time.time())
@@ -311,7 +311,3 @@ def _weight(sidecar: str) -> int:
         return weight_of(sidecar, read_head(sidecar))
     except (OSError, ManifestError):
         return 0
-
-
-def _is_gone(entry: Entry) -> bool:
-    return not os.path.lexists(entry.path)

@@ -16,8 +16,9 @@ from addcow_mp.device.files import TARGET, File, sync_directory
 from addcow_mp.device.headers import take_locks
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import RESIZING
+from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.raw import cut_off
+from addcow_mp.device.raw import RawLayer, cut_off
 from addcow_mp.device.sidecar import invalidate
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.survey import alignment, data_stretches
@@ -48,6 +49,8 @@ def convert(
     with reporting("convert", source) as report:
         layer = open_layer(source, source_format, access=conduct.access)
         try:
+            if isinstance(layer, RawLayer) and not conduct.access.force:
+                refuse_as_raw(layer.file)
             with _new_file(destination, conduct.access) as target:
                 _copy(layer, target, conduct, report)
         except StoppedError:

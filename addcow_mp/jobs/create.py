@@ -5,6 +5,9 @@ also types them relative to where it is, that is tried next, when nothing is fou
 They are stored relative to the new file's directory when they lie below it, so that the
 directory can be moved as a whole, and as absolute paths otherwise.
 
+A raw file that begins as another format does is refused, as backing and as image, unless forced:
+the new overlay would not pass its own check.
+
 Nothing existing is overwritten: the ``.add-cow`` file must be new, an image file that
 exists keeps its bytes and is never cut, a missing one is made, sparse. Durable in this
 order: image file, ``.add-cow`` file, directory. When anything fails, what was made goes.
@@ -18,9 +21,18 @@ from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import depth_of, open_layer
-from addcow_mp.device.files import COW, IMAGE, File, identity_of, kind_of, sync_directory
+from addcow_mp.device.files import (
+    COW,
+    IMAGE,
+    File,
+    identity_of,
+    it_exists,
+    kind_of,
+    sync_directory,
+)
 from addcow_mp.device.headers import MAX_DEPTH, open_claimed, resolve
 from addcow_mp.device.locks import RESIZING
+from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.sidecar import invalidate
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
 from addcow_mp.format.geometry import Geometry, virtual_size
@@ -53,6 +65,7 @@ class Created:
 
 def create_raw(path: str, size: int) -> int:
     """Create a new sparse raw file; the size is rounded up to whole sectors and returned."""
+    refuse_existing(path)
     size = _whole_sectors(size)
     with _Making(Access()) as making:
         file = making.new(path)
@@ -81,6 +94,7 @@ def create(
     left behind.
     """
     access = access or Access()
+    refuse_existing(path)
     _check_options(path, cluster_size, image_format, backing, backing_format)
     image_path = _located(path, image if image is not None else default_image(path))
     backing_path = _located(path, backing) if backing is not None else None
@@ -95,6 +109,12 @@ def create(
         sync_directory(path)
     told += _roots_needed(path, image_path, backing_path)
     return Created(size, told)
+
+
+def refuse_existing(path: str) -> None:
+    """Raise when there is a file at ``path`` already, whatever else is wrong."""
+    if os.path.lexists(path):
+        raise it_exists(path)
 
 
 def default_image(path: str) -> str:
@@ -191,6 +211,9 @@ def _backing_size(
             )
         if os.path.exists(image):
             _refuse_in_chain(image, [file.identity for file in layer.files()])
+        if not access.force:
+            for file in layer.files():
+                refuse_as_raw(file)
         return layer.size
     finally:
         layer.close()
@@ -323,7 +346,7 @@ class _Making:
     """The files being made or grown: on failure all is as it was, in the end all are closed."""
 
     def __init__(self, access: Access) -> None:
-        self._access = access
+        self.access = access
         self._new: list[File] = []
         self._grown: list[tuple[File, int, bytes]] = []
 
@@ -340,7 +363,7 @@ class _Making:
 
     def grown(self, path: str) -> File:
         """Open a file that exists; it gets its old length back on failure."""
-        file = open_claimed(self._access, path, RESIZING, IMAGE, named=True)
+        file = open_claimed(self.access, path, RESIZING, IMAGE, named=True)
         # Bytes behind the last whole sector are zeroed before the file grows over them.
         length, seen = file.length, virtual_size(file.length)
         tail = os.pread(file.fd, length - seen, seen) if seen < length else b""
@@ -369,6 +392,8 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
     told = []
     if os.path.lexists(path):
         image = making.grown(path)
+        if not making.access.force:
+            refuse_as_raw(image)
         if hidden and image.next_data(0) is not None:
             told.append(f"{path}: the image file holds data that the new overlay hides")
         if image.length != size:

@@ -19,7 +19,7 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.leaves import Hasher, file_of
 from addcow_mp.errors import FileError
 from addcow_mp.format.bits import Run, merged, runs
-from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, Group, Manifest
+from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, ZERO_BLOCK, Group, Manifest
 from addcow_mp.jobs.verdict import Range
 
 #: Leaves that cannot be read before a layer is given up: a disk that is gone would take for ever.
@@ -28,7 +28,10 @@ BAD_LEAVES = 64
 
 @dataclass(frozen=True)
 class Sample:
-    """Only so large a ``share`` of leaves is read, chosen at random anew for each ``seed``."""
+    """Only so large a ``share`` of leaves is read, chosen at random anew for each ``seed``.
+
+    However small the share, at least one leaf is read of a layer that holds any.
+    """
 
     share: float
     seed: int
@@ -39,6 +42,12 @@ class Sample:
 
         draw = Random(f"{self.seed} {path} {number}").random  # noqa: S311 - no secret
         return bitarray((draw() < self.share for _ in range(FAN)), endian="little")
+
+    def one_of(self, path: str, numbers: list[int]) -> int:
+        """The place of one of these numbers, of which there is at least one."""
+        from random import Random
+
+        return Random(f"{self.seed} {path}").randrange(len(numbers))  # noqa: S311 - no secret
 
 
 class Leaves:
@@ -63,6 +72,22 @@ class Leaves:
         self._differing: list[int] = []
         self._unreadable: dict[int, str] = {}
         self._last: tuple[int, Group] | None = None
+        #: The leaf that is read whatever else a sample chooses.
+        self._certain = None if sample is None else self._certain_leaf(sample)
+
+    def _certain_leaf(self, sample: Sample) -> int | None:
+        """A leaf that held something, in a group chosen at random, or that holds something now."""
+        path, numbers = self.layer.path, list(self.manifest.records)
+        first = sample.one_of(path, numbers) if numbers else 0
+        for number in numbers[first:] + numbers[:first]:
+            group = self._group(number)
+            holding = [leaf for leaf in group.covered.search(1) if _holds(group, leaf)]
+            # A leaf of this layer alone is read even where the bitmap cannot be trusted.
+            leaves = [leaf for leaf in holding if not group.mixed[leaf]] or holding
+            if leaves:
+                return number * FAN + leaves[sample.one_of(path, leaves)]
+        data = next(file_of(self.layer).data_runs(0, self.layer.size), None)
+        return None if data is None else data[0] // LEAF
 
     def groups(self, first: int, stop: int) -> list[int]:
         """The groups of the leaves ``[first, stop)`` that hold something, or did."""
@@ -112,6 +137,8 @@ class Leaves:
             mixed.setall(0)
         if self.sample is not None:
             chosen = self.sample.chosen(self.layer.path, number)
+            if self._certain is not None and self._certain // FAN == number:
+                chosen[self._certain - base] = 1
             own, mixed = own & chosen, mixed & chosen
         before = self._hasher.bytes_read
         now = self._hasher.held(number, self._spans(number, own, mixed), mixed)
@@ -159,6 +186,11 @@ class Leaves:
         parts = merged((leaf, leaf + 1) for leaf in leaves)
         spans = ((first * LEAF, min(stop * LEAF, file.length)) for first, stop in parts)
         return [Range(file.path, start, stop - start) for start, stop in spans]
+
+
+def _holds(group: Group, leaf: int) -> bool:
+    """Whether the manifest says that a leaf of the group is other than zeros."""
+    return group.held[leaf * DIGEST : (leaf + 1) * DIGEST] != ZERO_BLOCK[:DIGEST]
 
 
 def _parts_in(spans: list[Run], mixed: bitarray, base: int) -> list[Run]:

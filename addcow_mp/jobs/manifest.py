@@ -23,7 +23,9 @@ from dataclasses import dataclass, replace
 from addcow_mp.device.chain import open_layer
 from addcow_mp.device.files import claim_alone, identity_at, identity_of, sync_entry
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.sidecar import SUFFIX, draft_of, is_manifest, manifest_of
 from addcow_mp.engine.leaves import Leaves, cow_digests, file_of, is_all_local
 from addcow_mp.engine.plan import Task, cut
@@ -75,6 +77,8 @@ def create(
     conduct = conduct or Conduct()
     layer = open_layer(path, format_, access=conduct.access)
     try:
+        if isinstance(layer, RawLayer) and not conduct.access.force:
+            refuse_as_raw(layer.file)
         made: list[Made] = []
         below: list[Manifest] = []
         layers = list(layers_of(layer))
