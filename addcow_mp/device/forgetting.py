@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from addcow_mp.device import kernel
 from addcow_mp.device.files import File
 from addcow_mp.device.filesystem import filesystem_of
+from addcow_mp.errors import ImageError
 from addcow_mp.format.bits import Run
 from addcow_mp.units import GiB, round_down
 
@@ -39,6 +40,20 @@ def forget(file: File) -> None:
     with file.doing("drop it from memory"):
         if not _is_dropped(file) and filesystem_of(file) not in _IN_MEMORY:
             raise OSError(errno.EBUSY, "another program holds some of it there")
+
+
+def refuse_unknowable(file: File) -> None:
+    """Raise when the system does not say what it holds of a file: then nothing could be proved."""
+    if file.length == 0:
+        return
+    try:
+        kernel.has_in_memory(file.fd, 0, min(file.length, mmap.PAGESIZE))
+    except OSError as error:
+        raise ImageError(
+            path=file.path,
+            problem=f"its file system does not say what is in memory ({error.strerror}), and "
+            "reading back would prove nothing; leave out --verify",
+        ) from error
 
 
 def _is_dropped(file: File) -> bool:

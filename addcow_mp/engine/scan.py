@@ -135,12 +135,16 @@ def _windows(start: int, stop: int) -> Iterator[Run]:
 
 
 def mapped(file: File, start: int, stop: int) -> memoryview:
-    """The bytes ``[start, stop)`` of ``file``, mapped for reading."""
+    """The bytes ``[start, stop)`` of ``file``, mapped for reading; read where that cannot be."""
     base = round_down(start, mmap.ALLOCATIONGRANULARITY)
-    with file.doing(f"map {stop - start} bytes at {start}"):
+    try:
         window = mmap.mmap(
             file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
         )
+    except (OSError, ValueError):
+        # A file system without mappings, or a file that was cut short: reading says which.
+        return reading(file, start, stop)
+    with file.doing(f"map {stop - start} bytes at {start}"):
         window.madvise(mmap.MADV_SEQUENTIAL)
     return memoryview(window)[start - base :]
 

@@ -6,6 +6,9 @@ A run is a pair ``(first, stop)``; ranges are ``[start, stop)`` throughout, in b
 at a time: the bits of a petabyte cost the pages that are looked at, and no address space to
 speak of. A hole of the file is 0 and is never looked at: on a full tmpfs, which would have to
 give it a page, that is a SIGBUS.
+
+Some file systems have no shared mappings. There the part that is asked for is read, in smaller
+pieces, and forgotten again at once: what is written to the file later is seen, as in a mapping.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ BITS_PER_BYTE = 8
 #: Bytes mapped at a time: the bits of 8 TiB in clusters of 64 KiB. A multiple of any page.
 WINDOW = 16 * MiB
 WINDOW_BITS = WINDOW * BITS_PER_BYTE
+
+#: Bytes read at a time where nothing can be mapped: bounds what is held in memory.
+READ_BYTES = 1 * MiB
 
 Run = tuple[int, int]
 
@@ -80,35 +86,59 @@ class MappedBits:
         self._protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         #: The window mapped last, and its number.
         self._last: tuple[int, bitarray] = (-1, bitarray())
+        #: Whether the file can be mapped, as far as is known.
+        self._maps = True
 
     # Windows
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[bitarray, int, int, int]]:
         """``[start, stop)`` by windows: the bits of each, the number of its first, the range."""
         while start < stop:
-            number = start // WINDOW_BITS
-            base = number * WINDOW_BITS
-            end = min(stop - base, WINDOW_BITS)
-            yield self._window(number), base, start - base, end
+            base, bits = self._window(start, stop)
+            end = min(stop - base, len(bits))
+            yield bits, base, start - base, end
             start = base + end
 
-    def _window(self, number: int) -> bitarray:
-        held, bits = self._last
-        if held != number:
-            bits = self._map(number * WINDOW)
-            self._last = number, bits
-        return bits
+    def _window(self, start: int, stop: int) -> tuple[int, bitarray]:
+        """Bits that begin at or before ``start``, and the number of the first."""
+        if self._maps:
+            number = start // WINDOW_BITS
+            held, bits = self._last
+            if held == number:
+                return number * WINDOW_BITS, bits
+            mapped = self._map(number * WINDOW)
+            if mapped is not None:
+                self._last = number, mapped
+                return number * WINDOW_BITS, mapped
+        first = start // BITS_PER_BYTE
+        length = min(READ_BYTES, -(-stop // BITS_PER_BYTE) - first)
+        return first * BITS_PER_BYTE, self._read(first, length)
 
-    def _map(self, start: int) -> bitarray:
+    def _map(self, start: int) -> bitarray | None:
+        """A window; None where the file system has no such mappings."""
         length = min(WINDOW, -(-self._count // BITS_PER_BYTE) - start)
         try:
             window = mmap.mmap(self._fd, length, prot=self._protection, offset=self._offset + start)
         except OSError as error:
-            raise self._error(error) from error
+            if self._protection & mmap.PROT_WRITE or error.errno == errno.ENOMEM:
+                raise self._error(error) from error
+            self._maps = False
+            return None
         except ValueError:
             raise self._shrunk() from None
         # The bitarray owns the mapping from here on: it is unmapped with it.
         return bitarray(buffer=window, endian="little")
+
+    def _read(self, first: int, length: int) -> bitarray:
+        """A private copy of so many bytes from the byte ``first`` on."""
+        bits = bitarray(endian="little")
+        try:
+            bits.frombytes(os.pread(self._fd, length, self._offset + first))
+        except OSError as error:
+            raise self._error(error) from error
+        if not bits:
+            raise self._shrunk()
+        return bits
 
     def unmap(self) -> None:
         """Give back the window mapped last; it is mapped again when it is needed."""

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from bitarray import bitarray
 from blake3 import blake3
 
-from addcow_mp.errors import ManifestError
+from addcow_mp.errors import FileError, ManifestError
 from addcow_mp.format.bits import runs
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.units import KiB
@@ -164,7 +164,7 @@ def _replaced(block: bytes, other: bytes, bits: bitarray) -> bytes:
     return bytes(mended)
 
 
-def _spread(digests: memoryview, bits: bitarray) -> bytes:
+def _spread(digests: bytes, bits: bitarray) -> bytes:
     """A whole block: ``digests`` where ``bits`` are 1, leaves of zeros elsewhere."""
     block, at = bytearray(ZERO_BLOCK), 0
     for start, stop in _places(bits):
@@ -316,13 +316,39 @@ def weight_of_length(length: int) -> int:
     return max(0, length - HEAD - DIGEST) // DIGEST * LEAF
 
 
+class FileBytes:
+    """The first ``length`` bytes of a file, read when they are asked for: nothing is mapped."""
+
+    def __init__(self, fd: int, length: int, path: str) -> None:
+        self._fd = os.dup(fd)
+        self._length = length
+        self._path = path
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._length)
+        try:
+            return os.pread(self._fd, max(0, stop - start), start)
+        except OSError as error:
+            raise FileError.of(self._path, "read it", error) from error
+
+
+Content = mmap.mmap | bytes | FileBytes
+"""What stands in a manifest."""
+
+
 class Manifest:
     """A manifest with this ``content``; :meth:`load` opens one that is finished."""
 
-    def __init__(self, path: str, content: mmap.mmap | bytes, head: Head, end: int) -> None:
+    def __init__(self, path: str, content: Content, head: Head, end: int) -> None:
         self.path = path
         self.head = head
-        self._content = memoryview(content)
+        self._content = content
         #: Where each record begins, by the number of its group, in order.
         self.records = dict(_records(self._content, end, head))
 
@@ -360,14 +386,14 @@ def covered_by(size: int, number: int) -> bitarray:
     return bits
 
 
-def _records(content: memoryview, end: int, head: Head) -> Iterator[tuple[int, int]]:
+def _records(content: Content, end: int, head: Head) -> Iterator[tuple[int, int]]:
     """Number and place of each record, which lie before ``end``.
 
     Raises :class:`ValueError` for records that cannot be of a layer with this ``head``.
     """
     place, least, groups = HEAD, 0, -(-head.virtual_size // GROUP)
     while place < end:
-        number, *maps = _RECORD.unpack_from(content, place)
+        number, *maps = _RECORD.unpack(content[place : place + _RECORD.size])
         covered, mixed, held, seen = (int.from_bytes(bits, "little") for bits in maps)
         if not least <= number < groups or mixed & ~covered or seen & ~mixed:
             raise ValueError
@@ -378,17 +404,18 @@ def _records(content: memoryview, end: int, head: Head) -> Iterator[tuple[int, i
         raise ValueError
 
 
-def _unpacked(content: memoryview, place: int) -> Group:
+def _unpacked(content: Content, place: int) -> Group:
     """The group whose record begins at ``place``."""
-    _, *maps = _RECORD.unpack_from(content, place)
+    _, *maps = _RECORD.unpack(content[place : place + _RECORD.size])
     covered, mixed, held, seen = (bitarray(bytes(one), endian="little") for one in maps)
     first = place + _RECORD.size
     middle = first + DIGEST * held.count()
     held_block = _spread(content[first:middle], held)
-    return Group(covered, mixed, held_block, _spread(content[middle:], seen))
+    end = middle + DIGEST * seen.count()
+    return Group(covered, mixed, held_block, _spread(content[middle:end], seen))
 
 
-def _content(path: str) -> tuple[mmap.mmap | bytes, bytes]:
+def _content(path: str) -> tuple[Content, bytes]:
     """What stands in the file, mapped if it is much, and the digest of all but its end.
 
     The digest is of what was read: a place that the disk does not give is an error there, and
@@ -401,13 +428,21 @@ def _content(path: str) -> tuple[mmap.mmap | bytes, bytes]:
         if size <= SMALL:
             content = os.pread(fd, size, 0)
             return content, digest(content[:-DIGEST])
-        found = _digest_of(fd, size - DIGEST)
-        return mmap.mmap(fd, size, prot=mmap.PROT_READ), found
+        found = digest_of_file(fd, size - DIGEST)
+        return content_of(fd, size, path), found
     finally:
         os.close(fd)
 
 
-def _digest_of(fd: int, length: int) -> bytes:
+def content_of(fd: int, length: int, path: str) -> Content:
+    """The first ``length`` bytes of a file; what cannot be mapped is read when it is asked for."""
+    try:
+        return mmap.mmap(fd, length, prot=mmap.PROT_READ)
+    except OSError:
+        return FileBytes(fd, length, path)
+
+
+def digest_of_file(fd: int, length: int) -> bytes:
     """The digest of the first ``length`` bytes of a file, or of as many as it has."""
     hasher = blake3()
     for start in range(0, length, SMALL):

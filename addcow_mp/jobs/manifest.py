@@ -14,7 +14,6 @@ side.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -44,7 +43,8 @@ from addcow_mp.format.manifest import (
     FileState,
     Head,
     Manifest,
-    digest,
+    content_of,
+    digest_of_file,
     guest_blocks,
     guest_digest,
 )
@@ -284,7 +284,7 @@ def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Co
             file.write(records)
         file.flush()
         end = file.tell()
-        own = _mapped(fd, end)
+        own = content_of(fd, end, layer.path)
         draft = Manifest(layer.path, own, head, end)
         chain = [draft] if is_all_local(layer) else [draft, *below]
         told = guest_digest(layer.size, guest_blocks(chain, layer.size))
@@ -292,13 +292,9 @@ def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Co
         file.write(replace(head, guest_digest=told, groups=len(draft.records)).pack())
         file.flush()
         file.seek(end)
-        file.write(digest(own))
+        file.write(digest_of_file(fd, end))
         file.flush()
     assert os.fstat(fd).st_size == end + DIGEST  # noqa: S101 - nothing else was written
-
-
-def _mapped(fd: int, length: int) -> mmap.mmap:
-    return mmap.mmap(fd, length, prot=mmap.PROT_READ)
 
 
 def _hashed(layer: Layer, conduct: Conduct) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from functools import cached_property, partial
 from addcow_mp.device import faults
 from addcow_mp.device.chain import open_layer
 from addcow_mp.device.files import File
-from addcow_mp.device.forgetting import forget
+from addcow_mp.device.forgetting import forget, refuse_unknowable
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.board import Board
@@ -147,6 +147,9 @@ def reading_back(
     if proof is None:
         yield conduct
         return
+    for one in proof.changed:
+        for file in _own_files(one):
+            refuse_unknowable(file)
     before = look(overlay, overlay.size, conduct.amid(0, 0))
     weight = before.weight
     yield conduct.amid(weight, weight)
@@ -174,7 +177,9 @@ def _read_back(proof: Proof, size: int, conduct: Conduct) -> Sight:
 def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> Sight:
     expected = virtual_size(next(proof.layer.files()).length)
     for one in proof.changed:
-        for file in _unmapped(one):
+        if isinstance(one, Overlay):
+            one.bitmap.unmap()
+        for file in _own_files(one):
             forget(file)
     if faults.armed:
         with next(proof.written.files()).doing("read it back"):
@@ -187,10 +192,7 @@ def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> Sight:
         return look(anew, size, conduct)
 
 
-def _unmapped(layer: Layer) -> list[File]:
-    """The files of this layer alone, none of which is mapped any more."""
+def _own_files(layer: Layer) -> list[File]:
+    """The files of this layer alone."""
     own = [next(layer.files())]
-    if isinstance(layer, Overlay):
-        layer.bitmap.unmap()
-        own.append(layer.cow)
-    return own
+    return [*own, layer.cow] if isinstance(layer, Overlay) else own
