@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         DependantsError,
         FileError,
         FormatError,
+        HeldError,
         ImageError,
         InterruptedJobError,
         LockedError,
@@ -70,6 +71,7 @@ _HOMES = {
     "addcow_mp.errors": (
         *("AddcowError", "DependantsError", "FileError", "FormatError", "ImageError"),
         *("LockedError", "NoLocksError", "NotAddcowError", "OutsideError", "RangeError"),
+        "HeldError",
         "SpaceError",
         *("StoppedError", "SyncError", "UnfinishedError", "UnsupportedError", "UsageError"),
         *("BeginsAnewError", "InterruptedJobError", "TerminatedJobError", "TimeLimitError"),
@@ -86,6 +88,7 @@ __all__ = [
     "Extent",
     "FileError",
     "FormatError",
+    "HeldError",
     "ImageError",
     "InterruptedJobError",
     "LockedError",

@@ -109,6 +109,12 @@ class LockedError(ImageError):
     template = "{path}: in use: {holder} {verb} the permission '{permission}'; try again later"
 
 
+class HeldError(ImageError):
+    """A mount, swap, a mapping or another program has the storage of a file to be written."""
+
+    template = "{path}: in use: {holder}; release it first, --force does not override this"
+
+
 class NoLocksError(ImageError):
     """The file system, or a sandbox, has no locks: nothing would tell whether the file is used."""
 

@@ -48,6 +48,7 @@ from command import (
     succeed,
 )
 from faulty import Rules, rule, running
+from loops import loops
 
 import addcow_mp
 from addcow_mp import AddcowError
@@ -294,6 +295,14 @@ def locked_error(here: Path) -> None:
         addcow_mp.commit(top, jobs=0)
 
 
+def held_error(here: Path) -> None:
+    top = pair(here, "AB", "-X")
+    with loops() as made:
+        fd = os.open(made.bind(here / "base.img"), os.O_RDONLY | os.O_EXCL)
+        made.later(os.close, fd)
+        addcow_mp.commit(top, jobs=0)
+
+
 def no_locks_error(here: Path) -> None:
     top = pair(here, "AB", "-X")
 
@@ -377,6 +386,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "OutsideError": outside_error,
     "LockedError": locked_error,
     "NoLocksError": no_locks_error,
+    "HeldError": held_error,
     "DependantsError": dependants_error,
     "SpaceError": space_error,
     "CompareError": compare_error,

@@ -11,7 +11,9 @@ with the directory that the user may allow. Where the kernel has no such call, t
 file's own path is compared afterwards.
 
 Only regular files are opened, and block devices when allowed. Opening never waits: a
-FIFO is refused, not read. Files of /proc and /sys look regular but are not data.
+FIFO is refused, not read. Files of /proc and /sys look regular but are not data. A device that
+will be written is claimed (O_EXCL), and a file that will be written must not lie beneath a
+device in use: see :mod:`addcow_mp.device.holders`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from addcow_mp.device.files import File, cannot_open, kind_of
-from addcow_mp.errors import ImageError, OutsideError
+from addcow_mp.errors import AddcowError, ImageError, OutsideError
 
 #: Never wait (O_NONBLOCK, for FIFOs), never become a controlling terminal, never inherit.
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -76,6 +78,10 @@ class Access(NamedTuple):
     def _checked(self, file: File) -> File:
         try:
             _refuse_kind(file, self.allow_device)
+            if file.writable:
+                from addcow_mp.device.holders import refuse_held
+
+                refuse_held(file, locking=self.locking)
         except BaseException:
             file.close()
             raise
@@ -94,14 +100,31 @@ def _listed(roots: Sequence[str]) -> str:
 
 
 def _mode(writable: bool) -> int:
-    return (os.O_RDWR if writable else os.O_RDONLY) | _FLAGS
+    # O_EXCL claims a block device against mounts and other users; it says nothing to other files.
+    return (os.O_RDWR | os.O_EXCL if writable else os.O_RDONLY) | _FLAGS
+
+
+def _refused(path: str, writable: bool, error: OSError | ValueError) -> AddcowError:
+    """The error for a file that could not be opened, in words that say what stands against it."""
+    if isinstance(error, OSError) and error.errno == errno.EBUSY and _is_device(path):
+        from addcow_mp.device.holders import busy
+
+        return busy(path)
+    return cannot_open(path, "open it for writing" if writable else "open it", error)
+
+
+def _is_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _open(path: str, writable: bool) -> int:
     try:
         return os.open(path, _mode(writable))
     except (OSError, ValueError) as error:
-        raise cannot_open(path, "open it", error) from error
+        raise _refused(path, writable, error) from error
 
 
 def _open_plain(roots: Sequence[str], path: str, writable: bool) -> int | None:
@@ -137,7 +160,7 @@ def _open_in(root: str, relative: str, path: str, writable: bool) -> int:
         fd = _open_from(root, relative, writable)
         return _open_and_compare(os.path.join(root, relative), writable) if fd is None else fd
     except (OSError, ValueError) as error:
-        raise cannot_open(path, "open it", error) from error
+        raise _refused(path, writable, error) from error
 
 
 def _open_and_compare(real: str, writable: bool) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import BACKING, COW, IMAGE, File
+from addcow_mp.device.files import BACKING, COW, IMAGE, File, is_device
 from addcow_mp.device.headers import (
     MAX_DEPTH,
     Names,
@@ -81,6 +81,7 @@ class _Opening:
         self.access = access
         self.seen: dict[tuple[int, int], str] = {}
         self.opened: list[File] = []
+        self.has_device = False
 
     def layer(self, path: str, format_: str, depth: int) -> Layer:
         try:
@@ -137,6 +138,11 @@ class _Opening:
                 problem=f"it is in the chain already, as '{other}'; overlay, image file and "
                 "backing file must be different files",
             )
+        self.has_device = self.has_device or is_device(file.identity)
+        if self.has_device:
+            from addcow_mp.device.holders import refuse_same_storage
+
+            refuse_same_storage(file, self.opened)
 
 
 def depth_of(layer: Layer | None) -> int:

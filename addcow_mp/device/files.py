@@ -108,8 +108,14 @@ class File:
         """The file's length, or the device's size, at this moment."""
         status = self.status
         if stat.S_ISBLK(status.st_mode):
-            return os.lseek(self.fd, 0, os.SEEK_END)
+            with self.doing("look at its size"):
+                return os.lseek(self.fd, 0, os.SEEK_END)
         return status.st_size
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device, whose length nobody can change."""
+        return is_device(self.identity)
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -286,10 +292,24 @@ def cannot_open(path: str, action: str, error: OSError | ValueError) -> FileErro
     return FileError.of(path, action, known)
 
 
+#: No file system has this number.
+_DEVICE = -1
+
+
+def device_identity(device: int) -> tuple[int, int]:
+    """The identity of the block device of this number."""
+    return _DEVICE, device
+
+
+def is_device(identity: tuple[int, int]) -> bool:
+    """Whether this is the identity of a block device."""
+    return identity[0] == _DEVICE
+
+
 def identity_of(status: os.stat_result) -> tuple[int, int]:
     """Device and inode of a file; for a block device, under any name, the device itself."""
     if stat.S_ISBLK(status.st_mode):
-        return -1, status.st_rdev
+        return device_identity(status.st_rdev)
     return status.st_dev, status.st_ino
 
 

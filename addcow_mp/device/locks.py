@@ -108,6 +108,13 @@ def stands_free(fd: int, claim: Claim) -> bool:
     return _conflict(fd, claim.used, _ALL - claim.shared) is None
 
 
+def is_locked(fd: int) -> bool:
+    """Whether another user holds any of the locks; where there are none, no."""
+    with suppress(OSError):
+        return _is_held(fd, *_ALL_BYTES)
+    return False
+
+
 def unlock(file: File) -> None:
     """Let go of all locks; the descriptor's duplicates, if any, let go with it."""
     _set(file.fd, fcntl.F_UNLCK, *_ALL_BYTES)

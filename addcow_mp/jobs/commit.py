@@ -133,6 +133,12 @@ def _accepted_backing(overlay: Overlay) -> Layer:
                 problem=f"it is shorter ({backing.size} bytes) than the overlay "
                 f"({overlay.size} bytes); resize it first",
             )
+    elif backing.size < overlay.size and next(backing.files()).is_device:
+        raise ImageError(
+            path=backing.path,
+            problem=f"the device is shorter ({backing.size} bytes) than the overlay "
+            f"({overlay.size} bytes), and cannot grow; give the overlay a larger one",
+        )
     return backing
 
 
