@@ -51,7 +51,7 @@ def even_chain(rng: random.Random, size: int, *, overlays: int) -> Overlay:
 def wild_chain(rng: random.Random, most: int) -> Overlay:
     """Return one to three overlays of up to ``most`` bytes that differ in everything."""
     length = rng.randrange(8 * KiB, most)
-    below = None if rng.random() < 0.1 else random_raw(rng, _near(rng, length), cut=_odd(rng))
+    below = None if rng.random() < 0.1 else random_raw(rng, _near(rng, length), cut=_odd_base(rng))
     chain: Overlay | Raw | None = below
     for depth in reversed(range(rng.randint(1, 3))):
         chain = _wild_overlay(rng, depth, _near(rng, length), chain)
@@ -77,6 +77,11 @@ def _near(rng: random.Random, length: int) -> int:
 
 def _odd(rng: random.Random) -> int:
     return rng.choice([0, 0, 0, 1, SECTOR, 700, 2 * KiB])
+
+
+def _odd_base(rng: random.Random) -> int:
+    """What a base lacks of its last cell: often its length is no multiple of anything."""
+    return rng.choice([0, rng.randrange(4 * KiB), rng.randrange(SECTOR), _odd(rng)])
 
 
 def can_commit(chain: Overlay) -> bool:

@@ -216,9 +216,10 @@ def put(path: Path, offset: int, data: bytes) -> None:
 
 
 def virtual_size(path: Path, kind: str = "add-cow") -> int:
-    """Return the length of the guest's view: the image file's, in whole sectors."""
-    image = path if kind == "raw" else path.parent / read_header(path).image
-    return image.stat().st_size // 512 * 512
+    """Return the length of the guest's view: of the image file its whole sectors, of raw all."""
+    if kind == "raw":
+        return -(-path.stat().st_size // 512) * 512
+    return (path.parent / read_header(path).image).stat().st_size // 512 * 512
 
 
 def guest(path: Path, offset: int, length: int, kind: str = "add-cow") -> bytes:

@@ -34,8 +34,13 @@ LONG_AGO = 1_000_000_000
 
 
 def sector_floor(length: int) -> int:
-    """Return how much of a raw file of `length` bytes a guest can see."""
+    """Return the virtual size of an overlay whose image file has `length` bytes."""
     return length - length % SECTOR
+
+
+def sector_ceil(length: int) -> int:
+    """Return the virtual size of a raw file of `length` bytes: all of them, then zeros."""
+    return ceil_div(length, SECTOR) * SECTOR
 
 
 def ceil_div(value: int, unit: int) -> int:
@@ -105,7 +110,7 @@ class Raw:
     @property
     def size(self) -> int:
         """The virtual size in bytes."""
-        return sector_floor(self.content.length)
+        return sector_ceil(self.content.length)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def overlay(
 def view(layer: Layer) -> bytearray:
     """Return what a guest reads from the whole of `layer`."""
     if isinstance(layer, Raw) or layer.all_allocated:
-        return bytearray(layer.content.data[: layer.size])
+        return bytearray(layer.content.data[: layer.size].ljust(layer.size, b"\0"))
     seen = bytearray(layer.size)
     if layer.backing is not None:
         below = view(layer.backing)[: layer.size]
@@ -385,9 +390,10 @@ def read_view(path: str, file_format: str = "add-cow") -> bytes:
     """Return what a guest reads, parsed from the files as they lie on disk."""
     if file_format == "raw":
         data = read_file(path)
-        return data[: sector_floor(len(data))]
+        return data.ljust(sector_ceil(len(data)), b"\0")
     header = read_header(path)
-    image = read_view(header.image, "raw")
+    image = read_file(header.image)
+    image = image[: sector_floor(len(image))]
     if header.all_allocated:
         return image
     below = read_view(header.backing, header.backing_format) if header.backing else b""

@@ -40,7 +40,6 @@ from model import (
     contents,
     read_bits,
     read_file,
-    sector_floor,
     span,
     stray_bits,
 )
@@ -152,8 +151,7 @@ class Commit(Promise):
         path = self.backing.path
         if path != self.backing.image:
             return oracle.guest_bytes(path)
-        data = read_file(path)
-        return data[: sector_floor(len(data))]
+        return read_file(path)  # all of its bytes
 
     @property
     def _bits_to_change(self) -> int:
@@ -236,18 +234,27 @@ class Flatten(Promise):
         if done and not oracle.read_header(self.files.path).all_allocated:
             yield "ALL_ALLOCATED is not set"
 
+    @property
+    def lengths(self) -> list[int]:
+        """What the image file's length may be: bytes behind the virtual size are left alone."""
+        return [len(self.before[self.files.image])]
+
     def _image(self, whole: bool) -> Iterator[str]:
         data = read_file(self.files.image)
-        if len(data) != len(self.before[self.files.image]):
+        if len(data) not in self.lengths:
             yield f"the image is {len(data)} bytes long"
         if whole:
             yield from differs(f"{VIEW}, which is the image now,", data[: self.size], self.view)
 
 
 class FlattenDiscarding(Flatten):
-    """Flatten --discard: the overlay goes when the image is the disk."""
+    """Flatten --discard: the overlay goes when the image is the disk, and nothing but the disk."""
 
     options = ("--discard",)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.size, *(super().lengths if os.path.exists(self.files.path) else [])]
 
     def _broken(self, done: bool) -> Iterator[str]:
         if os.path.exists(self.files.path):

@@ -127,15 +127,17 @@ def test_commit_grows_a_shorter_backing(tmp_path: Path) -> None:
     assert guest_picture(top) == "AX0Y00"
 
 
-def test_commit_zeroes_the_backings_odd_end_before_it_grows(tmp_path: Path) -> None:
+def test_commit_keeps_the_backings_odd_end_when_it_grows(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "----")
     with (tmp_path / "base.img").open("ab") as file:
         file.write(b"tail" * 25)
     commit(tmp_path)
-    assert guest_picture(top) == "AB00"
+    assert guest_picture(top) == "AB?0"
     io("top.add-cow", "write -P 88 192k 64k", cwd=tmp_path)
     commit(tmp_path)
-    assert look(tmp_path / "base.img") == "AB0X"
+    assert look(tmp_path / "base.img") == "AB?X"
+    content = (tmp_path / "base.img").read_bytes()
+    assert content[2 * CLUSTER : 3 * CLUSTER] == (b"tail" * 25).ljust(CLUSTER, b"\0")
 
 
 def test_commit_never_shortens_a_longer_backing(tmp_path: Path) -> None:

@@ -137,6 +137,13 @@ def flatten_scene(here: Path) -> None:
     draw(here / "top.add-cow", "-X0gg-gY--", cluster=CLUSTER)
 
 
+def tail_scene(here: Path) -> None:
+    """The same with bytes behind the virtual size, which are not part of the disk."""
+    flatten_scene(here)
+    with (here / "top.raw").open("ab") as file:
+        file.write(b"tail" * 25)
+
+
 def committed(here: Path) -> dict[str, bytes | None]:
     return {"base.img": over(view(here / "top.add-cow"), view(here / "base.img"))}
 
@@ -215,6 +222,19 @@ OPERATIONS = {
             OPENING
             | PUBLISHING
             | {"header_write", "backing_read", "image_write", "punch", "discard"}
+            | {"directory_sync"}
+        ),
+    ),
+    "discard-tail": Operation(
+        ("flatten", "--discard", "--jobs", "0", "top.add-cow"),
+        tail_scene,
+        discarded,
+        {},
+        frozenset({"top.add-cow", "top.raw"}),
+        frozenset(
+            OPENING
+            | PUBLISHING
+            | {"header_write", "backing_read", "image_write", "punch", "image_cut", "discard"}
             | {"directory_sync"}
         ),
     ),
@@ -354,7 +374,9 @@ class Scene:
         assert set(self.sizes) - gone <= now
         assert now <= set(self.sizes) | (self.operation.makes if made else set())
         for name in now & set(self.sizes):
-            assert (self.here / name).stat().st_size >= self.sizes[name], f"{name} was shortened"
+            wanted = self.becomes.get(name)
+            least = self.sizes[name] if wanted is None else min(self.sizes[name], len(wanted))
+            assert (self.here / name).stat().st_size >= least, f"{name} was shortened"
 
     def _others_untouched(self) -> None:
         now = snapshot(self.here)
@@ -383,7 +405,7 @@ class Scene:
 def between(before: bytes, now: bytes, after: bytes) -> None:
     """Assert that each byte is an old one or a new one; what is missing yet reads as zeros."""
     length = max(len(before), len(after))
-    assert len(before) <= len(now) <= length
+    assert min(len(before), len(after)) <= len(now) <= length
     before, now, after = (part.ljust(length, b"\0") for part in (before, now, after))
     for at in range(0, length, SECTOR):
         sector = slice(at, at + SECTOR)

@@ -77,7 +77,7 @@ def guest_digest(view: bytes) -> str:
 def view_of(path: Path) -> bytes:
     if path.suffix == ".add-cow":
         return oracle.guest_bytes(str(path))
-    return path.read_bytes()[: virtual_size(path, "raw")]
+    return path.read_bytes().ljust(virtual_size(path, "raw"), b"\0")
 
 
 # ---- random chains ----

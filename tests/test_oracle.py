@@ -139,10 +139,17 @@ def test_no_backing_and_no_flag_reads_zeros(tmp_path: Path) -> None:
 
 
 def test_a_shorter_backing_ends_inside_a_cluster(tmp_path: Path) -> None:
-    # The backing's own size is rounded down to whole sectors: the last 7 bytes are no data.
+    # All bytes of the backing count, also the 7 behind its last whole sector.
     (tmp_path / "base").write_bytes(b"b" * (CLUSTER + 512 + 7))
     path = overlay(tmp_path, "top", paint("xxA"), b"\x04", "base")
-    assert oracle.guest_bytes(path) == b"b" * (CLUSTER + 512) + bytes(CLUSTER - 512) + paint("A")
+    seen = b"b" * (CLUSTER + 512 + 7) + bytes(CLUSTER - 512 - 7) + paint("A")
+    assert oracle.guest_bytes(path) == seen
+
+
+def test_a_raw_disk_shorter_than_a_sector_is_one_sector(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(b"b" * 300)
+    path = overlay(tmp_path, "top", bytes(512), b"\x00", "base")
+    assert oracle.guest_bytes(path) == b"b" * 300 + bytes(212)
 
 
 def test_a_partial_last_cluster_and_a_ragged_image(tmp_path: Path) -> None:

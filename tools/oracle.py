@@ -178,7 +178,7 @@ def open_layer(path: str, kind: str, stack: ExitStack) -> tuple[Layer, str | Non
     """Open one layer; also give the name and format of the one below, if any."""
     if kind == "raw":
         file = open_until_done(path, stack)
-        return Layer(file, rounded_size(file), RAW_PIECE, None, 0), None, ""
+        return Layer(file, whole_size(file), RAW_PIECE, None, 0), None, ""
     if kind != "add-cow":
         raise OracleError(f"{path}: format {kind} is beyond this reader")
     header = read_header(path)
@@ -214,8 +214,13 @@ def inode(status: os.stat_result) -> tuple[int, int]:
 
 
 def rounded_size(file: BinaryIO) -> int:
-    """The size a guest sees of a raw file: whole sectors."""
+    """The size of an overlay with this image file: its whole sectors."""
     return os.fstat(file.fileno()).st_size // SECTOR * SECTOR
+
+
+def whole_size(file: BinaryIO) -> int:
+    """The size of a raw disk: all of its bytes, then zeros up to a whole sector."""
+    return -(-os.fstat(file.fileno()).st_size // SECTOR) * SECTOR
 
 
 def is_local(layer: Layer, cluster: int) -> bool:

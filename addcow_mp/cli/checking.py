@@ -26,6 +26,7 @@ def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, 
             print(f"REPAIRED {one_line(line)}")
         _print_findings(report)
         if not quiet:
+            _print_notes(report)
             _print_summary(report)
     return report.exit_code
 
@@ -36,6 +37,11 @@ def _print_findings(report: CheckReport) -> None:
             print(f"addcow: {finding.name}: {one_line(finding.message)}", file=sys.stderr)
         else:
             print(f"{finding.severity.value.upper()} {finding.name}: {one_line(finding.message)}")
+
+
+def _print_notes(report: CheckReport) -> None:
+    for note in report.notes:
+        print(f"NOTE {one_line(note)}")
 
 
 def _print_summary(report: CheckReport) -> None:

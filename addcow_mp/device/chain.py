@@ -25,7 +25,7 @@ from addcow_mp.device.headers import (
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import READING, RESIZING, WRITING, Claim
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.raw import RawLayer, WholeRaw
+from addcow_mp.device.raw import RawLayer
 from addcow_mp.errors import ImageError, UnsupportedError
 from addcow_mp.format.header import ADD_COW, RAW, Header
 
@@ -43,6 +43,8 @@ Uses = Mapping[int, Use]
 READ: Uses = {}
 #: The overlay itself is written (write, flatten).
 WRITE: Uses = {0: Use(WRITING, WRITING)}
+#: The same, and in the end the image file, cut to the virtual size, is all that is left.
+DISCARD: Uses = {0: Use(WRITING, RESIZING)}
 #: Overlay and backing are written, and the backing may grow.
 COMMIT: Uses = {0: Use(RESIZING, WRITING), 1: Use(RESIZING, RESIZING)}
 #: Nothing is written yet: a look at what a commit will do, also where ALL_ALLOCATED is set.
@@ -59,12 +61,6 @@ def open_chain(path: str, uses: Uses = READ, access: Access | None = None) -> Ov
     overlay = open_layer(path, ADD_COW, uses, access)
     assert isinstance(overlay, Overlay)  # noqa: S101 - what that format is opened as
     return overlay
-
-
-def open_whole(path: str, format_: str, access: Access | None = None) -> Layer:
-    """Open ``path`` for reading, a raw file as :class:`WholeRaw`: all of its bytes count."""
-    layer = open_layer(path, format_, access=access)
-    return WholeRaw(layer.file) if isinstance(layer, RawLayer) else layer
 
 
 def open_layer(path: str, format_: str, uses: Uses = READ, access: Access | None = None) -> Layer:

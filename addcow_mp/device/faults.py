@@ -47,6 +47,7 @@ EVENTS = (
     "data_sync",
     "publish",
     "punch",
+    "image_cut",
     "discard",
     "create",
     "directory_sync",

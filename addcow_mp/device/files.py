@@ -237,14 +237,9 @@ class File:
         for offset in range(start, stop, len(_ZEROS)):
             self.write(memoryview(_ZEROS)[: stop - offset], offset)
 
-    def grow(self, length: int, *, seen: int) -> None:
-        """Lengthen the file to ``length`` with zeros from byte ``seen`` on.
-
-        The bytes between ``seen``, the old virtual size, and the old end were in
-        nobody's view and may hold anything: they are zeroed before they come into it.
-        """
+    def grow(self, length: int) -> None:
+        """Lengthen the file to ``length`` with zeros behind its last byte; never cut it."""
         with self.doing(f"grow it to {length} bytes"):
-            self._write_zeros(seen, min(self.length, length))
             if self.length < length:
                 os.ftruncate(self.fd, length)
 

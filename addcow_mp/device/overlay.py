@@ -35,7 +35,7 @@ from addcow_mp.device.sidecar import invalidate_all
 from addcow_mp.errors import FileError, ImageError, RangeError
 from addcow_mp.format.bitmap import CowBitmap, SparseBits
 from addcow_mp.format.bits import MappedBits, Run, merged, runs
-from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import FIXED_SIZE, Header
 from addcow_mp.units import KiB
 
@@ -54,7 +54,7 @@ class Overlay:
         self, cow: File, image: File, backing: Layer | None, header: Header | None = None
     ) -> None:
         self.cow = cow
-        self.image = RawLayer(image)
+        self.image = RawLayer(image, virtual_size(image.length))
         self.backing = backing
         self.header = read_header(cow) if header is None else header
         self.geometry = Geometry(self.image.size, self.header.cluster_size)

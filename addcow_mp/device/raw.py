@@ -1,6 +1,9 @@
-"""A raw file as a layer: its bytes are the disk, in whole sectors.
+"""A raw file as a layer: all of its bytes, then zeros up to a whole sector.
 
-Bytes after the last whole sector belong to nobody's view and are left alone.
+This holds for a backing file and for a raw file by itself. The image file of an overlay ends
+earlier: with its last whole sector, which is the overlay's virtual size. So :class:`RawLayer`
+is told how many bytes of its file it holds. No way to copy reads behind these: they end the
+last piece of data, and what is left of the sector is a piece of zeros.
 """
 
 from __future__ import annotations
@@ -8,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from addcow_mp.device.files import File, ended_early
-from addcow_mp.device.layer import Kind, Layer, Piece
-from addcow_mp.format.geometry import virtual_size
-from addcow_mp.units import SECTOR, round_up
+from addcow_mp.device.layer import Kind, Piece
+from addcow_mp.format.geometry import raw_size
 
 
 class RawLayer:
-    """A raw file, open."""
+    """A raw file, open. ``held``: the bytes of it that are part of the disk, by default all."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, held: int | None = None) -> None:
         self.file = file
-        self.size = virtual_size(file.length)
+        self.held = file.length if held is None else held
+        self.size = raw_size(self.held)
 
     @property
     def path(self) -> str:
@@ -26,18 +29,26 @@ class RawLayer:
         return self.file.path
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset`` on."""
-        self.file.read_into(view, offset)
+        """Fill ``view`` from ``offset`` on, with zeros behind the last byte."""
+        length = max(0, min(len(view), self.held - offset))
+        if length < len(view):
+            view[length:] = bytes(len(view) - length)
+            view = view[:length]
+        if length:
+            self.file.read_into(view, offset)
 
     def pieces(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
-        """Data and holes of ``[start, stop)``."""
-        for first, last in self.file.data_runs(start, stop):
+        """Data and holes of ``[start, stop)``; behind the last byte there is no data."""
+        held = max(start, min(stop, self.held))
+        for first, last in self.file.data_runs(start, held):
             if start < first:
                 yield self._hole(start, first, depth)
             yield Piece(first, last, depth, Kind.DATA)
             start = last
-        if start < stop:
-            yield self._hole(start, stop, depth)
+        if start < held:
+            yield self._hole(start, held, depth)
+        if held < stop:
+            yield Piece(held, stop, depth, Kind.ZERO)
 
     def _hole(self, start: int, stop: int, depth: int) -> Piece:
         """A hole, unless the file has ended there meanwhile: then nothing is known of it."""
@@ -46,12 +57,18 @@ class RawLayer:
                 raise ended_early()
         return Piece(start, stop, depth, Kind.ZERO)
 
+    def grow(self, size: int) -> None:
+        """Lengthen the file to ``size`` bytes with zeros behind all that it holds."""
+        if self.held < size:
+            self.file.grow(size)
+            self.held, self.size = size, raw_size(size)
+
     def files(self) -> Iterator[File]:
         """The file itself."""
         yield self.file
 
     def warnings(self) -> list[str]:
-        """Nothing: bytes after the last whole sector are nobody's in a chain."""
+        """Nothing."""
         return []
 
     def close(self) -> None:
@@ -59,35 +76,3 @@ class RawLayer:
         self.file.close()
 
     abandon = close
-
-
-class WholeRaw(RawLayer):
-    """A raw file by itself, in no chain: what it has of a last sector is shown, zeros behind it.
-
-    This is how qemu-img looks at a raw file. In a chain the format cuts such bytes off.
-    """
-
-    def __init__(self, file: File) -> None:
-        super().__init__(file)
-        self._held = file.length
-        self.size = round_up(self._held, SECTOR)
-
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset`` on, with zeros behind the end of the file."""
-        held = max(0, min(len(view), self._held - offset))
-        super().read_into(view[:held], offset)
-        view[held:] = bytes(len(view) - held)
-
-    def pieces(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
-        """Data and holes of ``[start, stop)``, and nothing behind the end of the file."""
-        held = max(start, min(stop, self._held))
-        yield from super().pieces(start, held, depth)
-        if held < stop:
-            yield Piece(held, stop, depth, Kind.ABSENT)
-
-
-def cut_off(layer: Layer) -> list[str]:
-    """What is said of a raw file that was copied, and does not end with a whole sector."""
-    rest = layer.file.length - layer.size if isinstance(layer, RawLayer) else 0
-    told = f"{layer.path}: its last {rest} bytes are no whole sector and were not copied"
-    return [told] if rest else []

@@ -21,6 +21,7 @@ from addcow_mp.device import kernel
 from addcow_mp.device.files import File, new_buffer
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.format.bits import Run, between, merged, runs
@@ -38,6 +39,13 @@ from addcow_mp.format.manifest import (
 def file_of(layer: Layer) -> File:
     """The raw file that holds what ``layer`` itself holds."""
     return next(layer.files())
+
+
+def raw_of(layer: Layer) -> RawLayer:
+    """The same as a layer: it reads as zeros behind the last byte that the view has of it."""
+    raw = layer.image if isinstance(layer, Overlay) else layer
+    assert isinstance(raw, RawLayer)  # noqa: S101 - there is no other kind of layer
+    return raw
 
 
 def is_all_local(layer: Layer) -> bool:
@@ -109,20 +117,18 @@ def _nobody(length: int) -> None:
 
 
 class Hasher:
-    """Hashes what a layer of ``size`` bytes holds in its ``file``.
+    """Hashes what ``layer`` holds in its raw file.
 
     Counts what it reads, and tells ``spend`` of the bytes of each reading.
     """
 
     def __init__(
         self,
-        file: File,
-        size: int,
+        layer: Layer,
         spend: Callable[[int], None] = _nobody,
         buffer: memoryview | None = None,
     ) -> None:
-        self._file = file
-        self._size = size
+        self._raw = raw_of(layer)
         self._spend = spend
         self._buffer = new_buffer() if buffer is None else buffer
         self.bytes_read = 0
@@ -133,9 +139,9 @@ class Hasher:
         Leaves that are ``mixed`` are put together, all others read as a whole.
         """
         held = bytearray(ZERO_BLOCK)
-        data = [part for span in spans for part in self._file.data_runs(*span)]
+        data = [part for span in spans for part in self._raw.file.data_runs(*span)]
         touched = leaves_touched(data, number)
-        hash_leaves(held, touched & ~mixed, number, self._size, self._read, self._buffer)
+        hash_leaves(held, touched & ~mixed, number, self._raw.size, self._read, self._buffer)
         for first, stop in runs(touched & mixed, 1, 0, FAN):
             for leaf in range(first, stop):
                 held[leaf * DIGEST : (leaf + 1) * DIGEST] = self._part(number * FAN + leaf, data)
@@ -150,7 +156,7 @@ class Hasher:
         return digest(view)
 
     def _read(self, view: memoryview, start: int) -> None:
-        self._file.read_into(view, start)
+        self._raw.read_into(view, start)
         self.bytes_read += len(view)
         self._spend(len(view))
 
@@ -162,7 +168,7 @@ class Leaves:
         self.layer = layer
         self.parent: int | None = None
         self._buffer = new_buffer()
-        self._hasher = Hasher(file_of(layer), layer.size, buffer=self._buffer)
+        self._hasher = Hasher(layer, buffer=self._buffer)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Leaves, (self.layer,), {"parent": os.getpid()})

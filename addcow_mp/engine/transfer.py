@@ -272,7 +272,7 @@ class Transfer:
         move, mark = self._mover.move_short, self.board.marks(TOP).set
         file, end, size = (
             source.file,
-            min(source.size, self.geometry.size),
+            min(source.held, self.geometry.size),
             self.geometry.cluster_size,
         )
         for number in range(0, len(runs), BATCH):

@@ -43,7 +43,7 @@ from addcow_mp.device.sidecar import described_by
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.members import Member, members_of
 from addcow_mp.farm.places import files_of
-from addcow_mp.format.geometry import virtual_size
+from addcow_mp.format.geometry import raw_size
 from addcow_mp.format.header import (
     ADD_COW,
     BACKING_NAME_LIMIT,
@@ -234,7 +234,7 @@ class _Building:
             if there.status is None or not stat.S_ISREG(there.status.st_mode):
                 continue
             if there.key not in self.nodes and there.key not in self.owners:
-                size = virtual_size(there.status.st_size)
+                size = raw_size(there.status.st_size)
                 node = Node(path, Kind.UNNAMED, virtual_size=size, marked={Mark.UNNAMED})
                 # It may be an overlay all the same: nobody could look.
                 node.marked |= set() if os.access(path, os.R_OK) else {Mark.UNEXAMINED}
@@ -282,7 +282,7 @@ class _Building:
         elif stat.S_ISREG(there.status.st_mode):
             node.written = there.status.st_mtime_ns
             known = said.backing_format == RAW
-            node.virtual_size = virtual_size(there.status.st_size) if known else None
+            node.virtual_size = raw_size(there.status.st_size) if known else None
         return self.nodes.setdefault(there.key, node)
 
     def _outside(self, there: _There, access: Access) -> Node:

@@ -15,8 +15,16 @@ from addcow_mp.units import SECTOR, round_down, round_up
 
 
 def virtual_size(length: int) -> int:
-    """The size of the disk that a raw file of ``length`` bytes holds: whole sectors."""
+    """The virtual size of an overlay whose image file has ``length`` bytes: its whole sectors.
+
+    Bytes behind them are not part of the view.
+    """
     return round_down(length, SECTOR)
+
+
+def raw_size(length: int) -> int:
+    """The virtual size of a raw disk of ``length`` bytes: all of them, then zeros to a sector."""
+    return round_up(length, SECTOR)
 
 
 class Geometry(NamedTuple):

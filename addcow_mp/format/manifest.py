@@ -26,6 +26,7 @@ from blake3 import blake3
 
 from addcow_mp.errors import FileError, ManifestError
 from addcow_mp.format.bits import runs
+from addcow_mp.format.geometry import raw_size, virtual_size
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.units import KiB
 
@@ -191,6 +192,14 @@ class FileState(NamedTuple):
 
 
 _STATE_KEYS = ("size", "inode", "mtime-ns", "ctime-ns")
+
+
+def is_rounded_down(size: int, length: int) -> bool:
+    """Whether ``size`` is that of a raw file of ``length`` bytes without its last, partial sector.
+
+    Earlier versions took that for its virtual size, and made manifests of it.
+    """
+    return size == virtual_size(length) != raw_size(length)
 
 
 @dataclass(frozen=True)

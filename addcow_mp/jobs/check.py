@@ -216,6 +216,13 @@ class _Check:
             self.overlay = Overlay(self.cow, image, None)
             self.report.total_clusters = self.overlay.geometry.clusters
             self.report.allocated_clusters = self.overlay.allocated_clusters
+            self._note_hidden(image, self.overlay.size)
+
+    def _note_hidden(self, image: File, size: int) -> None:
+        """Name the bytes of the image file that are not part of the view."""
+        if image.length > size:
+            told = f"its last {image.length - size} bytes, from {size} on, are not part of the disk"
+            self.report.notes.append(f"{image.path}: {told}; flatten --discard cuts them off")
 
     def _open(self, holder: str, name: str, what: str, *, optional: bool = False) -> File | None:
         """Open what ``holder`` names, or note why not."""

@@ -102,11 +102,16 @@ def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
     movement = Movement(overlay, overlay.geometry, Which.LOCAL, target, tasks)
     movement.publish = None if keep else (overlay, 0)
     movement.frees = not keep
-    if not _is_done(overlay) or backing.size < overlay.size:
+    if not _is_done(overlay) or _grows(overlay, backing):
         # With ``keep``, too: what lies below the overlay is not what its manifest says then.
         movement.changed = (backing, overlay)
     movement.prepare = lambda: _prepare(overlay, backing, keep=keep)
     return movement
+
+
+def _grows(overlay: Overlay, backing: Layer) -> bool:
+    """Whether the backing file is raw and has fewer bytes than the overlay."""
+    return isinstance(backing, RawLayer) and backing.held < overlay.size
 
 
 @contextmanager
@@ -170,8 +175,8 @@ def _tasks(overlay: Overlay, backing: Layer) -> list[Task]:
 
 def _prepare(overlay: Overlay, backing: Layer, *, keep: bool) -> None:
     """What changes first, once nothing can be refused any more."""
-    if isinstance(backing, RawLayer) and backing.size < overlay.size:
-        backing.file.grow(overlay.size, seen=backing.size)
+    if isinstance(backing, RawLayer):
+        backing.grow(overlay.size)
     if overlay.all_allocated and not keep:
         _replace_flag_by_bits(overlay)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
-from addcow_mp.device.chain import open_whole
+from addcow_mp.device.chain import open_layer
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.device.magic import resembles
 from addcow_mp.device.raw import RawLayer
@@ -78,7 +78,7 @@ def compare(
     with ExitStack() as opened:
         try:
             sides = [
-                opened.enter_context(closing(open_whole(path, format_, conduct.access)))
+                opened.enter_context(closing(open_layer(path, format_, access=conduct.access)))
                 for path, format_ in zip((one, other), formats, strict=True)
             ]
             return _compare(sides[0], sides[1], conduct, strict=strict, every=every)

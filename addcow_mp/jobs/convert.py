@@ -18,7 +18,7 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.raw import RawLayer, cut_off
+from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.sidecar import invalidate
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.survey import alignment, data_stretches
@@ -85,9 +85,8 @@ def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
     stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
     tasks = cut(stretches, geometry.clusters)
     movement = Movement(layer, geometry, Which.ALL, RawTarget(target, fresh=True), tasks)
-    movement.prepare = lambda: target.grow(layer.size, seen=0)
+    movement.prepare = lambda: target.grow(layer.size)
     move(movement, conduct, report)
-    report.warnings += cut_off(layer)
 
 
 def _unit(layer: Layer) -> int:

@@ -35,7 +35,7 @@ from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.sidecar import invalidate
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
-from addcow_mp.format.geometry import Geometry, virtual_size
+from addcow_mp.format.geometry import Geometry, raw_size
 from addcow_mp.format.header import (
     ADD_COW,
     ALL_ALLOCATED,
@@ -69,7 +69,7 @@ def create_raw(path: str, size: int) -> int:
     size = _whole_sectors(size)
     with _Making(Access()) as making:
         file = making.new(path)
-        file.grow(size, seen=0)
+        file.grow(size)
         file.sync()
         sync_directory(path)
     return size
@@ -251,7 +251,7 @@ def _chosen_size(path: str, size: int | None, image: str, backing_size: int | No
     existing = _existing_length(image)
     if size is not None:
         size = _whole_sectors(size)
-        if existing is not None and size < virtual_size(existing):
+        if existing is not None and size < existing:
             raise ImageError(
                 path=image,
                 problem=f"it is larger ({existing} bytes) than the size asked for ({size}), and "
@@ -260,7 +260,7 @@ def _chosen_size(path: str, size: int | None, image: str, backing_size: int | No
         return size
     # An empty file is what a create cut off in its first moments leaves: it has no size to take.
     if existing:
-        return virtual_size(existing)
+        return raw_size(existing)
     if backing_size is not None:
         return backing_size
     raise UsageError(
@@ -348,7 +348,7 @@ class _Making:
     def __init__(self, access: Access) -> None:
         self.access = access
         self._new: list[File] = []
-        self._grown: list[tuple[File, int, bytes]] = []
+        self._grown: list[tuple[File, int]] = []
 
     def __enter__(self) -> _Making:
         return self
@@ -364,24 +364,20 @@ class _Making:
     def grown(self, path: str) -> File:
         """Open a file that exists; it gets its old length back on failure."""
         file = open_claimed(self.access, path, RESIZING, IMAGE, named=True)
-        # Bytes behind the last whole sector are zeroed before the file grows over them.
-        length, seen = file.length, virtual_size(file.length)
-        tail = os.pread(file.fd, length - seen, seen) if seen < length else b""
-        self._grown.append((file, length, tail))
+        self._grown.append((file, file.length))
         return file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._undo()
-        for file in (*self._new, *(file for file, _, _ in self._grown)):
+        for file in (*self._new, *(file for file, _ in self._grown)):
             file.close()
 
     def _undo(self) -> None:
         with contextlib.suppress(OSError):
-            for file, length, tail in self._grown:
-                if file.length != length or tail:
+            for file, length in self._grown:
+                if file.length != length:
                     os.ftruncate(file.fd, length)
-                    os.pwrite(file.fd, tail, virtual_size(length))
         for file in self._new:
             with contextlib.suppress(OSError):
                 os.unlink(file.path)
@@ -400,7 +396,7 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
             invalidate(path)
     else:
         image = making.new(path)
-    image.grow(size, seen=virtual_size(image.length))
+    image.grow(size)
     image.sync()
     sync_directory(path)
     return told
@@ -408,6 +404,6 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
 
 def _make_cow(path: str, names: _Names, geometry: Geometry, making: _Making) -> None:
     cow = making.new(path, COW)
-    cow.grow(names.header.header_size + geometry.bitmap_length, seen=0)
+    cow.grow(names.header.header_size + geometry.bitmap_length)
     cow.write(names.header.pack() + names.names, 0)
     cow.sync()

@@ -66,7 +66,7 @@ class Leaves:
         self.sample = sample
         #: Whether the bitmap can be asked what is local in leaves that mix layers.
         self.trusted = True
-        self._hasher = Hasher(file_of(layer), layer.size, spend, buffer)
+        self._hasher = Hasher(layer, spend, buffer)
         #: What was read of the image and compared.
         self.bytes_compared = 0
         self._differing: list[int] = []

@@ -46,6 +46,8 @@ class CheckReport:
     backup: str | None = None
     leaks_fixed: int = 0
     corruptions_fixed: int = 0
+    #: What is worth knowing and no fault.
+    notes: list[str] = field(default_factory=list)
 
     def _count(self, severity: Severity) -> int:
         return sum(one.count for one in self.findings if one.severity is severity)
@@ -87,6 +89,7 @@ class CheckReport:
             "total-clusters": self.total_clusters,
             "allocated-clusters": self.allocated_clusters,
             "findings": [finding.as_json() for finding in self.findings],
+            **({"notes": self.notes} if self.notes else {}),
             **(self._repaired() if self.repairs else {}),
         }
 

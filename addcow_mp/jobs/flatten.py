@@ -3,26 +3,22 @@
 Afterwards every bit is set, ALL_ALLOCATED is set last, and the raw image file alone is
 the disk. What the image held in clusters that were not local is overwritten, or emptied
 where the backing has nothing. The names in the header stay; with ``discard`` the
-``.add-cow`` file is removed once the image is durable.
+``.add-cow`` file is removed once the image is durable (:mod:`addcow_mp.jobs.removal`).
 """
 
 from __future__ import annotations
 
-import os
-
-from addcow_mp.device import faults
-from addcow_mp.device.chain import READ, WRITE, open_chain
-from addcow_mp.device.files import identity_of, sync_entry
+from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain
 from addcow_mp.device.overlay import Overlay, refuse_short
-from addcow_mp.device.sidecar import invalidate
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.space import Room
 from addcow_mp.engine.survey import alignment, missing_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
-from addcow_mp.errors import ImageError, SpaceError
+from addcow_mp.errors import SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import Movement, move, room
 from addcow_mp.jobs.readback import Proof, reading_back
+from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
 from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
 
 
@@ -36,7 +32,8 @@ def flatten(
     byte is written.
     """
     conduct = conduct or Conduct()
-    with reporting("flatten", path) as report, open_chain(path, WRITE, conduct.access) as overlay:
+    uses = DISCARD if discard else WRITE
+    with reporting("flatten", path) as report, open_chain(path, uses, conduct.access) as overlay:
         _refuse(overlay, conduct, discard=discard)
         movement = None if overlay.all_allocated else _movement(overlay)
         proof = Proof(overlay, overlay, (overlay,)) if verifies else None
@@ -45,7 +42,7 @@ def flatten(
                 move(movement, middle, report)
                 overlay.set_all_allocated(True)
         if discard:
-            _discard(overlay)
+            remove(overlay)
     return report
 
 
@@ -68,21 +65,11 @@ def foresee(path: str, conduct: Conduct, *, discard: bool = False) -> Prospect |
 
 
 def _refuse(overlay: Overlay, conduct: Conduct, *, discard: bool) -> None:
-    changed = [overlay.image.file] if not overlay.all_allocated else []
-    changed += [overlay.cow] if discard else []
+    changed = [] if overlay.all_allocated else [overlay.image.file]
+    changed += changed_by_removal(overlay) if discard else []
     refuse_dependants(overlay, changed, conduct.access, around=conduct.around)
     if discard:
-        _refuse_unremovable(overlay)
-
-
-def _refuse_unremovable(overlay: Overlay) -> None:
-    directory = os.path.dirname(os.path.realpath(overlay.path))
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ImageError(
-            path=overlay.path,
-            problem=f"it cannot be removed from {directory}: no permission to write there; "
-            "leave --discard out",
-        )
+        refuse_unremovable(overlay)
 
 
 def _movement(overlay: Overlay) -> Movement:
@@ -100,18 +87,3 @@ def _refuse_without_room_for_bits(overlay: Overlay) -> None:
     needed, free = overlay.bitmap.hole_bytes(), overlay.cow.free_space
     if needed > free:
         raise SpaceError(path=overlay.path, needed=needed, free=free)
-
-
-def _discard(overlay: Overlay) -> None:
-    """Remove the ``.add-cow`` file itself, also when it was named by a symbolic link."""
-    path = os.path.realpath(overlay.path)
-    overlay.image.file.sync()
-    with overlay.cow.doing("remove it"):
-        if identity_of(os.stat(path)) != overlay.cow.identity:
-            raise ImageError(path=path, problem="it was replaced meanwhile, and is not removed")
-        invalidate(overlay.path, durable=overlay.cow.durable)
-        if faults.armed:
-            faults.hit("discard")
-        os.unlink(path)
-    if overlay.cow.durable:
-        sync_entry(path, "make its removal durable", "it is removed, and may be back")

@@ -25,7 +25,7 @@ from addcow_mp.device.headers import (
 from addcow_mp.device.locks import READING
 from addcow_mp.errors import ImageError
 from addcow_mp.format.bitmap import CowBitmap
-from addcow_mp.format.geometry import Geometry, virtual_size
+from addcow_mp.format.geometry import Geometry, raw_size, virtual_size
 from addcow_mp.format.header import ADD_COW, RAW, Header
 from addcow_mp.format.names import path_combine
 
@@ -139,7 +139,7 @@ def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
 def _raw_info(path: str, format_: str, access: Access) -> RawInfo:
     file = open_claimed(access, path, READING, BACKING, named=False)
     try:
-        size = virtual_size(file.length) if format_ == RAW else None
+        size = raw_size(file.length) if format_ == RAW else None
         return RawInfo(path, format_, size, file.allocated)
     finally:
         file.close()

@@ -43,7 +43,16 @@ from addcow_mp.engine.plan import Task
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.errors import AddcowError, ManifestError, StoppedError
 from addcow_mp.format.header import ADD_COW, RAW
-from addcow_mp.format.manifest import FAN, GROUP, LEAF, FileState, Manifest, digest
+from addcow_mp.format.manifest import (
+    FAN,
+    GROUP,
+    LEAF,
+    FileState,
+    Head,
+    Manifest,
+    digest,
+    is_rounded_down,
+)
 from addcow_mp.jobs.differing import Leaves, Sample
 from addcow_mp.jobs.verdict import Grade, Range, Verdict
 from addcow_mp.units import EiB, MiB
@@ -172,26 +181,26 @@ class Looking:
         """That of the layer at ``path``. Raises like :meth:`Manifest.load`."""
         return self._manifests.of(path)
 
-    def guest_digest(self, path: str, holder: Target) -> str | None:
-        """What the manifest of the layer at ``path`` says that its guest sees; None without one.
+    def head(self, path: str, holder: Target) -> Head | None:
+        """The head of the manifest of the layer at ``path``; None without one.
 
         Nor is there one for ``holder`` when what it names lies where names may not lead.
         """
         access = self.access_for(holder)
         if (path, access.roots) not in self._reachable:
             self._reachable[path, access.roots] = can_reach(path, access)
-        return self._manifests.guest_digest(path) if self._reachable[path, access.roots] else None
+        return self._manifests.head(path) if self._reachable[path, access.roots] else None
 
 
 class _Manifests:
     """Manifests that were read and found whole: a large one is needed for each part of its layer.
 
-    One is kept whole, and of each, as the backing file of others, what its guest sees.
+    One is kept whole, and of each, as the backing file of others, the head.
     """
 
     def __init__(self) -> None:
         self._last: tuple[str, FileState, Manifest] | None = None
-        self._digests: dict[str, tuple[FileState, str]] = {}
+        self._heads: dict[str, tuple[FileState, Head]] = {}
 
     def of(self, path: str) -> Manifest:
         name = manifest_of(path)
@@ -200,15 +209,15 @@ class _Manifests:
             self._last = name, state, Manifest.load(name)
         return self._last[2]
 
-    def guest_digest(self, path: str) -> str | None:
+    def head(self, path: str) -> Head | None:
         name = manifest_of(path)
         try:
             state = FileState.of(os.stat(name))
-            if self._digests.get(name, (None,))[0] != state:
-                self._digests[name] = state, Manifest.load(name).head.guest_digest
+            if self._heads.get(name, (None,))[0] != state:
+                self._heads[name] = state, Manifest.load(name).head
         except (OSError, ManifestError):
             return None  # that is said of the layer itself
-        return self._digests[name][1]
+        return self._heads[name][1]
 
 
 class _Look:
@@ -331,11 +340,21 @@ class _Look:
                 told = "it was written or touched after its manifest was made"
                 self.verdict.remark("changed", Grade.NOTE, file.path, told)
         if same and (manifest.head.kind, manifest.head.virtual_size) != _kind_of(layer):
-            told = "it is of a layer of another format or size"
-            self.verdict.remark("manifest", Grade.DAMAGE, manifest.path, told)
+            self._remark_other_size(layer, manifest)
             same = False
         self._compare_below(layer, manifest)
         return same
+
+    def _remark_other_size(self, layer: Layer, manifest: Manifest) -> None:
+        if isinstance(layer, RawLayer) and is_rounded_down(manifest.head.virtual_size, layer.held):
+            told = (
+                "it was made without the last, partial sector of the file, which is part of the "
+                "disk; make it again with 'addcow manifest create --replace'"
+            )
+            self.verdict.remark("stale", Grade.UNVERIFIED, manifest.path, told)
+            return
+        told = "it is of a layer of another format or size"
+        self.verdict.remark("manifest", Grade.DAMAGE, manifest.path, told)
 
     def _compare_below(self, layer: Layer, manifest: Manifest) -> None:
         """Remark a backing file that has a manifest, but of other content than was below then."""
@@ -343,10 +362,20 @@ class _Look:
         if wanted is None or self.names is None or self.names.backing is None:
             return
         path = resolve(layer.path, self.names.backing)
-        found = self.work.guest_digest(path, self.target)
-        if found is not None and found != wanted:
-            told = f"what lies below, {path}, is not what lay there when the manifest was made"
-            self.verdict.remark("backing-replaced", Grade.DAMAGE, layer.path, told)
+        found = self.work.head(path, self.target)
+        if found is None or found.guest_digest == wanted:
+            return
+        if found.kind == RAW and is_rounded_down(
+            manifest.head.backing_size or 0, found.files["image"].size
+        ):
+            told = (
+                f"it was made without the last, partial sector of {path}, which is part of that "
+                "disk; make it again with 'addcow manifest create --replace'"
+            )
+            self.verdict.remark("stale", Grade.UNVERIFIED, manifest.path, told)
+            return
+        told = f"what lies below, {path}, is not what lay there when the manifest was made"
+        self.verdict.remark("backing-replaced", Grade.DAMAGE, layer.path, told)
 
     def _has_sound_bits(self, layer: Layer, manifest: Manifest) -> bool:
         """Whether the bitmap is what it was; header and bitmap that are not are ranges."""

@@ -47,6 +47,7 @@ from addcow_mp.format.manifest import (
     digest_of_file,
     guest_blocks,
     guest_digest,
+    is_rounded_down,
 )
 from addcow_mp.jobs.report import Conduct
 
@@ -153,9 +154,15 @@ def _sound(layer: Layer, path: str, wanted: Head) -> Manifest:
             raise ImageError(path=path, problem="it is there and no manifest; move it away")
         manifest = Manifest.load(path)
     if replace(manifest.head, guest_digest="", groups=0) != wanted:
-        problem = f"it is of another state of {layer.path} or of what lies below"
-        raise ManifestError(path=path, problem=problem)
+        raise ManifestError(path=path, problem=_difference(layer, manifest.head))
     return manifest
+
+
+def _difference(layer: Layer, head: Head) -> str:
+    """Why a manifest with this ``head`` is not one of ``layer`` as it is now."""
+    if isinstance(layer, RawLayer) and is_rounded_down(head.virtual_size, layer.held):
+        return f"it was made without the last, partial sector of {layer.path}"
+    return f"it is of another state of {layer.path} or of what lies below"
 
 
 def head_of(layer: Layer, below: list[Manifest]) -> Head:

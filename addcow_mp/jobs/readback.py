@@ -39,7 +39,7 @@ from addcow_mp.errors import (
     StoppedError,
     UnverifiedError,
 )
-from addcow_mp.format.geometry import Geometry, virtual_size
+from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import GROUP, view_digest, zero_node
 from addcow_mp.jobs.report import Conduct, Report
@@ -175,7 +175,7 @@ def _read_back(proof: Proof, size: int, conduct: Conduct) -> Sight:
 
 
 def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> Sight:
-    expected = virtual_size(next(proof.layer.files()).length)
+    expected = proof.layer.size
     for one in proof.changed:
         if isinstance(one, Overlay):
             one.bitmap.unmap()

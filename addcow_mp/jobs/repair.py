@@ -118,7 +118,7 @@ def _clear_stray(overlay: Overlay) -> str:
 def _extend_bitmap(overlay: Overlay) -> str:
     length = overlay.header.header_size + overlay.geometry.bitmap_length
     old = overlay.cow.length
-    overlay.cow.grow(length, seen=old)
+    overlay.cow.grow(length)
     return f"the file was extended with zeros from {old} to {length} bytes"
 
 
