@@ -228,7 +228,7 @@ def test_size_defaults_to_the_backings_whole_sectors(here: Path) -> None:
     os.truncate(here / "base.img", 3 * CLUSTER + 512 + 100)
     result = succeed("create", *BASE, "top.add-cow", cwd=here)
     assert f" size={3 * CLUSTER + 1024} " in result.stdout
-    assert (here / "top.raw").stat().st_size == 3 * CLUSTER + 512
+    assert (here / "top.raw").stat().st_size == 3 * CLUSTER + 1024
 
 
 def test_size_defaults_to_an_add_cow_backings_view(here: Path) -> None:

@@ -16,6 +16,7 @@ from addcow_mp.cli.outcomes import describe
 from addcow_mp.cli.progressing import Show, shown
 from addcow_mp.cli.saying import warn
 from addcow_mp.device.files import cannot_open
+from addcow_mp.device.permissions import PRIVATE_MODE
 from addcow_mp.errors import ImageError
 from addcow_mp.farm.plan import State, Step
 from addcow_mp.farm.tally import Tally
@@ -82,7 +83,8 @@ class Log:
             _refuse_foreign(path)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             try:
-                self._fd = os.open(path, flags, 0o644)
+                # It tells digests of disks that not everybody may be allowed to read.
+                self._fd = os.open(path, flags, PRIVATE_MODE)
             except (OSError, ValueError) as error:
                 raise cannot_open(path, "write the log there", error) from error
 

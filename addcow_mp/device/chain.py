@@ -8,7 +8,7 @@ been changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
@@ -25,6 +25,7 @@ from addcow_mp.device.headers import (
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import READING, RESIZING, WRITING, Claim
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.permissions import Readers, readers_of
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.errors import ImageError, UnsupportedError
 from addcow_mp.format.header import ADD_COW, RAW, Header
@@ -147,3 +148,18 @@ def depth_of(layer: Layer | None) -> int:
     while isinstance(layer, Overlay):
         depth, layer = depth + 1, layer.backing
     return depth
+
+
+def files_of_chain(layer: Layer | None) -> Iterator[File]:
+    """Every open file of the chain: raw files and ``.add-cow`` files, from the top down."""
+    while layer is not None:
+        yield next(layer.files())
+        if not isinstance(layer, Overlay):
+            return
+        yield layer.cow
+        layer = layer.backing
+
+
+def readers_of_chain(layer: Layer | None) -> Readers:
+    """Who may read what ``layer`` shows: whoever may read every file of the chain."""
+    return readers_of(file.fd for file in files_of_chain(layer))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from addcow_mp.device import faults, holes, kernel
+from addcow_mp.device.permissions import EVERYBODY, Readers, settle
 from addcow_mp.errors import AddcowError, FileError, ImageError, NoLocksError, SyncError
 from addcow_mp.format.bitmap import write_all
 from addcow_mp.units import MAX_SIZE, KiB, MiB, round_up
@@ -75,12 +76,13 @@ class File:
         self._sync_error: OSError | None = None
 
     @classmethod
-    def create(cls, path: str) -> File:
-        """Create a file that must not exist yet, and open it for writing."""
+    def create(cls, path: str, readers: Readers = EVERYBODY) -> File:
+        """Create a file that must not exist yet, for ``readers``, and open it for writing."""
         try:
             if faults.armed:
                 faults.hit("create")
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, readers.mode)
+            settle(fd, readers)
         except FileExistsError as error:
             raise it_exists(path) from error
         except (OSError, ValueError) as error:

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import open_layer
+from addcow_mp.device.chain import open_layer, readers_of_chain
 from addcow_mp.device.files import TARGET, File, sync_directory
 from addcow_mp.device.headers import take_locks
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.permissions import Readers
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.sidecar import invalidate
 from addcow_mp.engine.plan import cut
@@ -51,7 +52,8 @@ def convert(
         try:
             if isinstance(layer, RawLayer) and not conduct.access.force:
                 refuse_as_raw(layer.file)
-            with _new_file(destination, conduct.access) as target:
+            readers = readers_of_chain(layer)
+            with _new_file(destination, readers, conduct.access) as target:
                 _copy(layer, target, conduct, report)
         except StoppedError:
             raise UnfinishedError(path=destination) from None
@@ -61,8 +63,8 @@ def convert(
 
 
 @contextlib.contextmanager
-def _new_file(path: str, access: Access) -> Iterator[File]:
-    file, durable = File.create(path), access.durable
+def _new_file(path: str, readers: Readers, access: Access) -> Iterator[File]:
+    file, durable = File.create(path, readers), access.durable
     try:
         file.role, file.durable = TARGET, durable
         invalidate(path, durable=durable)

@@ -20,7 +20,7 @@ import os
 from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import depth_of, open_layer
+from addcow_mp.device.chain import depth_of, open_layer, readers_of_chain
 from addcow_mp.device.files import (
     COW,
     IMAGE,
@@ -33,6 +33,7 @@ from addcow_mp.device.files import (
 from addcow_mp.device.headers import MAX_DEPTH, open_claimed, resolve
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
+from addcow_mp.device.permissions import EVERYBODY, Readers
 from addcow_mp.device.sidecar import invalidate
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
 from addcow_mp.format.geometry import Geometry, raw_size
@@ -99,11 +100,12 @@ def create(
     image_path = _located(path, image if image is not None else default_image(path))
     backing_path = _located(path, backing) if backing is not None else None
     _refuse_same(path, image_path, backing_path)
-    backing_size = _backing_size(backing_path, backing_format, image_path, access)
+    backing_size, readers = _backing(backing_path, backing_format, image_path, access)
     _refuse_used_image(path, image_path, access)
     size = _chosen_size(path, size, image_path, backing_size)
     names = _Names.of(path, cluster_size, image_path, backing_path, backing_format)
     with _Making(access) as making:
+        making.readers = readers
         told = _make_image(image_path, size, making, hidden=backing_path is not None)
         _make_cow(path, names, Geometry(size, cluster_size), making)
         sync_directory(path)
@@ -198,11 +200,12 @@ def _same(one: str, other: str) -> bool:
 # Sizes
 
 
-def _backing_size(
+def _backing(
     backing: str | None, format_: str | None, image: str, access: Access
-) -> int | None:
+) -> tuple[int | None, Readers]:
+    """The backing's virtual size, and who may read it: the image file will hold its data."""
     if backing is None or format_ is None:
-        return None
+        return None, EVERYBODY
     layer = open_layer(backing, format_, access=access)
     try:
         if depth_of(layer) >= MAX_DEPTH:
@@ -214,7 +217,7 @@ def _backing_size(
         if not access.force:
             for file in layer.files():
                 refuse_as_raw(file)
-        return layer.size
+        return layer.size, readers_of_chain(layer)
     finally:
         layer.close()
 
@@ -349,13 +352,16 @@ class _Making:
         self.access = access
         self._new: list[File] = []
         self._grown: list[tuple[File, int]] = []
+        #: Who may read a new image file.
+        self.readers = EVERYBODY
 
     def __enter__(self) -> _Making:
         return self
 
     def new(self, path: str, role: str = IMAGE) -> File:
         """Create the file, which goes again on failure; a manifest was of one that is gone."""
-        file = File.create(path)
+        # Names and bits are no data of the backing file: an .add-cow file has the usual mode.
+        file = File.create(path, self.readers if role == IMAGE else EVERYBODY)
         self._new.append(file)
         file.role = role
         invalidate(path)

@@ -8,8 +8,12 @@ where the backing has nothing. The names in the header stay; with ``discard`` th
 
 from __future__ import annotations
 
-from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain
+import os
+import stat
+
+from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain, readers_of_chain
 from addcow_mp.device.overlay import Overlay, refuse_short
+from addcow_mp.device.permissions import narrow
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.space import Room
 from addcow_mp.engine.survey import alignment, missing_stretches
@@ -39,6 +43,7 @@ def flatten(
         proof = Proof(overlay, overlay, (overlay,)) if verifies else None
         with reading_back(overlay, proof, conduct, report) as middle:
             if movement is not None:
+                movement.prepare = lambda: _narrow(overlay, report)
                 move(movement, middle, report)
                 overlay.set_all_allocated(True)
         if discard:
@@ -80,6 +85,20 @@ def _movement(overlay: Overlay) -> Movement:
     movement = Movement(overlay, geometry, Which.MISSING, target, tasks, publish=(overlay, 1))
     movement.changed = (overlay,)
     return movement
+
+
+def _narrow(overlay: Overlay, report: Report) -> None:
+    """Let no more users read the image file than may read what is going to be copied into it."""
+    image = overlay.image.file
+    with image.doing("let no more users read it than may read its backing file"):
+        if narrow(image.fd, readers_of_chain(overlay.backing)):
+            if image.durable:
+                os.fsync(image.fd)  # the mode as well, before any data
+            mode = stat.S_IMODE(image.status.st_mode)
+            report.warnings.append(
+                f"{image.path}: more users could read it than its backing file; its mode is now "
+                f"{mode:04o}"
+            )
 
 
 def _refuse_without_room_for_bits(overlay: Overlay) -> None:

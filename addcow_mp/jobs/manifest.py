@@ -19,11 +19,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from addcow_mp.device.chain import open_layer
+from addcow_mp.device.chain import open_layer, readers_of_chain
 from addcow_mp.device.files import claim_alone, identity_at, identity_of, sync_entry
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.permissions import Readers, settle
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.device.sidecar import SUFFIX, draft_of, is_manifest, manifest_of
 from addcow_mp.engine.leaves import Leaves, cow_digests, file_of, is_all_local
@@ -120,7 +121,7 @@ def _manifest_of(
     there = _found(layer, path, wanted, replaces=replaces)
     if there is not None:
         return there, False
-    with _draft(path, draft_of(layer.path), conduct) as fd:
+    with _draft(path, draft_of(layer.path), readers_of_chain(layer), conduct) as fd:
         # Another process may have written it until now: overlays share their base.
         there = _found(layer, path, wanted, replaces=replaces)
         if there is not None:
@@ -192,22 +193,25 @@ def _saying(path: str, action: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _draft(path: str, part: str, conduct: Conduct) -> Iterator[int]:
+def _draft(path: str, part: str, readers: Readers, conduct: Conduct) -> Iterator[int]:
     """The file ``part`` beside ``path``, empty and nobody else's; waits for others to end.
 
     What a killed writer left is begun anew; what was not renamed is removed.
     """
-    fd = _claimed(path, part, conduct)
+    fd = _claimed(path, part, readers, conduct)
     try:
         _refuse_foreign(fd, part)
-        yield from _emptied(fd, part)
+        with _saying(part, "let no more users read it than may read what it is of"):
+            os.ftruncate(fd, 0)
+            settle(fd, readers)
+        yield from _named(fd, part)
     finally:
         os.close(fd)
 
 
-def _claimed(path: str, part: str, conduct: Conduct) -> int:
+def _claimed(path: str, part: str, readers: Readers, conduct: Conduct) -> int:
     """``part``, opened, and held by this process alone; waits for another one that gets on."""
-    fd = _claim(path, part, conduct)
+    fd = _claim(path, part, readers, conduct)
     if fd is None:
         conduct.note(f"{path}: another process is writing it; waiting until that has ended")
     patience = _Patience(part)
@@ -220,7 +224,7 @@ def _claimed(path: str, part: str, conduct: Conduct) -> int:
             )
             raise ImageError(path=path, problem=problem)
         time.sleep(LOOK_AGAIN)
-        fd = _claim(path, part, conduct)
+        fd = _claim(path, part, readers, conduct)
     return fd
 
 
@@ -242,9 +246,9 @@ class _Patience:
         return time.monotonic() - self._since > STANDSTILL
 
 
-def _claim(path: str, part: str, conduct: Conduct) -> int | None:
+def _claim(path: str, part: str, readers: Readers, conduct: Conduct) -> int | None:
     with _saying(path, "write it"):
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, readers.mode)
     try:
         # Before it was held, it may have been renamed: what it is called then is not to be written.
         alone = claim_alone(path, fd, locking=conduct.access.locking)
@@ -273,10 +277,8 @@ def _refuse_foreign(fd: int, part: str) -> None:
             raise ImageError(path=part, problem="it is there and no manifest; move it away")
 
 
-def _emptied(fd: int, part: str) -> Iterator[int]:
+def _named(fd: int, part: str) -> Iterator[int]:
     try:
-        with _saying(part, "write it"):
-            os.ftruncate(fd, 0)
         yield fd
     finally:
         if _is_called(fd, part):

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import WRITE, open_chain
+from addcow_mp.device.chain import WRITE, open_chain, readers_of_chain
 from addcow_mp.device.files import File, sync_directory
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.sidecar import invalidate_all
@@ -78,7 +78,7 @@ def _mend(overlay: Overlay, before: CheckReport, *, everything: bool) -> CheckRe
 def _back_up(overlay: Overlay) -> str:
     """Copy the ``.add-cow`` file, holes apart, to a new file beside it."""
     path = next(name for name in _backup_names(overlay.path) if not os.path.lexists(name))
-    backup = File.create(path)
+    backup = File.create(path, readers_of_chain(overlay))
     try:
         for start in range(0, overlay.cow.length, _PIECE):
             view = memoryview(bytearray(min(_PIECE, overlay.cow.length - start)))

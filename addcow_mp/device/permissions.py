@@ -1,0 +1,99 @@
+"""Who may read a file that holds what other files hold: no more users than may read those.
+
+A new image file, a converted disk and a manifest hold data, or digests of data, of the files of a
+chain. A user who may not read one of these may not read it there either. Files are compared by
+their permission bits: a new file gets the usual mode, less what one source does not allow.
+
+Group bits mean something only with the same group: where the groups differ, or an access control
+list gives the bits another meaning, a source that is not readable by everybody allows its readers'
+group nothing. The owner of a new file is whoever runs the command, who has read all sources.
+
+A file is created with the least bits, before it holds anything, and gets more only then.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import NamedTuple
+
+#: Permission bits of new files, before the umask.
+USUAL_MODE = 0o644
+PRIVATE_MODE = 0o600
+
+_ACL = "system.posix_acl_access"
+
+
+class Readers(NamedTuple):
+    """The users besides the owner who may read some files: everybody, or a ``group``, or none."""
+
+    everybody: bool = True
+    group: int | None = None
+
+    @property
+    def mode(self) -> int:
+        """The bits with which a file is created that they may read."""
+        return USUAL_MODE if self.everybody else PRIVATE_MODE
+
+
+EVERYBODY = Readers()
+
+
+def readers_of(descriptors: Iterable[int]) -> Readers:
+    """Who may read all of these open files."""
+    groups: set[int | None] = set()
+    for fd in descriptors:
+        status = os.fstat(fd)
+        allowed = status.st_mode & (stat.S_IRGRP | stat.S_IROTH)
+        if allowed != stat.S_IRGRP | stat.S_IROTH:
+            by_group = allowed == stat.S_IRGRP and not _has_acl(fd)
+            groups.add(status.st_gid if by_group else None)
+    if not groups:
+        return EVERYBODY
+    return Readers(everybody=False, group=groups.pop() if len(groups) == 1 else None)
+
+
+def settle(fd: int, readers: Readers) -> None:
+    """Give the new, empty file ``fd``, which we own, the bits that ``readers`` are to have."""
+    if readers.everybody:
+        return
+    status = os.fstat(fd)
+    mode = PRIVATE_MODE
+    if status.st_gid == readers.group and not _has_acl(fd):
+        mode |= stat.S_IRGRP & ~_umask()
+    if stat.S_IMODE(status.st_mode) != mode:
+        os.fchmod(fd, mode)
+
+
+def narrow(fd: int, readers: Readers) -> bool:
+    """Take the file ``fd`` away from users who are no ``readers``; whether there were any."""
+    if readers.everybody:
+        return False
+    status = os.fstat(fd)
+    mode = stat.S_IMODE(status.st_mode)
+    wanted = mode
+    if mode & stat.S_IROTH:
+        wanted &= ~stat.S_IRWXO
+    if mode & stat.S_IRGRP and (status.st_gid != readers.group or _has_acl(fd)):
+        wanted &= ~stat.S_IRWXG
+    if wanted != mode:
+        os.fchmod(fd, wanted)
+    return wanted != mode
+
+
+def _has_acl(fd: int) -> bool:
+    """Whether the group bits are the mask of an access control list."""
+    with suppress(OSError):  # no list, or a file system without lists
+        return bool(os.getxattr(fd, _ACL))
+    return False
+
+
+def _umask() -> int:
+    """The umask of this process, without changing it for other threads; all bits if unknown."""
+    with suppress(OSError, ValueError), open("/proc/self/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
+    return 0o777
