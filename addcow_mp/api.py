@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import READ, WRITE, open_chain
+from addcow_mp.device.chain import READ, open_chain
 from addcow_mp.device.extent import Extent
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.format.header import ADD_COW, DEFAULT_CLUSTER_BITS, RAW
@@ -64,8 +64,17 @@ def open(path: Path, *, writable: bool = False, access: Access | None = None) ->
 
     A cluster is read from the image file when its bit is set, else from the backing, else
     as zeros. A context manager: leaving it flushes and closes.
+
+    A ``writable`` one is asked at its first write whether it may be changed: that raises
+    :class:`DependantsError` when other overlays depend on it and :class:`HardLinksError` when its
+    files have several names, with nothing changed. ``Access(force=True)`` writes all the same,
+    except to an image file that two overlays name.
     """
-    return open_chain(_text(path, "path"), WRITE if writable else READ, _allowed(access))
+    if not writable:
+        return open_chain(_text(path, "path"), READ, _allowed(access))
+    from addcow_mp.jobs.writing import open_for_writing
+
+    return open_for_writing(_text(path, "path"), _allowed(access))
 
 
 def create(

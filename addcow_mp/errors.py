@@ -130,6 +130,15 @@ class DependantsError(ImageError):
     template = "{path}: other overlays depend on it: {dependants}; {mend}"
 
 
+class HardLinksError(ImageError):
+    """A file that would be written has several names."""
+
+    template = (
+        "{path}: it has {links} hard links, and beside another one it may be part of another "
+        "image; remove the others ('find DIR -samefile FILE' lists them), or use --force"
+    )
+
+
 class SpaceError(ImageError):
     """The file system has not enough room for what the job would write."""
 

@@ -347,7 +347,7 @@ def read_header(path: str) -> Header:
 
 
 def _resolve(path: str, name: bytes) -> str:
-    return os.path.join(os.path.dirname(path), os.fsdecode(name)) if name else ""
+    return os.path.join(os.path.dirname(os.path.realpath(path)), os.fsdecode(name)) if name else ""
 
 
 def read_file(path: str) -> bytes:

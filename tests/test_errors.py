@@ -314,6 +314,12 @@ def no_locks_error(here: Path) -> None:
         addcow_mp.commit(top, jobs=0)
 
 
+def hard_links_error(here: Path) -> None:
+    top = pair(here, "AB", "-X")
+    os.link(top, here / "again.add-cow")
+    addcow_mp.flatten(top, jobs=0)
+
+
 def dependants_error(here: Path) -> None:
     top = pair(here, "AB", "-X")
     draw(here / "other.add-cow", "-Y")
@@ -388,6 +394,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "NoLocksError": no_locks_error,
     "HeldError": held_error,
     "DependantsError": dependants_error,
+    "HardLinksError": hard_links_error,
     "SpaceError": space_error,
     "CompareError": compare_error,
     "DiedError": lambda _: failing(_Killed(), 1),

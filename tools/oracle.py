@@ -134,19 +134,22 @@ def check_numbers(path: str, bits: int, features: int, end: int, length: int) ->
 
 
 def read_name(file: BinaryIO, path: str, at: int, length: int, end: int, longest: int) -> str:
-    """Read a name of LENGTH bytes at AT and give back the path it stands for."""
+    """Read a name of LENGTH bytes at AT and give back the path it stands for.
+
+    It is relative to the directory in which the file really lies.
+    """
     if at < FIXED_HEADER or length < 1 or at + length > end or length > longest:
         raise OracleError(f"{path}: a name of {length} bytes at {at}")
     file.seek(at)
     name = os.fsdecode(file.read(length))
     if "\0" in name:
         raise OracleError(f"{path}: a name with a NUL in it")
-    return os.path.join(os.path.dirname(path), name)
+    return os.path.join(os.path.dirname(os.path.realpath(path)), name)
 
 
 def refuse_protocol(path: str, name: str) -> None:
     """Refuse a path of PATH's directory and a name that is no file's, such as nbd:host:1."""
-    here = os.path.join(os.path.dirname(path), "")
+    here = os.path.join(os.path.dirname(os.path.realpath(path)), "")
     if ":" in name.removeprefix(here).split("/", maxsplit=1)[0]:
         raise OracleError(f"{path}: {name!r} is not a path")
 

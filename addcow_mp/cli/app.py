@@ -175,7 +175,13 @@ Locks = Annotated[
     Locking,
     typer.Option("--locking", help="off: neither take locks nor heed those of others"),
 ]
-Force = Annotated[bool, typer.Option("--force", help="change files that other overlays need")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="change files that other overlays need, or that have several hard links",
+    ),
+]
 ForceRaw = Annotated[
     bool, typer.Option("--force", help="take as raw what begins as another format does")
 ]
@@ -246,7 +252,14 @@ def create(
         list[str] | None, typer.Option("-o", metavar="KEY=VALUE,...", help="'-o help' lists them")
     ] = None,
     quiet: Quiet = False,
-    force: ForceRaw = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="take as raw what begins as another format does, and an image file that has "
+            "several hard links",
+        ),
+    ] = False,
     roots: Roots = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
@@ -306,6 +319,7 @@ def check(
     ] = None,
     share: Share = False,
     format: OverlayFormat = OnlyAddcow.addcow,
+    force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
@@ -316,8 +330,9 @@ def check(
     """
     from addcow_mp.cli.checking import show_check
 
-    writes = repair is not None
-    access = access_of(roots, allow_device, share=share, locking=locking, writes=writes)
+    access = access_of(
+        roots, allow_device, share=share, force=force, locking=locking, writes=repair is not None
+    )
     as_json, mend = output is Output.json, None if repair is None else repair.value
     raise typer.Exit(show_check(file, access, mend, as_json=as_json, quiet=quiet))
 
@@ -497,6 +512,7 @@ def io_(
     read_only: Annotated[bool, typer.Option("-r", "--read-only", help="refuse writes")] = False,
     share: Share = False,
     format: OverlayFormat = OnlyAddcow.addcow,
+    force: Force = False,
     roots: Roots = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
@@ -507,8 +523,9 @@ def io_(
 
     if share and not read_only:
         raise UsageError(message="-U is for reading only: give -r as well")
-    writes = not read_only
-    access = access_of(roots, allow_device, share=share, locking=locking, writes=writes)
+    access = access_of(
+        roots, allow_device, share=share, force=force, locking=locking, writes=not read_only
+    )
     raise typer.Exit(exercise(file, commands, access, read_only=read_only))
 
 

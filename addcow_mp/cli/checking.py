@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from addcow_mp.cli.jsontext import as_document
-from addcow_mp.cli.saying import complain, one_line
+from addcow_mp.cli.saying import complain, one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.findings import CheckReport, Severity
@@ -17,6 +17,7 @@ def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, 
     report = (
         check(file, access) if repair is None else mend(file, access, everything=repair == "all")
     )
+    warn(report.warnings)
     if as_json:
         print(as_document(report.as_json()))
     elif not report.is_addcow:

@@ -25,12 +25,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from addcow_mp.cli.saying import warn
+from addcow_mp.cli.saying import say, warn
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import READ, WRITE, open_chain
+from addcow_mp.device.chain import READ, open_chain
+from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import AddcowError, RangeError, UsageError
-from addcow_mp.jobs.dependants import refuse_shared_images
+from addcow_mp.jobs.writing import open_for_writing
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, MiB, parse_size
 
 #: What is held in memory of one request: bounds a `write 0 100G`.
@@ -45,15 +46,17 @@ DEFAULT_PATTERN = 0xCD
 
 def exercise(path: str, commands: list[str] | None, access: Access, *, read_only: bool) -> int:
     """Run the commands, or those on standard input, and return the exit status."""
-    with open_chain(path, READ if read_only else WRITE, access) as disk:
-        if not read_only:
-            refuse_shared_images(disk, access)
-        warn(disk.warnings())
+    opening = open_chain(path, READ, access) if read_only else open_for_writing(path, access)
+    with opening as disk:
+        # Of hard links a refused write says more than a warning.
+        later = [] if read_only else link_warnings([disk.cow, disk.image.file])
+        warn([told for told in disk.warnings() if told not in later])
         session = _Session(disk)
         for line in commands if commands is not None else _lines():
             if not session.run(line):
                 break
         session.wait()
+        warn([] if session.was_refused else later)
     return session.status
 
 
@@ -79,6 +82,10 @@ class _RefusedError(Exception):
     """A command that cannot be carried out as it was written; the text says why."""
 
 
+class _NotPermittedError(Exception):
+    """The overlay must not be changed; the text says why."""
+
+
 @dataclass
 class _Request:
     """One read or write, its options, and how it went."""
@@ -96,6 +103,8 @@ class _Request:
     terse: bool = False
     output: list[str] = field(default_factory=list)
     failed: bool = False
+    #: Why this overlay must not be changed at all.
+    refusal: str = ""
 
     def carry_out(self, disk: Overlay) -> None:
         """Do it and note the report; a failure is told as the system's word for it."""
@@ -105,6 +114,9 @@ class _Request:
                 self._write(disk)
             else:
                 self._read(disk)
+        except _NotPermittedError as refusal:
+            self.refusal, self.failed = str(refusal), True
+            return
         except AddcowError as error:
             self.output.append(f"{self.word} failed: {_reason(error, disk)}")
             self.failed = True
@@ -114,6 +126,8 @@ class _Request:
 
     def _write(self, disk: Overlay) -> None:
         _check_range(disk, self.offset, self.length)
+        if self.length:
+            _ask_permission(disk)
         if self.zeroes:
             disk.write_zeroes(self.offset, self.length)
             return
@@ -164,6 +178,7 @@ class _Session:
     def __init__(self, disk: Overlay) -> None:
         self.disk = disk
         self.status = 0
+        self.was_refused = False
         self._running: deque[tuple[threading.Thread, _Request]] = deque()
         self._commands: dict[str, Callable[[str, list[str]], None]] = {
             **dict.fromkeys(("read", "r", "write", "w"), self._single),
@@ -214,6 +229,10 @@ class _Session:
     def _print(self, request: _Request) -> None:
         for line in request.output:
             print(line)
+        if request.refusal:
+            self.was_refused = True
+            sys.stdout.flush()
+            say(request.refusal)
         self.status |= request.failed
 
     # Reading and writing
@@ -346,6 +365,14 @@ def _check_range(disk: Overlay, offset: int, length: int) -> None:
     """Refuse as a whole what would fail after some of its pieces."""
     if offset + length > min(disk.size, MAX_SIZE):
         raise RangeError(path=disk.path, offset=offset, length=length, size=disk.size)
+
+
+def _ask_permission(disk: Overlay) -> None:
+    disk.check_writable()
+    try:
+        disk.ask_permission()
+    except AddcowError as error:
+        raise _NotPermittedError(str(error)) from error
 
 
 def _reason(error: AddcowError, disk: Overlay) -> str:

@@ -1,13 +1,14 @@
 """Opening files safely: where names may lead, and what may be opened at all.
 
 The file named on the command line is the user's choice. Every name *inside* an image is
-somebody else's text, and is opened only beneath the directory of the first ``.add-cow``
-file or beneath a root that the user gave. It is opened relative to that root in one call
-that refuses to follow any link or to leave the root (openat2), so that nothing can be
-exchanged between looking and opening. A path that is spelt straight down from a root is
-tried like that at once, and where that succeeds there was nothing to resolve. Any other is
-resolved first, links and ``..`` included; if the result lies beneath no root it is refused,
-with the directory that the user may allow. Where the kernel has no such call, the opened
+somebody else's text, and is opened only beneath the directory in which the first ``.add-cow``
+file really lies, or beneath a root that the user gave. What a farm finds in a directory is
+somebody else's too: a link there leads no further than names inside images do. A name is opened
+relative to its root in one call that refuses to follow any link or to leave the root (openat2),
+so that nothing can be exchanged between looking and opening. A path that is spelt straight down
+from a root is tried like that at once, and where that succeeds there was nothing to resolve. Any
+other is resolved first, links and ``..`` included; if the result lies beneath no root it is
+refused, with the directory that the user may allow. Where the kernel has no such call, the opened
 file's own path is compared afterwards.
 
 Only regular files are opened, and block devices when allowed. Opening never waits: a
@@ -36,11 +37,12 @@ class Access(NamedTuple):
     """What a command may open and how.
 
     ``roots``: directories beneath which names inside images may lead, besides the first
-    file's own. ``allow_device``: block devices too. ``share``: do not insist that nobody
-    else writes (``-U``). ``durable``: syncs are carried out; without them a power cut can
-    lose data that was announced (``-t unsafe``). ``force``: dependants and first bytes do not
-    matter. ``locking``: take QEMU's image locks and heed those of others (``--locking off``:
-    neither).
+    file's own. ``files``: those that the user named; any other is opened only beneath a root,
+    None = whatever is named is the user's choice. ``allow_device``: block devices too.
+    ``share``: do not insist that nobody else writes (``-U``). ``durable``: syncs are carried
+    out; without them a power cut can lose data that was announced (``-t unsafe``). ``force``:
+    dependants, hard links and first bytes do not matter. ``locking``: take QEMU's image locks
+    and heed those of others (``--locking off``: neither).
     """
 
     roots: tuple[str, ...] = ()
@@ -49,15 +51,18 @@ class Access(NamedTuple):
     durable: bool = True
     force: bool = False
     locking: bool = True
+    files: frozenset[str] | None = None
 
     def beside(self, path: str) -> Access:
-        """The same, with the directory of ``path`` as a further root."""
+        """The same, with the directory of ``path``, to which no link leads, as a further root."""
         directory = os.path.dirname(os.path.abspath(path))
         others = (root for root in self.roots if root != directory)
         return self._replace(roots=(directory, *others))
 
     def open_named(self, path: str, *, writable: bool = False) -> File:
         """Open what the user named: any regular file or allowed device."""
+        if self.files is not None and path not in self.files:
+            return self.open_beneath(path, writable=writable)
         return self._checked(File(path, _open(path, writable), writable=writable))
 
     def open_beneath(self, path: str, *, writable: bool = False) -> File:

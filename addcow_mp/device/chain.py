@@ -66,8 +66,7 @@ def open_chain(path: str, uses: Uses = READ, access: Access | None = None) -> Ov
 
 def open_layer(path: str, format_: str, uses: Uses = READ, access: Access | None = None) -> Layer:
     """Open ``path`` as ``raw`` or ``add-cow``; any other format is refused by name."""
-    access = (access or Access()).beside(path)
-    return _Opening(uses, access).layer(path, format_, 0)
+    return _Opening(uses, access or Access()).layer(path, format_, 0)
 
 
 class _Opening:
@@ -105,17 +104,17 @@ class _Opening:
         header = load_header(cow)
         names = load_names(cow, header)
         refuse_image_format(path, names)
-        with telling(path, names.image, "image file") as target:
+        with telling(cow, names.image, "image file") as target:
             image = self._open(target, self._use(depth).image, IMAGE if depth == 0 else BACKING)
-        return Overlay(cow, image, self._backing(path, header, names, depth))
+        return Overlay(cow, image, self._backing(cow, header, names, depth))
 
-    def _backing(self, path: str, header: Header, names: Names, depth: int) -> Layer | None:
+    def _backing(self, cow: File, header: Header, names: Names, depth: int) -> Layer | None:
         if names.backing is None or names.backing_format is None:
             return None
         # With ALL_ALLOCATED the backing may be gone: only a job that writes it needs it.
         if header.all_allocated and depth + 1 not in self.uses:
             return None
-        with telling(path, names.backing, "backing file") as target:
+        with telling(cow, names.backing, "backing file") as target:
             return self._layer(target, names.backing_format, depth + 1)
 
     def _use(self, depth: int) -> Use:
@@ -125,6 +124,8 @@ class _Opening:
         named = not self.opened
         file = open_claimed(self.access, path, claim, role, named=named, accept=self._accept)
         self.opened.append(file)
+        if named:
+            self.access = self.access.beside(file.base)
         return file
 
     def _accept(self, file: File) -> None:

@@ -20,9 +20,11 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 from addcow_mp.device import faults, holes, kernel
+from addcow_mp.device.location import base_path, real_path
 from addcow_mp.device.permissions import EVERYBODY, Readers, settle
 from addcow_mp.errors import AddcowError, FileError, ImageError, NoLocksError, SyncError
 from addcow_mp.format.bitmap import write_all
@@ -123,6 +125,16 @@ class File:
     def identity(self) -> tuple[int, int]:
         """The same for every name of one file: device and inode, or the device itself."""
         return identity_of(self.status)
+
+    @cached_property
+    def real(self) -> str:
+        """The path at which the file lies, without links."""
+        return real_path(self.fd, self.path)
+
+    @cached_property
+    def base(self) -> str:
+        """The path that names inside the file are relative to."""
+        return base_path(self.path, self.real)
 
     @property
     def allocated(self) -> int:

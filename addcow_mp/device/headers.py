@@ -101,27 +101,32 @@ def read_name(cow: File, offset: int, size: int, limit: int) -> str:
         ) from error
 
 
-def resolve(cow_path: str, name: str) -> str:
-    """The path that ``name``, stored in ``cow_path``, stands for; protocols are refused."""
+def refuse_protocol(cow_path: str, name: str) -> None:
+    """Raise when ``name``, stored in the file at ``cow_path``, is not the name of a file."""
     if path_has_protocol(name):
         raise UnsupportedError(
             path=cow_path,
             problem=f"'{name}' names a protocol, not a file; only local files are opened "
             "(a file of that name is written './...')",
         )
-    return path_combine(cow_path, name)
+
+
+def resolve(cow: File, name: str) -> str:
+    """The path that ``name``, stored in ``cow``, stands for; protocols are refused."""
+    refuse_protocol(cow.path, name)
+    return path_combine(cow.base, name)
 
 
 @contextmanager
-def telling(cow_path: str, name: str, what: str) -> Iterator[str]:
-    """Resolve ``name``; an error about that file says that ``cow_path`` names it as ``what``."""
-    target = resolve(cow_path, name)
+def telling(cow: File, name: str, what: str) -> Iterator[str]:
+    """Resolve ``name``; an error about that file says that ``cow`` names it as ``what``."""
+    target = resolve(cow, name)
     try:
         yield target
     except AddcowError as error:
         if error.fields.get("path") != target:
             raise
-        told = {**error.fields, "path": f"{cow_path}: {what} '{name}'"}
+        told = {**error.fields, "path": f"{cow.path}: {what} '{name}'"}
         raise type(error)(**told) from error
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from addcow_mp.device import faults
 from addcow_mp.device.extent import Extent
 from addcow_mp.device.files import BUFFER_SIZE, File, copy
+from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import short_bitmap_warning
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
 from addcow_mp.device.raw import RawLayer
@@ -70,6 +71,8 @@ class Overlay:
         self._flushing = threading.Lock()
         self._failed: BaseException | None = None
         self._has_changed = False
+        #: Called before the first change; raises what stands against it.
+        self.permit: Callable[[], None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Overlay, (self.cow, self.image.file, self.backing, self.header))
@@ -207,6 +210,7 @@ class Overlay:
     def warnings(self) -> list[str]:
         """What a reader of this chain should be told: one line each."""
         told = short_bitmap_warning(self.path) if self.bitmap.short else []
+        told += link_warnings([self.cow, self.image.file])
         return told + (self.backing.warnings() if self.backing is not None else [])
 
     # Changing
@@ -226,17 +230,24 @@ class Overlay:
         if length == 0:
             return
         first, stop = self.geometry.touched(offset, offset + length)
-        self._invalidate()
+        self._begin_changing()
         with self._requests.holding(first, stop):
             if not self.all_allocated:
                 self._copy_up_around(offset, offset + length)
             store()
             self._make_local(first, stop)
 
-    def _invalidate(self) -> None:
-        """Take away what a manifest says of this overlay, before the first change of it."""
+    def ask_permission(self) -> None:
+        """Raise what stands against changing this overlay, unless it has been changed already."""
         with self._pending_lock:
             if not self._has_changed:
+                self.permit()
+
+    def _begin_changing(self) -> None:
+        """Before the first change: see what stands against it, and take away the manifest."""
+        with self._pending_lock:
+            if not self._has_changed:
+                self.permit()
                 invalidate_all(self, durable=self.cow.durable)
                 self._has_changed = True
 

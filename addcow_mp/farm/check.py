@@ -98,6 +98,8 @@ class _Checks:
 
 def looked_closely(path: str, access: Access) -> Checked | None:
     """What the full check says of ``path``; None when it is no overlay."""
+    if os.path.islink(path) and _is_other(path):
+        return None
     try:
         report = check(path, access)
     except OSError as error:
@@ -105,6 +107,12 @@ def looked_closely(path: str, access: Access) -> Checked | None:
     if not (report.is_addcow and os.path.lexists(path)):
         return None
     return Checked(path, named_by(path), tuple(report.findings))
+
+
+def _is_other(path: str) -> bool:
+    """Whether ``path`` leads to what is no overlay, wherever that lies: it is of no concern."""
+    unread: list[str] = []
+    return named_by(path, unread) is None and not unread
 
 
 def _unexamined(path: str, error: Exception) -> Checked:

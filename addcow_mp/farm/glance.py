@@ -137,7 +137,7 @@ class Glance:
             raise LookCloserError
         self._under_way.add(key)
         try:
-            fd = self._open(place)
+            fd, place = self._open(place)
             try:
                 sight = self._ways[format_](place, fd)
             finally:
@@ -160,7 +160,7 @@ class Glance:
         plain = _plain(fd, head, status.st_size)
         below = self._below(place, plain)
         where = self._led_to(place, plain.image)
-        image = self._open(where)
+        image, _ = self._open(where)
         try:
             held = self._status(image)
             if magic_of(os.pread(image, LONGEST_MAGIC, 0)) is not None:
@@ -195,17 +195,21 @@ class Glance:
             raise LookCloserError
         return sight
 
-    def _open(self, place: Place) -> int:
-        """Open a file there; what it links to must be where names may lead from there as well."""
+    def _open(self, place: Place) -> tuple[int, Place]:
+        """Open a file, and say where it really lies: names inside it are relative to that.
+
+        What a link leads to must be where names may lead from the link's directory as well.
+        """
         try:
-            return os.open("".join(place), _FLAGS)
+            return os.open("".join(place), _FLAGS), place
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
         real = os.path.realpath("".join(place))
         if not real.startswith((place[0], *self._roots)):
             raise LookCloserError
-        return os.open(real, _FLAGS)
+        directory, slash, name = real.rpartition("/")
+        return os.open(real, _FLAGS), (directory + slash, name)
 
     def _led_to(self, place: Place, name: str) -> Place:
         """Where ``name``, in the overlay at ``place``, leads, if it may lead there."""

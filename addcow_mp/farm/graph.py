@@ -95,6 +95,8 @@ class Said(NamedTuple):
     backing: str | None = None
     backing_format: str | None = None
     all_allocated: bool = False
+    #: The path that these names are relative to.
+    base: str = ""
 
 
 @dataclass(eq=False)
@@ -124,12 +126,12 @@ class Node:
     @property
     def full_image(self) -> str | None:
         """The image file's path as seen from here."""
-        return _full(self.path, self.said.image)
+        return _full(self.said.base, self.said.image)
 
     @property
     def full_backing(self) -> str | None:
         """The backing file's path as seen from here."""
-        return _full(self.path, self.said.backing)
+        return _full(self.said.base, self.said.backing)
 
 
 class Row(NamedTuple):
@@ -215,7 +217,7 @@ class _Building:
         """An overlay in the places: what it names may lie beside it."""
         said = _said(member.filename, member.about, access, named=True)
         node = self._overlay(Kind.OVERLAY, member, said)
-        self.waiting.append((node, access.beside(member.filename)))
+        self.waiting.append((node, access.beside(said.base or member.filename)))
 
     def follow(self) -> None:
         """Join overlays to what they name, and go on with overlays that this leads to."""
@@ -256,7 +258,7 @@ class _Building:
     def _join_image(self, node: Node) -> None:
         if node.said.image is None:
             return
-        own, image = _looked_up(node.path), _named(node.path, node.said.image)
+        own, image = _looked_up(node.path), _named(node.said.base, node.said.image)
         self.owners[image.key].append(node)
         if own.status is not None and image.status is not None:
             node.written = max(own.status.st_mtime_ns, image.status.st_mtime_ns)
@@ -264,7 +266,7 @@ class _Building:
     def _join_backing(self, node: Node, access: Access) -> None:
         if node.said.backing is None:
             return
-        there = _named(node.path, node.said.backing)
+        there = _named(node.said.base, node.said.backing)
         if there.absent and node.said.all_allocated:
             return  # nobody misses it
         below = self.nodes.get(there.key) or self._below(there, node.said, access)
@@ -382,16 +384,16 @@ class _There(NamedTuple):
     absent: bool = False
 
 
-def _full(path: str, name: str | None) -> str | None:
-    """The path that ``name``, in the file ``path``, stands for; a protocol is left as it is."""
-    return name if name is None or path_has_protocol(name) else path_combine(path, name)
+def _full(base: str, name: str | None) -> str | None:
+    """The path that ``name`` stands for, seen from ``base``; a protocol is left as it is."""
+    return name if name is None or path_has_protocol(name) else path_combine(base, name)
 
 
-def _named(path: str, name: str) -> _There:
-    """Where ``name`` leads that stands in the overlay ``path``; a protocol to no file at all."""
+def _named(base: str, name: str) -> _There:
+    """Where ``name``, seen from ``base``, leads; a protocol to no file at all."""
     if path_has_protocol(name):
         return _There(name, name, absent=True)
-    return _looked_up(path_combine(path, name))
+    return _looked_up(path_combine(base, name))
 
 
 def _looked_up(path: str) -> _There:
@@ -406,7 +408,8 @@ def _said(path: str, about: Info | None, access: Access, *, named: bool) -> Said
     """What the header says; read as far as it goes where ``about`` could not be had."""
     if about is not None:
         names = about.names
-        return Said(names.image, names.backing, names.backing_format, about.header.all_allocated)
+        backing = names.backing, names.backing_format
+        return Said(names.image, *backing, about.header.all_allocated, about.base)
     try:
         cow = access.open_named(path) if named else access.open_beneath(path)
     except AddcowError:
@@ -426,6 +429,7 @@ def _as_far_as_it_goes(cow: File) -> Said:
         _name(cow, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT),
         format_name(header.backing_format) or None,
         header.all_allocated,
+        cow.base,
     )
 
 

@@ -88,7 +88,7 @@ class Neighbours:
 
     def _directories(self) -> Iterator[str]:
         """Those of all files of the chains, as far down as names may lead."""
-        waiting = [(one, self._home(one.path)) for one in self.farm]
+        waiting = [(one, self._home(one.base or one.path)) for one in self.farm]
         followed = {one.identity for one in self.farm}
         while waiting:
             one, top = waiting.pop()
@@ -159,7 +159,7 @@ class Neighbours:
         one = named_by(path, self._unread)
         if one is None:
             return
-        # Under another name elsewhere, the same file may name other files: then it is another.
+        # Under a hard link elsewhere the same names mean other files: then it is another overlay.
         meaning = (one.identity, one.image, one.backing)
         if meaning not in self._meanings:
             self._meanings.add(meaning)

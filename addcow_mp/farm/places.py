@@ -1,8 +1,11 @@
 """Places: where a farm's files are looked for.
 
-A place is a directory, walked to its ends without following links, a file, or a pattern for
-them. Overlays are known by their content, never by a suffix, and each file counts once, whatever
-its names. Names inside images may lead beneath any directory among the places.
+A place is a directory, walked to its ends without following links to directories, a file, or a
+pattern for them. Overlays are known by their content, never by a suffix. Each file counts once,
+whichever path leads to it: it is shown under its own name where that is among the places, else
+under the first link to it. Names inside images may lead beneath any directory among the places,
+and so may links that are found there: only a file that is a place itself may be a link that leads
+elsewhere.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from addcow_mp.device.access import Access
 from addcow_mp.errors import ImageError
@@ -23,7 +27,8 @@ def files_of(places: Iterable[str], access: Access) -> tuple[list[str], Access]:
     """
     paths = list(_expanded(places))
     roots = tuple(path for path in paths if os.path.isdir(path))
-    return sorted(set(_files(paths))), access._replace(roots=(*roots, *access.roots))
+    files = frozenset(paths).difference(roots)
+    return sorted(_each_once(paths)), access._replace(roots=(*roots, *access.roots), files=files)
 
 
 def _expanded(places: Iterable[str]) -> Iterator[str]:
@@ -35,12 +40,30 @@ def _expanded(places: Iterable[str]) -> Iterator[str]:
         yield from fitting
 
 
-def _files(paths: Iterable[str]) -> Iterator[str]:
+def _each_once(paths: Iterable[str]) -> list[str]:
+    """Each file in ``paths`` once; a link only where its file is not there under its own name."""
+    real_directory = lru_cache(maxsize=1024)(os.path.realpath)
+    found: dict[str, str] = {}
+    links = []
+    for path, is_link in _files(paths):
+        if is_link:
+            links.append(path)
+        else:
+            directory, name = os.path.split(path)
+            found.setdefault(os.path.join(real_directory(directory), name), path)
+    for path in links:
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def _files(paths: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """The files in ``paths``, and whether each is a symbolic link."""
     for path in paths:
         if os.path.isdir(path):
-            yield from files_in(path, deep=True)
+            for entry in files_in(path, deep=True):
+                yield entry.path, entry.is_symlink()
         else:
-            yield path
+            yield path, os.path.islink(path)
 
 
 def overlays_of(paths: Iterable[str]) -> list[Named]:

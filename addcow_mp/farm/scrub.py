@@ -81,7 +81,7 @@ def scrub(
 
 def _targets(places: Iterable[str], access: Access) -> tuple[dict[str, Target], Access]:
     """The layers by their real paths."""
-    files = FarmFiles(map(os.path.abspath, places), access)
+    files = FarmFiles(map(os.path.realpath, places), access)
     images, others = files.layers()
     return {os.path.realpath(one.path): one for one in (*images, *others)}, files.access
 

@@ -62,7 +62,10 @@ class FarmFiles:
     def __init__(self, places: Iterable[str], access: Access) -> None:
         places = list(places)
         self._named = {path for path in places if os.path.isfile(path)}
-        paths, self.access = files_of(places, access)
+        paths, access = files_of(places, access)
+        # A manifest that was named stands for its layer.
+        files = (access.files or frozenset()).union(filter(None, map(described_by, places)))
+        self.access = access._replace(files=files)
         #: As many layers as have one can be verified.
         self.manifests = [path for path in paths if path.endswith(SUFFIX)]
         self._paths = [path for path in paths if not path.endswith(SUFFIX)]

@@ -200,7 +200,7 @@ class _Space:
         """Whether what ``step`` takes is free beside that; a step alone is let go to find out."""
         if step.prospect is None or not step.room.peak or not +self._reserved:
             return True
-        free = free_bytes(os.statvfs(os.path.dirname(os.path.abspath(step.prospect.target))))
+        free = free_bytes(os.statvfs(os.path.dirname(step.prospect.target) or "."))
         return step.room.peak <= free - self._reserved[step.prospect.device]
 
     def reserve(self, step: Step, times: int = 1) -> None:
@@ -372,12 +372,12 @@ class _Farm:
 
 def _is_discarded(step: Step) -> bool:
     """Whether a worker that died had removed the overlay already: the last thing that it does."""
-    return step.errand.discard and not os.path.lexists(step.path)
+    return step.errand.discard and not os.path.exists(step.path)
 
 
 def _finished_discard(step: Step) -> Report | AddcowError:
     try:
-        sync_directory(step.path)
+        sync_directory(os.path.realpath(step.path))
     except AddcowError as error:
         return error.kept()
     return Report(step.errand.operation, step.path)

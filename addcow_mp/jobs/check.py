@@ -19,6 +19,7 @@ from bitarray import bitarray
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import BACKING, BUFFER_SIZE, COW, File
+from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import (
     MAX_DEPTH,
     load_header,
@@ -51,7 +52,7 @@ def check(path: str, access: Access | None = None) -> CheckReport:
     """Run every check on the overlay at ``path``; raises nothing for a damaged one."""
     report = CheckReport(path)
     with contextlib.ExitStack() as opened:
-        run = _Check(path, report, opened, (access or Access()).beside(path))
+        run = _Check(path, report, opened, access or Access())
         try:
             for name, look in run.checks():
                 run.guarded(name, look)
@@ -116,6 +117,8 @@ class _Check:
         """The ``.add-cow`` file can be opened."""
         cow = open_claimed(self.access, self.path, READING, COW, named=True)
         self.cow = self._opened.enter_context(contextlib.closing(cow))
+        self.access = self.access.beside(cow.base)
+        self.report.warnings += link_warnings([cow])
         self.seen[self.cow.identity] = f"the overlay {self.path}"
 
     def check_header(self) -> None:
@@ -183,12 +186,13 @@ class _Check:
 
     def check_image(self) -> None:
         """The image file is there, a file of its own, and what it is declared to be."""
-        name, header = self.names.get("image"), self.header
-        if name is None or header is None:
+        name, header, cow = self.names.get("image"), self.header, self.cow
+        if name is None or header is None or cow is None:
             return
-        image = self._open(self.path, name, "image file")
+        image = self._open(cow, name, "image file")
         if image is None:
             return
+        self.report.warnings += link_warnings([image])
         declared, what = format_name(header.image_format), f"image file '{name}'"
         if self._is_new(image, "same-file", what) and self._is_plausible(image, declared, what):
             if declared == RAW:
@@ -224,7 +228,7 @@ class _Check:
             told = f"its last {image.length - size} bytes, from {size} on, are not part of the disk"
             self.report.notes.append(f"{image.path}: {told}; flatten --discard cuts them off")
 
-    def _open(self, holder: str, name: str, what: str, *, optional: bool = False) -> File | None:
+    def _open(self, holder: File, name: str, what: str, *, optional: bool = False) -> File | None:
         """Open what ``holder`` names, or note why not."""
         try:
             target = resolve(holder, name)
@@ -233,7 +237,7 @@ class _Check:
             if error.fields.get("errno") not in (errno.ENOENT, errno.ENOTDIR):
                 self.note(what.replace(" ", "-"), Severity.CHECK_ERROR, str(error))
             elif not optional:
-                self.corrupt("missing-file", f"{what} '{name}' of {holder} does not exist")
+                self.corrupt("missing-file", f"{what} '{name}' of {holder.path} does not exist")
             return None
         return self._opened.enter_context(contextlib.closing(file))
 
@@ -248,9 +252,9 @@ class _Check:
 
     def check_backing(self) -> None:
         """Every file below is there, of its declared format, and not met before."""
-        holder, header, name = self.path, self.header, self.names.get("backing")
+        holder, header, name = self.cow, self.header, self.names.get("backing")
         for depth in range(1, MAX_DEPTH + 1):
-            if header is None or name is None:
+            if holder is None or header is None or name is None:
                 return
             if depth == MAX_DEPTH and format_name(header.backing_format) == ADD_COW:
                 break
@@ -259,10 +263,10 @@ class _Check:
             backing = self._open(holder, name, "backing file", optional=optional)
             if backing is None:
                 return
-            what = f"backing file '{name}' of {holder}"
+            what = f"backing file '{name}' of {holder.path}"
             if not self._is_new(backing, self._sameness(backing), what):
                 return
-            holder = backing.path
+            holder = backing
             header, name = self._below(backing, format_name(header.backing_format), what)
         if name is not None:
             self.corrupt("chain", f"the chain is deeper than {MAX_DEPTH} overlays")
@@ -283,7 +287,7 @@ class _Check:
         except (FormatError, NotAddcowError) as error:
             self.corrupt("backing-file", str(error))
             return None, None
-        image = self._open(file.path, names.image, "image file")
+        image = self._open(file, names.image, "image file")
         if image is not None:
             self._is_new(image, "same-file", f"image file '{names.image}' of {file.path}")
         return header, names.backing

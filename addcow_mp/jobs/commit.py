@@ -18,6 +18,7 @@ from itertools import islice
 
 from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, FORESEEING, open_chain
 from addcow_mp.device.files import File
+from addcow_mp.device.hardlinks import link_warnings, refuse_linked
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.magic import resembles
 from addcow_mp.device.overlay import Overlay, refuse_short
@@ -50,6 +51,7 @@ def commit(
         with reading_back(overlay, proof, conduct, report) as middle:
             with _saying_what_is_kept(overlay.path, keep=keep):
                 move(movement, middle, report)
+            report.warnings += _raw_link_warnings(overlay)
             if not keep:
                 # Also what an earlier commit, cut off between clearing and freeing, left behind.
                 overlay.image.file.punch(0, overlay.size)
@@ -98,6 +100,7 @@ def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
     changed = list(islice(backing.files(), 1)) + ([] if keep else [overlay.image.file])
     changed = [*_cow_of(backing), *changed]
     refuse_dependants(overlay, changed, conduct.access, around=conduct.around)
+    refuse_linked(_written(overlay, backing, keep=keep), force=conduct.access.force)
     target, tasks = _target(backing), _tasks(overlay, backing)
     movement = Movement(overlay, overlay.geometry, Which.LOCAL, target, tasks)
     movement.publish = None if keep else (overlay, 0)
@@ -112,6 +115,18 @@ def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
 def _grows(overlay: Overlay, backing: Layer) -> bool:
     """Whether the backing file is raw and has fewer bytes than the overlay."""
     return isinstance(backing, RawLayer) and backing.held < overlay.size
+
+
+def _written(overlay: Overlay, backing: Layer, *, keep: bool) -> list[File]:
+    """The files of overlays that are written; names in a raw backing file mean nothing."""
+    own = [] if keep else [overlay.cow, overlay.image.file]
+    return own + ([backing.cow, backing.image.file] if isinstance(backing, Overlay) else [])
+
+
+def _raw_link_warnings(overlay: Overlay) -> list[str]:
+    """What is told of a raw backing file with several names: overlays elsewhere may need it."""
+    backing = overlay.backing
+    return link_warnings([backing.file]) if isinstance(backing, RawLayer) else []
 
 
 @contextmanager

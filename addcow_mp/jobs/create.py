@@ -1,9 +1,7 @@
 """Create: a new overlay over an image file and, usually, a backing file.
 
-Names are given as in qemu-img: relative to the directory of the new file. Because a hand
-also types them relative to where it is, that is tried next, when nothing is found there.
-They are stored relative to the new file's directory when they lie below it, so that the
-directory can be moved as a whole, and as absolute paths otherwise.
+Which files the given names mean, and what of them is stored, is told in
+:mod:`addcow_mp.jobs.naming`.
 
 A raw file that begins as another format does is refused, as backing and as image, unless forced:
 the new overlay would not pass its own check.
@@ -30,7 +28,8 @@ from addcow_mp.device.files import (
     kind_of,
     sync_directory,
 )
-from addcow_mp.device.headers import MAX_DEPTH, open_claimed, resolve
+from addcow_mp.device.hardlinks import refuse_linked
+from addcow_mp.device.headers import MAX_DEPTH, open_claimed
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.permissions import EVERYBODY, Readers
@@ -49,8 +48,8 @@ from addcow_mp.format.header import (
     Header,
     header_size,
 )
-from addcow_mp.format.names import path_has_protocol
 from addcow_mp.jobs.dependants import overlays_near, refuse_shared_image
+from addcow_mp.jobs.naming import Located, beside, home_of, locate, plain
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, round_up
 
 DEFAULT_CLUSTER_SIZE = 64 * KiB
@@ -97,13 +96,14 @@ def create(
     access = access or Access()
     refuse_existing(path)
     _check_options(path, cluster_size, image_format, backing, backing_format)
-    image_path = _located(path, image if image is not None else default_image(path))
-    backing_path = _located(path, backing) if backing is not None else None
+    image_file = _image_file(path, image)
+    backing_file = None if backing is None else locate(path, backing)
+    image_path, backing_path = image_file.path, backing_file and backing_file.path
     _refuse_same(path, image_path, backing_path)
     backing_size, readers = _backing(backing_path, backing_format, image_path, access)
     _refuse_used_image(path, image_path, access)
     size = _chosen_size(path, size, image_path, backing_size)
-    names = _Names.of(path, cluster_size, image_path, backing_path, backing_format)
+    names = _Names.of(path, cluster_size, image_file, backing_file, backing_format)
     with _Making(access) as making:
         making.readers = readers
         told = _make_image(image_path, size, making, hidden=backing_path is not None)
@@ -121,7 +121,11 @@ def refuse_existing(path: str) -> None:
 
 def default_image(path: str) -> str:
     """The image file's path when none is given: ``.raw`` for the suffix of ``path``."""
-    return os.path.abspath(os.path.splitext(path)[0] + ".raw")
+    return os.path.join(home_of(path), os.path.splitext(os.path.basename(path))[0] + ".raw")
+
+
+def _image_file(path: str, image: str | None) -> Located:
+    return beside(path, default_image(path)) if image is None else locate(path, image)
 
 
 # Options
@@ -160,29 +164,10 @@ def _whole_sectors(size: int) -> int:
     return round_up(size, SECTOR)
 
 
-def _located(path: str, name: str) -> str:
-    """The absolute path that ``name`` means for the new file ``path``."""
-    if not name or "\0" in name:
-        raise UsageError(message=f"{path}: an empty file name or one with a NUL byte names no file")
-    resolve(path, name)  # refuses protocols
-    places = [os.path.join(os.path.dirname(os.path.abspath(path)), name), os.path.abspath(name)]
-    for exists in (os.path.lexists, lambda place: os.path.isdir(os.path.dirname(place))):
-        found = next((place for place in places if exists(place)), None)
-        if found is not None:
-            return _plain(found)
-    return _plain(places[0])
-
-
-def _plain(path: str) -> str:
-    """``path`` without ``..`` and links in its directories; a link as last part stays."""
-    directory, name = os.path.split(path)
-    return os.path.join(os.path.realpath(directory), name)
-
-
 def _refuse_same(path: str, image: str, backing: str | None) -> None:
-    files = [("overlay", _plain(os.path.abspath(path))), ("image file", image)]
+    files = [("overlay", plain(path)), ("image file", plain(image))]
     if backing is not None:
-        files.append(("backing file", backing))
+        files.append(("backing file", plain(backing)))
     for number, (what, one) in enumerate(files):
         for other_what, other in files[:number]:
             if one == other or (os.path.exists(one) and _same(one, other)):
@@ -235,7 +220,7 @@ def _refuse_used_image(path: str, image: str, access: Access) -> None:
 
 def _roots_needed(path: str, image: str, backing: str | None) -> list[str]:
     """What users of the new overlay must allow: directories outside its own."""
-    own = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    own = home_of(path)
     named = (os.path.realpath(one) for one in (image, backing) if one is not None)
     outside = [os.path.dirname(one) for one in named if not one.startswith(own.rstrip("/") + "/")]
     if not outside:
@@ -299,13 +284,13 @@ class _Names:
         cls,
         path: str,
         cluster_size: int,
-        image: str,
-        backing: str | None,
+        image: Located,
+        backing: Located | None,
         backing_format: str | None,
     ) -> _Names:
-        image_name = _stored(path, image, "image", IMAGE_NAME_LIMIT)
+        image_name = image.stored(path, "image", IMAGE_NAME_LIMIT)
         backing_name = (
-            b"" if backing is None else _stored(path, backing, "backing", BACKING_NAME_LIMIT)
+            b"" if backing is None else backing.stored(path, "backing", BACKING_NAME_LIMIT)
         )
         size = header_size(cluster_size)
         if FIXED_SIZE + len(backing_name) + len(image_name) > size:
@@ -325,21 +310,6 @@ class _Names:
             backing_format=(backing_format or "").encode(),
         )
         return cls(header, backing_name + image_name)
-
-
-def _stored(path: str, target: str, what: str, limit: int) -> bytes:
-    directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
-    inside = target.startswith(directory.rstrip("/") + "/")
-    name = os.path.relpath(target, directory) if inside else target
-    if path_has_protocol(name):
-        name = f"./{name}"
-    raw = os.fsencode(name)
-    if len(raw) >= limit:
-        raise ImageError(
-            path=path,
-            problem=f"the {what} file's name has {len(raw)} bytes, the limit is {limit - 1}",
-        )
-    return raw
 
 
 # Making
@@ -394,6 +364,7 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
     told = []
     if os.path.lexists(path):
         image = making.grown(path)
+        refuse_linked([image], force=making.access.force)
         if not making.access.force:
             refuse_as_raw(image)
         if hidden and image.next_data(0) is not None:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from addcow_mp.device.access import Access, pseudo_devices
 from addcow_mp.device.files import File, identity_at, identity_of
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.location import base_path, real_path
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import DependantsError, ImageError
 from addcow_mp.format.header import (
@@ -52,6 +53,8 @@ class Named(NamedTuple):
     backing: Identity | None
     image_path: str | None = None
     backing_path: str | None = None
+    #: The path that its names are relative to.
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,23 +116,14 @@ def _listed(paths: list[str], more: int = 0) -> str:
     return ", ".join(sorted(paths)) + (f" and {more} more" if more else "")
 
 
-def refuse_shared_images(overlay: Overlay, access: Access) -> None:
-    """Raise when another overlay names the image file of ``overlay``, which is to be written."""
-    image = overlay.image.file
-    near = overlays_near([image.path, overlay.path], access.roots)
-    members = {one.cow.identity: one for one in _members(overlay)}
-    others = [one for one in near if not _is_member(one, members)]
-    refuse_shared_image(image, [one for one in others if one.image == image.identity])
-
-
 def _is_member(one: Named, members: dict[Identity, Overlay]) -> bool:
     """Whether ``one`` belongs to the job's own chain, or is what a repair kept of a member."""
-    # Under another name elsewhere, the same file may name other files: then it is another.
+    # Under a hard link elsewhere the same names mean other files: then it is another overlay.
     if one.identity in members and one.image == members[one.identity].image.file.identity:
         return True
     original = BACKUP.sub("", one.path)
     return original != one.path and any(
-        os.path.realpath(member.path) == original and member.image.file.identity == one.image
+        member.cow.real == original and member.image.file.identity == one.image
         for member in members.values()
     )
 
@@ -162,18 +156,17 @@ def overlays_near(
     places = [(directory, False) for directory in directories]
     places += [(os.path.realpath(root), True) for root in roots]
     for directory, deep in places:
-        for path in files_in(directory, deep=deep):
-            one = named_by(path, unread)
+        for entry in files_in(directory, deep=deep):
+            one = named_by(entry.path, unread)
             if one is not None:
                 found.setdefault((one.identity, one.image, one.backing), one)
     return list(found.values())
 
 
-def files_in(directory: str, *, deep: bool) -> Iterator[str]:
+def files_in(directory: str, *, deep: bool) -> Iterator[os.DirEntry[str]]:
     """The regular files in ``directory``, and with ``deep`` in all below it.
 
-    A link to a file counts: names inside it are resolved where the link is. Links to
-    directories are not followed.
+    A link to a file counts as well. Links to directories are not followed.
     """
     waiting = [directory]
     while waiting:
@@ -184,7 +177,7 @@ def files_in(directory: str, *, deep: bool) -> Iterator[str]:
             with os.scandir(here) as entries:
                 for entry in entries:
                     if is_file(entry):
-                        yield entry.path
+                        yield entry
                     elif deep and entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
         except FileNotFoundError:
@@ -223,25 +216,26 @@ def named_by(path: str, unread: list[str] | None = None) -> Named | None:
         if len(head) < FIXED_SIZE:
             return Named(path, identity_of(os.fstat(fd)), None, None)
         header = Header.unpack(head)
-        image = _path(path, fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
-        backing = _path(path, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
+        base = base_path(path, real_path(fd, path))
+        image = _path(base, fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
+        backing = _path(base, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
         own = identity_of(os.fstat(fd))
-        return Named(path, own, _identity(image), _identity(backing), image, backing)
+        return Named(path, own, _identity(image), _identity(backing), image, backing, base)
     except OSError:
         return None
     finally:
         os.close(fd)
 
 
-def _path(path: str, fd: int, offset: int, size: int, limit: int) -> str | None:
-    """The path of the file whose name lies there; None when there is none."""
+def _path(base: str, fd: int, offset: int, size: int, limit: int) -> str | None:
+    """The path of the file whose name lies there, seen from ``base``; None when there is none."""
     if not offset or not size:
         return None
     try:
         name = read_string(fd, offset, size, limit)
     except (ImageError, OSError):
         return None
-    return None if path_has_protocol(name) else path_combine(path, name)
+    return None if path_has_protocol(name) else path_combine(base, name)
 
 
 def _identity(path: str | None) -> Identity | None:

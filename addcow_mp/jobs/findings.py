@@ -41,6 +41,8 @@ class CheckReport:
     total_clusters: int | None = None
     allocated_clusters: int | None = None
     is_addcow: bool = True
+    #: What the user should know although no rule is broken: one line each.
+    warnings: list[str] = field(default_factory=list)
     #: What was mended, and the file that holds header and bitmap as they were before.
     repairs: list[str] = field(default_factory=list)
     backup: str | None = None

@@ -12,6 +12,7 @@ import os
 import stat
 
 from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain, readers_of_chain
+from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.permissions import narrow
 from addcow_mp.engine.plan import cut
@@ -73,6 +74,8 @@ def _refuse(overlay: Overlay, conduct: Conduct, *, discard: bool) -> None:
     changed = [] if overlay.all_allocated else [overlay.image.file]
     changed += changed_by_removal(overlay) if discard else []
     refuse_dependants(overlay, changed, conduct.access, around=conduct.around)
+    if changed:
+        refuse_linked([overlay.cow, overlay.image.file], force=conduct.access.force)
     if discard:
         refuse_unremovable(overlay)
 

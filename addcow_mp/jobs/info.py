@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_of
+from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import (
     MAX_DEPTH,
     Names,
@@ -18,7 +19,7 @@ from addcow_mp.device.headers import (
     load_names,
     open_claimed,
     refuse_mismatch,
-    resolve,
+    refuse_protocol,
     short_bitmap_warning,
     telling,
 )
@@ -51,17 +52,19 @@ class Info(NamedTuple):
     total_clusters: int | None
     allocated_clusters: int | None
     warnings: list[str]
+    #: The path that its names are relative to.
+    base: str
 
     @property
     def full_image(self) -> str:
         """The image file's path as seen from here."""
-        return path_combine(self.filename, self.names.image)
+        return path_combine(self.base, self.names.image)
 
     @property
     def full_backing(self) -> str | None:
         """The backing file's path as seen from here."""
         name = self.names.backing
-        return None if name is None else path_combine(self.filename, name)
+        return None if name is None else path_combine(self.base, name)
 
 
 def info(path: str, access: Access | None = None, *, named: bool = True) -> Info:
@@ -70,47 +73,49 @@ def info(path: str, access: Access | None = None, *, named: bool = True) -> Info
     ``named`` by the user, it may lie anywhere.
     """
     access = access or Access()
-    access = access.beside(path) if named else access
     cow = open_claimed(access, path, READING, COW, named=named)
     try:
+        access = access.beside(cow.base) if named else access
         header = load_header(cow)
         names = load_names(cow, header)
-        with telling(path, names.image, "image file") as target:
+        with telling(cow, names.image, "image file") as target:
             image = open_claimed(access, target, READING, IMAGE, named=False)
         try:
-            _refuse_same(path, image, names)
-            with telling(path, names.image, "image file"):
+            _refuse_same(cow, image, names)
+            with telling(cow, names.image, "image file"):
                 refuse_mismatch(image, names.image_format)
-            return _info(path, cow, image, header, names)
+            return _info(cow, image, header, names)
         finally:
             image.close()
     finally:
         cow.close()
 
 
-def _info(path: str, cow: File, image: File, header: Header, names: Names) -> Info:
+def _info(cow: File, image: File, header: Header, names: Names) -> Info:
     size = total = allocated = None
     told: list[str] = []
     if names.image_format == RAW:
         geometry = Geometry(virtual_size(image.length), header.cluster_size)
         with cow.doing("map its bitmap"):
-            bitmap = CowBitmap(cow.fd, header.header_size, geometry, path)
+            bitmap = CowBitmap(cow.fd, header.header_size, geometry, cow.path)
         size, total = geometry.size, geometry.clusters
         allocated = total if header.all_allocated else bitmap.count()
-        told = short_bitmap_warning(path) if bitmap.short else []
-    return Info(path, size, cow.allocated, cow.identity, header, names, total, allocated, told)
+        told = short_bitmap_warning(cow.path) if bitmap.short else []
+    told += link_warnings([cow, image])
+    counted = size, cow.allocated, cow.identity, header, names, total, allocated, told
+    return Info(cow.path, *counted, base=cow.base)
 
 
-def _refuse_same(path: str, image: File, names: Names) -> None:
+def _refuse_same(cow: File, image: File, names: Names) -> None:
     if names.backing is None:
         return
     try:
-        identity = identity_of(os.stat(path_combine(path, names.backing)))
+        identity = identity_of(os.stat(path_combine(cow.base, names.backing)))
     except (OSError, ValueError):
         return  # a missing backing is no reason not to describe the overlay
     if identity == image.identity:
         raise ImageError(
-            path=path,
+            path=cow.path,
             problem=f"backing file '{names.backing}' and image file '{names.image}' are the same "
             "file; they must be different files",
         )
@@ -118,7 +123,7 @@ def _refuse_same(path: str, image: File, names: Names) -> None:
 
 def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
     """Describe the overlay at ``path`` and every file below it, in order."""
-    access = (access or Access()).beside(path)
+    access = access or Access()
     found: list[Info | RawInfo] = []
     seen: set[tuple[int, int]] = set()
     here, format_ = path, ADD_COW
@@ -127,10 +132,12 @@ def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
         if one.identity in seen:
             raise ImageError(path=here, problem="the chain comes back to this file")
         seen.add(one.identity)
+        access = access if found else access.beside(one.base)
         found.append(one)
-        if one.names.backing is None or one.names.backing_format is None:
+        if one.full_backing is None or one.names.backing_format is None:
             return found
-        here, format_ = resolve(here, one.names.backing), one.names.backing_format
+        refuse_protocol(here, one.names.backing or "")
+        here, format_ = one.full_backing, one.names.backing_format
     if format_ == ADD_COW:
         raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
     return [*found, _raw_info(here, format_, access)]

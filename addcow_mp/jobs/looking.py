@@ -66,9 +66,10 @@ END = EiB // LEAF * 16
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to be verified: an overlay or a raw file, and ``holder``, the overlay that names it.
+    """A layer to be verified: an overlay or a raw file.
 
-    Without a holder, the user named it.
+    ``holder``: the overlay that names it, by the path that its names are relative to. Without a
+    holder, the user named it.
     """
 
     path: str
@@ -171,10 +172,13 @@ class Looking:
 
     def access_for(self, target: Target) -> Access:
         """How the layer may be opened, and what it names."""
-        path = target.holder or target.path
-        directory = os.path.dirname(path)
+        return self.access_beside(target.holder or _base(target.path))
+
+    def access_beside(self, base: str) -> Access:
+        """What names that are relative to ``base`` may open."""
+        directory = os.path.dirname(base)
         if directory not in self._beside:
-            self._beside[directory] = self.access.beside(path)
+            self._beside[directory] = self.access.beside(base)
         return self._beside[directory]
 
     def manifest(self, path: str) -> Manifest:
@@ -251,15 +255,17 @@ class _Look:
     def _opened(self, opened: ExitStack) -> Layer:
         """The layer alone, without what lies below."""
         target = self.target
-        access, named = self.work.access_for(target), target.holder is None
+        named = target.holder is None
+        access = self.work.access if named else self.work.access_for(target)
         role = COW if target.format == ADD_COW else BACKING
         file = open_claimed(access, target.path, READING, role, named=named)
         opened.callback(file.close)
         if target.format != ADD_COW:
             return RawLayer(file)
+        access = self.work.access_beside(file.base) if named else access
         header = load_header(file)
         self.names = load_names(file, header)
-        with telling(target.path, self.names.image, "image file") as path:
+        with telling(file, self.names.image, "image file") as path:
             image = open_claimed(access, path, READING, IMAGE, named=False)
         opened.callback(image.close)
         return Overlay(file, image, None, header)
@@ -359,9 +365,11 @@ class _Look:
     def _compare_below(self, layer: Layer, manifest: Manifest) -> None:
         """Remark a backing file that has a manifest, but of other content than was below then."""
         wanted = manifest.head.backing_digest
-        if wanted is None or self.names is None or self.names.backing is None:
+        if not isinstance(layer, Overlay) or wanted is None:
             return
-        path = resolve(layer.path, self.names.backing)
+        if self.names is None or self.names.backing is None:
+            return
+        path = resolve(layer.cow, self.names.backing)
         found = self.work.head(path, self.target)
         if found is None or found.guest_digest == wanted:
             return
@@ -412,6 +420,11 @@ class _Look:
         told = "its header is not what it was, and nothing else of it could be verified"
         self.verdict.remark("header", Grade.DAMAGE, self.target.path, told)
         return True
+
+
+def _base(path: str) -> str:
+    """What the names of the file at ``path`` are relative to; only a link costs a second look."""
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def can_reach(path: str, access: Access) -> bool:

@@ -155,7 +155,7 @@ def reading_back(
     yield conduct.amid(weight, weight)
     # Our own locks stand against everybody, and so against a second opening as well; and what is
     # opened from the middle of the chain on may name what lies beside its top.
-    access = conduct.access.beside(overlay.path)._replace(share=True)
+    access = conduct.access.beside(overlay.cow.base)._replace(share=True)
     conduct = replace(conduct.amid(2 * weight, 0), access=access)
     after = _read_back(proof, before.size, conduct)
     differing = before.differing(after)

@@ -27,7 +27,7 @@ def _is_longer(overlay: Overlay) -> bool:
 
 def refuse_unremovable(overlay: Overlay) -> None:
     """Raise where no file can be removed."""
-    directory = os.path.dirname(os.path.realpath(overlay.path))
+    directory = os.path.dirname(overlay.cow.real)
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ImageError(
             path=overlay.path,
@@ -41,7 +41,7 @@ def remove(overlay: Overlay) -> None:
 
     All clusters are allocated. Its image file is open for resizing, and has what it needs.
     """
-    path = os.path.realpath(overlay.path)
+    path = overlay.cow.real
     overlay.image.file.sync()
     _refuse_replaced(overlay, path)
     _cut_image(overlay)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import WRITE, open_chain, readers_of_chain
 from addcow_mp.device.files import File, sync_directory
+from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.sidecar import invalidate_all
 from addcow_mp.format.bits import merged
@@ -38,8 +39,10 @@ def repair(path: str, access: Access | None = None, *, everything: bool) -> Chec
     if before.exit_code == 0 or not _is_mendable(before, everything=everything):
         return before
     with open_chain(path, WRITE, access) as overlay:
-        mend = "commit or flatten them first"
-        refuse_dependants(overlay, [overlay.image.file], access or Access(), mend)
+        access = access or Access()
+        mend = "commit or flatten them first, or use --force"
+        refuse_dependants(overlay, [overlay.image.file], access, mend)
+        refuse_linked([overlay.cow, overlay.image.file], force=access.force)
         invalidate_all(overlay)
         mended = _mend(overlay, before, everything=everything)
     after = check(path, access)
@@ -76,8 +79,8 @@ def _mend(overlay: Overlay, before: CheckReport, *, everything: bool) -> CheckRe
 
 
 def _back_up(overlay: Overlay) -> str:
-    """Copy the ``.add-cow`` file, holes apart, to a new file beside it."""
-    path = next(name for name in _backup_names(overlay.path) if not os.path.lexists(name))
+    """Copy the ``.add-cow`` file, holes apart, to a new file where it really lies."""
+    path = next(name for name in _backup_names(overlay.cow.base) if not os.path.lexists(name))
     backup = File.create(path, readers_of_chain(overlay))
     try:
         for start in range(0, overlay.cow.length, _PIECE):

@@ -51,8 +51,8 @@ def verify(path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW)
     ``conduct`` stops it.
     """
     conduct = conduct or Conduct()
-    conduct.access.open_named(path).close()
-    access = conduct.access.beside(path)
+    with closing(conduct.access.open_named(path)) as file:
+        access = conduct.access.beside(file.base)
     chain = list(chain_of(path, format_, access))
     with verifiers(replace(conduct, access=access), len(chain)) as crew:
         return crew.verify(chain)
@@ -71,7 +71,7 @@ def chain_of(path: str, format_: str, access: Access) -> Iterator[Target]:
         below = _below(path, access, named=holder is None) if format_ == ADD_COW else None
         if below is None:
             return
-        holder, (path, format_) = path, below
+        holder, path, format_ = below
 
 
 def was_met(path: str, met: set[Identity | str]) -> bool:
@@ -83,15 +83,18 @@ def was_met(path: str, met: set[Identity | str]) -> bool:
     return False
 
 
-def _below(path: str, access: Access, *, named: bool) -> tuple[str, str] | None:
-    """Path and format of the backing file of an overlay; None without one that counts."""
+def _below(path: str, access: Access, *, named: bool) -> tuple[str, str, str] | None:
+    """What the names of an overlay are relative to, and path and format of its backing file.
+
+    None without one that counts.
+    """
     try:
         with closing(access.open_named(path) if named else access.open_beneath(path)) as cow:
             header = load_header(cow)
             names = load_names(cow, header)
             if header.all_allocated or names.backing is None or names.backing_format is None:
                 return None
-            return resolve(path, names.backing), names.backing_format
+            return cow.base, resolve(cow, names.backing), names.backing_format
     except AddcowError:
         return None
 
