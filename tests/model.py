@@ -209,11 +209,15 @@ def touched(start: int, stop: int, cluster_size: int) -> set[int]:
 
 @dataclass(frozen=True)
 class Files:
-    """Where a layer was built: `path` is opened by name, `image` holds the bytes."""
+    """Where a layer was built: `path` is opened by name, `image` holds the bytes.
+
+    `link`: a link that leads to `path`, by which commands name it.
+    """
 
     path: str
     image: str
     backing: Files | None = None
+    link: str = ""
 
     @property
     def own(self) -> list[str]:

@@ -204,8 +204,8 @@ def _guarded(device: str, mountpoint: Path) -> Iterator[None]:
 
 
 def make_durable(directory: Path) -> None:
-    """Let a directory and all its files reach the device."""
-    for path in (*directory.iterdir(), directory, directory.parent):
+    """Let a directory and all below it reach the device."""
+    for path in (*directory.rglob("*"), directory, directory.parent):
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)

@@ -80,7 +80,7 @@ class Promise:
     def command(self, jobs: int) -> list[str]:
         """Return the command line behind `addcow`."""
         how = [*self.manner, "--jobs", str(jobs)] if self.has_jobs else []
-        return [self.job, *self.options, *how, self.files.path]
+        return [self.job, *self.options, *how, self.files.link or self.files.path]
 
     def part_changed(self) -> float:
         """Return how far the bitmap has got from where it was to where it will be."""

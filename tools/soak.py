@@ -10,6 +10,10 @@ fail, or, for root on a machine with loop devices, the power of its file system 
 (`tests/promises.py`), by a reader that knows nothing of the package. In the end the same
 command is run without any accident and must complete.
 
+Every other chain is reached through links: a symbolic link in another directory leads to its
+overlay, and one within the chain to the layers below, which lie in a third. Beside each link lie
+files with the names of the chain's files; nothing may change them.
+
 At the first promise that is not kept this ends with status 1, tells seed, case and steps, and
 keeps the files of the case. `--seed S --case NUMBER` runs that case again: the same chain,
 job and accidents. What the processes do in between is theirs, so a rare find may take several
@@ -31,13 +35,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import oracle
 from chains import can_commit, wild_chain
-from model import MiB, Overlay, build, view
+from model import Files, MiB, Overlay, build, contents, view
 from powercut import (
     EVENTS,
     SIZE_OF_EVENTS,
@@ -65,6 +69,9 @@ JOBS = {
     "convert": 1,
 }
 
+#: The part of the chains that is reached through links.
+LINKED = 0.5
+
 #: Steps of reading and opening, at which every job can fail too.
 READING = ("header_read", "bitmap_load", "image_read", "backing_read", "cow_read")
 
@@ -88,6 +95,8 @@ class Case:
     disk: Disk | None
     order: str
     steps: list[str] = field(default_factory=list)
+    #: Files beside links, which have names of files of the chain, and their bytes.
+    strangers: dict[str, bytes] = field(default_factory=dict)
 
     def jobs(self) -> int:
         """Return a number of worker processes."""
@@ -210,14 +219,61 @@ def new_case(rng: random.Random, place: Path, scratch: Path, disk: Disk | None, 
     able = [each for each in JOBS if can_commit(chain) or "commit" not in each]
     words = rng.choices(able, [JOBS[each] for each in able])[0]
     files = build(chain, str(place))
+    linked = rng.random() < LINKED
+    files, strangers = through_links(files, rng) if linked else (files, [])
     make_durable(place)
     if oracle.guest_bytes(files.path) != view(chain):
         raise BrokenError("the chain is not what it was meant to be")
     promise = promise_of(words, files, rng)
     order = order or rng.choice(["right", "right:waiting"])
     case = Case(rng, place, scratch, promise, chain.size, disk, order)
-    case.steps.append(f"{words} {' '.join(promise.manner)}: {_described(chain)}")
+    case.strangers = contents(strangers)
+    how = ", reached through links" if linked else ""
+    case.steps.append(f"{words} {' '.join(promise.manner)}: {_described(chain)}{how}")
     return case
+
+
+def through_links(files: Files, rng: random.Random) -> tuple[Files, list[str]]:
+    """Move the layers below into a directory of their own, and reach all by links.
+
+    Returns the chain, and the files that were planted beside the links.
+    """
+    home = os.path.dirname(files.path)
+    below, strangers = files.backing, list[str]()
+    if below is not None and below.path != below.image:
+        deep = os.path.join(home, "deep")
+        os.mkdir(deep)
+        for path in below.everything:
+            os.rename(path, os.path.join(deep, os.path.basename(path)))
+        os.symlink(os.path.join("deep", os.path.basename(below.path)), below.path)
+        strangers += _plant(home, [one for one in below.everything if one != below.path], rng)
+        files = replace(files, backing=_moved(below, deep))
+    desk = os.path.join(home, "desk")
+    os.mkdir(desk)
+    link = os.path.join(desk, "link.add-cow")
+    os.symlink(os.path.join("..", os.path.basename(files.path)), link)
+    strangers += _plant(desk, files.everything, rng)
+    return replace(files, link=link), strangers
+
+
+def _moved(files: Files, directory: str) -> Files:
+    path, image = (
+        os.path.join(directory, os.path.basename(one)) for one in (files.path, files.image)
+    )
+    backing = None if files.backing is None else _moved(files.backing, directory)
+    return Files(path, image, backing)
+
+
+def _plant(directory: str, paths: list[str], rng: random.Random) -> list[str]:
+    """Make files in ``directory`` that are called as ``paths`` are."""
+    planted = []
+    for path in paths:
+        name = os.path.basename(path)
+        planted.append(os.path.join(directory, name))
+        with open(planted[-1], "wb") as file:
+            file.write(rng.randbytes(4096))
+            file.truncate(LARGEST)
+    return planted
 
 
 def _described(layer: Overlay) -> str:
@@ -244,6 +300,8 @@ def _is_there(case: Case) -> bool:
 
 def _look(case: Case, done: bool, stdout: str) -> None:
     broken = case.promise.broken(done=done, stdout=stdout)
+    now = contents(case.strangers)
+    broken += [f"{path} was changed" for path, was in case.strangers.items() if now[path] != was]
     if broken:
         raise BrokenError("\n".join(broken))
 
