@@ -92,7 +92,9 @@ def _others(
     for one in overlays:
         # What was met has brought with it all that it stands on.
         if one.backing not in seen:
-            for target in list(chain_of(one.path, ADD_COW, access.beside(one.path)))[1:]:
+            for target in list(chain_of(one.path, ADD_COW, access.beside(one.base or one.path)))[
+                1:
+            ]:
                 yield from _new(target, seen)
     for path in manifests:
         for target in _new(Target(path.removesuffix(SUFFIX)), seen):
