@@ -213,6 +213,20 @@ class TerminatedJobError(StoppedError):
     exit_code = 143
 
 
+class HangupJobError(StoppedError):
+    """A job that SIGHUP stopped; ``message`` says what became of its work."""
+
+    template = "{message}"
+    exit_code = 129
+
+
+class CpuLimitJobError(StoppedError):
+    """A job that SIGXCPU stopped; ``message`` says what became of its work."""
+
+    template = "{message}"
+    exit_code = 152
+
+
 class TimeLimitError(StoppedError):
     """A job that reached its time limit; the status is sysexits' "try again later"."""
 

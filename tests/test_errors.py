@@ -224,6 +224,14 @@ def terminated_error(here: Path) -> None:
     stopped_by(signal.SIGTERM, here)
 
 
+def hangup_error(here: Path) -> None:
+    stopped_by(signal.SIGHUP, here)
+
+
+def cpu_limit_error(here: Path) -> None:
+    stopped_by(signal.SIGXCPU, here)
+
+
 def time_limit_error(here: Path) -> None:
     from addcow_mp.cli.farming import Wishes, carry_out
     from addcow_mp.device.access import Access
@@ -384,6 +392,8 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "UnfinishedError": unfinished_error,
     "InterruptedJobError": interrupted_error,
     "TerminatedJobError": terminated_error,
+    "HangupJobError": hangup_error,
+    "CpuLimitJobError": cpu_limit_error,
     "TimeLimitError": time_limit_error,
     "ManifestError": manifest_error,
     "ReadBackError": read_back_error,
@@ -407,6 +417,8 @@ EXIT_CODES = {
     "CompareError": 2,
     "InterruptedJobError": 130,
     "TerminatedJobError": 143,
+    "HangupJobError": 129,
+    "CpuLimitJobError": 152,
     "TimeLimitError": 75,
 }
 
@@ -992,7 +1004,8 @@ def test_a_full_disk_under_stdout_is_told_in_one_line(tmp_path: Path, command: s
             check=False,
         )
     assert done.returncode == 1
-    assert done.stderr == "addcow: No space left on device\n"
+    told = "addcow: the output cannot be written: No space left on device\n"
+    assert done.stderr == told
 
 
 def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path) -> None:

@@ -425,17 +425,16 @@ def compare(
 
     Exit status: 0 the same, 1 they differ, 2 and more: they could not be compared.
     """
-    from addcow_mp.cli.comparing import compare as carry_out
+    from addcow_mp.cli.comparing import show_compared
     from addcow_mp.cli.working import working
+    from addcow_mp.jobs.compare import compare as job
 
     access = access_of(roots, allow_device, share=share, locking=locking)
     manner = manner_of(CopyWay.auto, CacheMode.writeback, None, None, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
-        formats = (format.value, other_format.value)
-        status = carry_out(
-            one, other, formats, conduct, strict=strict, as_json=output is Output.json, quiet=quiet
-        )
-    raise typer.Exit(status)
+        formats, as_json = (format.value, other_format.value), output is Output.json
+        result = job(one, other, formats, strict=strict, every=as_json, conduct=conduct)
+    raise typer.Exit(show_compared(one, other, result, as_json=as_json, quiet=quiet))
 
 
 @command("commit")
@@ -542,14 +541,16 @@ def access_of(
     """What the options and the environment allow a command, which ``writes`` or only looks."""
     import os
 
-    from addcow_mp.cli.saying import warn
+    from addcow_mp.cli.saying import warn_early
     from addcow_mp.device.access import Access
     from addcow_mp.errors import UsageError
 
     if cache is CacheMode.unsafe:
-        warn(["-t unsafe: nothing is synced, a power cut may lose data whose bits are set"])
+        warn_early(["-t unsafe: nothing is synced, a power cut may lose data whose bits are set"])
     if writes and locking is Locking.off:
-        warn(["--locking off: no locks are taken or heeded; no other program may use these files"])
+        warn_early(
+            ["--locking off: no locks are taken or heeded; no other program may use these files"]
+        )
     if roots and "" in roots:
         raise UsageError(message="--root '': name a directory; '.' is the current one")
     everywhere = [root for root in os.environ.get("ADDCOW_ROOTS", "").split(":") if root]

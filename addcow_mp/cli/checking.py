@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from addcow_mp.cli.jsontext import as_document
+from addcow_mp.cli.results import job_is_done
 from addcow_mp.cli.saying import complain, one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.check import check
@@ -17,6 +18,8 @@ def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, 
     report = (
         check(file, access) if repair is None else mend(file, access, everything=repair == "all")
     )
+    if repair is not None:
+        job_is_done()
     warn(report.warnings)
     if as_json:
         print(as_document(report.as_json()))

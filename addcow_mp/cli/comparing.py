@@ -6,23 +6,11 @@ from addcow_mp.cli.jsontext import as_document
 from addcow_mp.cli.saying import warn
 from addcow_mp.format.bits import merged
 from addcow_mp.jobs.compare import Compared
-from addcow_mp.jobs.compare import compare as job
-from addcow_mp.jobs.report import Conduct
 from addcow_mp.units import SECTOR, round_down, round_up
 
 
-def compare(
-    one: str,
-    other: str,
-    formats: tuple[str, str],
-    conduct: Conduct,
-    *,
-    strict: bool,
-    as_json: bool,
-    quiet: bool,
-) -> int:
-    """Compare two images, print the result, return the exit status: 0 the same, 1 not."""
-    result = job(one, other, formats, strict=strict, every=as_json, conduct=conduct)
+def show_compared(one: str, other: str, result: Compared, *, as_json: bool, quiet: bool) -> int:
+    """Print what came of comparing two images; the exit status: 0 the same, 1 not."""
     warn(result.warnings)
     if as_json:
         print(as_document(_as_json(one, other, result)))

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
+from addcow_mp.cli.results import job_is_done
 from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.errors import UsageError
@@ -92,6 +93,7 @@ def _create_raw(file: str, size: int | None, options: dict[str, str], *, quiet: 
     if size is None:
         raise UsageError(message=f"{file}: a raw file needs a size")
     create_raw(file, size)
+    job_is_done()
     if not quiet:
         print(one_line(f"Formatting '{file}', fmt=raw size={size}"))
 
@@ -111,6 +113,7 @@ def _create_overlay(
         cluster_size=cluster_size,
         access=access,
     )
+    job_is_done()
     warn(made.warnings)
     if not quiet:
         shown = {"image_file": os.path.basename(default_image(file)), **options}

@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from addcow_mp.cli.results import job_is_done
 from addcow_mp.cli.saying import say, warn
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, open_chain
@@ -57,6 +58,7 @@ def exercise(path: str, commands: list[str] | None, access: Access, *, read_only
                 break
         session.wait()
         warn([] if session.was_refused else later)
+    job_is_done()
     return session.status
 
 

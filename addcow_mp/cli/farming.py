@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import typer
 
+from addcow_mp.cli import signals
 from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.outcomes import PRINTERS
 from addcow_mp.cli.saying import warn
@@ -14,7 +15,7 @@ from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.delivery import UnstartedError
-from addcow_mp.errors import NotReadBackError, StoppedError, TimeLimitError
+from addcow_mp.errors import AddcowError, NotReadBackError, StoppedError, TimeLimitError
 from addcow_mp.farm.errand import Operation
 from addcow_mp.farm.plan import Plan, State, plan
 from addcow_mp.farm.work import carry_out as work
@@ -45,22 +46,22 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
     limit = Limit(wishes.time_limit)
     with working(wishes.jobs, access, wishes.manner, progress=False) as conduct:
         # Planning has no limit: it says what is left.
-        made = plan(
-            places,
-            Operation(wishes.operation),
-            conduct,
-            discard=wishes.discard,
-            verifies=wishes.verifies,
-        )
-        problem = None
+        with conduct.looking():
+            made = plan(
+                places,
+                Operation(wishes.operation),
+                conduct,
+                discard=wishes.discard,
+                verifies=wishes.verifies,
+            )
+        problem: AddcowError | None = None
         if not wishes.dry_run:
             bounded = replace(conduct, stopping=lambda: conduct.stopping() or limit.is_reached)
             problem = _work(made, bounded, wishes)
-        PRINTERS[wishes.output](made, quiet=wishes.quiet)
-        if problem is not None:
-            raise problem
-        if made.count(State.STOPPED) or made.count(State.LEFT):
-            _say_what_stopped_it(made, conduct, limit)
+        problem = problem or _what_stopped_it(made, conduct, limit)
+    PRINTERS[wishes.output](made, quiet=wishes.quiet)
+    if problem is not None:
+        raise problem
     if not wishes.dry_run:
         raise typer.Exit(1 if made.count(State.REFUSED) or made.count(State.FAILED) else 0)
 
@@ -82,14 +83,17 @@ def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> UnstartedError | None
     return problem
 
 
-def _say_what_stopped_it(made: Plan, conduct: Conduct, limit: Limit) -> None:
-    """Raise unless an error was what stopped it: that has been told."""
+def _what_stopped_it(made: Plan, conduct: Conduct, limit: Limit) -> AddcowError | None:
+    """What kept images from being done; None when nothing did, or an error that has been told."""
+    if not made.count(State.STOPPED) and not made.count(State.LEFT):
+        return None
     left = made.count(State.STOPPED) + made.count(State.LEFT)
     done = sum(1 for step in made.steps if isinstance(step.problem, NotReadBackError))
     named = f"{left - done} of {len(made.steps)} images left"
     named += f", {done} done and not verified" if done else ""
     if conduct.stopping():
-        raise StoppedError(path=named)
+        return signals.as_met(StoppedError(path=named))
     if limit.is_reached:
         told = "the time limit was reached; what was finished is kept, the same command goes on"
-        raise TimeLimitError(message=f"{named}: {told} from there")
+        return TimeLimitError(message=f"{named}: {told} from there")
+    return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
 from typing import Any
 
-from addcow_mp.cli.saying import complain, hush, lead_nowhere
+from addcow_mp.cli import results, saying, signals
+from addcow_mp.cli.saying import complain, lead_nowhere
 from addcow_mp.errors import AddcowError, UsageError
 
 INTERRUPTED = 130
@@ -16,18 +15,25 @@ INTERRUPTED = 130
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``addcow`` with these arguments and return its exit status."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        # Names of files are bytes: what the terminal cannot show is no reason to fail.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    hush(quiet=False)
+    results.begin()
+    saying.begin()
+    signals.begin()
+    status = _finished(arguments)
+    if not results.failed():
+        return status
+    failure = results.failure()
+    status = status or results.UNTOLD
+    return status if failure is None else complain(failure, status)
+
+
+def _finished(arguments: Sequence[str]) -> int:
     try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        return _dispatch(arguments)
+        status = _carried_out(arguments)
+        saying.tell_the_rest()
     except AddcowError as error:
         return complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return complain("interrupted", INTERRUPTED)
+        return complain(f"{signals.words()}{results.given_up()}", signals.status())
     except BrokenPipeError:
         # The reader of our output has gone (a pager, `head`): nobody is left to tell.
         _give_up_output()
@@ -38,6 +44,15 @@ def run(arguments: Sequence[str]) -> int:
         _give_up_output()
         named = f"{error.filename}: " if error.filename else ""
         return complain(f"{named}{error.strerror or error}", 1)
+    return status
+
+
+def _carried_out(arguments: Sequence[str]) -> int:
+    """Run the command; what is left then is to tell of it, which no signal has to be kept from."""
+    try:
+        return _dispatch(arguments)
+    finally:
+        signals.end()
 
 
 def _give_up_output() -> None:
@@ -64,7 +79,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return complain(_usage(problem), UsageError.exit_code)
     sys.stdout.flush()
     if status == INTERRUPTED:
-        return complain("interrupted", INTERRUPTED)
+        raise KeyboardInterrupt  # which was taken for an exit status on its way
     return status if isinstance(status, int) else 0
 
 

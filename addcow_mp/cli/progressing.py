@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
+from addcow_mp.cli.background import Background
 from addcow_mp.cli.jsontext import as_line
-from addcow_mp.cli.saying import tell
+from addcow_mp.cli.saying import on_screen, tell_progress
 from addcow_mp.errors import UsageError
 from addcow_mp.farm.tally import Tally
 from addcow_mp.units import human_size
@@ -73,30 +74,18 @@ def shown(form: str | None, fd: int | None) -> Iterator[Show]:
 def _stream(fd: int | None) -> Iterator[Callable[[str], None]]:
     """What writes a line to the descriptor, or to nobody once its reader has gone."""
     if fd is None:
-        yield tell
+        yield tell_progress
         return
     try:
         own = os.dup(fd)
     except OSError as error:
         raise UsageError(message=f"--progress-fd {fd}: {error.strerror}; open it first") from error
+    # It stays open: a line may be on its way for as long as nobody reads.
+    background = Background(own)
     try:
-        yield _Writer(own)
+        yield lambda line: background.offer(f"{line}\n")
     finally:
-        os.close(own)
-
-
-class _Writer:
-    """Writes lines to a descriptor until that fails."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd: int | None = fd
-
-    def __call__(self, line: str) -> None:
-        if self._fd is not None:
-            try:
-                os.write(self._fd, f"{line}\n".encode())
-            except OSError:
-                self._fd = None
+        background.finish()
 
 
 class _Clock:
@@ -183,19 +172,27 @@ def _bar() -> Iterator[Show]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
-    with Progress(
-        BarColumn(),
-        "{task.percentage:>3.0f}%",
-        "{task.fields[images]}",
-        DownloadColumn(binary_units=True),
-        Speed(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
+    with (
+        on_screen() as screen,
+        Progress(
+            BarColumn(),
+            "{task.percentage:>3.0f}%",
+            "{task.fields[images]}",
+            DownloadColumn(binary_units=True),
+            Speed(),
+            TimeRemainingColumn(),
+            console=Console(file=cast(IO[str], screen), force_terminal=True),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as bar,
+    ):
         task = bar.add_task("", total=None, images="")
 
         def show(tally: Tally) -> None:
             images = f"{tally.images_done} of {tally.images} images"
             bar.update(task, completed=tally.bytes_done, total=tally.bytes, images=images)
 
-        yield show
+        try:
+            yield show
+        finally:
+            screen.is_ending = True

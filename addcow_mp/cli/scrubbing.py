@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import typer
 
+from addcow_mp.cli import signals
 from addcow_mp.cli.jsontext import as_document
 from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.progressing import counting
@@ -51,11 +52,10 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
             found = scrub(
                 places, wishes.state, counted, share=share, is_late=lambda: limit.is_reached
             )
-        _show(found, wishes)
-        if found.problem is not None:
-            _raise(found, found.problem)
-        elif found.left:
-            _say_what_stopped_it(found, conduct)
+        problem = found.problem or _what_stopped_it(found, conduct)
+    _show(found, wishes)
+    if problem is not None:
+        _raise(found, problem)
     raise typer.Exit(worst(found.verdicts))
 
 
@@ -66,17 +66,20 @@ def _refuse_no_name(state: str) -> None:
 
 def _raise(found: Scrubbed, problem: AddcowError) -> None:
     """Raise what ended a run, unless damage counts for more: then it is said."""
-    if worst(found.verdicts) != DIFFERENT:
+    is_signal = isinstance(problem, StoppedError) and not isinstance(problem, TimeLimitError)
+    if is_signal or worst(found.verdicts) != DIFFERENT:
         raise problem
     say(str(problem))
 
 
-def _say_what_stopped_it(found: Scrubbed, conduct: Conduct) -> None:
+def _what_stopped_it(found: Scrubbed, conduct: Conduct) -> AddcowError | None:
+    if not found.left:
+        return None
     named = f"{found.left} layers left"
     if conduct.stopping():
-        raise StoppedError(path=named)
+        return signals.as_met(StoppedError(path=named))
     told = f"{named}: the time limit was reached; the same command goes on from there"
-    _raise(found, TimeLimitError(message=told))
+    return TimeLimitError(message=told)
 
 
 def _show(found: Scrubbed, wishes: Wishes) -> None:

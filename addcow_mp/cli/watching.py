@@ -6,6 +6,7 @@ A full disk under the log is told once and never ends the work.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING
 from addcow_mp.cli.jsontext import as_line
 from addcow_mp.cli.outcomes import describe
 from addcow_mp.cli.progressing import Show, shown
-from addcow_mp.cli.saying import warn
-from addcow_mp.device.files import cannot_open
+from addcow_mp.cli.saying import say
+from addcow_mp.device.files import cannot_open, kind_of
 from addcow_mp.device.permissions import PRIVATE_MODE
 from addcow_mp.errors import ImageError
 from addcow_mp.farm.plan import State, Step
@@ -65,12 +66,36 @@ _EVENTS = {
 _FIRST = b'{"time": '
 
 
-def _refuse_foreign(path: str) -> None:
-    """Nothing is appended to a file that is no log: it may be somebody's disk."""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            if file.read(len(_FIRST)) not in (b"", _FIRST):
-                raise ImageError(path=path, problem="it is there and no log; name another file")
+def _refuse_foreign(path: str, fd: int) -> None:
+    """Nothing is appended to a file that is no log: it may be somebody's disk.
+
+    Nor to what may keep a writer waiting: a FIFO, a terminal.
+    """
+    status = os.fstat(fd)
+    if stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev:
+        return
+    if not stat.S_ISREG(status.st_mode):
+        problem = f"it is {kind_of(status.st_mode)}, and a log is a regular file; name one"
+        raise ImageError(path=path, problem=problem)
+    if os.pread(fd, len(_FIRST), 0) not in (b"", _FIRST):
+        raise ImageError(path=path, problem="it is there and no log; name another file")
+
+
+def _opened(path: str) -> int:
+    """Open a log, which is made if it is not there, without waiting for anybody."""
+    waits = os.O_NONBLOCK | os.O_NOCTTY
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | waits
+    try:
+        # It tells digests of disks that not everybody may be allowed to read.
+        fd = os.open(path, flags, PRIVATE_MODE)
+    except (OSError, ValueError) as error:
+        raise cannot_open(path, "write the log there", error) from error
+    try:
+        _refuse_foreign(path, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 class Log:
@@ -80,13 +105,7 @@ class Log:
         self._path = path
         self._fd: int | None = None
         if path is not None:
-            _refuse_foreign(path)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            try:
-                # It tells digests of disks that not everybody may be allowed to read.
-                self._fd = os.open(path, flags, PRIVATE_MODE)
-            except (OSError, ValueError) as error:
-                raise cannot_open(path, "write the log there", error) from error
+            self._fd = _opened(path)
 
     def write(self, event: str, **about: object) -> None:
         """Append one event."""
@@ -98,7 +117,7 @@ class Log:
             os.write(self._fd, line.encode())
         except OSError as error:
             self.close()
-            warn([f"{self._path}: cannot write the log any more: {error.strerror}"])
+            say(f"{self._path}: cannot write the log any more: {error.strerror}")
 
     def close(self) -> None:
         """Close the file."""

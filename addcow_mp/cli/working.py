@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FrameType
+from typing import IO, cast
 
-from addcow_mp.cli.saying import say, tell
+from addcow_mp.cli import results, signals
+from addcow_mp.cli.saying import in_background, note, on_screen, tell_progress
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.run import Progress, no_progress
-from addcow_mp.errors import InterruptedJobError, StoppedError, TerminatedJobError
+from addcow_mp.errors import StoppedError
 from addcow_mp.jobs.report import Conduct, ignore
 from addcow_mp.units import human_size
 
@@ -22,48 +23,31 @@ from addcow_mp.units import human_size
 STEPS = 10
 
 
-_MEANINGS: dict[int, type[StoppedError]] = {
-    signal.SIGINT: InterruptedJobError,
-    signal.SIGTERM: TerminatedJobError,
-}
-
-
 @contextmanager
 def working(
     jobs: int | None, access: Access, manner: Manner, *, progress: bool, quiet: bool = False
 ) -> Iterator[Conduct]:
-    """A conduct with progress on stderr, which SIGINT and SIGTERM end between tasks.
+    """A conduct with progress on stderr, which signals end between tasks.
 
     What keeps a job waiting is told too, unless it shall be ``quiet``.
     """
-    note = ignore if quiet else say
-    with _stoppable() as stop, _shown(progress) as (show, counted):
+    told = ignore if quiet else note
+    with in_background(), signals.asking() as stop, _shown(progress) as (show, counted):
         try:
             stops = partial(bool, stop)
-            yield Conduct(jobs, show, stops, access, manner, counted=counted, note=note)
+            yield Conduct(
+                jobs,
+                show,
+                stops,
+                access,
+                manner,
+                counted=counted,
+                note=told,
+                looking=signals.interrupting,
+            )
         except StoppedError as error:
-            if not stop:
-                raise  # no signal was it
-            raise _MEANINGS[stop[0]](message=str(error)) from error
-
-
-@contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """Signals met in the block; the first stops the job, a second one ends the process."""
-    met: list[int] = []
-
-    def meet(number: int, _: FrameType | None) -> None:
-        met.append(number)
-        signal.signal(number, old[number])
-
-    old = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in old:
-        signal.signal(number, meet)
-    try:
-        yield met
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+            raise signals.as_met(error) from error
+    results.job_is_done()
 
 
 @contextmanager
@@ -75,7 +59,7 @@ def _shown(progress: bool) -> Iterator[tuple[Progress, Progress]]:
     def answer(line: str) -> None:
         if asked:
             asked.clear()
-            tell(line)
+            tell_progress(line)
 
     try:
         with _renderer(progress) as show:
@@ -118,7 +102,7 @@ class _Lines:
             return
         self._shown = step
         rate = done / max(time.monotonic() - self._start, 1e-6)
-        tell(f"{_line(done, total)}, {human_size(rate)}/s")
+        tell_progress(f"{_line(done, total)}, {human_size(rate)}/s")
 
 
 @contextmanager
@@ -133,13 +117,21 @@ def _bar() -> Iterator[Progress]:
         TransferSpeedColumn,
     )
 
-    with Progress(
-        BarColumn(),
-        "{task.percentage:>3.0f}%",
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
+    with (
+        on_screen() as screen,
+        Progress(
+            BarColumn(),
+            "{task.percentage:>3.0f}%",
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=cast(IO[str], screen), force_terminal=True),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as bar,
+    ):
         task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        finally:
+            screen.is_ending = True

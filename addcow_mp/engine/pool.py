@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,11 @@ READY = "ready"
 
 #: Seconds between looks at the progress counters while no result arrives.
 TICK = 0.2
+
+
+#: Signals that are blocked in workers: they go to the whole group, or to each process, and the
+#: parent decides what they mean.
+_FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU}
 
 
 class Part(Enum):
@@ -125,8 +131,12 @@ class _Withdrawal:
     number: int
 
 
-def serve(pipe: Connection, parcel: Packed, slot: int, idle: bool) -> None:
-    """A worker's life: do the tasks that come through the pipe until it closes."""
+def serve(pipe: Connection, parcel: Packed, slot: int, idle: bool, parent: int) -> None:
+    """A worker's life: do the tasks that come through the pipe until it closes.
+
+    ``parent`` is whom to tell that the limit of processor time is reached; 0 = nobody.
+    """
+    _pass_on_the_limit(parent)
     # What is imported stays: looking for garbage among it again and again finds none.
     gc.set_threshold(50_000)
     if idle:
@@ -139,6 +149,23 @@ def serve(pipe: Connection, parcel: Packed, slot: int, idle: bool) -> None:
     except (EOFError, OSError):
         # No tidying up: the parent is gone or done, and the board is its to release.
         os._exit(0)
+
+
+def _who_heeds_the_limit() -> int:
+    """This process, if it knows what to do about SIGXCPU."""
+    return os.getpid() if callable(signal.getsignal(signal.SIGXCPU)) else 0
+
+
+def _pass_on_the_limit(parent: int) -> None:
+    """Let ``parent`` know when this process reaches its limit of processor time."""
+
+    def tell(number: int, _: object) -> None:
+        if parent and os.getppid() == parent:
+            os.kill(parent, number)
+
+    if parent:
+        signal.signal(signal.SIGXCPU, tell)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGXCPU})
 
 
 def _serve(pipe: Connection, works: dict[int, Work | UnstartedError], slot: int) -> None:
@@ -373,18 +400,17 @@ class Pool:
         return sorted(set(range(others)) - {worker.slot for worker in self._workers})
 
     def _start(self, slot: int) -> _Worker:
-        import signal
         from multiprocessing import get_context, resource_tracker
 
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=serve, args=(theirs, Parcel(self._works[OWN]), slot, self._idle), daemon=True
-        )
+        parcel, limit = Parcel(self._works[OWN]), _who_heeds_the_limit()
+        arguments = (theirs, parcel, slot, self._idle, limit)
+        process = context.Process(target=serve, args=arguments, daemon=True)
         # Requests to stop go to the whole group; the parent decides what they mean. Blocked
         # signals stay blocked in the new process, from its first instant on.
         resource_tracker.ensure_running()  # which unblocks them, when it starts its process
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
         try:
             process.start()
         finally:
@@ -486,7 +512,5 @@ def _end(worker: _Worker) -> None:
 
 def _status(code: int | None) -> str:
     if code is not None and code < 0:
-        import signal
-
         return f"signal {signal.Signals(-code).name}"
     return f"status {code}"

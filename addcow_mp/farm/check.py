@@ -127,7 +127,8 @@ def farm_check(places: Iterable[str], conduct: Conduct | None = None) -> FarmRep
     Raises :class:`BeginsAnewError` when ``conduct`` stops it: a list of some is no answer.
     """
     conduct = conduct or Conduct()
-    paths, access = files_of(places, conduct.access)
+    with conduct.looking():
+        paths, access = files_of(places, conduct.access)
     found = list(each_once(_checked(paths, access, conduct)))
     named = without_backups(one.named for one in found if one.named is not None)
     counted = {one.path for one in named}

@@ -65,7 +65,8 @@ def scrub(
     or ``conduct`` stops it. Raises :class:`ImageError` for a place that is not there and for a
     file that is no ledger.
     """
-    targets, access = _targets(places, conduct.access)
+    with conduct.looking():
+        targets, access = _targets(places, conduct.access)
     with opened(ledger, locking=access.locking) as book:
         known, runs = book.entries(), book.runs()
         entries = {path: _current(path, known.get(path)) for path in targets}

@@ -46,9 +46,11 @@ def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVe
     Raises :class:`BeginsAnewError` when ``conduct`` stops it.
     """
     conduct = conduct or Conduct()
-    files = FarmFiles(places, conduct.access)
+    with conduct.looking():
+        files = FarmFiles(places, conduct.access)
     with verifiers(replace(conduct, access=files.access), len(files.manifests)) as crew:
-        images, others = files.layers()
+        with conduct.looking():
+            images, others = files.layers()
         verdicts = crew.verify([*images, *others])
     return FarmVerdict(verdicts[: len(images)], verdicts[len(images) :])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -37,8 +37,9 @@ class Conduct:
     done and bytes in all, ``counted`` with images done and images in all by jobs that look at
     many, after ``progress`` where they tell both. ``note`` is called with a line about what keeps
     the job waiting. ``stopping`` is asked between tasks, and once it is true no new one is begun.
-    ``access`` says what may be opened and how, ``manner`` how bytes are moved, ``around`` what is
-    known of other overlays nearby; None = look.
+    ``looking`` is around what only looks, and may be ended anywhere. ``access`` says what may be
+    opened and how, ``manner`` how bytes are moved, ``around`` what is known of other overlays
+    nearby; None = look.
     """
 
     jobs: int | None = None
@@ -50,6 +51,7 @@ class Conduct:
     around: Surroundings | None = None
     counted: Progress = no_progress
     note: Callable[[str], None] = ignore
+    looking: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def readers(self) -> int | None:
