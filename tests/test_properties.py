@@ -746,10 +746,13 @@ def test_commit_in_a_picture(tmp_path: Path, jobs: int | None) -> None:
 
 
 def test_commit_grows_a_shorter_raw_backing_with_zeros(tmp_path: Path) -> None:
-    # The last 100 bytes of the backing are no sector and no guest's; growth ends them.
+    # The last 100 bytes of the backing are no whole sector, and stay what they are.
     files = files_in(tmp_path, overlay("A---D", raw("XYZ", cut=4 * KiB - 100)))
+    tail = read_file(files.below[0])[-100:]
     addcow_mp.commit(files.path, jobs=0)
-    assert picture(read_file(files.below[0])) == "AY00D"
+    content = read_file(files.below[0])
+    assert picture(content) == "AY?0D"
+    assert content[8 * KiB : 12 * KiB] == tail.ljust(4 * KiB, b"\0")
 
 
 def test_commit_never_shortens_a_longer_backing(tmp_path: Path) -> None:
