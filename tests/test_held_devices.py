@@ -7,6 +7,7 @@ the storage, must not be overridden by --force, and must leave every byte as it 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -318,3 +319,13 @@ def test_a_swap_file_is_not_written(tmp_path: Path, made: Loops) -> None:
         missing("files cannot be used as swap here")
     made.later(run, "swapoff", str(path))
     assert "it is used as swap" in refused("commit", over(tmp_path, "swap.img"), cwd=tmp_path)
+
+
+def test_a_plan_refuses_what_is_held(tmp_path: Path, disk: Path, made: Loops) -> None:
+    device = made.bind(disk)
+    made.ext4(device, tmp_path / "place")
+    over(tmp_path, "disk.img")
+    result = addcow("farm", "plan", "commit", "--output", "json", "vm.add-cow", cwd=tmp_path)
+    (image,) = json.loads(result.stdout)["images"]
+    assert image["state"] == "refused"
+    assert f"{device}, a loop device over it, is mounted" in image["problem"]

@@ -62,8 +62,15 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
     PRINTERS[wishes.output](made, quiet=wishes.quiet)
     if problem is not None:
         raise problem
-    if not wishes.dry_run:
-        raise typer.Exit(1 if made.count(State.REFUSED) or made.count(State.FAILED) else 0)
+    raise typer.Exit(_exit_code(made))
+
+
+def _exit_code(made: Plan) -> int:
+    """1 when something went wrong, or when all that there is to do is refused."""
+    refused = made.count(State.REFUSED)
+    if made.is_carried_out:
+        return 1 if refused or made.count(State.FAILED) else 0
+    return 1 if refused and not made.count(State.READY) else 0
 
 
 def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> UnstartedError | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
+from addcow_mp.cli.causes import Problem, tell_causes
 from addcow_mp.cli.jsontext import as_document, as_line
 from addcow_mp.cli.saying import one_line, say
 from addcow_mp.farm.plan import Plan, State, Step
@@ -91,12 +93,21 @@ def print_jsonl(plan: Plan, *, quiet: bool) -> None:  # noqa: ARG001
 
 
 def print_lines(plan: Plan, *, quiet: bool) -> None:
-    """Print a line for each image and a summary; what went wrong goes to stderr."""
+    """Print a line for each image and a summary; what went wrong goes to stderr.
+
+    A terminal is told of all images with one problem in one line.
+    """
+    in_short = sys.stderr.isatty()
+    problems: list[Problem] = []
     for step in plan.steps:
         if step.problem is not None and step.state is not State.STOPPED:
-            say(_told(step))
+            problems.append(Problem(step.path, _told(step), step.state, step.problem))
+            if not in_short:
+                say(_told(step))
         elif not quiet:
             print(one_line(_told(step)))
+    if in_short:
+        tell_causes(problems, say)
     if not quiet:
         print("\n".join(map(one_line, _totals(plan))))
 

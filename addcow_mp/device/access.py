@@ -26,8 +26,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+from addcow_mp.device.changeable import is_read_only, why_not_writable
 from addcow_mp.device.files import File, cannot_open, kind_of
-from addcow_mp.errors import AddcowError, ImageError, OutsideError
+from addcow_mp.errors import AddcowError, FileError, ImageError, OutsideError
 
 #: Never wait (O_NONBLOCK, for FIFOs), never become a controlling terminal, never inherit.
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -72,6 +73,17 @@ class Access(NamedTuple):
             fd = self._open_resolved(path, writable)
         return self._checked(File(path, fd, writable=writable))
 
+    def refuse_unwritable(self, file: File) -> None:
+        """Raise what opening ``file``, open for reading, once more for writing would raise.
+
+        The same file, whatever its name leads to by now; nothing of it is changed or locked.
+        """
+        try:
+            fd = os.open(f"/proc/self/fd/{file.fd}", _mode(writable=True))
+        except OSError as error:
+            raise _refused(file.path, True, error) from error
+        self._checked(File(file.path, fd, writable=True)).close()
+
     def _open_resolved(self, path: str, writable: bool) -> int:
         real = os.path.realpath(path)
         for root in map(os.path.realpath, self.roots):
@@ -115,7 +127,14 @@ def _refused(path: str, writable: bool, error: OSError | ValueError) -> AddcowEr
         from addcow_mp.device.holders import busy
 
         return busy(path)
-    return cannot_open(path, "open it for writing" if writable else "open it", error)
+    if isinstance(error, OSError) and writable:
+        return FileError(
+            path=path,
+            action="open it for writing",
+            reason=why_not_writable(path, error),
+            errno=error.errno,
+        )
+    return cannot_open(path, "open it", error)
 
 
 def _is_device(path: str) -> bool:
@@ -220,6 +239,11 @@ def _refuse_kind(file: File, allow_device: bool) -> None:
     if stat.S_ISBLK(status.st_mode):
         if not allow_device:
             raise ImageError(path=file.path, problem=f"it is {kind}; allow it with --allow-device")
+        # A read-only one can be opened for writing, and only each write is refused.
+        if file.writable and is_read_only(file):
+            raise ImageError(
+                path=file.path, problem="it cannot be written: the device is read-only"
+            )
     elif not stat.S_ISREG(status.st_mode):
         raise ImageError(path=file.path, problem=f"it is {kind}, not a regular file")
     elif status.st_dev in pseudo_devices():

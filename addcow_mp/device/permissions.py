@@ -67,20 +67,25 @@ def settle(fd: int, readers: Readers) -> None:
         os.fchmod(fd, mode)
 
 
-def narrow(fd: int, readers: Readers) -> bool:
-    """Take the file ``fd`` away from users who are no ``readers``; whether there were any."""
+def narrower(fd: int, readers: Readers) -> int | None:
+    """The mode with which only ``readers`` may read the file ``fd``; None when it is so already."""
     if readers.everybody:
-        return False
+        return None
     status = os.fstat(fd)
-    mode = stat.S_IMODE(status.st_mode)
-    wanted = mode
+    mode = wanted = stat.S_IMODE(status.st_mode)
     if mode & stat.S_IROTH:
         wanted &= ~stat.S_IRWXO
     if mode & stat.S_IRGRP and (status.st_gid != readers.group or _has_acl(fd)):
         wanted &= ~stat.S_IRWXG
-    if wanted != mode:
+    return wanted if wanted != mode else None
+
+
+def narrow(fd: int, readers: Readers) -> bool:
+    """Take the file ``fd`` away from users who are no ``readers``; whether there were any."""
+    wanted = narrower(fd, readers)
+    if wanted is not None:
         os.fchmod(fd, wanted)
-    return wanted != mode
+    return wanted is not None
 
 
 def _has_acl(fd: int) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -68,12 +69,29 @@ def described_by(path: str) -> str | None:
 
 def invalidate_all(layer: Layer, *, durable: bool = True) -> None:
     """Remove the manifests of a layer and of its image file; call it before any write to them."""
+    for name in _described(layer):
+        invalidate(name, durable=durable)
+
+
+def refuse_unremovable_manifests(layer: Layer) -> None:
+    """Raise when a manifest of the layer is there that :func:`invalidate_all` could not remove."""
+    from addcow_mp.device.changeable import why_not_removable
+
+    for sidecar in map(manifest_of, _described(layer)):
+        reason = why_not_removable(sidecar) if is_manifest(sidecar) else None
+        if reason is not None:
+            action = "remove it, as what it describes will change"
+            raise FileError(path=sidecar, action=action, reason=reason)
+
+
+def _described(layer: Layer) -> Iterator[str]:
+    """The names of a layer and of its image file, beside which manifests of them can lie."""
     files = list(layer.files())
     for path in dict.fromkeys((layer.path, files[0].path)):
         for name in _names(path):
             # A disk of the chain may have such a name, and what its guest has written at its start.
             if identity_at(manifest_of(name)) not in {file.identity for file in files}:
-                invalidate(name, durable=durable)
+                yield name
 
 
 def _names(path: str) -> list[str]:

@@ -28,7 +28,7 @@ from addcow_mp.device.files import free_bytes
 from addcow_mp.engine.plan import Task, parcels
 from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
 from addcow_mp.engine.space import Room
-from addcow_mp.errors import AddcowError, BeginsAnewError, DependantsError, SpaceError
+from addcow_mp.errors import AddcowError, BeginsAnewError, DependantsError, FileError, SpaceError
 from addcow_mp.farm.errand import Errand, Operation
 from addcow_mp.farm.neighbours import Neighbours
 from addcow_mp.farm.places import files_of
@@ -296,8 +296,12 @@ class _Accounts:
     def _take(self, step: Step, prospect: Prospect) -> None:
         device, room = prospect.device, step.room
         if device not in self._free:
+            try:
+                self._free[device] = free_bytes(os.statvfs(prospect.target))
+            except OSError as error:
+                step.refuse(FileError.of(prospect.target, "look at its file system", error))
+                return
             self._paths[device] = prospect.target
-            self._free[device] = free_bytes(os.statvfs(prospect.target))
         taken = self._taken[device]
         left = self._free[device] - taken
         if room.peak > left:

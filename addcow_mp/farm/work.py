@@ -200,7 +200,10 @@ class _Space:
         """Whether what ``step`` takes is free beside that; a step alone is let go to find out."""
         if step.prospect is None or not step.room.peak or not +self._reserved:
             return True
-        free = free_bytes(os.statvfs(os.path.dirname(step.prospect.target) or "."))
+        try:
+            free = free_bytes(os.statvfs(os.path.dirname(step.prospect.target) or "."))
+        except OSError:
+            return True  # its job says what is wrong there
         return step.room.peak <= free - self._reserved[step.prospect.device]
 
     def reserve(self, step: Step, times: int = 1) -> None:

@@ -29,7 +29,7 @@ from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
 from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
-from addcow_mp.jobs.moving import Movement, move, room
+from addcow_mp.jobs.moving import Movement, move, refuse_unwritable, room
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
 from addcow_mp.units import round_down
@@ -76,11 +76,19 @@ def foresee(path: str, conduct: Conduct, *, receives: bool = False) -> Prospect 
         if overlay.backing is None or (_is_done(overlay) and not receives):
             return None
         movement = _movement(overlay, conduct, keep=False)
+        refuse_unwritable(movement, _opened_to_write(overlay), conduct.access)
         target = movement.target.file
         device = target.status.st_dev
         gives_back = overlay.image.file.status.st_dev == device
         taken = room(movement, conduct)
         return Prospect(movement.weight, taken, target.path, device, gives_back)
+
+
+def _opened_to_write(overlay: Overlay) -> list[File]:
+    """The files that a commit opens for writing."""
+    backing = _accepted_backing(overlay)
+    raw = [backing.file] if isinstance(backing, RawLayer) else []
+    return [*_written(overlay, backing, keep=False), *raw]
 
 
 def _is_done(overlay: Overlay) -> bool:

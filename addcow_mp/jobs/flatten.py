@@ -8,20 +8,21 @@ where the backing has nothing. The names in the header stay; with ``discard`` th
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
 from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain, readers_of_chain
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.overlay import Overlay, refuse_short
-from addcow_mp.device.permissions import narrow
+from addcow_mp.device.permissions import narrow, narrower
 from addcow_mp.engine.plan import cut
 from addcow_mp.engine.space import Room
 from addcow_mp.engine.survey import alignment, missing_stretches
 from addcow_mp.engine.transfer import RawTarget, Which
 from addcow_mp.errors import SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
-from addcow_mp.jobs.moving import Movement, move, room
+from addcow_mp.jobs.moving import Movement, move, refuse_unwritable, room
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
 from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
@@ -62,9 +63,14 @@ def foresee(path: str, conduct: Conduct, *, discard: bool = False) -> Prospect |
         if overlay.all_allocated and not discard:
             return None
         _refuse(overlay, conduct, discard=discard)
+        written = [overlay.cow, image]
         if overlay.all_allocated:
+            for file in written:
+                conduct.access.refuse_unwritable(file)
             return Prospect(0, Room(), image.path, image.status.st_dev)
         movement = _movement(overlay)
+        refuse_unwritable(movement, written, conduct.access)
+        _refuse_unnarrowable(overlay)
         taken, bits = room(movement, conduct), overlay.bitmap.hole_bytes()
         taken = Room(taken.peak + bits, taken.kept + bits, taken.freed)
         return Prospect(movement.weight, taken, image.path, image.status.st_dev)
@@ -90,10 +96,22 @@ def _movement(overlay: Overlay) -> Movement:
     return movement
 
 
+_NARROWING = "let no more users read it than may read its backing file"
+
+
+def _refuse_unnarrowable(overlay: Overlay) -> None:
+    """Raise when :func:`_narrow` would have to change the mode of another user's file."""
+    image = overlay.image.file
+    with image.doing(_NARROWING):
+        wanted = narrower(image.fd, readers_of_chain(overlay.backing))
+        if wanted is not None and os.geteuid() not in (0, image.status.st_uid):
+            raise PermissionError(errno.EPERM, "it belongs to another user")
+
+
 def _narrow(overlay: Overlay, report: Report) -> None:
     """Let no more users read the image file than may read what is going to be copied into it."""
     image = overlay.image.file
-    with image.doing("let no more users read it than may read its backing file"):
+    with image.doing(_NARROWING):
         if narrow(image.fd, readers_of_chain(overlay.backing)):
             if image.durable:
                 os.fsync(image.fd)  # the mode as well, before any data

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from addcow_mp.device import faults
+from addcow_mp.device.access import Access
+from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import invalidate_all
+from addcow_mp.device.sidecar import invalidate_all, refuse_unremovable_manifests
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import Part
@@ -65,6 +67,17 @@ def room(movement: Movement, conduct: Conduct) -> Room:
         return room_for(work, movement.tasks, 1, frees=movement.frees)
     finally:
         board.close()
+
+
+def refuse_unwritable(movement: Movement, written: list[File], access: Access) -> None:
+    """Raise when a file that the job has open for reading yet could not be changed by it.
+
+    ``written`` are the files that the job will open for writing.
+    """
+    for file in written:
+        access.refuse_unwritable(file)
+    for layer in movement.changed:
+        refuse_unremovable_manifests(layer)
 
 
 def move(movement: Movement, conduct: Conduct, report: Report) -> None:

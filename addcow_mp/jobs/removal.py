@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 
 from addcow_mp.device import faults
+from addcow_mp.device.changeable import why_not_removable
 from addcow_mp.device.files import File, identity_of, sync_entry
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import invalidate, invalidate_all
+from addcow_mp.device.sidecar import invalidate, invalidate_all, is_manifest, manifest_of
 from addcow_mp.errors import ImageError
 
 
@@ -27,13 +28,12 @@ def _is_longer(overlay: Overlay) -> bool:
 
 def refuse_unremovable(overlay: Overlay) -> None:
     """Raise where no file can be removed."""
-    directory = os.path.dirname(overlay.cow.real)
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ImageError(
-            path=overlay.path,
-            problem=f"it cannot be removed from {directory}: no permission to write there; "
-            "leave --discard out",
-        )
+    for path in (overlay.cow.real, manifest_of(overlay.path)):
+        is_there = path == overlay.cow.real or is_manifest(path)
+        reason = why_not_removable(path) if is_there else None
+        if reason is not None:
+            problem = f"it cannot be removed: {reason}; leave --discard out"
+            raise ImageError(path=path, problem=problem)
 
 
 def remove(overlay: Overlay) -> None:
