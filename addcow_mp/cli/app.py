@@ -167,6 +167,14 @@ Roots = Annotated[
         help="names inside images may lead beneath DIR too; also ADDCOW_ROOTS=DIR:DIR",
     ),
 ]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="PATTERN",
+        help="leave out what fits PATTERN wherever files are looked for: by name, or by path",
+    ),
+]
 Devices = Annotated[bool, typer.Option("--allow-device", help="open block devices too")]
 Share = Annotated[
     bool, typer.Option("-U", "--force-share", help="read although others may be writing")
@@ -261,13 +269,16 @@ def create(
         ),
     ] = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
     """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
     from addcow_mp.cli.creating import create as carry_out
 
-    access = access_of(roots, allow_device, force=force, locking=locking, writes=True)
+    access = access_of(
+        roots, allow_device, force=force, locking=locking, writes=True, exclude=exclude
+    )
     carry_out(format.value, file, size, backing, backing_format, options or [], access, quiet=quiet)
 
 
@@ -321,6 +332,7 @@ def check(
     format: OverlayFormat = OnlyAddcow.addcow,
     force: Force = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -331,7 +343,13 @@ def check(
     from addcow_mp.cli.checking import show_check
 
     access = access_of(
-        roots, allow_device, share=share, force=force, locking=locking, writes=repair is not None
+        roots,
+        allow_device,
+        share=share,
+        force=force,
+        locking=locking,
+        writes=repair is not None,
+        exclude=exclude,
     )
     as_json, mend = output is Output.json, None if repair is None else repair.value
     raise typer.Exit(show_check(file, access, mend, as_json=as_json, quiet=quiet))
@@ -454,6 +472,7 @@ def commit(
     idle: Idle = False,
     force: Force = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -461,7 +480,9 @@ def commit(
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.commit import commit as job
 
-    access = access_of(roots, allow_device, cache=cache, force=force, locking=locking, writes=True)
+    access = access_of(
+        roots, allow_device, cache=cache, force=force, locking=locking, writes=True, exclude=exclude
+    )
     manner = manner_of(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, keep=keep, verifies=verify, conduct=conduct)
@@ -487,6 +508,7 @@ def flatten(
     idle: Idle = False,
     force: Force = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -494,7 +516,9 @@ def flatten(
     from addcow_mp.cli.working import working
     from addcow_mp.jobs.flatten import flatten as job
 
-    access = access_of(roots, allow_device, cache=cache, force=force, locking=locking, writes=True)
+    access = access_of(
+        roots, allow_device, cache=cache, force=force, locking=locking, writes=True, exclude=exclude
+    )
     manner = manner_of(copy, cache, sparse, rate, idle=idle)
     with working(jobs, access, manner, progress=progress and not quiet) as conduct:
         report = job(file, discard=discard, verifies=verify, conduct=conduct)
@@ -513,6 +537,7 @@ def io_(
     format: OverlayFormat = OnlyAddcow.addcow,
     force: Force = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -523,7 +548,13 @@ def io_(
     if share and not read_only:
         raise UsageError(message="-U is for reading only: give -r as well")
     access = access_of(
-        roots, allow_device, share=share, force=force, locking=locking, writes=not read_only
+        roots,
+        allow_device,
+        share=share,
+        force=force,
+        locking=locking,
+        writes=not read_only,
+        exclude=exclude,
     )
     raise typer.Exit(exercise(file, commands, access, read_only=read_only))
 
@@ -537,6 +568,7 @@ def access_of(
     force: bool = False,
     locking: Locking = Locking.on,
     writes: bool = False,
+    exclude: list[str] | None = None,
 ) -> Access:
     """What the options and the environment allow a command, which ``writes`` or only looks."""
     import os
@@ -553,6 +585,8 @@ def access_of(
         )
     if roots and "" in roots:
         raise UsageError(message="--root '': name a directory; '.' is the current one")
+    if exclude and not all(exclude):
+        raise UsageError(message="--exclude '': give a pattern of names, or of paths")
     everywhere = [root for root in os.environ.get("ADDCOW_ROOTS", "").split(":") if root]
     return Access(
         roots=(*(roots or ()), *everywhere),
@@ -561,6 +595,7 @@ def access_of(
         durable=cache is not CacheMode.unsafe,
         force=force,
         locking=locking is Locking.on,
+        exclude=tuple(exclude or ()),
     )
 
 

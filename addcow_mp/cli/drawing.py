@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 UNNAMED_HEADING = "Named by no overlay:"
+UNEXAMINED_HEADING = "Not examined:"
 
 #: Colours that are told apart on white, in the words of SVG and of graphviz.
 _COLOURS = {
@@ -35,6 +36,7 @@ _COLOURS = {
     Mark.CYCLE: "#a000a0",
     Mark.SHARED_IMAGE: "#c00000",
     Mark.BASE_CHANGED: "#c06000",
+    Mark.NOT_EXAMINED: "#806000",
     Mark.UNNAMED: "#707070",
 }
 _PLAIN = "#202020"
@@ -58,17 +60,23 @@ def _lines(graph: Graph) -> Iterator[Line]:
             yield Line(row.depth, row.last, told, [Mark.CYCLE], None)
         else:
             yield Line(row.depth, row.last, _words(row.node), row.node.marks, row.node)
-    unnamed = graph.unnamed
-    if unnamed:
-        yield Line(0, True, UNNAMED_HEADING, [], None)
-    for node in unnamed:
-        yield Line(1, node is unnamed[-1], _words(node), node.marks, node)
+    yield from _group(UNEXAMINED_HEADING, graph.unexamined)
+    yield from _group(UNNAMED_HEADING, graph.unnamed)
+
+
+def _group(heading: str, nodes: list[Node]) -> Iterator[Line]:
+    """Files beneath a heading; nothing where there are none."""
+    if nodes:
+        yield Line(0, True, heading, [], None)
+    for node in nodes:
+        yield Line(1, node is nodes[-1], _words(node), node.marks, node)
 
 
 def _words(node: Node) -> str:
-    """Path, virtual size, and how much is local or else the format."""
+    """Path, virtual size, how much is local or else the format, and why it is not examined."""
     what = _share(node) if node.member is not None else node.format or ""
-    return "  ".join(filter(None, (node.path, _size(node), what)))
+    size = "" if node.kind is Kind.NOT_EXAMINED and node.virtual_size is None else _size(node)
+    return "  ".join(filter(None, (node.path, size, what, node.problem)))
 
 
 def _size(node: Node) -> str:
@@ -116,11 +124,14 @@ def draw_json(graph: Graph) -> None:
 
 
 def draw_jsonl(graph: Graph) -> None:
-    """Print a line for each image."""
+    """Print a line for each image, and for each file that is not examined."""
     from addcow_mp.cli.jsontext import as_line
 
     for node in graph.images:
         print(as_line(_image(node)))
+    for node in graph.files:
+        if Mark.NOT_EXAMINED in node.marked:
+            print(as_line(_file(node)))
 
 
 def _image(node: Node) -> dict[str, object]:
@@ -141,7 +152,7 @@ def _image(node: Node) -> dict[str, object]:
 
 
 def _file(node: Node) -> dict[str, object]:
-    problem = None if node.member is None else node.member.problem
+    problem = node.problem if node.member is None else node.member.problem
     return {
         "filename": node.path,
         "kind": node.kind,
@@ -293,6 +304,8 @@ def _details(node: Node) -> Iterator[str]:
         yield f"marks: {', '.join(node.marks)}"
     if node.member is not None and node.member.problem is not None:
         yield one_line(str(node.member.problem))
+    if node.problem is not None:
+        yield one_line(node.problem)
 
 
 def _in_xml(text: str) -> str:

@@ -14,6 +14,7 @@ from addcow_mp.cli.app import (
     CopyBy,
     CopyWay,
     Devices,
+    Exclude,
     Force,
     Idle,
     Jobs,
@@ -155,16 +156,20 @@ def ls(
     output: HowToList = Listing.human,
     share: Share = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
     """List every overlay: what it stands on, how large it is, how much of it is local."""
     from addcow_mp.cli.listing import PRINTERS, in_order
+    from addcow_mp.cli.reasons import explain
     from addcow_mp.farm.members import members
 
-    access = access_of(roots, allow_device, share=share, locking=locking)
-    found = members(all_places(places, from_file, null=null), access)
-    PRINTERS[output](in_order(found, sort, reverse=reverse))
+    access = access_of(roots, allow_device, share=share, locking=locking, exclude=exclude)
+    found, there = members(all_places(places, from_file, null=null), access)
+    PRINTERS[output](in_order(found, sort, reverse=reverse), there.unexamined)
+    said = explain(there, [one.filename for one in found])
+    raise typer.Exit(1 if said or there.unexamined or any(one.is_hidden for one in found) else 0)
 
 
 @command("graph")
@@ -175,15 +180,20 @@ def graph(
     output: Annotated[Drawing, typer.Option("--output", help="how to draw")] = Drawing.human,
     share: Share = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
     """Draw who backs whom, what is missing, and what nobody names."""
     from addcow_mp.cli.drawing import DRAWERS
+    from addcow_mp.cli.reasons import explain
     from addcow_mp.farm.graph import farm_graph
 
-    access = access_of(roots, allow_device, share=share, locking=locking)
-    DRAWERS[output](farm_graph(all_places(places, from_file, null=null), access))
+    access = access_of(roots, allow_device, share=share, locking=locking, exclude=exclude)
+    drawn = farm_graph(all_places(places, from_file, null=null), access)
+    DRAWERS[output](drawn)
+    explain(drawn.places, [node.path for node in drawn.nodes])
+    raise typer.Exit(0 if drawn.is_whole else 1)
 
 
 @command("check")
@@ -200,18 +210,20 @@ def check(
     idle: Idle = False,
     share: Share = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
     """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
     from addcow_mp.cli import verdicts
     from addcow_mp.cli.progressing import counting
+    from addcow_mp.cli.reasons import explain
     from addcow_mp.cli.working import working
     from addcow_mp.device.moving import Manner
     from addcow_mp.farm.check import farm_check
 
     listed = all_places(places, from_file, null=null)
-    access = access_of(roots, allow_device, share=share, locking=locking)
+    access = access_of(roots, allow_device, share=share, locking=locking, exclude=exclude)
     form = form_of(bar, progress, quiet=quiet)
     with (
         working(jobs, access, Manner(idle=idle), progress=False) as conduct,
@@ -219,7 +231,8 @@ def check(
     ):
         report = farm_check(listed, counted)
     verdicts.PRINTERS[output](report, quiet=quiet)
-    raise typer.Exit(report.exit_code)
+    said = explain(report.found, [one.path for one in report.images], quiet=quiet)
+    raise typer.Exit(report.exit_code or int(said))
 
 
 @command("verify")
@@ -236,6 +249,7 @@ def verify(
     idle: Idle = False,
     share: Share = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -244,13 +258,14 @@ def verify(
     Exit status: 0 all as it was, 1 something could not be verified, 2 something differs.
     """
     from addcow_mp.cli.progressing import counting
+    from addcow_mp.cli.reasons import explain
     from addcow_mp.cli.verifying import FARM_PRINTERS, worst
     from addcow_mp.cli.working import working
     from addcow_mp.device.moving import Manner
     from addcow_mp.farm.verify import farm_verify
 
     listed = all_places(places, from_file, null=null)
-    access = access_of(roots, allow_device, share=share, locking=locking)
+    access = access_of(roots, allow_device, share=share, locking=locking, exclude=exclude)
     form = form_of(bar, progress, quiet=quiet)
     with (
         working(jobs, access, Manner(idle=idle), progress=False) as conduct,
@@ -258,6 +273,7 @@ def verify(
     ):
         found = farm_verify(listed, counted)
     FARM_PRINTERS[output](found, quiet=quiet)
+    explain(found.places, [one.path for one in found.all], quiet=quiet)
     raise typer.Exit(worst(found.all))
 
 
@@ -273,6 +289,7 @@ def plan(
     output: HowToList = Listing.human,
     force: Force = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -281,7 +298,7 @@ def plan(
 
     if discard and operation is Operation.commit:
         raise typer.BadParameter("--discard is for flatten")
-    access = access_of(roots, allow_device, force=force, locking=locking)
+    access = access_of(roots, allow_device, force=force, locking=locking, exclude=exclude)
     wishes = Wishes(operation, output, discard=discard, dry_run=True, quiet=quiet, jobs=jobs)
     carry_out(all_places(places, from_file, null=null), access, wishes)
 
@@ -309,6 +326,7 @@ def commit(
     idle: Idle = False,
     force: Force = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -320,7 +338,13 @@ def commit(
     from addcow_mp.cli.farming import Wishes, carry_out
 
     access = access_of(
-        roots, allow_device, cache=cache, force=force, locking=locking, writes=not dry_run
+        roots,
+        allow_device,
+        cache=cache,
+        force=force,
+        locking=locking,
+        writes=not dry_run,
+        exclude=exclude,
     )
     wishes = Wishes(
         Operation.commit,
@@ -363,6 +387,7 @@ def flatten(
     idle: Idle = False,
     force: Force = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -374,7 +399,13 @@ def flatten(
     from addcow_mp.cli.farming import Wishes, carry_out
 
     access = access_of(
-        roots, allow_device, cache=cache, force=force, locking=locking, writes=not dry_run
+        roots,
+        allow_device,
+        cache=cache,
+        force=force,
+        locking=locking,
+        writes=not dry_run,
+        exclude=exclude,
     )
     wishes = Wishes(
         Operation.flatten,

@@ -8,7 +8,8 @@ import typer
 
 from addcow_mp.cli import signals
 from addcow_mp.cli.limit import Limit
-from addcow_mp.cli.outcomes import PRINTERS
+from addcow_mp.cli.outcomes import NOT_EXAMINED, PRINTERS, describe_unexamined
+from addcow_mp.cli.reasons import explain
 from addcow_mp.cli.saying import warn
 from addcow_mp.cli.watching import watching
 from addcow_mp.cli.working import working
@@ -60,9 +61,10 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
             problem = _work(made, bounded, wishes)
         problem = problem or _what_stopped_it(made, conduct, limit)
     PRINTERS[wishes.output](made, quiet=wishes.quiet)
+    said = explain(made.places, [step.path for step in made.steps], quiet=wishes.quiet)
     if problem is not None:
         raise problem
-    raise typer.Exit(_exit_code(made))
+    raise typer.Exit(1 if said or made.unexamined else _exit_code(made))
 
 
 def _exit_code(made: Plan) -> int:
@@ -78,6 +80,8 @@ def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> UnstartedError | None
     problem = None
     with watching(wishes.form, wishes.progress_fd, wishes.log, conduct.progress) as (watch, log):
         log.write("farm-begun", operation=wishes.operation, images=len(made.steps))
+        for one in made.unexamined:
+            log.write(NOT_EXAMINED, **describe_unexamined(one, made))
         try:
             work(made, conduct, stops_at_error=wishes.stops_at_error, watch=watch)
         except UnstartedError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from addcow_mp.cli.jsontext import as_document, as_line
 from addcow_mp.cli.saying import one_line
+from addcow_mp.device.discovery import Unexamined
 from addcow_mp.farm.members import Member
 from addcow_mp.units import human_size
 
@@ -46,21 +47,42 @@ def describe(one: Member) -> dict[str, object]:
     }
 
 
-def _print_json(found: list[Member]) -> None:
-    print(as_document({"images": [describe(one) for one in found]}))
+def describe_unexamined(one: Unexamined) -> dict[str, object]:
+    """The keys of what could not be looked at: those of an image of which nothing is known."""
+    unknown = dict.fromkeys(_NUMBERS)
+    return {"filename": one.path, **unknown, "state": NOT_EXAMINED, "problem": one.reason}
 
 
-def _print_jsonl(found: list[Member]) -> None:
-    for one in found:
-        print(as_line(describe(one)))
+NOT_EXAMINED = "not-examined"
+
+#: What is known of an image and of nothing else.
+_NUMBERS = ["backing-filename", "full-backing-filename", "depth", "virtual-size", "local-size"]
+_NUMBERS += ["percent-local"]
 
 
-def _print_table(found: list[Member]) -> None:
+def _print_json(found: list[Member], unexamined: list[Unexamined]) -> None:
+    print(as_document({"images": _all(found, unexamined)}))
+
+
+def _print_jsonl(found: list[Member], unexamined: list[Unexamined]) -> None:
+    for one in _all(found, unexamined):
+        print(as_line(one))
+
+
+def _all(found: list[Member], unexamined: list[Unexamined]) -> list[dict[str, object]]:
+    return [*map(describe, found), *map(describe_unexamined, unexamined)]
+
+
+def _print_table(found: list[Member], unexamined: list[Unexamined]) -> None:
     print(f"{'Virtual size':>12}  {'Local':>10}  {'%':>5}  {'Depth':>5}  {'State':<15}  Image")
     for one in found:
         print(one_line(_row(one)))
         if one.problem is not None:
             print(f"{'':>12}  {one_line(str(one.problem))}")
+    for hidden in unexamined:
+        columns = f"{'?':>12}  {'?':>10}  {'?':>5}  {'?':>5}  {NOT_EXAMINED:<15}"
+        print(one_line(f"{columns}  {hidden.path}"))
+        print(f"{'':>12}  {one_line(hidden.reason)}")
 
 
 def _row(one: Member) -> str:
@@ -75,7 +97,7 @@ def _row(one: Member) -> str:
 
 
 #: How to print, by the word for it on the command line.
-PRINTERS: dict[str, Callable[[list[Member]], None]] = {
+PRINTERS: dict[str, Callable[[list[Member], list[Unexamined]], None]] = {
     "human": _print_table,
     "json": _print_json,
     "jsonl": _print_jsonl,

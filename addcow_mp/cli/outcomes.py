@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from addcow_mp.cli.causes import Problem, tell_causes
 from addcow_mp.cli.jsontext import as_document, as_line
 from addcow_mp.cli.saying import one_line, say
+from addcow_mp.device.discovery import Unexamined
 from addcow_mp.farm.plan import Plan, State, Step
 from addcow_mp.units import human_size
 
@@ -36,6 +37,21 @@ def describe(step: Step) -> dict[str, object]:
     }
 
 
+#: What is said of what could not be looked at.
+NOT_EXAMINED = "not-examined"
+
+
+def describe_unexamined(one: Unexamined, plan: Plan) -> dict[str, object]:
+    """The public keys of what could not be looked at."""
+    about = {"filename": one.path, "operation": plan.operation, "state": NOT_EXAMINED}
+    return {**about, "problem": one.reason}
+
+
+def _images(plan: Plan) -> list[dict[str, object]]:
+    hidden = [describe_unexamined(one, plan) for one in plan.unexamined]
+    return [*map(describe, plan.steps), *hidden]
+
+
 def _planned(step: Step) -> dict[str, object]:
     target = None if step.prospect is None else step.prospect.target
     room = step.room
@@ -58,6 +74,7 @@ def _done(step: Step) -> dict[str, object]:
 
 def _summary(plan: Plan) -> dict[str, object]:
     counts = {str(state): plan.count(state) for state in _COUNTED}
+    counts |= {NOT_EXAMINED: len(plan.unexamined)} if plan.unexamined else {}
     if not plan.is_carried_out:
         done = (State.DONE, State.FAILED, State.STOPPED, State.LEFT)
         counts = {name: count for name, count in counts.items() if name not in done}
@@ -81,14 +98,13 @@ def _whole(plan: Plan) -> dict[str, object]:
 
 def print_json(plan: Plan, *, quiet: bool) -> None:  # noqa: ARG001 - all print in one manner
     """Print one document, images in the order of the plan."""
-    images = [describe(step) for step in plan.steps]
-    print(as_document({"images": images, **_whole(plan)}))
+    print(as_document({"images": _images(plan), **_whole(plan)}))
 
 
 def print_jsonl(plan: Plan, *, quiet: bool) -> None:  # noqa: ARG001
     """Print a line for each image, and one for the farm as a whole."""
-    for step in plan.steps:
-        print(as_line(describe(step)))
+    for one in _images(plan):
+        print(as_line(one))
     print(as_line(_whole(plan)))
 
 
@@ -108,6 +124,8 @@ def print_lines(plan: Plan, *, quiet: bool) -> None:
             print(one_line(_told(step)))
     if in_short:
         tell_causes(problems, say)
+    for one in plan.unexamined:
+        say(f"{NOT_EXAMINED}: {one.path}: {one.reason}")
     if not quiet:
         print("\n".join(map(one_line, _totals(plan))))
 
@@ -146,6 +164,7 @@ def _totals(plan: Plan) -> Iterator[str]:
     counts = [
         f"{plan.count(state)} {state.replace('-', ' ')}" for state in _COUNTED if plan.count(state)
     ]
+    counts += [f"{len(plan.unexamined)} not examined"] if plan.unexamined else []
     yield f"{len(plan.steps)} images{': ' if counts else ''}{', '.join(counts)}"
 
 

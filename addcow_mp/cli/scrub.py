@@ -10,6 +10,7 @@ from addcow_mp.cli.app import (
     CacheMode,
     CopyWay,
     Devices,
+    Exclude,
     HowToPrint,
     Idle,
     Jobs,
@@ -75,6 +76,7 @@ def run(
     idle: Idle = False,
     share: Share = False,
     roots: Roots = None,
+    exclude: Exclude = None,
     allow_device: Devices = False,
     locking: Locks = Locking.on,
 ) -> None:
@@ -85,7 +87,7 @@ def run(
     """
     from addcow_mp.cli.scrubbing import Wishes, carry_out
 
-    access = access_of(roots, allow_device, share=share, locking=locking)
+    access = access_of(roots, allow_device, share=share, locking=locking, exclude=exclude)
     wishes = Wishes(
         state,
         sample=sample,

@@ -12,6 +12,7 @@ from addcow_mp.cli import signals
 from addcow_mp.cli.jsontext import as_document
 from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.progressing import counting
+from addcow_mp.cli.reasons import explain
 from addcow_mp.cli.saying import one_line, say
 from addcow_mp.cli.verifying import counts_of, findings_of, layer_of, print_findings, worst
 from addcow_mp.cli.working import working
@@ -54,6 +55,8 @@ def carry_out(places: list[str], access: Access, wishes: Wishes) -> None:
             )
         problem = found.problem or _what_stopped_it(found, conduct)
     _show(found, wishes)
+    if found.places is not None:
+        explain(found.places, [one.path for one in found.verdicts], quiet=wishes.quiet)
     if problem is not None:
         _raise(found, problem)
     raise typer.Exit(worst(found.verdicts))

@@ -31,20 +31,20 @@ def _whole(report: FarmReport) -> dict[str, object]:
 
 def print_json(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001 - all print in one manner
     """Print one document."""
-    images = [_image(one) for one in report.images]
+    images = [_image(one) for one in report.all]
     print(as_document({"images": images, **_whole(report)}))
 
 
 def print_jsonl(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001
     """Print a line for each image, and one for the farm as a whole."""
-    for one in report.images:
+    for one in report.all:
         print(as_line(_image(one)))
     print(as_line(_whole(report)))
 
 
 def print_lines(report: FarmReport, *, quiet: bool) -> None:
     """A line for each finding, in words that can be searched for, and one for all."""
-    for image in report.images:
+    for image in report.all:
         for finding in image.findings:
             told = f"{finding.severity.value.upper()} {finding.name}: {finding.message}"
             print(one_line(f"{image.path}: {told}"))

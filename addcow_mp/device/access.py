@@ -44,6 +44,7 @@ class Access(NamedTuple):
     out; without them a power cut can lose data that was announced (``-t unsafe``). ``force``:
     dependants, hard links and first bytes do not matter. ``locking``: take QEMU's image locks
     and heed those of others (``--locking off``: neither).
+    ``exclude``: patterns of what is left out wherever files are looked for.
     """
 
     roots: tuple[str, ...] = ()
@@ -53,6 +54,7 @@ class Access(NamedTuple):
     force: bool = False
     locking: bool = True
     files: frozenset[str] | None = None
+    exclude: tuple[str, ...] = ()
 
     def beside(self, path: str) -> Access:
         """The same, with the directory of ``path``, to which no link leads, as a further root."""

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.discovery import Unexamined, is_gone
 from addcow_mp.engine.plan import Task, parcels
 from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
 from addcow_mp.errors import BeginsAnewError
 from addcow_mp.farm.glance import Glance, LookCloserError
-from addcow_mp.farm.places import files_of, without_backups
+from addcow_mp.farm.places import Found, files_of, without_backups
 from addcow_mp.jobs.check import check
-from addcow_mp.jobs.dependants import Identity, Named, named_by
+from addcow_mp.jobs.dependants import Identity, Named, examined, named_by
 from addcow_mp.jobs.findings import CheckReport, Finding, Severity
 from addcow_mp.jobs.report import Conduct
 
@@ -53,20 +54,30 @@ class Checked(NamedTuple):
 
 @dataclass
 class FarmReport:
-    """The report of each image, in order of paths, and the findings about the farm as a whole."""
+    """The report of each image, in order of paths, and the findings about the farm as a whole.
+
+    ``places`` are directories, and files that are named, that could not be looked at.
+    """
 
     images: list[Checked] = field(default_factory=list)
     graph: list[Finding] = field(default_factory=list)
+    places: list[Checked] = field(default_factory=list)
+    found: Found = field(default_factory=lambda: Found(Access()))
+
+    @property
+    def all(self) -> list[Checked]:
+        """Images and places."""
+        return [*self.images, *self.places]
 
     @property
     def exit_code(self) -> int:
         """That of the worst image; a finding about the graph is a corruption."""
-        statuses = {one.exit_code for one in self.images} | ({2} if self.graph else {0})
+        statuses = {one.exit_code for one in self.all} | ({2} if self.graph else {0})
         return next(status for status in WORST_FIRST if status in statuses)
 
     def count(self, status: int) -> int:
-        """How many images have this exit status."""
-        return sum(1 for one in self.images if one.exit_code == status)
+        """How many images and places have this exit status."""
+        return sum(1 for one in self.all if one.exit_code == status)
 
 
 class _Checks:
@@ -98,21 +109,16 @@ class _Checks:
 
 def looked_closely(path: str, access: Access) -> Checked | None:
     """What the full check says of ``path``; None when it is no overlay."""
-    if os.path.islink(path) and _is_other(path):
+    # What a link leads to and is no overlay, wherever that lies, is of no concern.
+    if os.path.islink(path) and examined(path) is None:
         return None
     try:
         report = check(path, access)
     except OSError as error:
         return _unexamined(path, error)
-    if not (report.is_addcow and os.path.lexists(path)):
+    if not (report.is_addcow and not is_gone(path)):
         return None
     return Checked(path, named_by(path), tuple(report.findings))
-
-
-def _is_other(path: str) -> bool:
-    """Whether ``path`` leads to what is no overlay, wherever that lies: it is of no concern."""
-    unread: list[str] = []
-    return named_by(path, unread) is None and not unread
 
 
 def _unexamined(path: str, error: Exception) -> Checked:
@@ -121,19 +127,25 @@ def _unexamined(path: str, error: Exception) -> Checked:
     return Checked(path, None, (finding,))
 
 
+def _place(one: Unexamined) -> Checked:
+    finding = Finding("not-examined", Severity.CHECK_ERROR, one.reason)
+    return Checked(one.path, None, (finding,))
+
+
 def farm_check(places: Iterable[str], conduct: Conduct | None = None) -> FarmReport:
-    """Check every overlay in ``places``. Raises :class:`ImageError` for a place that is not there.
+    """Check every overlay in ``places``. Raises :class:`ImageError` when none of them is there.
 
     Raises :class:`BeginsAnewError` when ``conduct`` stops it: a list of some is no answer.
     """
     conduct = conduct or Conduct()
     with conduct.looking():
-        paths, access = files_of(places, conduct.access)
-    found = list(each_once(_checked(paths, access, conduct)))
+        there = files_of(places, conduct.access)
+    found = list(each_once(_checked(there.files, there.access, conduct)))
     named = without_backups(one.named for one in found if one.named is not None)
     counted = {one.path for one in named}
     found = [one for one in found if one.named is None or one.path in counted]
-    return FarmReport(found, list(graph_findings(named)))
+    hidden = [_place(one) for one in there.unexamined]
+    return FarmReport(found, list(graph_findings(named)), hidden, there)
 
 
 def each_once(found: Iterable[Checked]) -> Iterator[Checked]:

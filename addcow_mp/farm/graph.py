@@ -7,9 +7,11 @@ nodes, they belong to their overlays. An overlay with ALL_ALLOCATED consults no 
 it stands alone, though its header may go on naming one.
 
 An overlay has one backing file, so the graph is a forest, and its roots are the files that
-nothing backs. A circle of overlays has no root: the first of its members, by path, is drawn as
-one, and the row where the circle closes says so. An overlay outside of the places is followed
-down only as far as names may lead (:mod:`addcow_mp.device.access`).
+nothing backs. A file is unnamed only when all that could name it was looked at; otherwise it is
+*not examined*, like what could not be looked at itself. A circle of overlays has no root: the
+first of its members, by path, is drawn as one, and the row where the circle closes says so. An
+overlay outside of the places is followed down only as far as names may lead
+(:mod:`addcow_mp.device.access`).
 
 *base-changed* says that the backing holds data that was written after the overlay's own files
 last were: its mtime is later than those of the overlay's ``.add-cow`` and image file. A guest
@@ -34,15 +36,17 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.discovery import is_gone
 from addcow_mp.device.files import File, identity_of
 from addcow_mp.device.headers import peek_header, read_name
 from addcow_mp.device.sidecar import described_by
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.members import Member, members_of
-from addcow_mp.farm.places import files_of
+from addcow_mp.farm.places import Found, files_of, in_order
 from addcow_mp.format.geometry import raw_size
 from addcow_mp.format.header import (
     ADD_COW,
@@ -68,6 +72,7 @@ class Kind(StrEnum):
     OVERLAY = "overlay"
     BACKING = "backing"
     MISSING = "missing"
+    NOT_EXAMINED = "not-examined"
     UNNAMED = "unnamed"
 
 
@@ -81,8 +86,11 @@ class Mark(StrEnum):
     CYCLE = "cycle"
     SHARED_IMAGE = "shared-image"
     BASE_CHANGED = "base-changed"
+    NOT_EXAMINED = "not-examined"
     UNNAMED = "unnamed"
 
+
+_MAY_NAME_IT = "what could not be looked at may name it"
 
 #: Marks that the state of an overlay says by itself.
 _STATES = (Mark.DAMAGED, Mark.UNEXAMINED, Mark.MISSING_IMAGE)
@@ -104,7 +112,7 @@ class Node:
     """A file. ``member`` and ``said`` are known of overlays, also outside of the places.
 
     ``written``: when the newest of its files was, in nanoseconds. ``overlays``: those directly
-    over it, in order of paths once the graph is complete.
+    over it, in order of paths once the graph is complete. ``problem``: why it is not examined.
     """
 
     path: str
@@ -114,6 +122,7 @@ class Node:
     member: Member | None = None
     said: Said = field(default_factory=Said)
     written: int | None = None
+    problem: str | None = None
     marked: set[Mark] = field(default_factory=set)
     backing: Node | None = field(default=None, repr=False)
     overlays: list[Node] = field(default_factory=list, repr=False)
@@ -149,6 +158,13 @@ class Graph:
 
     nodes: list[Node]
     roots: list[Node]
+    places: Found
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything could be looked at."""
+        hidden = any(node.member is not None and node.member.is_hidden for node in self.nodes)
+        return not self.places.unexamined and not hidden
 
     @property
     def images(self) -> list[Node]:
@@ -164,6 +180,11 @@ class Graph:
     def unnamed(self) -> list[Node]:
         """The files that no overlay names."""
         return [node for node in self.nodes if node.kind is Kind.UNNAMED]
+
+    @property
+    def unexamined(self) -> list[Node]:
+        """What could not be looked at, and the files that something there may name."""
+        return [node for node in self.nodes if node.kind is Kind.NOT_EXAMINED]
 
     def count(self, mark: Mark) -> int:
         """How many files have ``mark``; one that is missing is told by the overlays over it."""
@@ -192,21 +213,23 @@ def farm_graph(places: Iterable[str], access: Access | None = None) -> Graph:
     """The graph of the overlays in ``places``.
 
     Names inside images may lead beneath any directory among ``places`` as well. Raises
-    :class:`ImageError` when a place is not there or cannot be read.
+    :class:`ImageError` when none of the places is there.
     """
-    paths, access = files_of(places, access or Access())
-    building = _Building()
-    for member in members_of(paths, access):
-        building.add_member(member, access)
+    found = files_of(places, access or Access())
+    building = _Building(found)
+    for member in members_of(found):
+        building.add_member(member, found.access)
     building.follow()
-    building.add_unnamed(paths)
+    building.add_unexamined()
+    building.add_unnamed()
     return building.graph()
 
 
 class _Building:
     """A graph that is being built: what is known by now, and what is to be followed down."""
 
-    def __init__(self) -> None:
+    def __init__(self, found: Found) -> None:
+        self.found = found
         self.nodes: dict[Key, Node] = {}
         self.owners: dict[Key, list[Node]] = defaultdict(list)
         self.waiting: deque[tuple[Node, Access]] = deque()
@@ -226,21 +249,40 @@ class _Building:
             self._join_image(node)
             self._join_backing(node, access)
 
-    def add_unnamed(self, paths: Iterable[str]) -> None:
-        """The regular files among ``paths`` that came up nowhere."""
-        for path in paths:
+    def add_unexamined(self) -> None:
+        """What could not be looked at: a file that came up before, or one of its own."""
+        self.found.unexamined = in_order(self.found.unexamined)
+        for one in self.found.unexamined:
+            key = _looked_up(one.path).key
+            node = self.nodes.setdefault(key, Node(one.path, Kind.NOT_EXAMINED))
+            node.problem = one.reason
+            node.marked.add(Mark.NOT_EXAMINED)
+
+    def add_unnamed(self) -> None:
+        """The regular files that came up nowhere."""
+        for path in self.found.files:
             layer = described_by(path)
-            if layer is not None and os.path.lexists(layer):
+            if layer is not None and not is_gone(layer):
                 continue  # a manifest belongs to what it is about
             there = _looked_up(path)
             if there.status is None or not stat.S_ISREG(there.status.st_mode):
                 continue
             if there.key not in self.nodes and there.key not in self.owners:
                 size = raw_size(there.status.st_size)
-                node = Node(path, Kind.UNNAMED, virtual_size=size, marked={Mark.UNNAMED})
-                # It may be an overlay all the same: nobody could look.
-                node.marked |= set() if os.access(path, os.R_OK) else {Mark.UNEXAMINED}
-                self.nodes[there.key] = node
+                self.nodes[there.key] = self._not_named(path, size)
+
+    def _not_named(self, path: str, size: int) -> Node:
+        """A file that no overlay names, as far as all of them could be looked at."""
+        if self._sees_all:
+            return Node(path, Kind.UNNAMED, virtual_size=size, marked={Mark.UNNAMED})
+        marked = {Mark.NOT_EXAMINED}
+        return Node(path, Kind.NOT_EXAMINED, virtual_size=size, problem=_MAY_NAME_IT, marked=marked)
+
+    @cached_property
+    def _sees_all(self) -> bool:
+        """Whether nothing is hidden that could name a file."""
+        hidden = any(Mark.UNEXAMINED in node.marked for node in self.nodes.values())
+        return not self.found.unexamined and not hidden
 
     def _overlay(self, kind: Kind, member: Member, said: Said) -> Node:
         about = member.about
@@ -307,12 +349,13 @@ class _Building:
         nodes = sorted(self.nodes.values(), key=_path)
         for node in nodes:
             node.overlays.sort(key=_path)
-        roots = [node for node in nodes if node.backing is None and node.kind is not Kind.UNNAMED]
+        loose = (Kind.UNNAMED, Kind.NOT_EXAMINED)
+        roots = [node for node in nodes if node.backing is None and node.kind not in loose]
         for circle in _circles(nodes):
             _mark_all(circle)
             roots.append(min(circle, key=_path))
         self._mark()
-        return Graph(nodes, sorted(roots, key=_path))
+        return Graph(nodes, sorted(roots, key=_path), self.found)
 
     def _mark(self) -> None:
         for node in self.nodes.values():

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from addcow_mp.device.discovery import is_gone
 from addcow_mp.device.files import cannot_lock, cannot_open, claim_alone
 from addcow_mp.errors import FileError, ImageError
 from addcow_mp.format.bits import Run
@@ -124,15 +125,7 @@ class Entry(NamedTuple):
     @property
     def is_gone(self) -> bool:
         """Whether there is no such file any more; one that cannot be looked at may be there."""
-        if self.gone:
-            return True
-        try:
-            os.lstat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
-        except OSError:
-            return False
-        return False
+        return bool(self.gone) or is_gone(self.path)
 
     def begin(self, verdict: Verdict, unseen: list[Run]) -> Entry:
         """The same, looked at but for the leaves ``unseen``."""

@@ -10,12 +10,14 @@ an image, down to a raw file or to nothing; a chain that bites its tail has none
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
-from addcow_mp.errors import AddcowError, FormatError
-from addcow_mp.farm.places import files_of, overlays_of
+from addcow_mp.device.discovery import ABSENT
+from addcow_mp.errors import AddcowError, FileError, FormatError
+from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.info import Info, info
 
@@ -47,6 +49,11 @@ class Member:
         return "overlay" if self.depth is not None else "cycle"
 
     @property
+    def is_hidden(self) -> bool:
+        """Whether the system did not let us look at a file of it."""
+        return self.state == "unexamined" and isinstance(self.problem, FileError)
+
+    @property
     def local_size(self) -> int | None:
         """Bytes of the guest's disk that are local, the partial last cluster as a whole one."""
         if self.about is None or self.about.allocated_clusters is None:
@@ -69,28 +76,44 @@ def _state_of(problem: AddcowError) -> str:
     return "missing-image" if missing else "unexamined"
 
 
-def members(places: Iterable[str], access: Access | None = None) -> list[Member]:
-    """The overlays in ``places``, in order of their paths.
+def members(places: Iterable[str], access: Access | None = None) -> tuple[list[Member], Found]:
+    """The overlays in ``places``, in order of their paths, and what else was found there.
 
     Names inside images may lead beneath any directory among ``places`` as well. Raises
-    :class:`ImageError` when a place is not there or cannot be read.
+    :class:`ImageError` when none of the places is there.
     """
-    return members_of(*files_of(places, access or Access()))
+    found = files_of(places, access or Access())
+    return members_of(found), found
 
 
-def members_of(paths: Iterable[str], access: Access) -> list[Member]:
-    """Those of ``paths``, in their order, that are overlays; a file under two names once."""
-    named = overlays_of(paths)
+def members_of(found: Found) -> list[Member]:
+    """The overlays among the files that were found, in their order; one under two names once.
+
+    Files that cannot be read join what could not be looked at.
+    """
+    access, named = found.access, overlays_of(found.files, found.unexamined)
     depths = _depths({one.identity: one for one in named})
     return [_member(one, depths[one.identity], access) for one in named]
 
 
 def _member(named: Named, depth: int | None, access: Access) -> Member:
     try:
-        about, problem = info(named.path, access), None
+        return Member(named, info(named.path, access), _hidden_backing(named), depth)
     except AddcowError as error:
-        about, problem = None, error.kept()
-    return Member(named, about, problem, depth)
+        return Member(named, None, error.kept(), depth)
+
+
+def _hidden_backing(named: Named) -> FileError | None:
+    """Why the backing file cannot be looked at; None when it can, or is not there."""
+    if named.backing is None and named.backing_path is not None:
+        try:
+            os.stat(named.backing_path)
+        except OSError as error:
+            if error.errno not in ABSENT:
+                return FileError.of(named.backing_path, "look at it", error)
+        except ValueError:
+            return None
+    return None
 
 
 def _depths(found: dict[Identity, Named]) -> dict[Identity, int | None]:

@@ -5,6 +5,9 @@ overlays that need what it will change. For ten thousand images that would be do
 times: here it is done once, and each job is handed those overlays that name a file of its own.
 A farm's jobs may take hours. A directory whose time of change is another than when it was looked
 through is looked through again, so that an overlay that somebody creates meanwhile counts.
+
+What cannot be read bars the jobs that it would bar alone, and no others: those whose own files lie
+in that directory, and, beneath a root, those that change what other overlays may stand on.
 """
 
 from __future__ import annotations
@@ -14,10 +17,17 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
-from addcow_mp.device.access import Access, pseudo_devices
-from addcow_mp.errors import ImageError
-from addcow_mp.farm.places import without_backups
-from addcow_mp.jobs.dependants import Identity, Named, Surroundings, is_file, named_by
+from addcow_mp.device.access import Access
+from addcow_mp.device.discovery import Unexamined, exclusions, listing
+from addcow_mp.farm.places import in_order, without_backups
+from addcow_mp.jobs.dependants import (
+    Identity,
+    Named,
+    Surroundings,
+    examined,
+    may_hide_overlay,
+    named_by,
+)
 
 #: More that name one file are not handed on: one is enough for a refusal, these for its words.
 MOST_TOLD = 8
@@ -31,16 +41,19 @@ class Neighbours:
         self._users: defaultdict[Identity, list[Named]] = defaultdict(list)
         self._overlays: dict[Identity, Named] = {}
         self._meanings: set[tuple[Identity, Identity | None, Identity | None]] = set()
-        self._unread: list[str] = []
+        #: What could not be looked at, by its path without links on the way.
+        self._unread: dict[str, Unexamined] = {}
+        self._excluded = exclusions(access.exclude)
         self._known: set[str] = set()
         self._homes: dict[str, str] = {}
         #: When each directory was changed last, as it was looked through.
         self._changed: dict[str, int] = {}
         self._deep: set[str] = set()
-        for path in paths:
-            self._look_at(path)
+        hidden = [self._look_at(path) for path in paths]
         #: The overlays among ``paths``, in that order, each file once.
         self.farm = without_backups(self._overlays.values())
+        #: Those of ``paths`` that could not be looked at.
+        self.unexamined = in_order(filter(None, hidden))
         for root in self._roots:
             self._look_through(root, deep=True)
         for directory in sorted(set(self._directories())):
@@ -66,7 +79,26 @@ class Neighbours:
         users = {key: one for key, one in found.items() if one.identity not in leaving}
         # An image file that is shared is refused always: those who share one come first.
         told = sorted(users.values(), key=lambda one: one.image not in files)[:MOST_TOLD]
-        return Surroundings(tuple(told), len(users) - len(told), tuple(self._unread[:1]))
+        paths = (named.image_path, *((named.backing_path,) if as_backing else ()))
+        paths += (below.image_path,) if as_backing and below is not None else ()
+        own = {home for path in (named.path, *paths) if path for home in self._homes_of(path)}
+        return Surroundings(tuple(told), len(users) - len(told), *self._unread_around(own))
+
+    def _unread_around(
+        self, own: Collection[str]
+    ) -> tuple[tuple[Unexamined, ...], tuple[Unexamined, ...]]:
+        """One that could not be looked at in the directories ``own``, and one beneath a root."""
+        near: list[Unexamined] = []
+        hidden: list[Unexamined] = []
+        for path, one in self._unread.items():
+            if (path if one.is_directory else os.path.dirname(path)) in own:
+                near = near or [one]
+            elif self._is_beneath_root(path):
+                hidden = hidden or [one]
+        return tuple(near), tuple(hidden)
+
+    def _is_beneath_root(self, path: str) -> bool:
+        return any(f"{path}/".startswith(root.rstrip("/") + "/") for root in self._roots)
 
     def forget(self, named: Named) -> None:
         """Take note that an overlay is gone."""
@@ -82,7 +114,15 @@ class Neighbours:
                 same = True  # it is gone, and what was in it: that can only do less harm
             if not same:
                 del self._changed[directory]
+                self._forget_unread(directory)
                 self._look_through(directory, deep=directory in self._deep)
+
+    def _forget_unread(self, directory: str) -> None:
+        """Let the files there be read that could not be."""
+        for path, one in list(self._unread.items()):
+            if os.path.dirname(path) == directory and not one.is_directory:
+                del self._unread[path]
+                self._known.discard(path)
 
     # Directories
 
@@ -124,41 +164,43 @@ class Neighbours:
         waiting = [directory]
         while waiting:
             here = waiting.pop()
-            try:
-                waiting += self._entries(here, deep=deep)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                problem = f"cannot look for overlays there: {error.strerror}"
-                raise ImageError(path=here, problem=problem) from error
+            if here not in self._changed:
+                waiting += self._look_into(here, deep=deep)
 
-    def _entries(self, here: str, *, deep: bool) -> list[str]:
+    def _look_into(self, here: str, *, deep: bool) -> list[str]:
         """Look at the files of one directory; returns those below it if they count."""
-        status = os.stat(here)
-        if here in self._changed or status.st_dev in pseudo_devices():
-            return []
-        self._changed[here] = status.st_mtime_ns
-        below = []
-        with os.scandir(here) as entries:
-            for entry in entries:
-                if is_file(entry):
-                    self._look_at(entry.path)
-                elif deep and entry.is_dir(follow_symlinks=False):
-                    below.append(entry.path)
+        found = listing(here, self._excluded)
+        if found.changed is not None:
+            self._changed[here] = found.changed
+        for one in found.unexamined:
+            self._take_unread(one.path, one)
+        for path in (*found.files, *found.linked):
+            self._look_at(path)
         self._deep |= {here} if deep else set()
-        return below
+        return found.directories if deep else []
+
+    def _take_unread(self, real: str, one: Unexamined) -> None:
+        if may_hide_overlay(one):
+            self._unread[real] = one
 
     # Files
 
-    def _look_at(self, path: str) -> None:
-        """Take note of the file at ``path``, once."""
+    def _look_at(self, path: str) -> Unexamined | None:
+        """Take note of the file at ``path``, once; it is returned if it cannot be looked at."""
         real = f"{self._home(path)}/{os.path.basename(path)}"
         if real in self._known:
-            return
+            return self._unread.get(real)
         self._known.add(real)
-        one = named_by(path, self._unread)
-        if one is None:
-            return
+        one = examined(path)
+        if isinstance(one, Unexamined):
+            self._take_unread(real, one)
+            return one
+        if one is not None:
+            self._enter(one)
+        return None
+
+    def _enter(self, one: Named) -> None:
+        """Take note of an overlay."""
         # Under a hard link elsewhere the same names mean other files: then it is another overlay.
         meaning = (one.identity, one.image, one.backing)
         if meaning not in self._meanings:

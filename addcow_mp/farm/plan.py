@@ -24,6 +24,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.discovery import Unexamined
 from addcow_mp.device.files import free_bytes
 from addcow_mp.engine.plan import Task, parcels
 from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
@@ -31,7 +32,7 @@ from addcow_mp.engine.space import Room
 from addcow_mp.errors import AddcowError, BeginsAnewError, DependantsError, FileError, SpaceError
 from addcow_mp.farm.errand import Errand, Operation
 from addcow_mp.farm.neighbours import Neighbours
-from addcow_mp.farm.places import files_of
+from addcow_mp.farm.places import Found, files_of, in_order
 from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.report import Conduct, Prospect, Report
 
@@ -98,12 +99,18 @@ class Plan:
     steps: list[Step]
     neighbours: Neighbours
     access: Access
+    places: Found
     filesystems: list[FileSystem] = field(default_factory=list)
     is_carried_out: bool = False
 
     def count(self, state: State) -> int:
         """How many images are in this state."""
         return sum(1 for step in self.steps if step.state is state)
+
+    @property
+    def unexamined(self) -> list[Unexamined]:
+        """What could not be looked at."""
+        return self.places.unexamined
 
     @property
     def weight(self) -> int:
@@ -121,12 +128,14 @@ def plan(
 ) -> Plan:
     """What ``operation`` on all overlays in ``places`` would do, and whether it ``verifies``.
 
-    Raises :class:`ImageError` for a place that is not there, :class:`BeginsAnewError` when
+    Raises :class:`ImageError` when none of the places is there, :class:`BeginsAnewError` when
     ``conduct`` stops it.
     """
     conduct = conduct or Conduct()
-    paths, access = files_of(places, conduct.access)
-    neighbours = Neighbours(paths, access)
+    found = files_of(places, conduct.access)
+    access = found.access
+    neighbours = Neighbours(found.files, access)
+    found.unexamined = in_order((*found.unexamined, *neighbours.unexamined))
     overlays = frozenset(one.identity for one in neighbours.farm)
     wanted = _Wanted(operation, discard, verifies, overlays)
     steps = [_step(one, wanted, neighbours) for one in neighbours.farm]
@@ -134,7 +143,7 @@ def plan(
     conduct = replace(conduct, access=access)
     for step, outlook in zip(steps, _foreseen(steps, conduct), strict=True):
         _enter(step, outlook)
-    made = Plan(operation, steps, neighbours, access)
+    made = Plan(operation, steps, neighbours, access, found)
     made.filesystems = _Accounts(steps, conduct).settle()
     return made
 

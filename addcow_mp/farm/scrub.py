@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from addcow_mp.device.access import Access
 from addcow_mp.device.sidecar import manifest_of
 from addcow_mp.errors import AddcowError, ManifestError
 from addcow_mp.farm.ledger import Entry, Ledger, Record, opened
+from addcow_mp.farm.places import Found
 from addcow_mp.farm.verify import FarmFiles
 from addcow_mp.format.bits import Run
 from addcow_mp.format.manifest import FileState, read_head, weight_of
@@ -49,6 +49,7 @@ class Scrubbed:
     bytes_read: int = 0
     left: int = 0
     problem: AddcowError | None = None
+    places: Found | None = None
 
 
 def scrub(
@@ -62,12 +63,13 @@ def scrub(
     """Verify what is due of the layers in ``places``, and remember it in the file ``ledger``.
 
     ``share`` of 1 is everything; None = no sample. No further part is begun once it ``is_late``
-    or ``conduct`` stops it. Raises :class:`ImageError` for a place that is not there and for a
+    or ``conduct`` stops it. Raises :class:`ImageError` when none of the places is there and for a
     file that is no ledger.
     """
     with conduct.looking():
-        targets, access = _targets(places, conduct.access)
-    with opened(ledger, locking=access.locking) as book:
+        files = FarmFiles(map(os.path.realpath, places), conduct.access)
+        targets = _targets(files)
+    with opened(ledger, locking=files.access.locking) as book:
         known, runs = book.entries(), book.runs()
         entries = {path: _current(path, known.get(path)) for path in targets}
         book.put(
@@ -77,14 +79,18 @@ def scrub(
         run = Record(len(runs) + 1, way.pass_, time.time())
         if way.sample is not None:
             run = run._replace(sample=way.sample.share, seed=way.sample.seed)
-        return _Round(book, run, way, targets).run(replace(conduct, access=access), is_late)
+        scrubbed = _Round(book, run, way, targets).run(
+            replace(conduct, access=files.access), is_late
+        )
+    scrubbed.verdicts += files.unexamined()
+    scrubbed.places = files.found
+    return scrubbed
 
 
-def _targets(places: Iterable[str], access: Access) -> tuple[dict[str, Target], Access]:
+def _targets(files: FarmFiles) -> dict[str, Target]:
     """The layers by their real paths."""
-    files = FarmFiles(map(os.path.realpath, places), access)
     images, others = files.layers()
-    return {os.path.realpath(one.path): one for one in (*images, *others)}, files.access
+    return {os.path.realpath(one.path): one for one in (*images, *others)}
 
 
 # What is looked at, and what that means

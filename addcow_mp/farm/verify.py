@@ -15,24 +15,29 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.discovery import Unexamined
 from addcow_mp.device.sidecar import SUFFIX, described_by, manifest_of
 from addcow_mp.errors import ManifestError
-from addcow_mp.farm.places import files_of, overlays_of
+from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import read_head
 from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.looking import Target
 from addcow_mp.jobs.report import Conduct
-from addcow_mp.jobs.verdict import Verdict
+from addcow_mp.jobs.verdict import Grade, Verdict
 from addcow_mp.jobs.verify import chain_of, verifiers, was_met
 
 
 @dataclass(frozen=True)
 class FarmVerdict:
-    """What was found: ``images`` are the overlays in the places, ``files`` all other layers."""
+    """What was found: ``images`` are the overlays in the places, ``files`` all other layers.
+
+    Also among ``files`` is what could not be looked at. ``places``: where they were looked for.
+    """
 
     images: list[Verdict]
     files: list[Verdict]
+    places: Found
 
     @property
     def all(self) -> list[Verdict]:
@@ -41,7 +46,7 @@ class FarmVerdict:
 
 
 def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVerdict:
-    """Verify every layer in ``places``. Raises :class:`ImageError` for a place that is not there.
+    """Verify every layer in ``places``. Raises :class:`ImageError` when none of them is there.
 
     Raises :class:`BeginsAnewError` when ``conduct`` stops it.
     """
@@ -52,21 +57,22 @@ def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVe
         with conduct.looking():
             images, others = files.layers()
         verdicts = crew.verify([*images, *others])
-    return FarmVerdict(verdicts[: len(images)], verdicts[len(images) :])
+    others_found = verdicts[len(images) :] + files.unexamined()
+    return FarmVerdict(verdicts[: len(images)], others_found, files.found)
 
 
 class FarmFiles:
     """The files in ``places`` by their names, and how what they name may be opened.
 
-    Raises :class:`ImageError` for a place that is not there.
+    Raises :class:`ImageError` when none of the places is there.
     """
 
     def __init__(self, places: Iterable[str], access: Access) -> None:
-        places = list(places)
-        self._named = {path for path in places if os.path.isfile(path)}
-        paths, access = files_of(places, access)
+        self.found = files_of(places, access)
+        self._named = set(self.found.named)
+        paths, access = self.found.files, self.found.access
         # A manifest that was named stands for its layer.
-        files = (access.files or frozenset()).union(filter(None, map(described_by, places)))
+        files = (access.files or frozenset()).union(filter(None, map(described_by, self._named)))
         self.access = access._replace(files=files)
         #: As many layers as have one can be verified.
         self.manifests = [path for path in paths if path.endswith(SUFFIX)]
@@ -80,11 +86,28 @@ class FarmFiles:
         # A file has one verdict; of several names it goes by one that has a manifest.
         described = {path.removesuffix(SUFFIX) for path in self.manifests}
         paths = sorted(self._paths, key=lambda path: path not in described)
-        overlays = sorted(overlays_of(paths), key=lambda one: one.path)
+        overlays = sorted(self._overlays_of(paths), key=lambda one: one.path)
         seen: set[Identity | str] = {one.identity for one in overlays}
         others = list(_others(overlays, self.manifests, self.access, seen))
         others += [one for path in sorted(self._named) for one in _alone(path, seen)]
         return [Target(one.path) for one in overlays], others
+
+    def _overlays_of(self, paths: list[str]) -> list[Named]:
+        hidden: list[Unexamined] = []
+        overlays = overlays_of(paths, hidden)
+        # What is named is a layer, and is told of as one.
+        self.found.unexamined += [one for one in hidden if one.path not in self._named]
+        return overlays
+
+    def unexamined(self) -> list[Verdict]:
+        """What could not be looked at, once the layers are known."""
+        return [_unexamined(one) for one in self.found.unexamined]
+
+
+def _unexamined(one: Unexamined) -> Verdict:
+    verdict = Verdict(one.path)
+    verdict.remark("not-examined", Grade.UNVERIFIED, one.path, one.reason)
+    return verdict
 
 
 def _others(

@@ -48,7 +48,7 @@ from addcow_mp.format.header import (
     Header,
     header_size,
 )
-from addcow_mp.jobs.dependants import overlays_near, refuse_shared_image
+from addcow_mp.jobs.dependants import overlays_near, refuse_shared_image, refuse_unexamined
 from addcow_mp.jobs.naming import Located, beside, home_of, locate, plain
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, round_up
 
@@ -212,10 +212,13 @@ def _refuse_used_image(path: str, image: str, access: Access) -> None:
     if not os.path.exists(image):
         return
     identity = identity_of(os.stat(image))
-    others = [one for one in overlays_near([path, image], access.roots) if one.image == identity]
+    near = overlays_near([path, image], access)
+    others = [one for one in near.overlays if one.image == identity]
     if others:
         with contextlib.closing(access.open_named(image)) as file:
             refuse_shared_image(file, others)
+    if not access.force:
+        refuse_unexamined(near.unread)
 
 
 def _roots_needed(path: str, image: str, backing: str | None) -> list[str]:

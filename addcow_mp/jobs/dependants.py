@@ -3,8 +3,13 @@
 They are found by content, whatever they are called: files that begin with the add-cow
 magic, in the directories of the files concerned and anywhere beneath the roots that the
 user gave. What such a file names as backing or image is compared by inode. Members of the
-job's own chain do not count. Files whose header is damaged beyond its names name nothing; one
-that may not be read might name anything, and is refused unless forced.
+job's own chain do not count. Files whose header is damaged beyond its names name nothing.
+
+What cannot be read, a file or a directory, may be or hold an overlay that names anything. In the
+directories of the job's own files it bars every job that changes a file. Elsewhere beneath the
+roots it bars jobs that change what other overlays may stand on: a base, a ``.add-cow`` file. A
+job that changes nothing but its own image file goes on: whoever shares that lies beside it. What
+is excluded is known to the user and bars nothing; force goes past all of it.
 
 An image file named by two overlays has no meaning: each takes the other's clusters for
 garbage. That is refused always; other dependants can be overridden by force.
@@ -14,12 +19,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from addcow_mp.device.access import Access, pseudo_devices
+from addcow_mp.device.access import Access
+from addcow_mp.device.discovery import Exclusions, Unexamined, exclusions, listings
 from addcow_mp.device.files import File, identity_at, identity_of
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.location import base_path, real_path
@@ -59,14 +64,16 @@ class Named(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The overlays around the files of a job, and files that may be ones but cannot be read.
+    """The overlays around the files of a job; ``more`` are left out, these are enough to refuse it.
 
-    ``more`` of them are left out, since these are enough for a refusal.
+    ``unread`` are files and directories that cannot be read, in the directories of the job's own
+    files, ``hidden`` those elsewhere beneath the roots: there may be more overlays in them.
     """
 
     overlays: tuple[Named, ...] = ()
     more: int = 0
-    unread: tuple[str, ...] = ()
+    unread: tuple[Unexamined, ...] = ()
+    hidden: tuple[Unexamined, ...] = ()
 
 
 def refuse_dependants(
@@ -86,12 +93,6 @@ def refuse_dependants(
     members = {one.cow.identity: one for one in _members(overlay)}
     around = _around(overlay, access) if around is None else around
     others = [one for one in around.overlays if not _is_member(one, members)]
-    if around.unread and not access.force:
-        raise ImageError(
-            path=around.unread[0],
-            problem="it cannot be read, and may be an overlay that needs what is to be changed; "
-            "make it readable, or use --force",
-        )
     images = {one.image.file.identity for one in members.values()}
     for file in changed:
         if file.identity in images:
@@ -103,13 +104,30 @@ def refuse_dependants(
                 dependants=_listed(dependants, around.more),
                 mend=mend,
             )
+    if not access.force:
+        own = overlay.image.file.identity
+        is_alone = all(file.identity == own for file in changed)
+        refuse_unexamined(around.unread if is_alone else (*around.unread, *around.hidden))
+
+
+def refuse_unexamined(unread: Sequence[Unexamined]) -> None:
+    """Raise :class:`ImageError` when something that may be or hold a dependant is ``unread``."""
+    for one in unread:
+        what = (
+            "overlays cannot be looked for there, and one may need"
+            if one.is_directory
+            else "it cannot be read, and may be an overlay that needs"
+        )
+        raise ImageError(
+            path=one.path,
+            problem=f"{what} what is to be changed ({one.reason}); make it readable, leave it out "
+            "with --exclude if it is known, or use --force",
+        )
 
 
 def _around(overlay: Overlay, access: Access) -> Surroundings:
     near = [file.path for file in (*overlay.files(), *(one.cow for one in _members(overlay)))]
-    unread: list[str] = []
-    found = overlays_near(near, access.roots, unread)
-    return Surroundings(tuple(found), unread=tuple(unread))
+    return overlays_near(near, access)
 
 
 def _listed(paths: list[str], more: int = 0) -> str:
@@ -144,71 +162,71 @@ def _members(layer: Layer | None) -> Iterator[Overlay]:
         layer = layer.backing
 
 
-def overlays_near(
-    paths: list[str], roots: tuple[str, ...], unread: list[str] | None = None
-) -> list[Named]:
-    """The overlays in the directories of ``paths`` and beneath ``roots``, each meaning once.
-
-    A file that is not allowed to be read, and large enough for an overlay, goes to ``unread``.
-    """
-    found: dict[tuple[Identity, Identity | None, Identity | None], Named] = {}
+def overlays_near(paths: list[str], access: Access) -> Surroundings:
+    """The overlays in the directories of ``paths`` and beneath the roots, each meaning once."""
     directories = dict.fromkeys(os.path.dirname(os.path.realpath(path)) for path in paths)
-    places = [(directory, False) for directory in directories]
-    places += [(os.path.realpath(root), True) for root in roots]
-    for directory, deep in places:
-        for entry in files_in(directory, deep=deep):
-            one = named_by(entry.path, unread)
-            if one is not None:
-                found.setdefault((one.identity, one.image, one.backing), one)
-    return list(found.values())
+    near = _Near(exclusions(access.exclude))
+    for directory in directories:
+        near.look_through(directory, deep=False)
+    beyond = _Near(exclusions(access.exclude), near.found)
+    for root in access.roots:
+        beyond.look_through(os.path.realpath(root), deep=True)
+    hidden = tuple(one for one in beyond.unread if one not in near.unread)
+    return Surroundings(tuple(near.found.values()), 0, tuple(near.unread), hidden)
 
 
-def files_in(directory: str, *, deep: bool) -> Iterator[os.DirEntry[str]]:
-    """The regular files in ``directory``, and with ``deep`` in all below it.
+class _Near:
+    """Overlays that are being looked for; what was ``found`` before counts as well."""
 
-    A link to a file counts as well. Links to directories are not followed.
-    """
-    waiting = [directory]
-    while waiting:
-        here = waiting.pop()
-        try:
-            if os.stat(here).st_dev in pseudo_devices():
-                continue
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    if is_file(entry):
-                        yield entry
-                    elif deep and entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise ImageError(
-                path=here, problem=f"cannot look for overlays there: {error.strerror}"
-            ) from error
+    def __init__(
+        self, excluded: Exclusions, found: dict[tuple[Identity | None, ...], Named] | None = None
+    ) -> None:
+        self.found = {} if found is None else found
+        self.unread: list[Unexamined] = []
+        self._excluded = excluded
+
+    def look_through(self, directory: str, *, deep: bool) -> None:
+        """Look at the files in a directory, with ``deep`` also in all below it."""
+        for one in listings(directory, self._excluded, deep=deep):
+            self._add(one.unexamined)
+            for path in (*one.files, *one.linked):
+                self._look_at(path)
+
+    def _look_at(self, path: str) -> None:
+        one = examined(path)
+        if isinstance(one, Unexamined):
+            self._add([one])
+        elif one is not None:
+            self.found.setdefault((one.identity, one.image, one.backing), one)
+
+    def _add(self, unexamined: list[Unexamined]) -> None:
+        self.unread += [one for one in unexamined if may_hide_overlay(one)]
 
 
-def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether ``entry`` is a regular file, or a link to one, and not one of the kernel's own."""
+def may_hide_overlay(one: Unexamined) -> bool:
+    """Whether there may be an overlay in what could not be looked at."""
+    if one.absent or one.is_directory:
+        return not one.absent
     try:
-        if not entry.is_symlink():
-            return entry.is_file()
-        status = entry.stat()
-        return stat.S_ISREG(status.st_mode) and status.st_dev not in pseudo_devices()
+        return os.stat(one.path).st_size >= MIN_HEADER_SIZE
     except OSError:
-        return False  # a link that leads in circles
+        return True
 
 
-def named_by(path: str, unread: list[str] | None = None) -> Named | None:
+def named_by(path: str) -> Named | None:
     """What the file at ``path`` names; None when it is no overlay or cannot be read."""
+    one = examined(path)
+    return one if isinstance(one, Named) else None
+
+
+def examined(path: str) -> Named | Unexamined | None:
+    """What the file at ``path`` names, or why it cannot be read; None when it is no overlay."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except PermissionError:
-        if unread is not None and os.stat(path).st_size >= MIN_HEADER_SIZE:
-            unread.append(path)
-        return None
-    except OSError:
-        return None
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError:
+        return None  # it was removed meanwhile
+    except (OSError, ValueError) as error:
+        return Unexamined.of(path, error)
     try:
         head = os.pread(fd, FIXED_SIZE, 0)
         if not head.startswith(MAGIC):
@@ -221,8 +239,8 @@ def named_by(path: str, unread: list[str] | None = None) -> Named | None:
         backing = _path(base, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
         own = identity_of(os.fstat(fd))
         return Named(path, own, _identity(image), _identity(backing), image, backing, base)
-    except OSError:
-        return None
+    except OSError as error:
+        return Unexamined.of(path, error)
     finally:
         os.close(fd)
 
@@ -233,7 +251,7 @@ def _path(base: str, fd: int, offset: int, size: int, limit: int) -> str | None:
         return None
     try:
         name = read_string(fd, offset, size, limit)
-    except (ImageError, OSError):
+    except ImageError:
         return None
     return None if path_has_protocol(name) else path_combine(base, name)
 

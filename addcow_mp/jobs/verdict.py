@@ -10,7 +10,7 @@ from itertools import groupby
 from addcow_mp.format.bits import merged
 
 #: Remarks on layers of which nothing was read: there is nothing to hold them against.
-NOT_COMPARED = ("manifest", "no-manifest", "replaced", "stale", "unexamined")
+NOT_COMPARED = ("manifest", "no-manifest", "replaced", "stale", "unexamined", "not-examined")
 
 
 class Grade(Enum):
