@@ -337,14 +337,14 @@ def test_what_nobody_names_is_told_last(farm: Path) -> None:
     assert tree(".", cwd=farm)[4:] == [
         "Named by no overlay:",
         "├── ./a-rest.img  128 KiB  [unnamed]",
-        "└── ./notes-too.txt  0 B  [unnamed]",
+        "└── ./notes-too.txt  512 B  [unnamed]",
     ]
     document = graph(".", cwd=farm)
     assert counted(document) == {"images": 3, "files": 3, "unnamed": 2}
     assert [one["kind"] for one in document["files"]] == ["unnamed", "backing", "unnamed"]
     assert picture(".", cwd=farm)[-2:] == [
         (30, "./a-rest.img  128 KiB [unnamed]"),
-        (30, "./notes-too.txt  0 B [unnamed]"),
+        (30, "./notes-too.txt  512 B [unnamed]"),
     ]
 
 
@@ -445,7 +445,7 @@ def test_a_name_cannot_break_out_of_its_quotes(farm: Path) -> None:
     awkward = r'"./q\"u\\n\n[\x1b]<&>\udcff\u2028.add-cow"'
     assert f'{awkward} -> "./base.img";' in text
     assert r'label="./q\"u\\n\\n[\\x1b]<&>\\udcff\\u2028.add-cow\n' in text
-    assert '"./ends in \\\\" [label="./ends in \\\\\\n0 B\\n[unnamed]"' in text
+    assert '"./ends in \\\\" [label="./ends in \\\\\\n512 B\\n[unnamed]"' in text
     strings = r'"(?:[^"\\]|\\.)*"'
     rest = re.sub(strings, "NAME", text)
     assert '"' not in rest
@@ -468,7 +468,7 @@ def test_svg_is_xml_whatever_the_names(farm: Path) -> None:
     (farm / "bad\x01\ufffe.img").write_text("x")
     rows = [text for _, text in picture(".", cwd=farm)]
     assert './q"u\\n [\\x1b]<&>\ufffd .add-cow  256 KiB  25.0% local' in rows
-    assert "./bad\\x01\ufffd.img  0 B [unnamed]" in rows
+    assert "./bad\\x01\ufffd.img  512 B [unnamed]" in rows
 
 
 @pytest.mark.parametrize("form", ["dot", "svg"])
