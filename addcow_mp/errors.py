@@ -8,6 +8,7 @@ survives being sent from a worker to its parent and means the same there.
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar, Self
 
 
@@ -21,6 +22,9 @@ class AddcowError(Exception):
     template: ClassVar[str] = "{message}"
     exit_code: ClassVar[int] = 1
 
+    #: What the job that ends with this error had done until then; it says so itself.
+    report: Any = None
+
     def __init__(self, **fields: Any) -> None:
         self.fields = fields
         super().__init__(self.template.format(**fields))
@@ -32,7 +36,8 @@ class AddcowError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from class and fields: keyword arguments survive pickling."""
-        return (_rebuild, (type(self), self.fields))
+        state = None if self.report is None else {"report": self.report}
+        return (_rebuild, (type(self), self.fields), state)
 
 
 def _rebuild(kind: type[AddcowError], fields: dict[str, Any]) -> AddcowError:
@@ -95,6 +100,32 @@ class SyncError(FileError):
         "{path}: cannot {action}: {reason}; nothing of this step was published, "
         "check the disk before running the command again"
     )
+
+
+class ResourceError(AddcowError):
+    """The system has no room for what every job needs, whatever file it is about."""
+
+    template = "cannot {action}: {reason}; {mend}"
+
+    @classmethod
+    def of(cls, action: str, error: OSError) -> ResourceError:
+        """Describe ``error``, met while trying to ``action``."""
+        mend = _MENDS.get(error.errno or 0, "give it more, or use fewer --jobs")
+        return cls(action=action, reason=error.strerror or str(error), mend=mend)
+
+
+#: What to do when the system has no more of something.
+_MENDS = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or use fewer --jobs",
+    errno.ENFILE: "close other programs' files, or raise fs.file-max",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u), or use --jobs 0",
+    errno.ENOMEM: "give it more memory, or use fewer --jobs",
+}
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether ``error`` says that the system has no room, and nothing of any file."""
+    return error.errno in _MENDS
 
 
 class OutsideError(ImageError):
@@ -167,6 +198,12 @@ class ReadBackError(AddcowError):
         "bytes at {start}; the job is done, but the disk or its driver cannot be trusted: "
         "go back to a copy"
     )
+
+
+class UnendedError(AddcowError):
+    """A job has done its work, and failed at what comes after it."""
+
+    template = "{path}: {done}; {left}: {cause}"
 
 
 class UnverifiedError(AddcowError):

@@ -23,6 +23,10 @@ from command import PATIENCE, Result
 #: The numbers of system calls, by the machine.
 CALLS = {
     "x86_64": {
+        "clone": 56,
+        "fork": 57,
+        "vfork": 58,
+        "clone3": 435,
         "fcntl": 72,
         "flock": 73,
         "fstatfs": 138,
@@ -47,6 +51,8 @@ CALLS = {
         "openat2": 437,
     },
     "aarch64": {
+        "clone": 220,
+        "clone3": 435,
         "fcntl": 25,
         "flock": 32,
         "fstatfs": 44,

@@ -36,7 +36,12 @@ from typing import Any
 KiB = 1024
 MiB = 1024 * KiB
 
-SMALL = {"TASK_BYTES": 128 * KiB, "CHECKPOINT_BYTES": 256 * KiB, "CHECKPOINT_SECONDS": 0.05}
+SMALL = {
+    "TASK_BYTES": 128 * KiB,
+    "PIECE": 32 * KiB,
+    "CHECKPOINT_BYTES": 256 * KiB,
+    "CHECKPOINT_SECONDS": 0.05,
+}
 
 Sync = Callable[[int], None]
 
@@ -44,10 +49,10 @@ Sync = Callable[[int], None]
 def take_small_steps() -> None:
     """Replace the sizes wherever they were imported to, default arguments included."""
     # All that have them: later imports find the small ones at home.
-    from addcow_mp.engine import plan, run, space, survey
+    from addcow_mp.engine import plan, run, space, survey, transfer
 
     taken = set()
-    for module in (plan, run, space, survey):
+    for module in (plan, run, space, survey, transfer):
         for name in SMALL.keys() & vars(module).keys():
             setattr(module, name, SMALL[name])
             taken.add(name)

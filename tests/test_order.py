@@ -561,6 +561,27 @@ def test_closing_that_fails_publishes_nothing(tmp_path: Path, trace: Trace) -> N
     assert unchanged()
 
 
+def test_a_flush_announces_nothing_that_was_written_during_its_sync(
+    tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = pair(tmp_path, "ABC", "---")
+    sync, late = os.fdatasync, [b"y"]
+
+    def slow_sync(fd: int) -> None:
+        sync(fd)
+        if name_of(fd) == "top.raw" and late:
+            disk.write(2 * CLUSTER, late.pop() * CLUSTER)
+
+    with addcow_mp.open(top, writable=True) as disk:
+        disk.write(0, b"x" * CLUSTER)
+        monkeypatch.setattr(os, "fdatasync", slow_sync)
+        disk.flush()
+        assert bits(top) == "1.."
+        disk.flush()
+        assert bits(top) == "1.1"
+    assert judge(trace.calls, top, {1: "top.raw"}) == 2
+
+
 @pytest.mark.parametrize("name", ["top.raw", "top.add-cow"])
 def test_after_a_flush_that_failed_every_change_is_refused(
     tmp_path: Path, trace: Trace, name: str

@@ -31,6 +31,7 @@ from command import PATIENCE, local_clusters
 
 import addcow_mp
 from addcow_mp import AddcowError, FileError, SyncError, WorkerError
+from addcow_mp.engine import run as run_module
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.delivery import Parcel, Work
 from addcow_mp.engine.plan import Task
@@ -669,7 +670,7 @@ def test_a_worker_whose_parent_has_lost_interest_ends_quietly(
 ) -> None:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, Parcel(Plain(tmp_path)), 0, False))
+    process = context.Process(target=serve, args=(theirs, Parcel(Plain(tmp_path)), 0, 0))
     process.start()
     theirs.close()
     assert ours.poll(PATIENCE)
@@ -764,8 +765,9 @@ class CannotSync(Marks):
 
 @pytest.mark.parametrize("jobs", [0, 1])
 def test_after_a_sync_that_failed_in_a_worker_nothing_is_published(
-    overlay: addcow_mp.Overlay, jobs: int
+    overlay: addcow_mp.Overlay, jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", PATIENCE)
     board = Board.create((64,), jobs)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = CannotSync(board, fatal=-1)
@@ -790,8 +792,9 @@ class CannotReadNorSync(CannotSync):
 
 
 def test_after_a_sync_that_failed_as_the_second_of_two_failures_nothing_is_published(
-    overlay: addcow_mp.Overlay,
+    overlay: addcow_mp.Overlay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", PATIENCE)
     board = Board.create((64,), 1)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = CannotReadNorSync(board, fatal=-1)

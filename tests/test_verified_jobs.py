@@ -319,6 +319,22 @@ def test_a_flip_in_a_large_image_is_seen(
 
 
 @EACH
+def test_data_where_there_was_none_is_seen(here: Path, job: str) -> None:
+    """It appears in a part of the disk of which nothing was read before."""
+    size = 64 * MiB
+    draw_raw(here / "base.img", "A")
+    os.truncate(here / "base.img", size)
+    draw_raw(here / "top.raw", "-")
+    os.truncate(here / "top.raw", size)
+    content = overlay_bytes(image="top.raw", size=size, backing="base.img")
+    (here / "top.add-cow").write_bytes(content)
+    place, file = 32 * MiB + 5, here / target(job)
+    ended = met(here, *command(job), meanwhile=lambda: put(file, place, b"new"))
+    assert ended.status == 1, ended
+    is_seen(ended, target(job), place)
+
+
+@EACH
 def test_zeros_that_are_lost_are_seen(here: Path, job: str) -> None:
     """What should be data reads as a hole."""
     pair(here, "ABCD", "-X-Y")

@@ -256,8 +256,14 @@ class _Session:
         options = "CP:qz" if word == "aio_write" else "CP:qv"
         request = _request(word, arguments, options, vector=True)
         thread = threading.Thread(target=request.carry_out, args=(self.disk,))
-        self._running.append((thread, request))
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # there is no room for a thread: it is done like the others
+            self.wait()
+            request.carry_out(self.disk)
+            self._print(request)
+        else:
+            self._running.append((thread, request))
 
     def _aio_flush(self, word: str, arguments: list[str]) -> None:
         _count(word, arguments, 0, 0)

@@ -16,11 +16,11 @@ from addcow_mp.cli.working import working
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
 from addcow_mp.engine.delivery import UnstartedError
-from addcow_mp.errors import AddcowError, NotReadBackError, StoppedError, TimeLimitError
+from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError
 from addcow_mp.farm.errand import Operation
-from addcow_mp.farm.plan import Plan, State, plan
+from addcow_mp.farm.plan import Plan, State, Step, plan
 from addcow_mp.farm.work import carry_out as work
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.report import Conduct, Reach
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,17 @@ def _work(made: Plan, conduct: Conduct, wishes: Wishes) -> UnstartedError | None
     return problem
 
 
+def _is_done(step: Step) -> bool:
+    """Whether an image that was stopped lacks nothing but its being read back."""
+    return step.report is not None and step.report.reach is Reach.DONE
+
+
 def _what_stopped_it(made: Plan, conduct: Conduct, limit: Limit) -> AddcowError | None:
     """What kept images from being done; None when nothing did, or an error that has been told."""
     if not made.count(State.STOPPED) and not made.count(State.LEFT):
         return None
     left = made.count(State.STOPPED) + made.count(State.LEFT)
-    done = sum(1 for step in made.steps if isinstance(step.problem, NotReadBackError))
+    done = sum(1 for step in made.steps if step.state is State.STOPPED and _is_done(step))
     named = f"{left - done} of {len(made.steps)} images left"
     named += f", {done} done and not verified" if done else ""
     if conduct.stopping():

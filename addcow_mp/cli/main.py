@@ -8,7 +8,7 @@ from typing import Any
 
 from addcow_mp.cli import results, saying, signals
 from addcow_mp.cli.saying import complain, lead_nowhere
-from addcow_mp.errors import AddcowError, UsageError
+from addcow_mp.errors import AddcowError, ResourceError, UsageError, is_shortage
 
 INTERRUPTED = 130
 
@@ -42,9 +42,15 @@ def _finished(arguments: Sequence[str]) -> int:
         return complain("out of memory; give it more, or fewer --jobs", 1)
     except OSError as error:
         _give_up_output()
-        named = f"{error.filename}: " if error.filename else ""
-        return complain(f"{named}{error.strerror or error}", 1)
+        return complain(_told(error), 1)
     return status
+
+
+def _told(error: OSError) -> str:
+    if is_shortage(error):
+        return str(ResourceError.of("go on", error))
+    named = f"{error.filename}: " if error.filename else ""
+    return f"{named}{error.strerror or error}"
 
 
 def _carried_out(arguments: Sequence[str]) -> int:

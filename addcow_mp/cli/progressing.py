@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, cast
 from addcow_mp.cli.background import Background
 from addcow_mp.cli.jsontext import as_line
 from addcow_mp.cli.saying import on_screen, tell_progress
+from addcow_mp.cli.working import BAR_EVERY, Due
 from addcow_mp.errors import UsageError
 from addcow_mp.farm.tally import Tally
 from addcow_mp.units import human_size
@@ -184,13 +185,20 @@ def _bar() -> Iterator[Show]:
             console=Console(file=cast(IO[str], screen), force_terminal=True),
             redirect_stdout=False,
             redirect_stderr=False,
+            auto_refresh=False,  # which would need a thread, for which there may be no room
         ) as bar,
     ):
-        task = bar.add_task("", total=None, images="")
+        task, due = bar.add_task("", total=None, images=""), Due(BAR_EVERY)
 
         def show(tally: Tally) -> None:
             images = f"{tally.images_done} of {tally.images} images"
-            bar.update(task, completed=tally.bytes_done, total=tally.bytes, images=images)
+            bar.update(
+                task,
+                completed=tally.bytes_done,
+                total=tally.bytes,
+                images=images,
+                refresh=due() or tally.images_done == tally.images,
+            )
 
         try:
             yield show

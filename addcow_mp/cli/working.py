@@ -14,10 +14,14 @@ from addcow_mp.cli import results, signals
 from addcow_mp.cli.saying import in_background, note, on_screen, tell_progress
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner
+from addcow_mp.engine.pace import step_back
 from addcow_mp.engine.run import Progress, no_progress
 from addcow_mp.errors import StoppedError
 from addcow_mp.jobs.report import Conduct, ignore
 from addcow_mp.units import human_size
+
+#: Seconds between two drawings of a bar.
+BAR_EVERY = 0.1
 
 #: Without a terminal a line is printed at every tenth part, not at every moment.
 STEPS = 10
@@ -29,8 +33,11 @@ def working(
 ) -> Iterator[Conduct]:
     """A conduct with progress on stderr, which signals end between tasks.
 
-    What keeps a job waiting is told too, unless it shall be ``quiet``.
+    What keeps a job waiting is told too, unless it shall be ``quiet``. An idle one steps back with
+    all that it does: also planning, looking and publishing compete for the disk.
     """
+    if manner.idle:
+        step_back()
     told = ignore if quiet else note
     with in_background(), signals.asking() as stop, _shown(progress) as (show, counted):
         try:
@@ -105,6 +112,22 @@ class _Lines:
         tell_progress(f"{_line(done, total)}, {human_size(rate)}/s")
 
 
+class Due:
+    """True now and then, but not more often than every so many seconds."""
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self._last = 0.0
+
+    def __call__(self) -> bool:
+        """Whether it is time again."""
+        now = time.monotonic()
+        if now - self._last < self._every:
+            return False
+        self._last = now
+        return True
+
+
 @contextmanager
 def _bar() -> Iterator[Progress]:
     """A bar with rate and time left."""
@@ -128,10 +151,13 @@ def _bar() -> Iterator[Progress]:
             console=Console(file=cast(IO[str], screen), force_terminal=True),
             redirect_stdout=False,
             redirect_stderr=False,
+            auto_refresh=False,  # which would need a thread, for which there may be no room
         ) as bar,
     ):
-        task = bar.add_task("", total=None)
+        task, due = bar.add_task("", total=None), Due(BAR_EVERY)
         try:
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield lambda done, total: bar.update(
+                task, completed=done, total=total, refresh=due() or done == total
+            )
         finally:
             screen.is_ending = True

@@ -192,13 +192,19 @@ def _open_in(root: str, relative: str, path: str, writable: bool) -> int:
 def _open_and_compare(real: str, writable: bool) -> int:
     """For kernels without openat2: open, then see whether it is what was resolved."""
     fd = os.open(real, _mode(writable) | os.O_NOFOLLOW)
-    if os.readlink(f"/proc/self/fd/{fd}") != real:
-        os.close(fd)
+    is_same = False
+    try:
+        is_same = os.readlink(f"/proc/self/fd/{fd}") == real
+    finally:
+        if not is_same:
+            os.close(fd)
+    if not is_same:
         raise OSError(errno.EXDEV, "the path was changed while it was being opened")
     return fd
 
 
 _OPENAT2 = 437  # the same number on every architecture
+_AT_FDCWD = -100
 _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
 
 
@@ -220,7 +226,9 @@ def _exists_openat2() -> bool:
     """Whether the call works at all: sandboxes answer EPERM for calls they do not know."""
     libc, how_type, _ = _libc()
     how = how_type(os.O_PATH | os.O_CLOEXEC, 0, 0)
-    fd: int = libc.syscall(_OPENAT2, os.open("/", os.O_PATH | os.O_CLOEXEC), b".", how, 24)
+    fd: int = libc.syscall(_OPENAT2, _AT_FDCWD, b"/", how, 24)
+    if fd >= 0:
+        os.close(fd)
     return fd >= 0
 
 

@@ -58,7 +58,8 @@ class Manner:
 
     ``copy``: the way, or auto. ``direct``: past the page cache. ``sparse``: blocks of so many
     zero bytes become holes; 0 = do not look. ``rate``: bytes per second for all workers
-    together; 0 = no limit. ``idle``: workers step back for any other input and output.
+    together; 0 = no limit. ``idle``: the command uses the disk only when nobody else does, which
+    is the command line's to see to, for all of its processes.
     """
 
     copy: Copy = Copy.AUTO
@@ -73,7 +74,7 @@ class Manner:
 
         It would exceed a limit that the others share, and could not be reached while it waits.
         """
-        return self.idle or self.rate > 0
+        return self.rate > 0
 
     def rate_of_each(self, processes: int) -> int:
         """The limit of each of so many processes, 0 = none."""
@@ -135,6 +136,10 @@ class Mover:
         self._views: dict[int, memoryview] = {}
 
     @cached_property
+    def _direct_buffer(self) -> memoryview:
+        return new_buffer(DIRECT_STEP)
+
+    @cached_property
     def buffer(self) -> memoryview:
         """What is read and written through; made when it is needed first."""
         return new_buffer()
@@ -150,6 +155,18 @@ class Mover:
             start = self._copy_range(source, start, stop)
         if start < stop:
             self._copy(source, start, stop)
+
+    def clone(self, source: File, start: int, stop: int) -> int:
+        """Clone what can be of ``[start, stop)``; returns where what is left begins."""
+        if self.manner.direct or not self._may(Way.CLONE, source):
+            return start
+        return self._clone(source, start, stop)[0]
+
+    def announce(self, start: int, stop: int) -> None:
+        """Take note that ``[start, stop)`` is moved next, in steps: it is placed as one piece."""
+        plain = not self.manner.direct and not self.manner.sparse
+        if plain and self._preallocates and stop - start >= PREALLOCATE_FROM:
+            self._preallocate(start, stop)
 
     @property
     def copies_plainly(self) -> bool:
@@ -247,8 +264,6 @@ class Mover:
         if self.manner.sparse:
             self._copy_sparse(source, start, stop)
         else:
-            if self._preallocates and stop - start >= PREALLOCATE_FROM:
-                self._preallocate(start, stop)
             copy(source, self.target, start, stop, self.buffer)
         self._count(Way.BUFFER, stop - start)
 
@@ -294,7 +309,7 @@ class Mover:
 
     def _copy_direct(self, source: File, start: int, stop: int) -> None:
         here, there = self._direct_fd(source), self._direct_fd(self.target)
-        buffer = new_buffer(DIRECT_STEP)
+        buffer = self._direct_buffer
         self._pass_fault_points(source, start, stop)
         for offset in range(start, stop, DIRECT_STEP):
             view = buffer[: stop - offset]

@@ -35,7 +35,7 @@ from addcow_mp.device.requests import Requests
 from addcow_mp.device.sidecar import invalidate_all
 from addcow_mp.errors import FileError, ImageError, RangeError
 from addcow_mp.format.bitmap import CowBitmap, SparseBits
-from addcow_mp.format.bits import MappedBits, Run, merged, runs
+from addcow_mp.format.bits import Run, merged, runs
 from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import FIXED_SIZE, Header
 from addcow_mp.units import KiB
@@ -310,26 +310,27 @@ class Overlay:
         with self._pending_lock:
             self.pending.drop(announced)
 
-    def publish(self, done: Iterable[Run], value: int) -> None:
-        """Set the bits of the clusters ``done`` to ``value`` in the file, durably.
+    def publish(self, done: Iterable[Run], value: int, marks: SparseBits | None = None) -> None:
+        """Set the bits of the clusters ``done`` and of those in ``marks`` to ``value``, durably.
 
         The data that this announces, or the copies that make it dispensable, must be
         durable already. Bits past the last cluster are left 0.
         """
-        self._publish(done, lambda first, stop: self.bitmap.fill(first, stop, value))
-
-    def publish_marked(self, done: Iterable[Run], marks: MappedBits) -> None:
-        """Publish those of the clusters ``done`` as local that are marked, durably as well."""
-        self._publish(done, lambda first, stop: self.bitmap.add(first, stop, marks))
-
-    def _publish(self, done: Iterable[Run], change: Callable[[int, int], None]) -> None:
         with self.cow.doing("write its bitmap"):
             for first, stop in done:
                 if faults.armed:
                     faults.hit("bitmap_update", (first, stop))
-                change(first, stop)
+                self.bitmap.fill(first, stop, value)
+            if marks:
+                self._publish_marks(marks, value)
             self.bitmap.clear_stray()
         self.cow.sync()
+
+    def _publish_marks(self, marks: SparseBits, value: int) -> None:
+        if faults.armed:
+            for run in marks.runs():
+                faults.hit("bitmap_update", run)
+        self.bitmap.fill_marked(marks, value)
 
     def set_all_allocated(self, value: bool) -> None:
         """Write the header with ALL_ALLOCATED set or cleared, and make it durable."""

@@ -44,7 +44,10 @@ class Pace:
 
 
 def step_back() -> None:
-    """Let this process wait for the disk until nobody else wants it, where that can be said."""
+    """Let this process wait for the disk until nobody else wants it, where that can be said.
+
+    So do the threads and processes that it starts from then on.
+    """
     number = _IOPRIO_SET.get(os.uname().machine)
     if number is not None:
         import ctypes

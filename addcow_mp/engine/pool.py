@@ -2,7 +2,7 @@
 
 The parent owns the processes: one pipe and one sentinel each. A worker that dies (a
 file that shrinks under a mapping, the memory killer, a kill) closes its pipe, which
-wakes the parent; the task it was at is tried once more alone in a fresh process, and
+wakes the parent; the task it was at is tried once more in a fresh process, and
 fails for good when that one dies too. Nobody waits for an answer that cannot come, and
 one task's failure is that task's. The parent's death closes the pipes as well, on which
 the workers end.
@@ -10,7 +10,8 @@ the workers end.
 Processes are spawned, never forked: a worker starts from nothing and receives what it
 needs, descriptors included, once. The pool knows tasks by their numbers and no images.
 
-With ``jobs`` 0 the same calls are made in this process, one after the other. It can also
+With ``jobs`` 0 the same calls are made in this process, one after the other, and so they are
+when the system has no room for any process; with room for some, these do the work. It can also
 take part beside its workers (:class:`Part`): a process less to start, and none at all for a
 job that is done before one would stand ready.
 
@@ -20,6 +21,7 @@ of its own, in the same processes, and what comes of either is kept for whoever 
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -32,9 +34,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from addcow_mp.engine.delivery import Delivery, Packed, Parcel, UnstartedError, Work, deliver
-from addcow_mp.engine.pace import step_back
 from addcow_mp.engine.plan import Task
-from addcow_mp.errors import AddcowError
+from addcow_mp.errors import AddcowError, ResourceError, is_shortage
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -50,6 +51,9 @@ TRIES = 2
 
 #: Seconds of work left for which starting processes pays: it takes about half of that.
 WORTH = 0.1
+
+#: What is said of a task whose worker died, where there is no room for another one.
+_NOT_AGAIN = "an error, and there is no room to start another,"
 
 #: A worker's first message. Tasks are kept back until it comes.
 READY = "ready"
@@ -121,7 +125,15 @@ def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
     except AddcowError as error:
         return Failed(task, error.kept())
     except Exception as error:
-        return Failed(task, UnexpectedError(error=repr(error)))
+        return Failed(task, _explained(error))
+
+
+def _explained(error: Exception) -> AddcowError:
+    if isinstance(error, MemoryError):
+        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if isinstance(error, OSError) and is_shortage(error):
+        return ResourceError.of("work on it", error)
+    return UnexpectedError(error=repr(error))
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,7 @@ class _Withdrawal:
     number: int
 
 
-def serve(pipe: Connection, parcel: Packed, slot: int, idle: bool, parent: int) -> None:
+def serve(pipe: Connection, parcel: Packed, slot: int, parent: int) -> None:
     """A worker's life: do the tasks that come through the pipe until it closes.
 
     ``parent`` is whom to tell that the limit of processor time is reached; 0 = nobody.
@@ -139,8 +151,6 @@ def serve(pipe: Connection, parcel: Packed, slot: int, idle: bool, parent: int) 
     _pass_on_the_limit(parent)
     # What is imported stays: looking for garbage among it again and again finds none.
     gc.set_threshold(50_000)
-    if idle:
-        step_back()
     work = parcel.unpacked()
     try:
         pipe.send(work if isinstance(work, UnstartedError) else READY)
@@ -200,9 +210,8 @@ class _Worker:
     works: set[int] = field(default_factory=lambda: {OWN})
     ready: bool = False
     used: bool = False
-    alone: bool = False
 
-    def give(self, order: Order, work: Work, *, alone: bool = False) -> bool:
+    def give(self, order: Order, work: Work) -> bool:
         """Hand over a task; false when the worker has died, as its sentinel will say."""
         number, _ = order
         try:
@@ -213,7 +222,7 @@ class _Worker:
         except OSError:
             return False
         self.orders.append(order)
-        self.used, self.alone = True, alone
+        self.used = True
         return True
 
     def withdraw(self, number: int) -> None:
@@ -229,9 +238,8 @@ class _Worker:
 class Pool:
     """``jobs`` processes doing ``work``. A context manager: leaving it ends them.
 
-    With ``idle`` they take the disk only when nobody else wants it. ``part`` says what of the
-    work this process does; its counter is the one behind the workers'. ``tries``: how many times
-    a task may meet the death of its worker before it has failed.
+    ``part`` says what of the work this process does; its counter is the one behind the workers'.
+    ``tries``: how many times a task may meet the death of its worker before it has failed.
     """
 
     def __init__(
@@ -239,20 +247,20 @@ class Pool:
         work: Work,
         jobs: int,
         *,
-        idle: bool = False,
         part: Part = Part.NONE,
         tries: int = TRIES,
     ) -> None:
         self._works: dict[int, Work] = {OWN: work}
         self._numbers = count(OWN + 1)
         self._part = part
-        self._idle = idle
         self._jobs = jobs
         self._most_tries = tries
         self._done_here = 0
         #: Whether other processes are worth their start; with Part.FIRST that shows in time.
         self._pays = part is not Part.FIRST
         self._workers: list[_Worker] = []
+        #: Whether the system refused to start a process.
+        self._has_no_room = False
         self._waiting: deque[Order] = deque()
         self._suspects: deque[Order] = deque()
         self._tries: Counter[tuple[int, int]] = Counter()
@@ -277,7 +285,7 @@ class Pool:
     def start(self, most: int) -> None:
         """Start up to ``most`` processes now: there will be tasks before they stand ready."""
         for slot in self._free_slots()[:most]:
-            self._workers.append(self._start(slot))
+            self._engage(slot)
 
     def run(
         self,
@@ -369,7 +377,8 @@ class Pool:
     @property
     def _takes_part(self) -> bool:
         starting = self._part is Part.START and not self._all_ready
-        return self._jobs == 0 or self._part in SHARING or starting
+        alone = self._jobs == 0 or (self._has_no_room and not self._workers)
+        return alone or self._part in SHARING or starting
 
     def _attempt(self, order: Order) -> Done | Failed:
         """Do a task here; see from it whether the rest is worth other processes."""
@@ -390,23 +399,46 @@ class Pool:
         if free:
             wanted = len(self._waiting) - sum(1 for worker in self._workers if not worker.orders)
             for slot in free[: max(0, wanted)]:
-                self._workers.append(self._start(slot))
+                self._engage(slot)
 
     def _free_slots(self) -> list[int]:
         """The numbers of processes that could still be started."""
         others = self._jobs - (self._part in SHARING)
-        if len(self._workers) >= others:
+        if self._has_no_room or len(self._workers) >= others:
             return []
         return sorted(set(range(others)) - {worker.slot for worker in self._workers})
 
+    def _engage(self, slot: int) -> None:
+        """Start a process; where the system has no room for it, go on with fewer.
+
+        With none at all this process does the work itself.
+        """
+        if self._has_no_room:
+            return
+        try:
+            self._workers.append(self._start(slot))
+        except OSError as error:
+            if not is_shortage(error):
+                raise
+            self._has_no_room = True
+
     def _start(self, slot: int) -> _Worker:
+        from multiprocessing import get_context
+
+        ours, theirs = get_context("spawn").Pipe()
+        try:
+            return _Worker(self._spawn(theirs, slot), ours, slot)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+
+    def _spawn(self, theirs: Connection, slot: int) -> SpawnProcess:
         from multiprocessing import get_context, resource_tracker
 
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        parcel, limit = Parcel(self._works[OWN]), _who_heeds_the_limit()
-        arguments = (theirs, parcel, slot, self._idle, limit)
-        process = context.Process(target=serve, args=arguments, daemon=True)
+        arguments = (theirs, Parcel(self._works[OWN]), slot, _who_heeds_the_limit())
+        process = get_context("spawn").Process(target=serve, args=arguments, daemon=True)
         # Requests to stop go to the whole group; the parent decides what they mean. Blocked
         # signals stay blocked in the new process, from its first instant on.
         resource_tracker.ensure_running()  # which unblocks them, when it starts its process
@@ -415,8 +447,7 @@ class Pool:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
-        theirs.close()
-        return _Worker(process, ours, slot)
+        return process
 
     def _hand_out(self) -> None:
         self._hand_out_suspects()
@@ -424,30 +455,37 @@ class Pool:
         enough = self._all_ready and len(self._waiting) > len(self._workers)
         for depth in range(AHEAD if enough else 1):
             for worker in self._workers:
-                free = worker.ready and len(worker.orders) == depth and not worker.alone
+                free = worker.ready and len(worker.orders) == depth
                 if self._waiting and free and self._give(worker, self._waiting[0]):
                     self._waiting.popleft()
 
-    def _give(self, worker: _Worker, order: Order, *, alone: bool = False) -> bool:
-        return worker.give(order, self._works[order[0]], alone=alone)
+    def _give(self, worker: _Worker, order: Order) -> bool:
+        return worker.give(order, self._works[order[0]])
 
     @property
     def _all_ready(self) -> bool:
         return all(worker.ready for worker in self._workers)
 
     def _hand_out_suspects(self) -> None:
-        """What killed a worker is tried again in a fresh process, with nothing else at stake."""
+        """What killed a worker is tried again in a fresh process."""
+        if self._has_no_room:
+            self._fail_suspects()
         for worker in list(self._workers):
             if self._suspects and worker.ready and not worker.orders:
                 if worker.used:
                     self._renew(worker)
-                elif self._give(worker, self._suspects[0], alone=True):
+                elif self._give(worker, self._suspects[0]):
                     self._suspects.popleft()
+
+    def _fail_suspects(self) -> None:
+        while self._suspects:
+            number, task = self._suspects.popleft()
+            self._file(number, Failed(task, DiedError(status=_NOT_AGAIN)))
 
     def _renew(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         _end(worker)
-        self._workers.append(self._start(worker.slot))
+        self._engage(worker.slot)
 
     def _gather(self, patience: float) -> None:
         """File what the workers have answered, waiting for it as long as that."""
@@ -472,7 +510,6 @@ class Pool:
                     worker.ready = True
                     continue
                 worker.orders.popleft()
-                worker.alone = False
                 self._file(*answer)
         except (EOFError, OSError):
             self._bury(worker)
@@ -490,7 +527,7 @@ class Pool:
             self._suspect(worker.orders.popleft(), worker)
             self._waiting.extendleft(reversed(worker.orders))
         if self._waiting or self._suspects:
-            self._workers.append(self._start(worker.slot))
+            self._engage(worker.slot)
 
     def _suspect(self, order: Order, worker: _Worker) -> None:
         number, task = order

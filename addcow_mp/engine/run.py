@@ -1,4 +1,8 @@
-"""Carrying out a plan: tasks to the pool, results to the publisher, one report back.
+"""Carrying out a plan: tasks to the pool, what they have done to the publisher.
+
+A checkpoint publishes what the board says is done, whole tasks and parts of tasks alike. The
+parent looks whether one is due while it waits for workers, and between two pieces when it moves
+bytes itself: a checkpoint never waits for the end of a task. Neither does a stop.
 
 Checkpoints run in a thread of their own while workers go on with later tasks: a disk
 that is syncing must not keep processors waiting, and workers with nothing to do must
@@ -13,21 +17,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from addcow_mp.engine.board import Board
+from addcow_mp.engine.board import MOST_UNPUBLISHED, Board
 from addcow_mp.engine.delivery import UnstartedError, Work
 from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
-from addcow_mp.engine.publisher import Publisher
-from addcow_mp.engine.transfer import TOP, Amount
+from addcow_mp.engine.publisher import Finished, Publisher
+from addcow_mp.engine.transfer import TOP, Transfer
 from addcow_mp.errors import AddcowError, StoppedError, SyncError, WorkerError
-from addcow_mp.format.bits import Run
+from addcow_mp.format.bits import Run, between, merged
 from addcow_mp.format.geometry import Geometry
-from addcow_mp.units import MiB
 
-#: A checkpoint is due after so many bytes or so many seconds: what a crash costs in
-#: repeated work. Smaller ones would make the disk commit its journal all the time.
-CHECKPOINT_BYTES = 512 * MiB
-CHECKPOINT_SECONDS = 5.0
+#: A checkpoint is due after so many bytes or so many seconds. Another half may be added while
+#: it is under way: a crash costs 512 MiB or 5 seconds of repeated work, whichever is less.
+#: Smaller ones would make the disk commit its journal all the time.
+CHECKPOINT_BYTES = MOST_UNPUBLISHED // 2
+CHECKPOINT_SECONDS = 2.5
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all, now and then."""
@@ -37,71 +41,89 @@ def no_progress(done: int, total: int) -> None:
     """Show nothing."""
 
 
-def workers_for(jobs: int | None, tasks: Sequence[Task], *, idle: bool = False) -> int:
+def workers_for(jobs: int | None, tasks: Sequence[Task]) -> int:
     """How many processes to start: as asked, by default the usable processors.
 
-    A single small task is done in this process: starting another costs more than it. Not
-    so when workers shall step back (``idle``): this process would have to, for good.
+    A single small task is done in this process: starting another costs more than it.
     """
     if jobs is not None:
         return min(jobs, len(tasks))
-    if sum(task.weight for task in tasks) <= TASK_BYTES and not idle:
+    if sum(task.weight for task in tasks) <= TASK_BYTES:
         return 0
     return min(usable_cpus(), len(tasks))
 
 
 class _Checkpoints:
-    """Collects what is done and publishes it, one checkpoint at a time."""
+    """Publishes what is done, one checkpoint at a time."""
 
-    def __init__(self, publisher: Publisher, geometry: Geometry) -> None:
-        self._publisher = publisher
-        self._geometry = geometry
-        self._done: list[Run] = []
-        self._bytes = 0
+    def __init__(self, job: Assignment) -> None:
+        self._job = job
+        #: Clusters of tasks that have ended, in order, and of those that ended since the last one.
+        self._ended: list[Run] = []
+        self._new: list[Run] = []
+        #: What was counted when the last one began: all amounts, and bytes moved.
+        self._counted = job.board.totals
+        self._total = job.board.total
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def add(self, done: list[Run], size: int) -> None:
-        """Take note of finished clusters; publish when that is due.
+    def add(self, task: Task) -> None:
+        """Take note of a task that has ended."""
+        self._new.append((task.first, task.stop))
 
-        With a checkpoint still under way, the next one waits until it has its full size;
-        then the caller waits, so that what is not published never exceeds two of them.
+    def tick(self) -> None:
+        """Begin a checkpoint when one is due; what it meets :meth:`finish` raises.
+
+        With one still under way, the next one waits until it has its full size; then the caller
+        waits, so that what is not published does not grow without end.
         """
-        self._done += done
-        self._bytes += size
-        busy = self._thread is not None and self._thread.is_alive()
-        if self._is_due() and (not busy or self._bytes >= CHECKPOINT_BYTES):
+        full = self._job.board.total - self._total >= CHECKPOINT_BYTES
+        late = time.monotonic() - self._last >= CHECKPOINT_SECONDS
+        if full or (late and not self._is_busy and self._has_news):
             self._begin()
 
-    def _is_due(self) -> bool:
-        late = time.monotonic() - self._last >= CHECKPOINT_SECONDS
-        return bool(self._done) and (late or self._bytes >= CHECKPOINT_BYTES)
+    @property
+    def _is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
-    def _begin(self) -> None:
-        self._end()
-        done, self._done = self._done, []
-        self._bytes, self._last = 0, time.monotonic()
-        self._thread = threading.Thread(target=self._publish, args=(done,))
-        self._thread.start()
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._new) or self._job.board.totals != self._counted
 
-    def _publish(self, done: list[Run]) -> None:
+    def _under_way(self) -> list[Run]:
+        """Clusters of all tasks that had not ended when the last checkpoint began."""
+        return list(between(self._ended, 0, self._job.geometry.clusters))
+
+    def _begin(self, *, last: bool = False) -> None:
+        self.wait()
+        if self.failed:
+            return
+        board, self._last = self._job.board, time.monotonic()
+        self._counted, self._total = board.totals, board.total
+        new, self._new = list(merged(sorted(self._new))), []
+        self._ended = list(merged(sorted((*self._ended, *new))))
+        finished = Finished(new, self._under_way())
+        thread = threading.Thread(target=self._publish, args=(finished, self._total, last))
         try:
-            self._publisher.checkpoint(done, self._geometry)
+            thread.start()
+        except RuntimeError:  # there is no room for a thread: others wait meanwhile
+            self._publish(finished, self._total, last)
+        else:
+            self._thread = thread
+
+    def _publish(self, finished: Finished, total: int, last: bool) -> None:
+        try:
+            self._job.publisher.checkpoint(finished, self._job.geometry, last=last)
+            self._job.board.publish(total)
         except BaseException as error:
             self._error = error
-
-    def _end(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            raise self._error
 
     def wait(self) -> None:
         """Wait for a checkpoint under way: files are not closed under it."""
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
 
     @property
     def failed(self) -> bool:
@@ -110,10 +132,13 @@ class _Checkpoints:
 
     def finish(self) -> None:
         """Publish all the rest. Raises what publishing met, now or before."""
-        self._end()
-        if self._done:
-            self._begin()
-            self._end()
+        self.wait()
+        marks = self._job.board.marks(TOP)
+        if self._new or any(marks.any(*run) for run in self._under_way()):
+            self._begin(last=True)
+            self.wait()
+        if self._error is not None:
+            raise self._error
 
 
 @dataclass
@@ -126,7 +151,6 @@ class Assignment:
     board: Board
     publisher: Publisher
     path: str
-    idle: bool = False
     part: Part = Part.NONE
     crew: Pool | None = None
 
@@ -136,19 +160,21 @@ class Assignment:
         if self.crew is not None:
             yield self.crew, self.work
             return
-        with Pool(self.work, workers, idle=self.idle, part=self.part) as pool:
+        with Pool(self.work, workers, part=self.part) as pool:
             yield pool, None
 
 
 class _Ledger:
     """What has come of a job's tasks so far, and what of it may be published."""
 
-    def __init__(self, job: Assignment) -> None:
-        self.amount = Amount()
+    def __init__(self, job: Assignment, progress: Progress, stopping: Callable[[], bool]) -> None:
         self.finished = 0
         self.failure: Failed | None = None
-        self.checkpoints = _Checkpoints(job.publisher, job.geometry)
+        self.checkpoints = _Checkpoints(job)
         self._board = job.board
+        self._progress = progress
+        self._stopping = stopping
+        self._weight = sum(task.weight for task in job.tasks)
 
     @property
     def unsynced(self) -> bool:
@@ -157,25 +183,38 @@ class _Ledger:
 
     def take(self, result: Done | Failed) -> None:
         """Enter one result. The first failure counts, but a failed sync before all others."""
-        if isinstance(result, Failed):
-            if not isinstance(result.error, StoppedError):
-                self._fail(result)
-            done, size = _finished_part(self._board, result.task), 0
-        else:
-            self.amount += result.result
+        if isinstance(result, Done):
             self.finished += 1
-            done, size = [(result.task.first, result.task.stop)], result.result.bytes_moved
-        if not self.unsynced:
-            self.checkpoints.add(done, size)
+            self.checkpoints.add(result.task)
+        elif not isinstance(result.error, StoppedError):
+            self._fail(result)
 
     def _fail(self, result: Failed) -> None:
         if self.failure is None or isinstance(result.error, SyncError):
             self.failure = result
 
+    def tick(self) -> bool:
+        """Look around, also in the middle of a task: publish what is due, show progress.
+
+        Returns whether tasks under way shall end: the job is stopped, or nothing of what they do
+        could be published.
+        """
+        if not self.unsynced:
+            self.checkpoints.tick()
+        self._progress(min(self._board.total, self._weight), self._weight)
+        in_vain = self.unsynced or self.checkpoints.failed
+        return self._board.stops_by(lambda: in_vain or self._stopping())
+
+    def enough(self) -> bool:
+        """Whether no more tasks are begun."""
+        return self.tick() or self.failure is not None
+
     def close(self) -> None:
         """Publish all the rest, if that is still right."""
         if not self.unsynced:
             self.checkpoints.finish()
+        if self.failure is None and not self._board.stopped:
+            self._progress(self._weight, self._weight)
 
 
 def carry_out(
@@ -183,20 +222,17 @@ def carry_out(
     workers: int,
     progress: Progress = no_progress,
     stopping: Callable[[], bool] = lambda: False,
-) -> Amount:
+) -> None:
     """Do all tasks of ``job`` with ``workers`` processes and publish what they finish.
 
     When a task fails, no new one is begun, what was finished is published, and the
-    first failure is raised as :class:`WorkerError`. When ``stopping`` keeps tasks from
-    being begun, :class:`StoppedError` is raised, after publishing as well.
+    first failure is raised as :class:`WorkerError`. When ``stopping`` ends tasks or keeps them
+    from being begun, :class:`StoppedError` is raised, after publishing as well.
     """
-    ledger = _Ledger(job)
-
-    def enough() -> bool:
-        stops = job.board.stops_by(stopping)
-        return stops or ledger.failure is not None or ledger.checkpoints.failed
-
-    unstarted = _collect(job, workers, progress, enough, ledger)
+    ledger = _Ledger(job, progress, stopping)
+    if isinstance(job.work, Transfer):
+        job.work.attend = ledger.tick
+    unstarted = _collect(job, workers, ledger)
     ledger.close()
     if ledger.failure is not None:
         raise _told(job.path, ledger.failure)
@@ -204,35 +240,20 @@ def carry_out(
         raise unstarted
     if ledger.finished < len(job.tasks):
         raise StoppedError(path=job.path)
-    return ledger.amount
 
 
-def _collect(
-    job: Assignment,
-    workers: int,
-    progress: Progress,
-    enough: Callable[[], bool],
-    ledger: _Ledger,
-) -> UnstartedError | None:
+def _collect(job: Assignment, workers: int, ledger: _Ledger) -> UnstartedError | None:
     """Let the tasks be done, entering results; the error when workers cannot be started."""
-    total = sum(task.weight for task in job.tasks)
     try:
         with job.pool(workers) as (pool, lent):
-            for result in pool.run(job.tasks, enough, lent):
-                progress(min(job.board.total, total), total)
+            for result in pool.run(job.tasks, ledger.enough, lent):
                 if result is not None:
                     ledger.take(result)
     except UnstartedError as error:
         return error
     finally:
         ledger.checkpoints.wait()
-    if not enough():
-        progress(total, total)
     return None
-
-
-def _finished_part(board: Board, task: Task) -> list[Run]:
-    return list(board.marks(TOP).runs(task.first, task.stop))
 
 
 def _told(path: str, failure: Failed) -> AddcowError:

@@ -3,8 +3,12 @@
 A transfer says in three words what a job moves: *which* clusters of the overlay,
 *from* what they are read, and into which *target*. For each run of such clusters
 it walks what the source is made of: data is copied, holes and absent parts are made
-zero in the target, and then the run is marked on the board. It knows neither other
-tasks nor other processes, and publishes nothing.
+zero in the target, and what is done of the run is marked on the board, in whole clusters,
+as it goes. It knows neither other tasks nor other processes, and publishes nothing.
+
+Between two pieces of a few MiB it looks around: whether the job shall stop, whether the process
+that publishes is still there and keeps up. So whatever ends a task costs a piece, not the task.
+What is marked already, by a worker that died, is not moved again: its old place may be freed.
 
 Commit moves the local clusters from the image into the backing file; flatten moves
 the missing ones from below into the image; convert moves everything into a new file.
@@ -13,28 +17,37 @@ the missing ones from below into the image; convert moves everything into a new 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from operator import add
 from typing import NamedTuple, Protocol
 
 from addcow_mp.device.files import File
 from addcow_mp.device.filesystem import can_share
 from addcow_mp.device.layer import Kind, Layer, Piece
-from addcow_mp.device.moving import CLONE_FROM, Manner, Mover, Way, clonable
+from addcow_mp.device.moving import CLONE_FROM, SHORT, Manner, Mover, Way, clonable
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.pace import Pace
+from addcow_mp.engine.board import MOST_UNPUBLISHED, Board
+from addcow_mp.engine.pace import SMALLEST_STEP, Pace
 from addcow_mp.engine.plan import TASK_BYTES, Task
 from addcow_mp.errors import StoppedError
-from addcow_mp.format.bits import Run
+from addcow_mp.format.bits import Run, between
 from addcow_mp.format.geometry import Geometry
-from addcow_mp.units import MiB
+from addcow_mp.units import MiB, round_down, round_up
 
-#: Short runs between two looks at what else there is, such as whether the parent is there.
+#: Bytes moved between two looks at what else there is: a second on a disk that does 4 MB/s.
+PIECE = 4 * MiB
+
+#: Short runs between two such looks, if they are no more than that.
 BATCH = 64
+
+#: Bytes made zero between two looks; nearly always they are merely freed.
+ZERO_PIECE = 64 * MiB
+
+#: Seconds between two looks while the parent has too much to publish.
+PUBLISHING_PAUSE = 0.005
 
 #: The disk is told to begin after so many bytes: it is never idle while processors copy, and
 #: the last sync finds little left to do.
@@ -65,14 +78,11 @@ class Amount:
     clusters_zeroed: int = 0
     ways: tuple[int, ...] = (0,) * len(Way)
 
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(
-            self.bytes_moved + other.bytes_moved,
-            self.clusters_moved + other.clusters_moved,
-            self.bytes_zeroed + other.bytes_zeroed,
-            self.clusters_zeroed + other.clusters_zeroed,
-            tuple(map(add, self.ways, other.ways)),
-        )
+    @classmethod
+    def on(cls, board: Board) -> Amount:
+        """What all workers have counted on ``board``, in tasks that ended and in others."""
+        moved, clusters, zeroed, clusters_zeroed, *ways = board.totals
+        return cls(moved, clusters, zeroed, clusters_zeroed, tuple(ways))
 
 
 class Target(Protocol):
@@ -91,12 +101,21 @@ class Target(Protocol):
     def make_zero(self, start: int, stop: int) -> None:
         """Make ``[start, stop)`` read as zeros."""
 
+    @property
+    def unit(self) -> int:
+        """Bytes that its own bits speak of; 1 where it has none."""
+
 
 class RawTarget(NamedTuple):
     """A raw file; ``fresh`` when it is new and all of it already reads as zeros."""
 
     file: File
     fresh: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Any range can be done by itself."""
+        return 1
 
     def prepare(self, start: int, stop: int, buffer: memoryview, board: Board) -> None:
         """Nothing: a raw file takes any range."""
@@ -123,6 +142,11 @@ class OverlayTarget(NamedTuple):
     def file(self) -> File:
         """The backing's own image file."""
         return self.overlay.image.file
+
+    @property
+    def unit(self) -> int:
+        """A cluster of the backing is local as a whole."""
+        return self.overlay.cluster_size
 
     def prepare(self, start: int, stop: int, buffer: memoryview, board: Board) -> None:
         """Copy up the rest of the clusters that ``[start, stop)`` covers only in part."""
@@ -180,13 +204,88 @@ class _Written:
 def _steps(start: int, stop: int, step: int) -> Iterator[Run]:
     """``[start, stop)`` in steps; what would be left at the end belongs to the last one.
 
-    So none is shorter than ``step``, and what is long enough to be cloned stays so.
+    So none is shorter than ``step``, and what is long enough to be cloned stays so. Nor does one
+    end within a block, which would go through the page cache, or within a usual cluster.
     """
-    while stop - start >= 2 * step:
-        yield start, start + step
-        start += step
+    while stop - start >= 2 * step + SMALLEST_STEP:
+        end = round_up(start + step, SMALLEST_STEP)
+        yield start, end
+        start = end
     if start < stop:
         yield start, stop
+
+
+def _batches(runs: list[Run], size: int) -> Iterator[list[Run]]:
+    """``runs`` of clusters of ``size`` bytes, so many at a time that it is no more than a piece."""
+    short = (stop - first for first, stop in runs if (stop - first) * size <= SHORT)
+    count = max(1, min(BATCH, PIECE // (max(short, default=1) * size)))
+    return (runs[number : number + count] for number in range(0, len(runs), count))
+
+
+class RunMarks:
+    """How far one run of clusters has come: what is done of it is marked and counted.
+
+    All of the run is gone through in order. Marks are made of whole clusters of every layer
+    whose bits change, as soon as all of their bytes are done; a target's own mark comes first.
+    Holes longer than all data of a task are not marked: they are soon gone through again, and
+    marking them would cost memory for what costs no time.
+    """
+
+    def __init__(self, work: Transfer, first: int, stop: int, slot: int) -> None:
+        self._geometry, self._board, self._slot = work.geometry, work.board, slot
+        self._target = work.target
+        self.start, self.end = work.geometry.span(first, stop)
+        self._stop = stop
+        self._unit = max(work.geometry.cluster_size, work.target.unit)
+        #: Clusters before these are done, and are known to have had data.
+        self._done = self._counted = first
+        self._pending = [0, 0, 0]
+
+    def move(self, start: int, stop: int) -> None:
+        """Take note that ``[start, stop)`` was moved."""
+        first, last = self._geometry.touched(start, stop)
+        self._pending[0] += stop - start
+        self._pending[1] += max(0, last - max(first, self._counted))
+        self._counted = max(last, self._counted)
+        self._reach(stop)
+
+    def pass_over(self, start: int, stop: int) -> None:
+        """Take note that ``[start, stop)`` reads as zeros in the target."""
+        if start == stop:
+            return
+        self._pending[2] += stop - start
+        if stop - start > 2 * TASK_BYTES:
+            self._reach(min(stop, round_up(start, self._unit)))
+            self._finish(self._clusters_until(stop), marks=False)
+        else:
+            self._reach(stop)
+
+    def _clusters_until(self, position: int) -> int:
+        """The cluster before which all are done when all bytes before ``position`` are."""
+        if position >= self.end:
+            return self._stop
+        return round_down(position, self._unit) // self._geometry.cluster_size
+
+    def _reach(self, position: int) -> None:
+        self._finish(self._clusters_until(position), marks=True)
+
+    def _finish(self, stop: int, *, marks: bool) -> None:
+        if stop <= self._done:
+            return
+        self._target.finish(*self._geometry.span(self._done, stop), self._board)
+        if marks:
+            self._board.marks(TOP).set(self._done, stop)
+        self._count(stop)
+        self._done = stop
+
+    def _count(self, stop: int) -> None:
+        moved, clusters, zeroed = self._pending
+        # A cluster with data that is not done yet is counted when it is.
+        early = max(0, self._counted - stop)
+        clusters -= early
+        amounts = (moved, clusters, zeroed, stop - self._done - clusters)
+        self._board.add(self._slot, amounts)
+        self._pending = [0, early, 0]
 
 
 class Transfer:
@@ -220,8 +319,9 @@ class Transfer:
         self._shares: dict[int, bool] = {}
         #: In a worker, the process that started it.
         self.parent: int | None = None
-        #: Asked where no worker is: whether the job shall stop.
-        self.stopping: Callable[[], bool] = lambda: False
+        #: Called between pieces in the process that publishes, for what it has to attend to
+        #: meanwhile; returns whether the job shall stop.
+        self.attend: Callable[[], bool] = lambda: False
 
     def __reduce__(self) -> tuple[object, ...]:
         parts = (self.layer, self.geometry, self.which, self.target, self.board)
@@ -232,34 +332,32 @@ class Transfer:
         self.layer.abandon()
         self.board.close()
 
-    def __call__(self, task: Task, slot: int) -> Amount:
-        """Move the clusters of ``task``, counting bytes in ``slot`` of the board.
+    def __call__(self, task: Task, slot: int) -> None:
+        """Move the clusters of ``task``, counting what is done in ``slot`` of the board.
 
-        A run that is longer than all data of a task is mostly holes, soon done again if the
-        task fails: marking it would cost memory for what costs no time.
+        Raises :class:`StoppedError` when the job shall stop; what was marked until then is done.
         """
         self._mover.moved.clear()
-        totals = [0, 0, 0, 0]
-        most_marked = 2 * TASK_BYTES // self.geometry.cluster_size
-        mark, prepare, finish = self.board.marks(TOP).set, self.target.prepare, self.target.finish
         if self.which is not Which.ALL and isinstance(self.layer, Overlay):
             # A worker that replaces a dead one opens the bitmap anew, and what killed that
             # one may have been its being cut short: bits that are gone are not 0.
             refuse_short(self.layer)
-        # All runs at once: later, the bitmap might have been cut short.
-        left = self._move_short(list(self.runs_of(task)), slot, totals)
-        for first, stop in left:
-            self._end_orphan()
-            start, end = self.geometry.span(first, stop)
-            prepare(start, end, self._mover.buffer, self.board)
-            self._move(first, stop, self._pieces(start, end), slot, totals)
-            finish(start, end, self.board)
-            if stop - first <= most_marked:
-                mark(first, stop)
-        ways = tuple(self._mover.moved.get(way, 0) for way in Way)
-        return Amount(totals[0], totals[1], totals[2], totals[3], ways)
+        try:
+            # All runs at once: later, the bitmap might have been cut short.
+            for run in self._move_short(list(self._left(task)), slot):
+                self._move_run(RunMarks(self, *run, slot))
+        finally:
+            ways = (self._mover.moved.get(way, 0) for way in Way)
+            self.board.add(slot, (0, 0, 0, 0, *ways))
 
-    def _move_short(self, runs: list[Run], slot: int, totals: list[int]) -> list[Run]:
+    def _left(self, task: Task) -> Iterator[Run]:
+        """What of ``task`` no worker has marked yet."""
+        runs, marks = self.runs_of(task), self.board.marks(TOP)
+        if not marks.any(task.first, task.stop):
+            return runs
+        return (left for run in runs for left in between(marks.runs(*run), *run))
+
+    def _move_short(self, runs: list[Run], slot: int) -> list[Run]:
         """Move those of ``runs`` that are short copies from one raw file; returns the others.
 
         Images with many thousands of them are the hard case: all that is done for each run,
@@ -275,20 +373,18 @@ class Transfer:
             min(source.held, self.geometry.size),
             self.geometry.cluster_size,
         )
-        for number in range(0, len(runs), BATCH):
-            self._end_orphan()
+        for batch in _batches(runs, size):
+            self._look_around()
             clusters = 0
-            for run in runs[number : number + BATCH]:
+            for run in batch:
                 first, stop = run
                 if stop * size <= end and move(file, first * size, stop * size):
                     mark(first, stop)
                     clusters += stop - first
                 else:
                     left.append(run)
-            self.board.count(slot, clusters * size)
-            self._written.add(*self.geometry.span(runs[number][0], stop), clusters * size)
-            totals[0] += clusters * size
-            totals[1] += clusters
+            self.board.add(slot, (clusters * size, clusters))
+            self._written.add(*self.geometry.span(batch[0][0], stop), clusters * size)
         return left
 
     def _plain_source(self) -> RawLayer | None:
@@ -299,13 +395,20 @@ class Transfer:
         source = self.layer.image if self.which is Which.LOCAL else self.layer.backing
         return source if isinstance(source, RawLayer) else None
 
-    def _end_orphan(self) -> None:
-        end_orphan(self.parent)
+    def _look_around(self) -> None:
+        """Between two pieces: go on, or not.
 
-    def _end_wait(self) -> None:
-        """Waiting for a rate is in vain when the parent is gone or the job shall stop."""
-        self._end_orphan()
-        if self.board.stopped or self.stopping():
+        Waits while more is moved than published: what a crash costs shall not grow without end.
+        """
+        self._refuse_to_go_on()
+        while self.board.unpublished >= MOST_UNPUBLISHED:
+            time.sleep(PUBLISHING_PAUSE)
+            self._refuse_to_go_on()
+
+    def _refuse_to_go_on(self) -> None:
+        """End when the parent is gone; raise when the job shall stop."""
+        end_orphan(self.parent)
+        if self.attend() or self.board.stopped:
             raise StoppedError(path=self.layer.path)
 
     def shares(self, depth: int) -> bool:
@@ -314,6 +417,11 @@ class Transfer:
         if known is None:
             known = self._shares[depth] = can_share(self._files[depth], self.target.file)
         return known
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether all of the target that is not written reads as zeros."""
+        return isinstance(self.target, RawTarget) and self.target.fresh
 
     @property
     def may_clone(self) -> bool:
@@ -340,29 +448,47 @@ class Transfer:
             return self.layer.image.pieces(start, stop)
         return self.layer.pieces_below(start, stop)
 
-    def _move(
-        self, first: int, stop: int, pieces: Iterator[Piece], slot: int, totals: list[int]
-    ) -> None:
-        """Move one run of clusters, adding to ``totals`` in the order of an :class:`Amount`."""
-        clusters = 0
-        counted = first  # clusters before this one are known to have had data
-        for piece in pieces:
+    def _move_run(self, run: RunMarks) -> None:
+        """Move one run of clusters."""
+        self.target.prepare(run.start, run.end, self._mover.buffer, self.board)
+        for piece in self._pieces(run.start, run.end):
+            self._look_around()
             if piece.kind is Kind.DATA:
-                self._move_data(piece, slot)
-                here, there = self.geometry.touched(piece.start, piece.stop)
-                clusters += there - max(here, counted)
-                counted = there
-                totals[0] += piece.stop - piece.start
+                self._move_data(piece, run)
             else:
-                self.target.make_zero(piece.start, piece.stop)
-                totals[2] += piece.stop - piece.start
-        totals[1] += clusters
-        totals[3] += stop - first - clusters
+                self._make_zero(piece, run)
 
-    def _move_data(self, piece: Piece, slot: int) -> None:
-        step = max(self._pace.step, CLONE_FROM) if self.manner.rate else piece.stop - piece.start
-        for start, stop in _steps(piece.start, piece.stop, step):
-            self._mover.move(self._files[piece.depth], start, stop)
-            self.board.count(slot, stop - start)
+    def _move_data(self, piece: Piece, run: RunMarks) -> None:
+        source, start = self._files[piece.depth], piece.start
+        step = PIECE
+        if self.manner.rate:
+            step = max(self._pace.step, CLONE_FROM)
+        else:
+            # What is cloned is done at once, however long it is.
+            start = self._mover.clone(source, start, piece.stop)
+            self._moved(piece.start, start, run)
+        self._mover.announce(start, piece.stop)
+        for first, stop in _steps(start, piece.stop, step):
+            if first > piece.start:
+                self._look_around()
+            self._mover.move(source, first, stop)
+            self._moved(first, stop, run)
+            self._pace.spend(stop - first, self._refuse_to_go_on)
+
+    def _moved(self, start: int, stop: int, run: RunMarks) -> None:
+        if start < stop:
+            run.move(start, stop)
             self._written.add(start, stop, stop - start)
-            self._pace.spend(stop - start, self._end_wait)
+
+    def _make_zero(self, piece: Piece, run: RunMarks) -> None:
+        """Empty what the target holds there; holes of it are passed over in one step."""
+        held = () if self.is_fresh else self.target.file.data_runs(piece.start, piece.stop)
+        position = piece.start
+        for first, last in held:
+            run.pass_over(position, first)
+            for start, stop in _steps(first, last, ZERO_PIECE):
+                self._look_around()
+                self.target.make_zero(start, stop)
+                run.pass_over(start, stop)
+            position = last
+        run.pass_over(position, piece.stop)

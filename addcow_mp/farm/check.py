@@ -165,7 +165,7 @@ def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Che
     looked_at = 0
     jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
     part = Part.FULL if count >= MANY else Part.FIRST
-    with Pool(_Checks(paths, access), jobs, idle=conduct.manner.idle, part=part) as pool:
+    with Pool(_Checks(paths, access), jobs, part=part) as pool:
         for result in pool.run(tasks, conduct.stopping):
             if result is not None:
                 done[result.task.number] = _of(result, paths)

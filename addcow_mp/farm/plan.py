@@ -226,7 +226,7 @@ def _foreseen(steps: list[Step], conduct: Conduct) -> list[Prospect | AddcowErro
     found: dict[int, list[Prospect | AddcowError | None]] = {}
     jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
     work = _Outlooks([step.errand for step in steps], conduct)
-    with Pool(work, jobs, idle=conduct.manner.idle, part=Part.FIRST) as pool:
+    with Pool(work, jobs, part=Part.FIRST) as pool:
         for result in pool.run(tasks, conduct.stopping):
             if result is not None:
                 found[result.task.number] = _of(result)

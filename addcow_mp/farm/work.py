@@ -33,12 +33,12 @@ from addcow_mp.engine.board import Board
 from addcow_mp.engine.delivery import UnstartedError
 from addcow_mp.engine.plan import Task
 from addcow_mp.engine.pool import TRIES, Done, Part, Pool, usable_cpus
-from addcow_mp.errors import AddcowError, ImageError, StoppedError
+from addcow_mp.errors import AddcowError
 from addcow_mp.farm.errand import Errand
 from addcow_mp.farm.plan import Plan, State, Step
 from addcow_mp.farm.tally import Tally
 from addcow_mp.jobs.dependants import Identity
-from addcow_mp.jobs.report import Conduct, Report
+from addcow_mp.jobs.report import Conduct, Reach, Report
 from addcow_mp.units import KiB, MiB
 
 #: Images with more to move are split: others can help with them for longer than that takes.
@@ -258,7 +258,7 @@ class _Farm:
         part = Part.NONE if faults.armed or manner.is_for_workers else Part.FIRST
         # Once more would hold what a job has left behind against itself, and find it as it was.
         tries = 1 if self._verifies else TRIES
-        return Pool(work, self._jobs, idle=manner.idle, part=part, tries=tries)
+        return Pool(work, self._jobs, part=part, tries=tries)
 
     @property
     def _is_over(self) -> bool:
@@ -350,7 +350,8 @@ class _Farm:
             if step.errand.discard:
                 self._plan.neighbours.forget(step.named)
         else:
-            step.state, step.problem = _state_after(outcome), outcome
+            step.state, step.problem = _state_after(outcome.report), outcome
+            step.report = outcome.report if step.state is not State.REFUSED else None
         before = self._done
         self._done = replace(
             before,
@@ -386,8 +387,10 @@ def _finished_discard(step: Step) -> Report | AddcowError:
     return Report(step.errand.operation, step.path)
 
 
-def _state_after(problem: AddcowError) -> State:
-    """What an error means: that nothing was changed, that it was stopped, or that it failed."""
-    if isinstance(problem, StoppedError):
+def _state_after(report: Report | None) -> State:
+    """What a job that ended with an error says of itself; one that died says nothing."""
+    if report is None:
+        return State.FAILED
+    if report.stopped:
         return State.STOPPED
-    return State.REFUSED if isinstance(problem, ImageError) else State.FAILED
+    return State.REFUSED if report.reach is Reach.LOOKING else State.FAILED

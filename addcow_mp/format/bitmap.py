@@ -12,7 +12,7 @@ that exist once one of their bits is set.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from bitarray import bitarray
 
@@ -157,10 +157,11 @@ class CowBitmap:
         for first, last in parts:
             self.publish(first, last, lambda bits, _: bits.setall(value))
 
-    def add(self, start: int, stop: int, marks: MappedBits) -> None:
-        """Publish those clusters in ``[start, stop)`` as local that are marked; costs the marks."""
-        for first, last in marks.inhabited(start, stop):
-            self.publish(first, last, marks.add_to)
+    def fill_marked(self, marks: SparseBits, value: int) -> None:
+        """Publish ``value`` for the clusters that are set in ``marks``; costs the marks."""
+        change = marks.add_to if value else marks.take_from
+        for first, last in marks.pages():
+            self.publish(first, min(last, self.clusters), change)
 
     def clear_stray(self) -> None:
         """Write 0 to the bits past the last cluster, where one is set."""
@@ -182,16 +183,39 @@ class SparseBits:
     def __init__(self) -> None:
         self._pages: dict[int, bitarray] = {}
 
+    @classmethod
+    def of(cls, marks: MappedBits, ranges: Iterable[Run]) -> SparseBits:
+        """A copy of what is set in ``marks`` within ``ranges`` at this moment."""
+        copied = cls()
+        for start, stop in ranges:
+            for first, last in marks.inhabited(start, stop):
+                copied._copy(marks, first, last)
+        return copied
+
+    def _copy(self, marks: MappedBits, start: int, stop: int) -> None:
+        for number, first, last in self._pages_of(start, stop):
+            bits = bitarray(last - first, endian="little")
+            marks.add_to(bits, number * PAGE_BITS + first)
+            if bits.any():
+                self._page(number)[first:last] |= bits
+
+    def _page(self, number: int) -> bitarray:
+        page = self._pages.get(number)
+        if page is None:
+            page = self._pages[number] = bitarray(PAGE_BITS, endian="little")
+        return page
+
     def __bool__(self) -> bool:
         return bool(self._pages)
+
+    def pages(self) -> Iterator[Run]:
+        """The ranges that have pages, in order; outside them nothing is set."""
+        return ((number * PAGE_BITS, (number + 1) * PAGE_BITS) for number in sorted(self._pages))
 
     def set(self, start: int, stop: int) -> None:
         """Set the bits ``[start, stop)``."""
         for number, first, last in self._pages_of(start, stop):
-            page = self._pages.get(number)
-            if page is None:
-                page = self._pages[number] = bitarray(PAGE_BITS, endian="little")
-            page[first:last] = 1
+            self._page(number)[first:last] = 1
 
     def runs(self) -> Iterator[Run]:
         """The runs of set bits, in order."""
@@ -222,6 +246,12 @@ class SparseBits:
             if page is not None:
                 base = number * PAGE_BITS + first - start
                 bits[base : base + last - first] |= page[first:last]
+
+    def take_from(self, bits: bitarray, start: int) -> None:
+        """Clear in ``bits``, which hold the clusters from ``start`` on, what is set here."""
+        mine = bitarray(len(bits), endian="little")
+        self.add_to(mine, start)
+        bits &= ~mine
 
     @staticmethod
     def _pages_of(start: int, stop: int) -> Iterator[tuple[int, int, int]]:

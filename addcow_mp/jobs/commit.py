@@ -31,7 +31,7 @@ from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import Movement, move, refuse_unwritable, room
 from addcow_mp.jobs.readback import Proof, reading_back
-from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
+from addcow_mp.jobs.report import Conduct, Prospect, Reach, Report, reporting
 from addcow_mp.units import round_down
 
 
@@ -51,10 +51,8 @@ def commit(
         with reading_back(overlay, proof, conduct, report) as middle:
             with _saying_what_is_kept(overlay.path, keep=keep):
                 move(movement, middle, report)
+            report.reach = Reach.DONE
             report.warnings += _raw_link_warnings(overlay)
-            if not keep:
-                # Also what an earlier commit, cut off between clearing and freeing, left behind.
-                overlay.image.file.punch(0, overlay.size)
     return report
 
 
@@ -112,6 +110,8 @@ def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
     target, tasks = _target(backing), _tasks(overlay, backing)
     movement = Movement(overlay, overlay.geometry, Which.LOCAL, target, tasks)
     movement.publish = None if keep else (overlay, 0)
+    # Tasks cover every cluster, also those that an earlier commit cleared and was cut off before
+    # it freed their space: it is freed with the others.
     movement.frees = not keep
     if not _is_done(overlay) or _grows(overlay, backing):
         # With ``keep``, too: what lies below the overlay is not what its manifest says then.

@@ -122,14 +122,14 @@ def _look(
     *,
     every: bool,
 ) -> None:
-    workers = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
+    workers = workers_for(conduct.jobs, tasks)
     board = Board.create((), workers)
     total = sum(task.weight for task in tasks)
     found: list[Run] = []
     finished = 0
     try:
         work = Comparison(one, other, geometry, board, first_only=not every)
-        with Pool(work, workers, idle=conduct.manner.idle) as pool:
+        with Pool(work, workers) as pool:
             enough = lambda: conduct.stopping() or bool(found and not every)  # noqa: E731
             for answer in pool.run(tasks, enough):
                 conduct.progress(min(board.total, total), total)

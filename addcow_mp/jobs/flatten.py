@@ -25,7 +25,7 @@ from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.moving import Movement, move, refuse_unwritable, room
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
-from addcow_mp.jobs.report import Conduct, Prospect, Report, reporting
+from addcow_mp.jobs.report import Conduct, Prospect, Reach, Report, ending, reporting
 
 
 def flatten(
@@ -47,9 +47,10 @@ def flatten(
             if movement is not None:
                 movement.prepare = lambda: _narrow(overlay, report)
                 move(movement, middle, report)
-                overlay.set_all_allocated(True)
+                _set_flag(overlay)
+                report.reach = Reach.DONE
         if discard:
-            remove(overlay)
+            remove(overlay, report)
     return report
 
 
@@ -127,3 +128,9 @@ def _refuse_without_room_for_bits(overlay: Overlay) -> None:
     needed, free = overlay.bitmap.hole_bytes(), overlay.cow.free_space
     if needed > free:
         raise SpaceError(path=overlay.path, needed=needed, free=free)
+
+
+def _set_flag(overlay: Overlay) -> None:
+    left = "ALL_ALLOCATED was not set, the same command sets it"
+    with ending(overlay.path, "every cluster is allocated", left):
+        overlay.set_all_allocated(True)

@@ -309,11 +309,11 @@ def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Co
 def _hashed(layer: Layer, conduct: Conduct) -> Iterator[bytes]:
     """The records of all groups, in order."""
     tasks = tasks_of(layer)
-    workers = workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
+    workers = workers_for(conduct.jobs, tasks)
     part = Part.NONE if conduct.manner.is_for_workers else Part.FIRST
     waiting: dict[int, bytes] = {}
     due, done, total = 0, 0, sum(task.weight for task in tasks)
-    with Pool(Leaves(layer), workers, idle=conduct.manner.idle, part=part) as pool:
+    with Pool(Leaves(layer), workers, part=part) as pool:
         for result in pool.run(tasks, conduct.stopping):
             if result is None:
                 continue

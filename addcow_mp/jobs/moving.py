@@ -17,7 +17,7 @@ from addcow_mp.engine.pool import Part
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.run import Assignment, carry_out, workers_for
 from addcow_mp.engine.space import Room, refuse_without_space, room_for
-from addcow_mp.engine.transfer import OverlayTarget, Target, Transfer, Which
+from addcow_mp.engine.transfer import Amount, OverlayTarget, Target, Transfer, Which
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct, Report
 from addcow_mp.units import GiB
@@ -54,9 +54,7 @@ class Movement:
     def transfer(self, board: Board, conduct: Conduct, workers: int) -> Transfer:
         """The work of one task."""
         parts = (self.source, self.geometry, self.which, self.target)
-        work = Transfer(*parts, board, conduct.manner, workers)
-        work.stopping = conduct.stopping
-        return work
+        return Transfer(*parts, board, conduct.manner, workers)
 
 
 def room(movement: Movement, conduct: Conduct) -> Room:
@@ -95,22 +93,23 @@ def move(movement: Movement, conduct: Conduct, report: Report) -> None:
         )
         work = movement.transfer(board, conduct, max(1, report.jobs))
         refuse_without_space(work, tasks, report.jobs, frees=movement.frees)
+        report.working()
         for layer in movement.changed:
             invalidate_all(layer, durable=target.file.durable)
         movement.prepare()
         job = Assignment(work, tasks, geometry, board, publisher, movement.source.path)
-        job.idle = conduct.manner.idle
         job.part = _part(conduct, work, tasks)
         job.crew = conduct.crew
-        report.amount = carry_out(job, report.jobs, conduct.progress, conduct.stopping)
+        carry_out(job, report.jobs, conduct.progress, conduct.stopping)
     finally:
+        report.amount = Amount.on(board)
         board.close()
 
 
 def _processes(conduct: Conduct, tasks: list[Task]) -> int:
     if conduct.crew is not None:
         return conduct.crew.jobs
-    return workers_for(conduct.jobs, tasks, idle=conduct.manner.idle)
+    return workers_for(conduct.jobs, tasks)
 
 
 def _part(conduct: Conduct, work: Transfer, tasks: list[Task]) -> Part:

@@ -87,13 +87,13 @@ def look(layer: Layer, size: int, conduct: Conduct) -> Sight:
 def _seen(layer: Layer, size: int, tasks: list[Task], conduct: Conduct) -> Iterator[Done | Failed]:
     """What comes of the tasks, as it comes."""
     manner = conduct.manner
-    jobs = workers_for(conduct.readers, tasks, idle=manner.idle)
+    jobs = workers_for(conduct.readers, tasks)
     board = Board.create((), 0)
     work = View(layer, size, board, manner.rate_of_each(jobs))
     work.stopping = conduct.stopping
     part = Part.NONE if manner.is_for_workers else Part.FIRST
     try:
-        with Pool(work, jobs, idle=manner.idle, part=part) as pool:
+        with Pool(work, jobs, part=part) as pool:
             for result in pool.run(tasks, partial(board.stops_by, conduct.stopping)):
                 if result is not None:
                     yield result

@@ -11,10 +11,11 @@ import os
 
 from addcow_mp.device import faults
 from addcow_mp.device.changeable import why_not_removable
-from addcow_mp.device.files import File, identity_of, sync_entry
+from addcow_mp.device.files import File, identity_of, sync_directory
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.sidecar import invalidate, invalidate_all, is_manifest, manifest_of
 from addcow_mp.errors import ImageError
+from addcow_mp.jobs.report import Reach, Report, ending
 
 
 def changed_by_removal(overlay: Overlay) -> list[File]:
@@ -36,14 +37,26 @@ def refuse_unremovable(overlay: Overlay) -> None:
             raise ImageError(path=path, problem=problem)
 
 
-def remove(overlay: Overlay) -> None:
+def remove(overlay: Overlay, report: Report) -> None:
     """Remove the ``.add-cow`` file itself, also when it was named by a symbolic link.
 
     All clusters are allocated. Its image file is open for resizing, and has what it needs.
+    Raises :class:`UnendedError`, which says what is done.
     """
+    with ending(overlay.path, "flattened", "the .add-cow file was not removed"):
+        _remove(overlay, report)
+    report.reach = Reach.DONE
+    if overlay.cow.durable:
+        left = "the .add-cow file is removed, and may be back after a power cut"
+        with ending(overlay.path, "flattened", left):
+            sync_directory(overlay.cow.real)
+
+
+def _remove(overlay: Overlay, report: Report) -> None:
     path = overlay.cow.real
     overlay.image.file.sync()
     _refuse_replaced(overlay, path)
+    report.working()
     _cut_image(overlay)
     _refuse_replaced(overlay, path)
     with overlay.cow.doing("remove it"):
@@ -51,8 +64,6 @@ def remove(overlay: Overlay) -> None:
         if faults.armed:
             faults.hit("discard")
         os.unlink(path)
-    if overlay.cow.durable:
-        sync_entry(path, "make its removal durable", "it is removed, and may be back")
 
 
 def _refuse_replaced(overlay: Overlay, path: str) -> None:

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.moving import Manner, Way
 from addcow_mp.engine.run import Progress, no_progress
 from addcow_mp.engine.transfer import Amount
+from addcow_mp.errors import AddcowError, StoppedError, UnendedError
 
 if TYPE_CHECKING:
     from addcow_mp.engine.pool import Pool
@@ -81,9 +83,20 @@ class Prospect:
     gives_back: bool = False
 
 
+class Reach(Enum):
+    """How far a job has come."""
+
+    LOOKING = "nothing was changed"
+    WORKING = "something may have been changed"
+    DONE = "the work is done; what comes after it may not be"
+
+
 @dataclass
 class Report:
-    """Which job, on which file, how much was copied or made zero, and how long it took."""
+    """Which job, on which file, how much was copied or made zero, and how long it took.
+
+    A job that fails says the same of what it had done: its error carries the report.
+    """
 
     operation: str
     filename: str
@@ -93,6 +106,14 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     #: Of what was read back and found to be as before; None when nobody asked for it.
     guest_digest: str | None = None
+    reach: Reach = Reach.LOOKING
+    #: Whether it was asked to stop before its end.
+    stopped: bool = False
+
+    def working(self) -> None:
+        """Something is about to be changed."""
+        if self.reach is Reach.LOOKING:
+            self.reach = Reach.WORKING
 
     def as_json(self) -> dict[str, object]:
         """The report with qemu-img's manner of keys."""
@@ -113,8 +134,23 @@ class Report:
 
 @contextmanager
 def reporting(operation: str, filename: str) -> Iterator[Report]:
-    """A report whose seconds are those of the block."""
+    """A report whose seconds are those of the block; an error that ends the block carries it."""
     report = Report(operation, filename)
     start = time.monotonic()
-    yield report
-    report.seconds = time.monotonic() - start
+    try:
+        yield report
+    except AddcowError as error:
+        report.stopped = isinstance(error, StoppedError)
+        error.report = report
+        raise
+    finally:
+        report.seconds = time.monotonic() - start
+
+
+@contextmanager
+def ending(path: str, done: str, left: str) -> Iterator[None]:
+    """What comes after the work of a job; an error says what is ``done``, and what is ``left``."""
+    try:
+        yield
+    except AddcowError as error:
+        raise UnendedError(path=path, done=done, left=left, cause=str(error)) from error

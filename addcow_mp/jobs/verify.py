@@ -182,7 +182,7 @@ def verifiers(conduct: Conduct, layers: int, sample: Sample | None = None) -> It
     usual = Role.FULL if layers >= MANY else Role.FIRST
     part = Role.NONE if manner.is_for_workers else usual
     try:
-        with Pool(work, jobs, idle=manner.idle, part=part) as pool:
+        with Pool(work, jobs, part=part) as pool:
             if layers >= MANY and not conduct.stopping():
                 pool.start(layers // MANY)
             yield Verifiers(pool, conduct, board)
