@@ -162,7 +162,8 @@ def _open_plain(roots: Sequence[str], path: str, writable: bool) -> int | None:
         return None
     full = os.path.abspath(path)
     for root in roots:
-        relative = _beneath(full, root)
+        # A relative root is the usual case of a farm; ".." behind a link is not to be cut off.
+        relative = None if ".." in root else _beneath(full, os.path.abspath(root))
         if relative is not None:
             try:
                 return _open_from(root, relative, writable)
