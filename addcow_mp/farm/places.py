@@ -73,6 +73,8 @@ class _Looking:
         self._links: list[str] = []
         self._missing: list[str] = []
         self._met = False
+        #: Not for longer than one search: links and the working directory may change.
+        self._real = lru_cache(maxsize=1024)(os.path.realpath)
 
     def look_for(self, place: str) -> None:
         """Look at a place, and at all that it fits where it is a pattern."""
@@ -126,7 +128,7 @@ class _Looking:
     def _enter(self, paths: list[str]) -> None:
         for path in paths:
             directory, name = os.path.split(path)
-            self._files.setdefault(os.path.join(_real(directory), name), path)
+            self._files.setdefault(os.path.join(self._real(directory), name), path)
 
     def _add(self, unexamined: Iterable[Unexamined]) -> None:
         left = (
@@ -153,8 +155,6 @@ class _Looking:
         found.access = found.access._replace(roots=roots, files=frozenset(found.named))
         return found
 
-
-_real = lru_cache(maxsize=1024)(os.path.realpath)
 
 _MISSING, _MEND = "no such file or directory", "name another place"
 
