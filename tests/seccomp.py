@@ -4,7 +4,8 @@
 
 A rule is ``CALL:ERROR``, or ``CALL/N=VALUE:ERROR`` for calls whose argument N, counted from 0, has
 this value: ``fcntl/1=37:ENOLCK``. What the command starts is bound by the same filter. In a test,
-:func:`refusing` runs addcow like that.
+:func:`refusing` runs addcow like that. Calls without which no program starts are refused from
+then on when the modules are loaded: with ``addcow`` for the command, and in that process alone.
 """
 
 import ctypes
@@ -28,6 +29,15 @@ CALLS = {
         "vfork": 58,
         "clone3": 435,
         "fcntl": 72,
+        "close": 3,
+        "fchmod": 91,
+        "fgetxattr": 193,
+        "unlink": 87,
+        "rename": 82,
+        "newfstatat": 262,
+        "mmap": 9,
+        "dup": 32,
+        "sched_getaffinity": 204,
         "flock": 73,
         "fstatfs": 138,
         "lseek": 8,
@@ -44,7 +54,7 @@ CALLS = {
         "readlink": 89,
         "fdatasync": 75,
         "fsync": 74,
-        "preadv": 295,
+        "preadv2": 327,
         "pread64": 17,
         "pwrite64": 18,
         "mincore": 27,
@@ -54,6 +64,13 @@ CALLS = {
         "clone": 220,
         "clone3": 435,
         "fcntl": 25,
+        "close": 57,
+        "fchmod": 52,
+        "fgetxattr": 10,
+        "newfstatat": 79,
+        "mmap": 222,
+        "dup": 23,
+        "sched_getaffinity": 123,
         "flock": 32,
         "fstatfs": 44,
         "lseek": 62,
@@ -69,7 +86,7 @@ CALLS = {
         "getdents64": 61,
         "fdatasync": 83,
         "fsync": 82,
-        "preadv": 69,
+        "preadv2": 286,
         "pread64": 67,
         "pwrite64": 68,
         "mincore": 232,
@@ -122,10 +139,16 @@ def bind(rules: list[str]) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def refusing(rules: list[str], *arguments: str, cwd: Path, stdin: str = "") -> Result:
-    """Run addcow bound to the rules, and insist on nothing but that it ends without a traceback."""
+def refusing(
+    rules: list[str], *arguments: str, cwd: Path, stdin: str = "", loaded: bool = False
+) -> Result:
+    """Run addcow bound to the rules, and insist on nothing but that it ends without a traceback.
+
+    ``loaded``: from then on when its modules are loaded.
+    """
     skip_without_filters()
-    words = [*rules, "--", sys.executable, "-m", "addcow_mp", *arguments]
+    command = ["addcow"] if loaded else [sys.executable, "-m", "addcow_mp"]
+    words = [*rules, "--", *command, *arguments]
     done = subprocess.run(
         [sys.executable, __file__, *words],
         cwd=cwd,
@@ -157,7 +180,27 @@ def skip_without_filters() -> None:
         pytest.skip(reason)
 
 
+def _run_here(rules: list[str], arguments: list[str]) -> int:
+    """Run addcow in this process, bound to the rules once everything is loaded."""
+    import pkgutil
+    from importlib import import_module
+
+    import addcow_mp
+    from addcow_mp.cli.main import run
+
+    for module in pkgutil.walk_packages(addcow_mp.__path__, "addcow_mp."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    from addcow_mp.device import kernel
+
+    kernel.start_writing(-1, 0, 0)
+    bind(rules)
+    return run(arguments)
+
+
 if __name__ == "__main__":
     cut = sys.argv.index("--")
+    if sys.argv[cut + 1] == "addcow":
+        sys.exit(_run_here(sys.argv[1:cut], sys.argv[cut + 2 :]))
     bind(sys.argv[1:cut])
     os.execvp(sys.argv[cut + 1], sys.argv[cut + 1 :])  # noqa: S606 - what the test asks for

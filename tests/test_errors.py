@@ -53,7 +53,8 @@ from loops import loops
 import addcow_mp
 from addcow_mp import AddcowError
 from addcow_mp.cli.main import run
-from addcow_mp.device import holes
+from addcow_mp.device import holders, holes
+from addcow_mp.device.files import File
 from addcow_mp.engine import run as run_module
 from addcow_mp.engine.delivery import Work
 from addcow_mp.engine.plan import Task
@@ -308,6 +309,7 @@ def held_error(here: Path) -> None:
     with loops() as made:
         fd = os.open(made.bind(here / "base.img"), os.O_RDONLY | os.O_EXCL)
         made.later(os.close, fd)
+        holders.forget_loops()
         addcow_mp.commit(top, jobs=0)
 
 
@@ -870,6 +872,14 @@ def test_a_file_that_cannot_be_locked_is_not_opened(
         with pytest.raises(kind, match=told):
             job(top)
     assert snapshot(tmp_path) == before
+
+
+def test_a_file_that_cannot_be_closed_is_named(tmp_path: Path) -> None:
+    file = File.create(str(tmp_path / "new"))
+    os.close(file.fd)  # a file system that had kept a failed write back would answer like this
+    with pytest.raises(addcow_mp.FileError, match="new: cannot close it: Bad file descriptor"):
+        file.close()
+    file.close()
 
 
 def test_what_is_no_file_cannot_be_punched(tmp_path: Path) -> None:

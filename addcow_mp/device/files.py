@@ -162,7 +162,8 @@ class File:
             with contextlib.suppress(OSError):
                 self.let_go()
         fd, self.fd = self.fd, -1
-        os.close(fd)
+        with self.doing("close it"):
+            os.close(fd)
 
     @contextlib.contextmanager
     def doing(self, action: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ the range of bytes there, however many loop devices lie on one another. One that
 of a file to be written and is in use is a refusal. One that is bound and not in use is none:
 nothing of it stays in a cache once its last user has closed it.
 
-Loop devices are looked for at most once a second. What is mounted while a job runs is not
+Loop devices are looked for at most ten times a second. What is mounted while a job runs is not
 noticed. Nothing is known of programs that open a loop device without O_EXCL and without locks, and
 storage is not followed through device mapper and md, which claim what they lie on.
 """
@@ -33,8 +33,9 @@ from addcow_mp.device.locks import is_locked, other_processes, process_name
 from addcow_mp.errors import HeldError, ImageError
 from addcow_mp.units import MAX_SIZE, SECTOR
 
-#: Seconds for which what was found of loop devices and swap files is believed.
-BELIEVED = 1.0
+#: Seconds for which what was found of loop devices and swap files is believed: long enough that a
+#: farm of thousands looks a few hundred times, too short for a person to bind and mount something.
+BELIEVED = 0.1
 
 #: The kernel allows no circles of loop devices; deeper stacks are not followed.
 MAX_DEPTH = 16
@@ -189,6 +190,11 @@ def _loop_storage_by_path(name: str, depth: int) -> Storage | None:
 
 
 # Loop devices
+
+
+def forget_loops() -> None:
+    """Let the next look be a new one, however short a time after the last."""
+    _known.clear()
 
 
 def _looked_up() -> _Known:

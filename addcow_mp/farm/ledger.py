@@ -343,13 +343,23 @@ def _alone(path: str, *, locking: bool) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise cannot_open(path, "open it", error) from error
     try:
-        _refuse_kind(path, os.fstat(fd))
+        with _naming(path):
+            status = os.fstat(fd)
+        _refuse_kind(path, status)
         if not claim_alone(path, fd, locking=locking):
             problem = "another scrub is using it; wait until that has ended"
             raise ImageError(path=path, problem=problem)
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError.of(path, "look at it", error) from error
 
 
 def _refuse_kind(path: str, status: os.stat_result) -> None:

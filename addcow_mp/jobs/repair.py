@@ -88,7 +88,7 @@ def _back_up(overlay: Overlay) -> str:
             overlay.cow.read_into(view, start)
             if any(view):
                 backup.write(view, start)
-        os.ftruncate(backup.fd, overlay.cow.length)
+        backup.grow(overlay.cow.length)
         backup.sync()
         sync_directory(path)
     finally:
@@ -114,7 +114,8 @@ def _free_leaks(overlay: Overlay, mended: CheckReport) -> None:
 
 def _clear_stray(overlay: Overlay) -> str:
     stray = overlay.bitmap.stray()
-    overlay.bitmap.clear_stray()
+    with overlay.cow.doing("clear bits past its last cluster"):
+        overlay.bitmap.clear_stray()
     return f"{stray} bits past the last cluster were cleared"
 
 
