@@ -28,6 +28,7 @@ from command import (
     KiB,
     MiB,
     Result,
+    addcow,
     bitmap_length,
     draw,
     draw_raw,
@@ -590,6 +591,9 @@ def test_records_that_do_not_ascend(groups: Path, order: tuple[int, ...]) -> Non
     rewrite_records(groups, *order)
     (fault,) = faults(groups)
     assert fault.startswith("records: group ")
+    result = addcow("verify", groups.name, cwd=groups.parent)
+    assert result.status == 2, result
+    assert "what stands in it makes no sense" in result.stdout
 
 
 @pytest.mark.parametrize("left", [1, 8, 100, DIGESTS, DIGESTS + 1])
