@@ -72,6 +72,9 @@ class Exclusions:
     def __init__(self, patterns: tuple[str, ...]) -> None:
         self._patterns = [_Pattern(one) for one in patterns]
 
+    def __bool__(self) -> bool:
+        return bool(self._patterns)
+
     def matches(self, path: str, *, is_directory: bool = True) -> bool:
         """Whether the file or directory at ``path`` is left out."""
         if not self._patterns:
@@ -176,7 +179,7 @@ def listing(directory: str, excluded: Exclusions) -> Listing:
 
 def _enter(entry: os.DirEntry[str], found: Listing, excluded: Exclusions) -> None:
     try:
-        if excluded.matches(entry.path, is_directory=_is_directory(entry)):
+        if excluded and excluded.matches(entry.path, is_directory=_is_directory(entry)):
             return
         if entry.is_symlink():
             _enter_link(entry, found)

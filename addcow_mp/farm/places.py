@@ -127,8 +127,8 @@ class _Looking:
 
     def _enter(self, paths: list[str]) -> None:
         for path in paths:
-            directory, name = os.path.split(path)
-            self._files.setdefault(os.path.join(self._real(directory), name), path)
+            directory, slash, name = path.rpartition("/")
+            self._files.setdefault(f"{self._real(directory or slash).rstrip('/')}/{name}", path)
 
     def _add(self, unexamined: Iterable[Unexamined]) -> None:
         left = (
