@@ -4,9 +4,9 @@
     soak.py --minutes N [--seed S] [--case NUMBER] [--keep DIR] [--order ORDER]
 
 A case is a random chain (`tests/chains.py`), a random job on it, and one to three accidents
-to that job: its parent or a worker is killed, it is told to stop, a fault rule lets some step
-fail, or, for root on a machine with loop devices, the power of its file system is cut
-(`tests/powercut.py`). After each accident what the job promises is looked at
+to that job: its parent or a worker is killed, it is told to stop, also at a low rate, a fault
+rule lets some step fail, or, for root on a machine with loop devices, the power of its file
+system is cut (`tests/powercut.py`). After each accident what the job promises is looked at
 (`tests/promises.py`), by a reader that knows nothing of the package. In the end the same
 command is run without any accident and must complete.
 
@@ -75,6 +75,12 @@ LINKED = 0.5
 #: Steps of reading and opening, at which every job can fail too.
 READING = ("header_read", "bitmap_load", "image_read", "backing_read", "cow_read")
 
+#: Bytes per second, below which a small image would take too long.
+LOWEST_RATE = 64 * 1024
+
+#: Seconds in which a job that is told to stop does so, on a machine that has other work, too.
+SOON = 10.0
+
 #: What a job may end with that has met an accident of the milder kind.
 ORDERLY = (0, 1, 130, 143)
 
@@ -107,9 +113,9 @@ class Case:
         """What part of the events in the table to expect."""
         return max(0.1, self.size / SIZE_OF_EVENTS)
 
-    def start(self, jobs: int, rules: str = "") -> Victim:
-        """Start the job."""
-        words, stdin = self.promise.command(jobs), self.promise.stdin
+    def start(self, jobs: int, rules: str = "", more: tuple[str, ...] = ()) -> Victim:
+        """Start the job, with ``more`` options."""
+        words, stdin = [*self.promise.command(jobs), *more], self.promise.stdin
         return Victim(words, self.scratch, stdin=stdin, rules=rules, order=self.order)
 
 
@@ -154,6 +160,22 @@ def interrupt(case: Case) -> Cut:
         _let_begin(case, victim)
         _signal(victim.pid, number)
         return _ended(victim, victim.wait(), f"told to stop by {number.name}")
+
+
+def stop_slowly(case: Case) -> Cut:
+    """SIGINT or SIGTERM to a job that keeps to a low rate: it stops soon, and keeps what it did."""
+    if case.promise.job == "io":
+        return interrupt(case)
+    number = case.rng.choice([signal.SIGINT, signal.SIGTERM])
+    rate = max(LOWEST_RATE, int(case.size / case.rng.uniform(1, 8)))
+    with case.start(case.jobs(), more=("-r", str(rate))) as victim:
+        victim.linger(case.rng.uniform(0.3, 3))
+        begun = time.monotonic()
+        _signal(victim.pid, number)
+        cut = _ended(victim, victim.wait(), f"told to stop by {number.name} at {rate} bytes/s")
+    if time.monotonic() - begun > SOON:
+        raise BrokenError(f"it took {time.monotonic() - begun:.1f} s to stop: {cut.story}")
+    return cut
 
 
 def fail(case: Case) -> Cut:
@@ -205,6 +227,7 @@ ACCIDENTS: dict[str, Callable[[Case], Cut]] = {
     "parent killed": kill_parent,
     "worker killed": kill_worker,
     "interrupted": interrupt,
+    "stopped at a low rate": stop_slowly,
     "fault": fail,
 }
 POWER_CUT = "power cut"
