@@ -234,11 +234,14 @@ def cpu_limit_error(here: Path) -> None:
 
 
 def time_limit_error(here: Path) -> None:
-    from addcow_mp.cli.farming import Wishes, carry_out
-    from addcow_mp.device.access import Access
+    from addcow_mp.cli.farm_job import FarmJob, FarmRun, carry_out
+    from addcow_mp.farm.errand import Operation
 
     pair(here, "AB", "-X")
-    carry_out([str(here)], Access(), Wishes("commit", "human", time_limit="0", jobs=0))
+    job = FarmJob(Operation.COMMIT, FarmRun(time_limit="0"))
+    problem = carry_out([str(here)], Conduct(0), job).problem
+    assert problem is not None
+    raise problem
 
 
 def manifest_error(here: Path) -> None:
@@ -286,7 +289,7 @@ def stopped_by(number: int, here: Path) -> None:
     from addcow_mp.device.moving import Manner
     from addcow_mp.jobs.commit import commit
 
-    with working(0, Access(), Manner(), progress=False) as conduct:
+    with working(0, Access(), Manner(), (None, None)) as conduct:
         os.kill(os.getpid(), number)
         commit(str(pair(here, "AB", "-X")), conduct=conduct)
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 from binascii import b2a_base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from addcow_mp.cli import results
 
 SUFFIX = "-base64"
 
@@ -24,6 +26,43 @@ def as_document(value: object) -> str:
 def as_line(value: object) -> str:
     """``value`` as one line of JSON."""
     return json.dumps(with_bytes(value))
+
+
+def print_document(value: object) -> None:
+    """Print ``value`` as the one JSON document of this command."""
+    results.document_is_printed()
+    print(as_document(value))
+
+
+def print_line(value: object) -> None:
+    """Print ``value`` as one line of JSON."""
+    print(as_line(value))
+
+
+def print_failure(form: str, message: str, status: int, path: str | None) -> None:
+    """Print why the command failed, unless its document is printed already.
+
+    With ``jsonl`` the failure is one line more.
+    """
+    about = {} if path is None else {"filename": path}
+    failure = {"error": message, **about, "exit": status}
+    if form == "jsonl":
+        print_line(failure)
+    elif form == "json" and not results.is_document_printed():
+        print_document(failure)
+
+
+def form_of(arguments: Sequence[str]) -> str:
+    """The value of ``--output`` on a command line, which may be one that cannot be parsed."""
+    form = ""
+    for number, word in enumerate(arguments):
+        if word == "--":
+            break
+        if word.startswith("--output="):
+            form = word.partition("=")[2]
+        elif word == "--output":
+            form = "".join(arguments[number + 1 : number + 2])
+    return form
 
 
 def with_bytes(value: object) -> object:

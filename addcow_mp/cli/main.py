@@ -31,18 +31,19 @@ def _finished(arguments: Sequence[str]) -> int:
         status = _carried_out(arguments)
         saying.tell_the_rest()
     except AddcowError as error:
-        return complain(str(error), error.exit_code)
+        return _failed(arguments, str(error), error.exit_code, error.fields.get("path"))
     except KeyboardInterrupt:
-        return complain(f"{signals.words()}{results.given_up()}", signals.status())
+        told = f"{signals.words()}{results.given_up()}"
+        return _failed(arguments, told, signals.status())
     except BrokenPipeError:
-        # The reader of our output has gone (a pager, `head`): nobody is left to tell.
+        # The reader of our output has gone (a pager, `head`).
         _give_up_output()
         return 1
     except MemoryError:
-        return complain("out of memory; give it more, or fewer --jobs", 1)
+        return _failed(arguments, "out of memory; give it more, or fewer --jobs", 1)
     except OSError as error:
         _give_up_output()
-        return complain(_told(error), 1)
+        return _failed(arguments, _told(error), 1)
     return status
 
 
@@ -51,6 +52,14 @@ def _told(error: OSError) -> str:
         return str(ResourceError.of("go on", error))
     named = f"{error.filename}: " if error.filename else ""
     return f"{named}{error.strerror or error}"
+
+
+def _failed(arguments: Sequence[str], message: str, status: int, path: str | None = None) -> int:
+    """Say why the command failed: in one line, and to a program as JSON."""
+    from addcow_mp.cli.jsontext import form_of, print_failure
+
+    print_failure(form_of(arguments), message, status, path)
+    return complain(message, status)
 
 
 def _carried_out(arguments: Sequence[str]) -> int:
@@ -70,19 +79,16 @@ def _give_up_output() -> None:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     import typer
-    from typer.main import get_command
 
-    from addcow_mp.cli.app import build
+    from addcow_mp.cli.app import application
 
     # Every complaint about the command line derives from this class, whichever copy of
     # click typer brings with it.
     usage_problem: type[Exception] = typer.BadParameter.__bases__[0]
     try:
-        status = get_command(build(arguments)).main(
-            list(arguments), "addcow", standalone_mode=False
-        )
+        status = application().main(list(arguments), "addcow", standalone_mode=False)
     except usage_problem as problem:
-        return complain(_usage(problem), UsageError.exit_code)
+        return _failed(arguments, _usage(problem), UsageError.exit_code)
     sys.stdout.flush()
     if status == INTERRUPTED:
         raise KeyboardInterrupt  # which was taken for an exit status on its way

@@ -42,11 +42,13 @@ class _State:
     #: The stream in whose place it is, which would close it.
     replaced: TextIO | None = None
     is_job_done = False
+    is_document_printed = False
 
 
 def begin() -> None:
     """Let standard output fail without ending the command, if it is the process's own."""
     _State.descriptor, _State.is_job_done = None, False
+    _State.is_document_printed = False
     old = sys.stdout
     if type(old) is not io.TextIOWrapper:
         return
@@ -65,6 +67,16 @@ def begin() -> None:
 def job_is_done() -> None:
     """Whatever comes of the output now, the job is done."""
     _State.is_job_done = True
+
+
+def document_is_printed() -> None:
+    """Standard output has its JSON document: a second one would make both unreadable."""
+    _State.is_document_printed = True
+
+
+def is_document_printed() -> bool:
+    """Whether standard output has its JSON document."""
+    return _State.is_document_printed
 
 
 def given_up() -> str:

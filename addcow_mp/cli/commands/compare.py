@@ -1,22 +1,68 @@
-"""The ``compare`` command: qemu-img's sentences, or a list of differing extents."""
+"""``addcow compare``: qemu-img's sentences, or a list of differing extents."""
 
 from __future__ import annotations
 
-from addcow_mp.cli.jsontext import as_document
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.options import (
+    Format,
+    JobProgress,
+    Opening,
+    OptionGroup,
+    Printing,
+    Share,
+    Workers,
+    file_argument,
+)
 from addcow_mp.cli.saying import warn
 from addcow_mp.format.bits import merged
-from addcow_mp.jobs.compare import Compared
 from addcow_mp.units import SECTOR, round_down, round_up
 
+if TYPE_CHECKING:
+    from addcow_mp.jobs.compare import Compared
 
-def show_compared(one: str, other: str, result: Compared, *, as_json: bool, quiet: bool) -> int:
-    """Print what came of comparing two images; the exit status: 0 the same, 1 not."""
+
+class _Sides(OptionGroup):
+    """The two images."""
+
+    one: Annotated[str, file_argument("A")]
+    other: Annotated[str, file_argument("B")]
+    format: Annotated[Format, typer.Option("-f", help="what A is")] = Format.addcow
+    other_format: Annotated[Format, typer.Option("-F", help="what B is")] = Format.addcow
+
+
+def command(
+    *,
+    sides: _Sides,
+    strict: Annotated[
+        bool, typer.Option("-s", help="sizes and allocation must be equal too")
+    ] = False,
+    progress: JobProgress,
+    workers: Workers,
+    printing: Printing,
+    share: Share = False,
+    opening: Opening,
+) -> None:
+    """Compare what the guests of two images see.
+
+    Exit status: 0 the same, 1 they differ, 2 and more: they could not be compared.
+    """
+    from addcow_mp.jobs.compare import compare as job
+
+    access = opening.access(share=share)
+    quiet, as_json = printing.quiet, printing.as_json
+    formats = sides.format.value, sides.other_format.value
+    with workers.working(access, workers.manner(), progress, quiet=quiet) as conduct:
+        result = job(sides.one, sides.other, formats, strict=strict, every=as_json, conduct=conduct)
     warn(result.warnings)
     if as_json:
-        print(as_document(_as_json(one, other, result)))
+        print_document(_as_json(sides.one, sides.other, result))
     elif not quiet:
         print("\n".join(_sentences(result)))
-    return 0 if result.same else 1
+    raise typer.Exit(0 if result.same else 1)
 
 
 def _as_json(one: str, other: str, result: Compared) -> dict[str, object]:

@@ -1,24 +1,37 @@
-"""The ``info`` command, for people and as JSON."""
+"""``addcow info``: what is known of an overlay or of every file of its chain."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
-from addcow_mp.cli.jsontext import as_document
+import typer
+
+from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.options import Opening, OverlayFile, Printing, Share
 from addcow_mp.cli.saying import one_line, warn
-from addcow_mp.device.access import Access
 from addcow_mp.jobs.info import Info, RawInfo, chain_info, info
 from addcow_mp.units import human_size
 
 
-def show_info(file: str, access: Access, *, as_json: bool, chain: bool) -> None:
-    """Print what is known of ``file``, or of every file of its chain."""
-    found = chain_info(file, access) if chain else [info(file, access)]
+def command(
+    *,
+    overlay: OverlayFile,
+    printing: Printing,
+    backing_chain: Annotated[
+        bool, typer.Option("--backing-chain", help="every file of the chain")
+    ] = False,
+    share: Share = False,
+    opening: Opening,
+) -> None:
+    """Describe an overlay."""
+    access = opening.access(share=share)
+    found = chain_info(overlay.file, access) if backing_chain else [info(overlay.file, access)]
     for one in found:
         warn(one.warnings if isinstance(one, Info) else [])
-    if as_json:
+    if printing.as_json:
         described = [describe(one) for one in found]
-        print(as_document(described if chain else described[0]))
+        print_document(described if backing_chain else described[0])
     else:
         print("\n\n".join("\n".join(map(one_line, _lines(one))) for one in found))
 

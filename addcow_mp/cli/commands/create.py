@@ -1,11 +1,24 @@
-"""The ``create`` command: its ``-o`` options and the line it prints."""
+"""``addcow create``: a new overlay, or a raw file."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterable
+from typing import Annotated
 
+import typer
+
+from addcow_mp.cli.options import (
+    Exclude,
+    FileFormat,
+    Format,
+    Opening,
+    OptionGroup,
+    Quiet,
+    file_argument,
+    name_of_file,
+)
 from addcow_mp.cli.results import job_is_done
 from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
@@ -28,28 +41,63 @@ OPTIONS = {
 }
 
 
-def create(
-    format_: str,
-    file: str | None,
-    size: str | None,
-    backing: str | None,
-    backing_format: str | None,
-    options: list[str],
-    access: Access,
+class _Backing(OptionGroup):
+    """The backing file and other properties of the new overlay."""
+
+    backing: Annotated[
+        str | None, typer.Option("-b", metavar="FILE", callback=name_of_file, help="backing file")
+    ] = None
+    backing_format: Annotated[
+        str | None, typer.Option("-F", metavar="FMT", help="the backing file's format")
+    ] = None
+    options: Annotated[
+        list[str] | None, typer.Option("-o", metavar="KEY=VALUE,...", help="'-o help' lists them")
+    ] = None
+
+    @property
+    def asks_for_help(self) -> bool:
+        """Whether the options are to be listed."""
+        return any(option in ("help", "?") for option in self.options or [])
+
+    def chosen(self) -> dict[str, str]:
+        """All options by their names in ``-o``. Raises :class:`UsageError`."""
+        given = {"backing_file": self.backing, "backing_fmt": self.backing_format}
+        named = {key: value for key, value in given.items() if value is not None}
+        return _merged(parse_options(self.options or []), named)
+
+
+def command(
     *,
-    quiet: bool,
+    file: Annotated[str | None, file_argument("FILE", "the file to create")] = None,
+    size: Annotated[
+        str | None,
+        typer.Argument(metavar="[SIZE]", help="virtual size; default: the image's, or backing's"),
+    ] = None,
+    format: FileFormat = Format.addcow,
+    backing: _Backing,
+    quiet: Quiet = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="take as raw what begins as another format does, and an image file that has "
+            "several hard links",
+        ),
+    ] = False,
+    exclude: Exclude = None,
+    opening: Opening,
 ) -> None:
-    """Create ``file`` and print what was made."""
-    if any(option in ("help", "?") for option in options):
+    """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
+    access = opening.access(force=force, writes=True, exclude=exclude)
+    if backing.asks_for_help:
         _print_options()
         return
     if file is None:
         raise UsageError(message="Missing argument 'FILE'; see 'addcow create --help'")
     refuse_existing(file)
     bytes_ = None if size is None else parse_size(size)
-    given = {"backing_file": backing, "backing_fmt": backing_format}
-    chosen = _merged(parse_options(options), {k: v for k, v in given.items() if v is not None})
-    if format_ == "raw":
+    chosen = backing.chosen()
+    if format is Format.raw:
         _create_raw(file, bytes_, chosen, quiet=quiet)
     else:
         _create_overlay(file, bytes_, chosen, access, quiet=quiet)

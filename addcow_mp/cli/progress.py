@@ -1,8 +1,8 @@
-"""Progress over all images of a farm: images, bytes, rate and time left.
+"""Progress of one job or of a whole farm: bytes, images, rate and time left.
 
-For people it is a bar, or a line at every tenth part where there is no terminal; for programs a
-JSON object a line, on any descriptor that they have opened for it. A reader that goes away never
-ends the work.
+For people it is a bar, or a line at every tenth part where there is no terminal. For programs it
+is one JSON object a line, on any descriptor that they have opened for it. Progress is dropped when
+its reader does not keep up (:mod:`addcow_mp.cli.background`); it never holds up the work.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, cast
 
 from addcow_mp.cli.background import Background
 from addcow_mp.cli.jsontext import as_line
 from addcow_mp.cli.saying import on_screen, tell_progress
-from addcow_mp.cli.working import BAR_EVERY, Due
 from addcow_mp.errors import UsageError
 from addcow_mp.farm.tally import Tally
 from addcow_mp.units import human_size
 
-if TYPE_CHECKING:
-    from addcow_mp.jobs.report import Conduct
-
 #: Seconds between two lines for a program.
 EVERY = 0.5
 
-#: Lines for a person who has no terminal: one at every tenth part.
+#: Seconds between two drawings of a bar.
+BAR_EVERY = 0.1
+
+#: Lines for a person without a terminal: one at every tenth part.
 STEPS = 10
 
 #: The forms of progress, as the command line calls them.
@@ -39,27 +37,8 @@ Show = Callable[[Tally], None]
 
 
 @contextmanager
-def counting(form: str | None, fd: int | None, conduct: Conduct) -> Iterator[Conduct]:
-    """The conduct of work that only looks at files, and counts them."""
-    read = (0, 0)
-
-    def progress(done: int, total: int) -> None:
-        nonlocal read
-        read = (done, total)
-        conduct.progress(done, total)
-
-    with shown(form, fd) as show:
-
-        def counted(done: int, total: int) -> None:
-            show(Tally(done, total, *read))
-            conduct.counted(done, total)
-
-        yield replace(conduct, progress=progress, counted=counted)
-
-
-@contextmanager
 def shown(form: str | None, fd: int | None) -> Iterator[Show]:
-    """What shows progress; a descriptor that is named is for programs if nothing else is said."""
+    """Show progress in ``form``; with a descriptor and no form, as JSON lines."""
     form = JSON if form is None and fd is not None else form
     if form is None:
         yield lambda _: None
@@ -73,7 +52,7 @@ def shown(form: str | None, fd: int | None) -> Iterator[Show]:
 
 @contextmanager
 def _stream(fd: int | None) -> Iterator[Callable[[str], None]]:
-    """What writes a line to the descriptor, or to nobody once its reader has gone."""
+    """What writes a line to the descriptor, by default to stderr."""
     if fd is None:
         yield tell_progress
         return
@@ -81,7 +60,7 @@ def _stream(fd: int | None) -> Iterator[Callable[[str], None]]:
         own = os.dup(fd)
     except OSError as error:
         raise UsageError(message=f"--progress-fd {fd}: {error.strerror}; open it first") from error
-    # It stays open: a line may be on its way for as long as nobody reads.
+    # It stays open: a line may wait for its reader until the process ends.
     background = Background(own)
     try:
         yield lambda line: background.offer(f"{line}\n")
@@ -105,7 +84,7 @@ class _Clock:
         return time.monotonic() - self.start
 
     def left(self, tally: Tally) -> float | None:
-        """Seconds that the rest will take at the rate so far, None while that is unknown."""
+        """Seconds that the rest takes at the rate so far, None while that is unknown."""
         part = share(tally)
         return self.seconds * (1 - part) / part if part else None
 
@@ -117,8 +96,20 @@ def share(tally: Tally) -> float:
     return tally.images_done / tally.images if tally.images else 1.0
 
 
+def _is_complete(tally: Tally) -> bool:
+    if tally.images:
+        return tally.images_done == tally.images
+    return tally.bytes_done >= tally.bytes
+
+
+def bytes_line(tally: Tally) -> str:
+    """Percentage and bytes, in one line for a person."""
+    done, total = human_size(tally.bytes_done), human_size(tally.bytes)
+    return f"    ({100 * share(tally):.2f}/100%) {done} of {total}"
+
+
 class _Objects:
-    """A JSON object a line, now and then, and when all is done."""
+    """A JSON object a line, every half second and when all is done."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -127,21 +118,23 @@ class _Objects:
         self._ended = False
 
     def __call__(self, tally: Tally) -> None:
-        seconds, all_done = self._clock.seconds, tally.images_done == tally.images
-        if self._ended or (seconds - self._last < EVERY and not all_done):
+        seconds, complete = self._clock.seconds, _is_complete(tally)
+        if self._ended or (seconds - self._last < EVERY and not complete):
             return
-        self._last, self._ended = seconds, all_done
+        self._last, self._ended = seconds, complete
+        self._write(as_line(self._object(tally, seconds)))
+
+    def _object(self, tally: Tally, seconds: float) -> dict[str, object]:
+        images = {"images-done": tally.images_done, "images": tally.images}
         left = self._clock.left(tally)
-        told = {
-            "images-done": tally.images_done,
-            "images": tally.images,
+        return {
+            **(images if tally.images else {}),
             "bytes-done": tally.bytes_done,
             "bytes": tally.bytes,
             "bytes-per-second": round(self._clock.rate(tally)),
             "seconds": round(seconds, 3),
             "seconds-left": None if left is None else round(left, 3),
         }
-        self._write(as_line(told))
 
 
 class _Lines:
@@ -153,18 +146,35 @@ class _Lines:
         self._shown = -1
 
     def __call__(self, tally: Tally) -> None:
-        step = int(share(tally) * STEPS) if tally.images_done < tally.images else STEPS + 1
+        step = STEPS + 1 if _is_complete(tally) else int(share(tally) * STEPS)
         if step > self._shown:
             self._shown = step
-            self._write(f"    ({100 * share(tally):.2f}/100%) {self._words(tally)}")
+            self._write(self._line(tally))
 
-    def _words(self, tally: Tally) -> str:
-        told = f"{tally.images_done} of {tally.images} images"
+    def _line(self, tally: Tally) -> str:
+        if not tally.images:
+            return f"{bytes_line(tally)}, {human_size(self._clock.rate(tally))}/s"
+        words = f"    ({100 * share(tally):.2f}/100%) {tally.images_done} of {tally.images} images"
         if tally.bytes:
             done, total = human_size(tally.bytes_done), human_size(tally.bytes)
-            told += f", {done} of {total}, {human_size(self._clock.rate(tally))}/s"
+            words += f", {done} of {total}, {human_size(self._clock.rate(tally))}/s"
         left = self._clock.left(tally)
-        return told if left is None else f"{told}, {left:.0f} s left"
+        return words if left is None else f"{words}, {left:.0f} s left"
+
+
+class _Due:
+    """True at most once in so many seconds."""
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self._last = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._every:
+            return False
+        self._last = now
+        return True
 
 
 @contextmanager
@@ -185,20 +195,16 @@ def _bar() -> Iterator[Show]:
             console=Console(file=cast(IO[str], screen), force_terminal=True),
             redirect_stdout=False,
             redirect_stderr=False,
-            auto_refresh=False,  # which would need a thread, for which there may be no room
+            auto_refresh=False,  # it needs a thread, for which there may be no room
         ) as bar,
     ):
-        task, due = bar.add_task("", total=None, images=""), Due(BAR_EVERY)
+        task, due = bar.add_task("", total=None, images=""), _Due(BAR_EVERY)
 
         def show(tally: Tally) -> None:
-            images = f"{tally.images_done} of {tally.images} images"
-            bar.update(
-                task,
-                completed=tally.bytes_done,
-                total=tally.bytes,
-                images=images,
-                refresh=due() or tally.images_done == tally.images,
-            )
+            images = f"{tally.images_done} of {tally.images} images" if tally.images else ""
+            refresh = due() or _is_complete(tally)
+            done, total = tally.bytes_done, tally.bytes
+            bar.update(task, completed=done, total=total, images=images, refresh=refresh)
 
         try:
             yield show

@@ -1,66 +1,19 @@
-"""How work on a farm is watched: a log with one line an event, and progress.
+"""The log of a farm's job: a file with one JSON object a line, one for each event.
 
-A full disk under the log is told once and never ends the work.
+A full disk under the log is reported once and never ends the work.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from addcow_mp.cli.jsontext import as_line
-from addcow_mp.cli.outcomes import describe
-from addcow_mp.cli.progressing import Show, shown
 from addcow_mp.cli.saying import say
 from addcow_mp.device.files import cannot_open, kind_of
 from addcow_mp.device.permissions import PRIVATE_MODE
 from addcow_mp.errors import ImageError
-from addcow_mp.farm.plan import State, Step
-from addcow_mp.farm.tally import Tally
-from addcow_mp.farm.work import Watch
-
-if TYPE_CHECKING:
-    from addcow_mp.engine.run import Progress
-
-
-class Watching(Watch):
-    """Shows and logs what happens. ``conducted`` is how a single job tells its progress."""
-
-    def __init__(self, show: Show, log: Log, conducted: Progress) -> None:
-        self._show = show
-        self._log = log
-        self._conducted = conducted
-
-    def begun(self, step: Step) -> None:
-        """Log it."""
-        self._log.write("image-begun", filename=step.path, operation=step.errand.operation)
-
-    def ended(self, step: Step) -> None:
-        """Log what became of an image."""
-        self._log.write(f"image-{_EVENTS[step.state]}", **describe(step))
-
-    def progress(self, tally: Tally) -> None:
-        """Show it, also to whoever asks by signal."""
-        self._show(tally)
-        self._conducted(tally.bytes_done, tally.bytes)
-
-
-_EVENTS = {
-    State.IDLE: "idle",
-    State.REFUSED: "refused",
-    State.DONE: "done",
-    State.FAILED: "failed",
-    State.STOPPED: "stopped",
-    State.LEFT: "left",
-}
-
-
-# The log
-
 
 #: What every line of a log begins with.
 _FIRST = b'{"time": '
@@ -124,15 +77,3 @@ class Log:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
-
-
-@contextmanager
-def watching(
-    form: str | None, fd: int | None, log: str | None, conducted: Progress
-) -> Iterator[tuple[Watching, Log]]:
-    """A watch with progress in ``form`` on descriptor ``fd``, by default stderr, and a log."""
-    with ExitStack() as opened:
-        journal = Log(log)
-        opened.callback(journal.close)
-        show = opened.enter_context(shown(form, fd))
-        yield Watching(show, journal, conducted), journal

@@ -1,25 +1,31 @@
-"""The ``map`` command: extents as qemu-img's table, or as JSON, a line each."""
+"""``addcow map``: extents as qemu-img's table, or as JSON, one a line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from addcow_mp.cli.jsontext import as_line
+from addcow_mp.cli.options import Opening, OverlayFile, Printing, Share
 from addcow_mp.cli.saying import one_line, warn
-from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, open_chain
 from addcow_mp.device.extent import Extent
 
 
-def show_map(file: str, access: Access, *, as_json: bool) -> None:
-    """Print the extents of the guest's view of ``file``."""
-    with open_chain(file, READ, access) as overlay:
-        warn(overlay.warnings())
-        if as_json:
-            print("[" + ",\n".join(_extent(one) for one in overlay.extents()) + "]")
+def command(
+    *,
+    overlay: OverlayFile,
+    printing: Printing,
+    share: Share = False,
+    opening: Opening,
+) -> None:
+    """Show which file of the chain holds what."""
+    with open_chain(overlay.file, READ, opening.access(share=share)) as disk:
+        warn(disk.warnings())
+        if printing.as_json:
+            print("[" + ",\n".join(_extent(one) for one in disk.extents()) + "]")
         else:
-            paths = [one_line(opened.path) for opened in overlay.files()]
-            _print_table(overlay.extents(), paths)
+            paths = [one_line(opened.path) for opened in disk.files()]
+            _print_table(disk.extents(), paths)
 
 
 def _extent(one: Extent) -> str:

@@ -1,28 +1,67 @@
-"""The ``check`` command: findings and repairs, for people and as JSON."""
+"""``addcow check``: findings and repairs, for people and as JSON."""
 
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
+from typing import Annotated
 
-from addcow_mp.cli.jsontext import as_document
+import typer
+
+from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.options import (
+    Exclude,
+    Force,
+    Opening,
+    OverlayFile,
+    Printing,
+    Share,
+)
 from addcow_mp.cli.results import job_is_done
 from addcow_mp.cli.saying import complain, one_line, warn
-from addcow_mp.device.access import Access
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.findings import CheckReport, Severity
-from addcow_mp.jobs.repair import repair as mend
+from addcow_mp.jobs.repair import repair as job
 
 
-def show_check(file: str, access: Access, repair: str | None, *, as_json: bool, quiet: bool) -> int:
-    """Print what the checks found and mended, and return the exit status."""
-    report = (
-        check(file, access) if repair is None else mend(file, access, everything=repair == "all")
-    )
-    if repair is not None:
+class Repair(StrEnum):
+    """What check may repair."""
+
+    leaks = "leaks"
+    all = "all"
+
+
+def command(
+    *,
+    overlay: OverlayFile,
+    printing: Printing,
+    repair: Annotated[
+        Repair | None,
+        typer.Option("-r", help="leaks: free them; all: also stray bits, bitmap, header zeros"),
+    ] = None,
+    share: Share = False,
+    force: Force = False,
+    exclude: Exclude = None,
+    opening: Opening,
+) -> None:
+    """Check an overlay against the format's rules.
+
+    Exit status: 0 clean, 1 could not check, 2 corruptions, 3 leaks only, 63 not add-cow.
+    """
+    access = opening.access(share=share, force=force, writes=repair is not None, exclude=exclude)
+    if repair is None:
+        report = check(overlay.file, access)
+    else:
+        report = job(overlay.file, access, everything=repair is Repair.all)
         job_is_done()
+    raise typer.Exit(_show(report, as_json=printing.as_json, quiet=printing.quiet))
+
+
+def _show(report: CheckReport, *, as_json: bool, quiet: bool) -> int:
+    """Print what the checks found and repaired, and return the exit status."""
     warn(report.warnings)
     if as_json:
-        print(as_document(report.as_json()))
+        print_document(report.as_json())
     elif not report.is_addcow:
         return complain(report.findings[0].message, report.exit_code)
     else:

@@ -1,4 +1,4 @@
-"""The graph of a farm, drawn: as a tree of text, as JSON, for graphviz, and as a picture.
+"""``addcow farm graph``: which file backs which, as text, JSON, for graphviz, or as a picture.
 
 Text and picture are the same lines, from the same rows of the forest. Lines are drawn as they
 come, and nothing here calls itself: a chain may be of any depth, and a base have any number of
@@ -15,14 +15,46 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import typer
+
+from addcow_mp.cli.options import Opening, Places, Quiet, Share
+from addcow_mp.cli.reasons import explain
 from addcow_mp.cli.saying import one_line
-from addcow_mp.farm.graph import Graph, Kind, Mark, Node
+from addcow_mp.farm.graph import Graph, Kind, Mark, Node, farm_graph
 from addcow_mp.units import human_size
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
+
+
+class Drawing(StrEnum):
+    """How a graph is drawn."""
+
+    human = "human"
+    json = "json"
+    jsonl = "jsonl"
+    dot = "dot"
+    svg = "svg"
+
+
+def command(
+    *,
+    places: Places,
+    output: Annotated[Drawing, typer.Option("--output", help="how to draw")] = Drawing.human,
+    quiet: Quiet = False,
+    share: Share = False,
+    opening: Opening,
+) -> None:
+    """Draw which file backs which, what is missing, and what no overlay names."""
+    access = opening.access(share=share, exclude=places.exclude)
+    drawn = farm_graph(places.listed(), access)
+    DRAWERS[output](drawn)
+    explain(drawn.places, [node.path for node in drawn.nodes], quiet=quiet)
+    raise typer.Exit(0 if drawn.is_whole else 1)
+
 
 UNNAMED_HEADING = "Named by no overlay:"
 UNEXAMINED_HEADING = "Not examined:"
@@ -113,25 +145,25 @@ def _branches(more: list[bool]) -> str:
 
 def draw_json(graph: Graph) -> None:
     """Print images, other files and a summary as one document."""
-    from addcow_mp.cli.jsontext import as_document
+    from addcow_mp.cli.jsontext import print_document
 
     document = {
         "images": [_image(node) for node in graph.images],
         "files": [_file(node) for node in graph.files],
         "summary": _summary(graph),
     }
-    print(as_document(document))
+    print_document(document)
 
 
 def draw_jsonl(graph: Graph) -> None:
     """Print a line for each image, and for each file that is not examined."""
-    from addcow_mp.cli.jsontext import as_line
+    from addcow_mp.cli.jsontext import print_line
 
     for node in graph.images:
-        print(as_line(_image(node)))
+        print_line(_image(node))
     for node in graph.files:
         if Mark.NOT_EXAMINED in node.marked:
-            print(as_line(_file(node)))
+            print_line(_file(node))
 
 
 def _image(node: Node) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The ``io`` command: qemu-io's words over the guest's view of an overlay.
+"""``addcow io``: qemu-io's words over the guest's view of an overlay.
 
 Each command line is split at blanks; its first word names the command, options follow in
 the manner of getopt. What is printed is what qemu-io (of the version that add-cow was
@@ -23,8 +23,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Annotated, TextIO
 
+import typer
+
+from addcow_mp.cli.options import Exclude, Force, Opening, OverlayFile, Share
 from addcow_mp.cli.results import job_is_done
 from addcow_mp.cli.saying import say, warn
 from addcow_mp.device.access import Access
@@ -34,6 +37,27 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import AddcowError, RangeError, UsageError
 from addcow_mp.jobs.writing import open_for_writing
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, MiB, parse_size
+
+
+def command(
+    *,
+    overlay: OverlayFile,
+    commands: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--cmd", metavar="CMD", help="a command; default: from stdin"),
+    ] = None,
+    read_only: Annotated[bool, typer.Option("-r", "--read-only", help="refuse writes")] = False,
+    share: Share = False,
+    force: Force = False,
+    exclude: Exclude = None,
+    opening: Opening,
+) -> None:
+    """Read and write as a guest would, with qemu-io's commands."""
+    if share and not read_only:
+        raise UsageError(message="-U is for reading only: give -r as well")
+    access = opening.access(share=share, force=force, writes=not read_only, exclude=exclude)
+    raise typer.Exit(exercise(overlay.file, commands, access, read_only=read_only))
+
 
 #: What is held in memory of one request: bounds a `write 0 100G`.
 PIECE = 4 * MiB

@@ -1,10 +1,33 @@
-"""The report of a farm's check: for people, findings in words that can be searched for."""
+"""``addcow farm check``: the checks of every overlay and of the farm as a whole."""
 
 from __future__ import annotations
 
-from addcow_mp.cli.jsontext import as_document, as_line
+import typer
+
+from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.options import FarmProgress, ListPrinting, Opening, Places, Share, Workers
+from addcow_mp.cli.reasons import explain
 from addcow_mp.cli.saying import one_line
-from addcow_mp.farm.check import Checked, FarmReport
+from addcow_mp.farm.check import Checked, FarmReport, farm_check
+
+
+def command(
+    *,
+    places: Places,
+    progress: FarmProgress,
+    workers: Workers,
+    printing: ListPrinting,
+    share: Share = False,
+    opening: Opening,
+) -> None:
+    """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
+    listed, quiet = places.listed(), printing.quiet
+    access = opening.access(share=share, exclude=places.exclude)
+    with workers.working(access, workers.manner(), progress, quiet=quiet) as conduct:
+        report = farm_check(listed, conduct)
+    PRINTERS[printing.output](report, quiet=quiet)
+    said = explain(report.found, [one.path for one in report.images], quiet=quiet)
+    raise typer.Exit(report.exit_code or int(said))
 
 
 def _summary(report: FarmReport) -> dict[str, int]:
@@ -32,14 +55,14 @@ def _whole(report: FarmReport) -> dict[str, object]:
 def print_json(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001 - all print in one manner
     """Print one document."""
     images = [_image(one) for one in report.all]
-    print(as_document({"images": images, **_whole(report)}))
+    print_document({"images": images, **_whole(report)})
 
 
 def print_jsonl(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001
     """Print a line for each image, and one for the farm as a whole."""
     for one in report.all:
-        print(as_line(_image(one)))
-    print(as_line(_whole(report)))
+        print_line(_image(one))
+    print_line(_whole(report))
 
 
 def print_lines(report: FarmReport, *, quiet: bool) -> None:

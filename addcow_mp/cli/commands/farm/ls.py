@@ -1,14 +1,48 @@
-"""The list of a farm's overlays: sorted, as a table or as JSON."""
+"""``addcow farm ls``: the overlays of a farm, sorted, as a table or as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated
 
-from addcow_mp.cli.jsontext import as_document, as_line
+import typer
+
+from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.options import ListPrinting, Opening, Places, Share
+from addcow_mp.cli.reasons import explain
 from addcow_mp.cli.saying import one_line
 from addcow_mp.device.discovery import Unexamined
-from addcow_mp.farm.members import Member
+from addcow_mp.farm.members import Member, members
 from addcow_mp.units import human_size
+
+
+class Key(StrEnum):
+    """What the list is sorted by."""
+
+    name = "name"
+    depth = "depth"
+    size = "size"
+    local = "local"
+    percent = "percent"
+    state = "state"
+
+
+def command(
+    *,
+    places: Places,
+    sort: Annotated[Key, typer.Option("--sort", help="the order of the lines")] = Key.name,
+    reverse: Annotated[bool, typer.Option("--reverse", help="the other way round")] = False,
+    printing: ListPrinting,
+    share: Share = False,
+    opening: Opening,
+) -> None:
+    """List every overlay: what it stands on, how large it is, how much of it is allocated."""
+    access = opening.access(share=share, exclude=places.exclude)
+    found, there = members(places.listed(), access)
+    PRINTERS[printing.output](in_order(found, sort, reverse=reverse), there.unexamined)
+    said = explain(there, [one.filename for one in found], quiet=printing.quiet)
+    raise typer.Exit(1 if said or there.unexamined or any(one.is_hidden for one in found) else 0)
 
 
 def in_order(found: list[Member], key: str, *, reverse: bool) -> list[Member]:
@@ -61,12 +95,12 @@ _NUMBERS += ["percent-local"]
 
 
 def _print_json(found: list[Member], unexamined: list[Unexamined]) -> None:
-    print(as_document({"images": _all(found, unexamined)}))
+    print_document({"images": _all(found, unexamined)})
 
 
 def _print_jsonl(found: list[Member], unexamined: list[Unexamined]) -> None:
     for one in _all(found, unexamined):
-        print(as_line(one))
+        print_line(one)
 
 
 def _all(found: list[Member], unexamined: list[Unexamined]) -> list[dict[str, object]]:

@@ -1,0 +1,38 @@
+"""``addcow commit``: move the overlay's clusters into its backing file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from addcow_mp.cli.options import (
+    CopyOptions,
+    JobChangeOptions,
+    JobProgress,
+    OverlayFile,
+    Printing,
+    Verify,
+    Workers,
+)
+
+
+def command(
+    *,
+    overlay: OverlayFile,
+    keep: Annotated[bool, typer.Option("-d", help="leave overlay and image as they are")] = False,
+    verify: Verify = False,
+    progress: JobProgress,
+    workers: Workers,
+    printing: Printing,
+    copying: CopyOptions,
+    changing: JobChangeOptions,
+) -> None:
+    """Move the overlay's clusters into its backing file."""
+    from addcow_mp.jobs.commit import commit as job
+
+    access = changing.access_for(copying)
+    manner = copying.manner(idle=workers.idle)
+    with workers.working(access, manner, progress, quiet=printing.quiet) as conduct:
+        report = job(overlay.file, keep=keep, verifies=verify, conduct=conduct)
+    printing.report(report, "Image committed.")

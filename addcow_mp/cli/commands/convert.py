@@ -1,0 +1,53 @@
+"""``addcow convert``: the guest's view of an image, as a new raw file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from addcow_mp.cli.options import (
+    CopyOptions,
+    ForceRaw,
+    Format,
+    JobProgress,
+    OnlyRaw,
+    Opening,
+    OptionGroup,
+    Printing,
+    Share,
+    Workers,
+    file_argument,
+)
+
+
+class _Files(OptionGroup):
+    """The source and the new file."""
+
+    source: Annotated[str, file_argument("SRC")]
+    destination: Annotated[str, file_argument("DST", "a new file")]
+    target_format: Annotated[OnlyRaw, typer.Option("-O", help="the new file's format")]
+    format: Annotated[Format, typer.Option("-f", "--format", help="what SRC is")] = Format.addcow
+
+
+def command(
+    *,
+    files: _Files,
+    progress: JobProgress,
+    workers: Workers,
+    printing: Printing,
+    copying: CopyOptions,
+    share: Share = False,
+    force: ForceRaw = False,
+    opening: Opening,
+) -> None:
+    """Write the guest's view of SRC into a new sparse raw file."""
+    from addcow_mp.jobs.convert import convert as job
+
+    access = opening.access(share=share, durable=copying.durable, force=force, writes=True)
+    manner = copying.manner(idle=workers.idle, usual="4k")
+    with workers.working(access, manner, progress, quiet=printing.quiet) as conduct:
+        report = job(
+            files.source, files.destination, source_format=files.format.value, conduct=conduct
+        )
+    printing.report(report, "")

@@ -1,0 +1,42 @@
+"""``addcow farm flatten``: bring every cluster of every overlay into its image file."""
+
+from __future__ import annotations
+
+from addcow_mp.cli.farm_job import FarmJob, FarmRun, carry_out, tell
+from addcow_mp.cli.options import (
+    ChangeOptions,
+    CopyOptions,
+    Discard,
+    FarmProgress,
+    ListPrinting,
+    Places,
+    Verify,
+    Workers,
+)
+from addcow_mp.farm.errand import Operation
+
+
+def command(
+    *,
+    places: Places,
+    discard: Discard = False,
+    verify: Verify = False,
+    run: FarmRun,
+    progress: FarmProgress,
+    workers: Workers,
+    printing: ListPrinting,
+    copying: CopyOptions,
+    changing: ChangeOptions,
+) -> None:
+    """Bring every cluster of every overlay into its image file, the deepest chains first.
+
+    The same command run again does only what is left. Exit status: 0 all done, 1 some image was
+    refused or failed, 75 the time limit was reached.
+    """
+    wishes = FarmJob(Operation.FLATTEN, verifies=verify, discard=discard, run=run)
+    access = changing.access_for(copying, writes=not run.dry_run, exclude=places.exclude)
+    manner = copying.manner(idle=workers.idle)
+    listed = places.listed()
+    with workers.working(access, manner, progress, quiet=printing.quiet) as conduct:
+        done = carry_out(listed, conduct, wishes)
+    tell(done, printing)

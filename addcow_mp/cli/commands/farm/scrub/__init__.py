@@ -1,0 +1,1 @@
+"""Commands that verify a farm part by part."""

@@ -1,0 +1,105 @@
+"""``addcow farm scrub run``: verify what is due, within a time and a rate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from addcow_mp.cli import signals
+from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.layer_reports import counts_of, findings_of, layer_of, print_findings, worst
+from addcow_mp.cli.limit import Limit
+from addcow_mp.cli.options import (
+    FarmProgress,
+    Opening,
+    OptionGroup,
+    Places,
+    Printing,
+    Rate,
+    Share,
+    StateFile,
+    TimeLimit,
+    Workers,
+)
+from addcow_mp.cli.reasons import explain
+from addcow_mp.cli.saying import say
+from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError
+from addcow_mp.farm.scrub import DIFFERENT, Scrubbed, scrub
+from addcow_mp.jobs.report import Conduct
+from addcow_mp.units import parse_share
+
+
+class _Bounds(OptionGroup):
+    """How much a run verifies, how fast and for how long."""
+
+    time_limit: TimeLimit = None
+    rate: Rate = None
+    sample: Annotated[
+        str | None,
+        typer.Option("--sample", metavar="P%", help="read only so much of each layer, at random"),
+    ] = None
+
+
+def command(
+    *,
+    state: StateFile,
+    places: Places,
+    bounds: _Bounds,
+    progress: FarmProgress,
+    workers: Workers,
+    printing: Printing,
+    share: Share = False,
+    opening: Opening,
+) -> None:
+    """Hold layers against their manifests, the longest-unverified first.
+
+    The same command goes on where the last one ended. Exit status: 0 all as it was, 1 something
+    could not be verified, 2 something differs, 75 the time limit was reached.
+    """
+    listed, quiet = places.listed(), printing.quiet
+    limit = Limit(bounds.time_limit)
+    part = None if bounds.sample is None else parse_share(bounds.sample, "--sample")
+    access = opening.access(share=share, exclude=places.exclude)
+    manner = workers.manner(bounds.rate)
+    with workers.working(access, manner, progress, quiet=quiet) as conduct:
+        found = scrub(listed, state, conduct, share=part, is_late=lambda: limit.is_reached)
+        problem = found.problem or _what_stopped_it(found, conduct)
+    _show(found, as_json=printing.as_json, quiet=quiet)
+    if found.places is not None:
+        explain(found.places, [one.path for one in found.verdicts], quiet=quiet)
+    if problem is not None:
+        _raise(found, problem)
+    raise typer.Exit(worst(found.verdicts))
+
+
+def _raise(found: Scrubbed, problem: AddcowError) -> None:
+    """Raise what ended a run, unless damage counts for more: then it is said."""
+    is_signal = isinstance(problem, StoppedError) and not isinstance(problem, TimeLimitError)
+    if is_signal or worst(found.verdicts) != DIFFERENT:
+        raise problem
+    say(str(problem))
+
+
+def _what_stopped_it(found: Scrubbed, conduct: Conduct) -> AddcowError | None:
+    if not found.left:
+        return None
+    named = f"{found.left} layers left"
+    if conduct.stopping():
+        return signals.as_met(StoppedError(path=named))
+    told = f"{named}: the time limit was reached; the same command goes on from there"
+    return TimeLimitError(message=told)
+
+
+def _show(found: Scrubbed, *, as_json: bool, quiet: bool) -> None:
+    summary = counts_of(found.verdicts)
+    summary |= {"bytes": found.bytes_read, "left": found.left}
+    if as_json:
+        layers = [layer_of(one) for one in found.verdicts]
+        told = {"layers": layers, **findings_of(found.verdicts), "summary": summary}
+        print_document(told)
+        return
+    print_findings(found.verdicts, quiet=quiet)
+    if not quiet:
+        counts = (f"{count} {word}" for word, count in summary.items())
+        print(", ".join(counts).replace("-", " "))

@@ -1,0 +1,35 @@
+"""``addcow flatten``: bring every cluster into the image file."""
+
+from __future__ import annotations
+
+from addcow_mp.cli.options import (
+    CopyOptions,
+    Discard,
+    JobChangeOptions,
+    JobProgress,
+    OverlayFile,
+    Printing,
+    Verify,
+    Workers,
+)
+
+
+def command(
+    *,
+    overlay: OverlayFile,
+    discard: Discard = False,
+    verify: Verify = False,
+    progress: JobProgress,
+    workers: Workers,
+    printing: Printing,
+    copying: CopyOptions,
+    changing: JobChangeOptions,
+) -> None:
+    """Bring every cluster into the image file, which then is the whole disk."""
+    from addcow_mp.jobs.flatten import flatten as job
+
+    access = changing.access_for(copying)
+    manner = copying.manner(idle=workers.idle)
+    with workers.working(access, manner, progress, quiet=printing.quiet) as conduct:
+        report = job(overlay.file, discard=discard, verifies=verify, conduct=conduct)
+    printing.report(report, "Image flattened.")

@@ -1,0 +1,564 @@
+"""The options of all commands, each declared once.
+
+Options that several commands share form a *group*: a class with annotated attributes. A command
+takes a group as one parameter. :func:`expanded` makes the attributes options of the command line
+and hands the filled group to the command. So an option has the same name, meaning and help text
+everywhere, and the signature of a command shows only what is its own.
+
+A group also turns its options into what a job takes: access to files, ways to copy, printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from addcow_mp.device.access import Access
+    from addcow_mp.device.moving import Manner
+    from addcow_mp.jobs.report import Conduct, Report
+
+Names = TypeVar("Names", str, str | None, list[str] | None)
+
+
+# Groups
+
+
+class OptionGroup:
+    """Options that several commands share: annotated attributes and their defaults."""
+
+    def __init__(self, **values: object) -> None:
+        self.__dict__.update(values)
+
+
+def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``command`` with the options of its groups as parameters of their own."""
+    groups: dict[str, tuple[type[OptionGroup], list[str]]] = {}
+    parameters: list[Parameter] = []
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if isinstance(hint, type) and issubclass(hint, OptionGroup):
+            members = list(_members(hint))
+            groups[parameter.name] = hint, [member.name for member in members]
+            parameters += members
+        else:
+            parameters.append(parameter.replace(annotation=hint, kind=Parameter.KEYWORD_ONLY))
+
+    def call(**given: Any) -> Any:
+        for name, (kind, members) in groups.items():
+            given[name] = kind(**{member: given.pop(member) for member in members})
+        return command(**given)
+
+    call.__doc__ = command.__doc__
+    call.__annotations__ = {one.name: one.annotation for one in parameters}
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _members(kind: type[OptionGroup]) -> Iterator[Parameter]:
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        default = getattr(kind, name, Parameter.empty)
+        yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+# Words
+
+
+class Output(StrEnum):
+    """How a result is printed."""
+
+    human = "human"
+    json = "json"
+
+
+class Listing(StrEnum):
+    """How a list is printed."""
+
+    human = "human"
+    json = "json"
+    jsonl = "jsonl"
+
+
+class ProgressForm(StrEnum):
+    """How progress is shown."""
+
+    human = "human"
+    json = "json"
+
+
+class Format(StrEnum):
+    """The formats that are opened natively."""
+
+    addcow = "add-cow"
+    raw = "raw"
+
+
+class OnlyAddcow(StrEnum):
+    """The one format of commands that are about overlays."""
+
+    addcow = "add-cow"
+
+
+class OnlyRaw(StrEnum):
+    """The one format that is written by converting."""
+
+    raw = "raw"
+
+
+class CacheMode(StrEnum):
+    """How far written data is pushed."""
+
+    writeback = "writeback"
+    none = "none"
+    unsafe = "unsafe"
+
+
+class CopyWay(StrEnum):
+    """Ways to copy data."""
+
+    auto = "auto"
+    clone = "clone"
+    range = "range"
+    buffer = "buffer"
+
+
+class Locking(StrEnum):
+    """Whether image files are locked."""
+
+    on = "on"
+    off = "off"
+
+
+class OnError(StrEnum):
+    """What an image that is refused or fails means for the others."""
+
+    skip = "skip"
+    stop = "stop"
+
+
+# Callbacks
+
+
+def name_of_file(given: Names) -> Names:
+    """The name of a file, or several, as given. Raises :class:`UsageError` for ``-``."""
+    from addcow_mp.errors import UsageError
+
+    for name in [given] if isinstance(given, str) else given or []:
+        if name == "-":
+            raise UsageError(message="'-' is not a file name here; a file of that name is './-'")
+    return given
+
+
+def _set_quiet(quiet: bool) -> bool:
+    from addcow_mp.cli import saying
+
+    saying.hush(quiet=quiet)
+    return quiet
+
+
+def _name_of_state(given: str) -> str:
+    from addcow_mp.errors import UsageError
+
+    if not given:
+        raise UsageError(message="--state '': name a file")
+    return name_of_file(given)
+
+
+def file_argument(metavar: str, help_: str = "") -> Any:
+    """An argument that names a file."""
+    return typer.Argument(metavar=metavar, callback=name_of_file, help=help_)
+
+
+# Options that stand alone
+
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="print nothing but errors")
+]
+LockingOption = Annotated[
+    Locking, typer.Option("--locking", help="off: neither take locks nor heed those of others")
+]
+
+File = Annotated[str, file_argument("FILE", "the .add-cow file")]
+AnyFile = Annotated[str, file_argument("FILE", "the image")]
+OverlayFormat = Annotated[
+    OnlyAddcow, typer.Option("-f", "--format", help="format of FILE; never guessed")
+]
+FileFormat = Annotated[Format, typer.Option("-f", "--format", help="what FILE is")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="change files that other overlays need, or that have several hard links"
+    ),
+]
+ForceRaw = Annotated[
+    bool, typer.Option("--force", help="take as raw what begins as another format does")
+]
+Share = Annotated[
+    bool, typer.Option("-U", "--force-share", help="read although others may be writing")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="read back from the disk what was written, and compare")
+]
+Rate = Annotated[
+    str | None,
+    typer.Option("-r", "--limit-rate", metavar="RATE", help="bytes per second, all workers"),
+]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option("--time-limit", metavar="TIME", help="stop after 90s, 30m, 2h; the rest is left"),
+]
+Discard = Annotated[bool, typer.Option("--discard", help="then remove the .add-cow file")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="PATTERN",
+        help="leave out what fits PATTERN wherever files are looked for: by name, or by path",
+    ),
+]
+
+
+StateFile = Annotated[
+    str,
+    typer.Option(
+        "--state",
+        metavar="FILE",
+        callback=_name_of_state,
+        help="what is remembered, an SQLite database",
+    ),
+]
+
+
+# Opening files
+
+
+class Opening(OptionGroup):
+    """Which files a command may open, and whether it locks them."""
+
+    roots: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--root",
+            metavar="DIR",
+            help="names inside images may lead beneath DIR too; also ADDCOW_ROOTS=DIR:DIR",
+        ),
+    ] = None
+    allow_device: Annotated[bool, typer.Option("--allow-device", help="open block devices too")] = (
+        False
+    )
+    locking: LockingOption = Locking.on
+
+    def access(
+        self,
+        *,
+        share: bool = False,
+        force: bool = False,
+        durable: bool = True,
+        writes: bool = False,
+        exclude: list[str] | None = None,
+    ) -> Access:
+        """What the options and the environment allow; ``writes`` warns of missing locks."""
+        from addcow_mp.device.access import Access
+
+        self._check(exclude)
+        self._warn(durable=durable, writes=writes)
+        return Access(
+            roots=(*(self.roots or ()), *_roots_of_environment()),
+            allow_device=self.allow_device,
+            share=share,
+            durable=durable,
+            force=force,
+            locking=self.locking is Locking.on,
+            exclude=tuple(exclude or ()),
+        )
+
+    def _check(self, exclude: list[str] | None) -> None:
+        from addcow_mp.errors import UsageError
+
+        if self.roots and "" in self.roots:
+            raise UsageError(message="--root '': name a directory; '.' is the current one")
+        if exclude and not all(exclude):
+            raise UsageError(message="--exclude '': give a pattern of names, or of paths")
+
+    def _warn(self, *, durable: bool, writes: bool) -> None:
+        from addcow_mp.cli.saying import warn_early
+
+        if not durable:
+            warn_early(
+                ["-t unsafe: nothing is synced, a power cut may lose data whose bits are set"]
+            )
+        if writes and self.locking is Locking.off:
+            told = "--locking off: no locks are taken or heeded; "
+            warn_early([f"{told}no other program may use these files"])
+
+
+def _roots_of_environment() -> list[str]:
+    import os
+
+    return [root for root in os.environ.get("ADDCOW_ROOTS", "").split(":") if root]
+
+
+class OverlayFile(OptionGroup):
+    """The overlay that a job changes."""
+
+    file: File
+    format: OverlayFormat = OnlyAddcow.addcow
+
+
+# Printing
+
+
+class Printing(OptionGroup):
+    """How one result is printed."""
+
+    output: Annotated[Output, typer.Option("--output", help="human or json")] = Output.human
+    quiet: Quiet = False
+
+    @property
+    def as_json(self) -> bool:
+        """Whether a program reads the result."""
+        return self.output is Output.json
+
+    def report(self, report: Report, sentence: str) -> None:
+        """Print what a job has done: its ``sentence``, or its report as JSON."""
+        from addcow_mp.cli.jsontext import print_document
+        from addcow_mp.cli.saying import warn
+
+        warn(report.warnings)
+        if self.as_json:
+            print_document(report.as_json())
+        elif sentence and not self.quiet:
+            print(sentence)
+            if report.guest_digest is not None:
+                digest = report.guest_digest
+                print(f"Read back from the disk as it was before: guest digest {digest}")
+
+
+class ListPrinting(OptionGroup):
+    """How a list is printed."""
+
+    output: Annotated[Listing, typer.Option("--output", help="human, json or jsonl")] = (
+        Listing.human
+    )
+    quiet: Quiet = False
+
+
+# Doing work
+
+
+class CopyOptions(OptionGroup):
+    """How data is copied and how far it is pushed."""
+
+    cache: Annotated[
+        CacheMode,
+        typer.Option(
+            "-t",
+            "--cache",
+            help="writeback; none: past the page cache, whatever --copy; unsafe: no syncs",
+        ),
+    ] = CacheMode.writeback
+    copy: Annotated[CopyWay, typer.Option("--copy", help="pin one way to copy data")] = CopyWay.auto
+    sparse: Annotated[
+        str | None,
+        typer.Option(
+            "-S",
+            metavar="SIZE",
+            help="blocks of so many zeros become holes; 0 = do not look; clones only with "
+            "--copy clone",
+        ),
+    ] = None
+    rate: Rate = None
+
+    @property
+    def durable(self) -> bool:
+        """Whether syncs are carried out."""
+        return self.cache is not CacheMode.unsafe
+
+    def manner(self, *, idle: bool, usual: str = "0") -> Manner:
+        """How to copy; ``usual`` is what -S is where no way is pinned."""
+        from addcow_mp.device.moving import Copy, Manner
+        from addcow_mp.errors import UsageError
+        from addcow_mp.units import SECTOR, parse_size
+
+        copy = self.copy
+        if self.sparse is None:
+            block = parse_size(usual, "-S") if copy in (CopyWay.auto, CopyWay.buffer) else 0
+        else:
+            block = parse_size(self.sparse, "-S")
+            # Zeros are found by reading; the kernel's own ways do not read.
+            copy = CopyWay.buffer if block and copy is not CopyWay.clone else copy
+        if block % SECTOR:
+            raise UsageError(
+                message=f"invalid -S '{self.sparse}': give a multiple of {SECTOR}, or 0"
+            )
+        direct = self.cache is CacheMode.none
+        return Manner(Copy(copy.value), direct, block, rate_of(self.rate), idle)
+
+
+def rate_of(text: str | None) -> int:
+    """Bytes per second; 0 = no limit."""
+    from addcow_mp.units import parse_size
+
+    return 0 if text is None else parse_size(text, "--limit-rate")
+
+
+class ChangeOptions(Opening):
+    """Which files a job may change."""
+
+    force: Force = False
+
+    def access_for(
+        self, copying: CopyOptions, *, writes: bool = True, exclude: list[str] | None = None
+    ) -> Access:
+        """What the options allow a job that copies like that."""
+        return self.access(
+            force=self.force, durable=copying.durable, writes=writes, exclude=exclude
+        )
+
+
+class JobChangeOptions(ChangeOptions):
+    """The same for one image, in whose surroundings files may be left out."""
+
+    exclude: Exclude = None
+
+    def access_for(
+        self, copying: CopyOptions, *, writes: bool = True, exclude: list[str] | None = None
+    ) -> Access:
+        """What the options allow a job that copies like that."""
+        return super().access_for(copying, writes=writes, exclude=exclude or self.exclude)
+
+
+class Workers(OptionGroup):
+    """Processes, and how much of the disk they take."""
+
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", min=0, help="worker processes; 0 = in this process  [default: usable CPUs]"
+        ),
+    ] = None
+    idle: Annotated[
+        bool, typer.Option("--idle", help="use the disk only when no other program does")
+    ] = False
+
+    def manner(self, rate: str | None = None) -> Manner:
+        """How a command works that copies nothing."""
+        from addcow_mp.device.moving import Manner
+
+        return Manner(rate=rate_of(rate), idle=self.idle)
+
+    def working(
+        self, access: Access, manner: Manner, progress: ProgressOptions, *, quiet: bool = False
+    ) -> AbstractContextManager[Conduct]:
+        """A job's conduct, with progress as asked for; signals stop the job."""
+        from addcow_mp.cli.working import working
+
+        shown = progress.chosen(quiet=quiet)
+        return working(
+            self.jobs, access, manner, shown, counts_images=progress.counts_images, quiet=quiet
+        )
+
+
+class ProgressOptions(OptionGroup):
+    """Whether, how and where progress is shown."""
+
+    counts_images = False
+
+    bar: Annotated[bool, typer.Option("-p", help="show progress on stderr")] = False
+    form: Annotated[
+        ProgressForm | None,
+        typer.Option("--progress-format", help="progress for people, or as JSON lines"),
+    ] = None
+    progress_fd: Annotated[
+        int | None,
+        typer.Option(
+            "--progress-fd", metavar="N", min=0, help="progress goes there, as JSON lines"
+        ),
+    ] = None
+
+    def chosen(self, *, quiet: bool) -> tuple[str | None, int | None]:
+        """The form of progress, None for no progress, and the descriptor it goes to."""
+        form = self._form()
+        if form is None and self.bar and not quiet:
+            form = ProgressForm.human
+        return form, self.progress_fd
+
+    def _form(self) -> ProgressForm | None:
+        return self.form
+
+
+class JobProgress(ProgressOptions):
+    """The same for one image; ``--progress`` is an old word for ``-p``."""
+
+    old_bar: Annotated[bool, typer.Option("--progress", hidden=True)] = False
+
+    def chosen(self, *, quiet: bool) -> tuple[str | None, int | None]:
+        """The form of progress, None for no progress, and the descriptor it goes to."""
+        self.bar = self.bar or self.old_bar
+        return super().chosen(quiet=quiet)
+
+
+class FarmProgress(ProgressOptions):
+    """The same for a farm; ``--progress`` is an old word for ``--progress-format``."""
+
+    counts_images = True
+
+    old_form: Annotated[ProgressForm | None, typer.Option("--progress", hidden=True)] = None
+
+    def _form(self) -> ProgressForm | None:
+        return self.form or self.old_form
+
+
+# Farms
+
+
+class Places(OptionGroup):
+    """Where a farm's images are, and what is left out."""
+
+    places: Annotated[
+        list[str] | None, file_argument("PLACE...", "directories, files, patterns")
+    ] = None
+    from_file: Annotated[
+        str | None,
+        typer.Option("--from-file", metavar="FILE", help="further places, one a line; - is stdin"),
+    ] = None
+    null: Annotated[
+        bool,
+        typer.Option("-0", "--null", help="names in --from-file end with NUL, as of find -print0"),
+    ] = False
+    exclude: Exclude = None
+
+    def listed(self) -> list[str]:
+        """All places that are named. Raises :class:`UsageError` for none."""
+        from addcow_mp.errors import UsageError
+
+        if self.null and self.from_file is None:
+            raise UsageError(message="-0 is about the names in --from-file: give both")
+        named = self.from_file
+        read = _names_in(named, b"\0" if self.null else b"\n") if named is not None else []
+        listed = [*(self.places or ()), *read]
+        if not listed:
+            raise UsageError(
+                message="name at least one directory or file; see 'addcow farm --help'"
+            )
+        return listed
+
+
+def _names_in(path: str, separator: bytes) -> list[str]:
+    """The names in a file; a name is bytes, whatever the locale."""
+    import os
+    import sys
+
+    if path == "-":
+        content = sys.stdin.buffer.read()
+    else:
+        with open(path, "rb") as file:
+            content = file.read()
+    return [os.fsdecode(name) for name in content.split(separator) if name]
