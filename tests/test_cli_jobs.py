@@ -21,6 +21,7 @@ from command import (
     ALL_ALLOCATED,
     CLUSTER,
     PATIENCE,
+    USAGE,
     GiB,
     KiB,
     MiB,
@@ -589,11 +590,36 @@ def test_jobs_accept_the_format(tmp_path: Path, job: str) -> None:
     assert guest_picture(top) == "AXCD"
 
 
-def test_errors_go_to_stderr_even_with_json(tmp_path: Path) -> None:
+def test_a_failure_is_json_as_well_where_json_is_asked_for(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "AB", "", compatible=ALL_ALLOCATED)
     result = addcow("commit", "--output", "json", "top.add-cow", cwd=tmp_path)
-    assert (result.status, result.stdout) == (1, "")
-    assert result.stderr.startswith("addcow: ")
+    assert result.status == 1
+    line = result.stderr.removeprefix("addcow: ").rstrip("\n")
+    assert result.json == {"error": line, "filename": "top.add-cow", "exit": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("info", "none.add-cow"), 1),
+        (("map", "none.add-cow"), 1),
+        (("verify", "none.add-cow"), 1),
+        (("compare", "none", "none"), 2),
+        (("convert", "-O", "raw", "none", "new"), 1),
+        (("manifest", "create", "none"), 1),
+        (("farm", "check", "./none"), 1),
+        (("farm", "scrub", "status", "--state", "none"), 1),
+        (("flatten", "--bogus", "none"), USAGE),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, tuple) else str(one),
+)
+def test_every_command_reports_its_failure_as_json(
+    words: tuple[str, ...], status: int, tmp_path: Path
+) -> None:
+    result = addcow(*words, "--output", "json", cwd=tmp_path)
+    assert result.status == status
+    assert result.json["exit"] == status
+    assert result.json["error"] in result.stderr
 
 
 # ---- the judge ----

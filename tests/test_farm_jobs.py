@@ -1491,7 +1491,7 @@ VERBS = pytest.mark.parametrize("verb", ["commit", "flatten", "check"])
 @IN_OTHERS_AND_HERE
 def test_progress_is_json_on_stderr(here: Path, verb: str, jobs: str) -> None:
     many(here, 6)
-    result = succeed("farm", verb, "--progress", "json", "--jobs", jobs, ".", cwd=here)
+    result = succeed("farm", verb, "--progress-format", "json", "--jobs", jobs, ".", cwd=here)
     assert_is_progress(result.stderr, 6)
 
 
@@ -1682,7 +1682,7 @@ def test_places_come_from_a_file(here: Path) -> None:
         (("plan", "sideways", "."), USAGE, "sideways"),
         (("commit", "--discard", "."), USAGE, "--discard"),
         (("commit", "--on-error", "weep", "."), USAGE, "--on-error"),
-        (("commit", "--progress", "morse", "."), USAGE, "--progress"),
+        (("commit", "--progress-format", "morse", "."), USAGE, "--progress-format"),
         (("commit", "--progress-fd", "-1", "."), USAGE, "--progress-fd"),
         (("commit", "--time-limit", "2x", "."), USAGE, "2x"),
         (("commit", "--time-limit", "-1", "."), USAGE, "-1"),

@@ -90,7 +90,7 @@ def is_committed(here: Path) -> bool:
 
 
 @pytest.mark.parametrize("channel", [full_pipe, full_socket])
-@pytest.mark.parametrize("words", [("-p",), ("--progress", "json"), ("--progress-fd", "N")])
+@pytest.mark.parametrize("words", [("-p",), ("--progress-format", "json"), ("--progress-fd", "N")])
 def test_progress_is_dropped_when_nobody_reads_it(
     tmp_path: Path, words: tuple[str, ...], channel: Callable[[], object]
 ) -> None:

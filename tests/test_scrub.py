@@ -1425,7 +1425,7 @@ USAGE = [
     ("run", "--state", "S", "--limit-rate", "-1", "."),
     ("run", "--state", "S", "--jobs", "-1", "."),
     ("run", "--state", "S", "--output", "jsonl", "."),
-    ("run", "--state", "S", "--progress", "xml", "."),
+    ("run", "--state", "S", "--progress-format", "xml", "."),
     ("run", "--state", "S", "--progress-fd", "99", "."),
     ("run", "--state", "S", "--repair", "."),
     ("status",),

@@ -54,7 +54,7 @@ WORDS = [
     ("io", "-c", "aio_write -P 7 0 4k", "-c", "aio_flush", "-c", "read -P 7 0 4k", "top.add-cow"),
     ("farm", "check", "--jobs", "2", "."),
     ("farm", "commit", "--jobs", "2", "."),
-    ("farm", "flatten", "--progress", "human", "."),
+    ("farm", "flatten", "--progress-format", "human", "."),
 ]
 
 

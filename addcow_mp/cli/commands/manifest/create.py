@@ -10,6 +10,7 @@ from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.options import (
     AnyFile,
     FileFormat,
+    ForceRaw,
     Format,
     JobProgress,
     Opening,
@@ -33,10 +34,11 @@ def command(
     printing: Printing,
     format: FileFormat = Format.addcow,
     share: Share = False,
+    force: ForceRaw = False,
     opening: Opening,
 ) -> None:
     """Write a manifest beside each layer of FILE that has none."""
-    access = opening.access(share=share)
+    access = opening.access(share=share, force=force, writes=True)
     with workers.working(access, workers.manner(), progress, quiet=printing.quiet) as conduct:
         made = job(file, conduct, format_=format.value, replaces=replace)
     _show(file, made, as_json=printing.as_json, quiet=printing.quiet)
