@@ -457,7 +457,14 @@ EXIT_CODES = {
 }
 
 # Of these the text says where, or it is put into one that does.
-NO_PATH = {"ResourceError", "UsageError", "TimeLimitError", "DiedError", "UnexpectedError", "UnstartedError"}
+NO_PATH = {
+    "ResourceError",
+    "UsageError",
+    "TimeLimitError",
+    "DiedError",
+    "UnexpectedError",
+    "UnstartedError",
+}
 
 
 @contextmanager

@@ -58,13 +58,6 @@ def test_an_overlay_named_as_raw_is_refused(tmp_path: Path, job: str) -> None:
     succeed(*words, "--force", cwd=tmp_path)
 
 
-def test_compare_says_what_it_takes_as_raw(tmp_path: Path) -> None:
-    pair(tmp_path, "A", "X")
-    words = ("compare", "-f", "raw", "-F", "raw", "top.add-cow", "top.add-cow")
-    assert "begins as add-cow does" in addcow(*words, cwd=tmp_path).stderr
-    assert addcow(*words, "-q", cwd=tmp_path).said == ""
-
-
 @pytest.mark.parametrize(
     "words",
     [

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 from addcow_mp.device.chain import open_layer
 from addcow_mp.device.layer import Kind, Layer, Piece, joined
-from addcow_mp.device.magic import resembles
-from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.board import Board
 from addcow_mp.engine.plan import Task, cut
 from addcow_mp.engine.pool import Done, Failed, Pool, attempt
@@ -91,7 +89,7 @@ def compare(
 def _compare(one: Layer, other: Layer, conduct: Conduct, *, strict: bool, every: bool) -> Compared:
     result = Compared((one.size, other.size), strict=strict)
     for side in (one, other):
-        result.warnings += [*side.warnings(), *_other_format(side)]
+        result.warnings += side.warnings()
     stop = max(one.size, other.size)
     if strict:
         if one.size != other.size and not every:
@@ -104,12 +102,6 @@ def _compare(one: Layer, other: Layer, conduct: Conduct, *, strict: bool, every:
     tasks = cut(data_stretches(files, geometry, alignment(UNIT)), geometry.clusters)
     _look(one, other, geometry, tasks, conduct, result, every=every)
     return result
-
-
-def _other_format(side: Layer) -> list[str]:
-    """What is said of a raw file that begins as another format does: its bytes are compared."""
-    seems = resembles(side.file) if isinstance(side, RawLayer) else None
-    return [] if seems is None else [f"{side.path}: compared as raw, but begins as {seems} does"]
 
 
 def _look(
