@@ -303,7 +303,10 @@ def test_programs_get_the_status_and_one_line_too(here: Path, job: str) -> None:
     pair(here, "ABCD", "-X-Y")
     path = here / target(job)
     words = command(job, "--output", "json", "-q")
-    is_seen(met(here, *words, meanwhile=lambda: flip(path, CLUSTER)), path.name, CLUSTER)
+    ended = met(here, *words, meanwhile=lambda: flip(path, CLUSTER))
+    told = json.loads(ended.stdout)
+    assert (told["exit"], told["error"] in ended.stderr) == (1, True)
+    is_seen(ended._replace(stdout=""), path.name, CLUSTER)
 
 
 @CACHES
