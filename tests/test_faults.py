@@ -558,6 +558,9 @@ class Creation:
 
 MAKING = {"header_write", "bitmap_sync", "data_sync", "create", "directory_sync"}
 
+#: The first bytes of a file that is to be taken as raw are looked at.
+LOOKING = {"backing_read", "image_read"}
+
 
 def two_layers(here: Path) -> None:
     draw_raw(here / "base.img", "ABC-EF", cluster=CLUSTER)
@@ -576,19 +579,19 @@ CREATIONS = {
         ("create", "-b", "mid.add-cow", "-F", "add-cow", "-o", "cluster_size=4k", "new.add-cow"),
         two_layers,
         "AXC0EF",
-        frozenset(MAKING | OPENING),
+        frozenset(MAKING | OPENING | LOOKING),
     ),
     "old image": Creation(
         ("create", "-b", "base.img", "-F", "raw", *ON_OLD),
         image_is_there,
         "ABC0EF00",
-        frozenset(MAKING),
+        frozenset(MAKING | LOOKING),
     ),
     "no backing": Creation(
         ("create", *ON_OLD),
         image_is_there,
         "K0LM0000",
-        frozenset(MAKING),
+        frozenset(MAKING | {"image_read"}),
     ),
 }
 
