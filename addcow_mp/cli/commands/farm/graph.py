@@ -168,7 +168,7 @@ def draw_jsonl(graph: Graph) -> None:
 
 def _image(node: Node) -> dict[str, object]:
     """The keys of `farm ls`, and those of the graph."""
-    from addcow_mp.cli.listing import describe
+    from addcow_mp.cli.commands.farm.ls import describe
 
     assert node.member is not None  # noqa: S101 - every overlay has one
     return {
