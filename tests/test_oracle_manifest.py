@@ -345,13 +345,13 @@ def test_any_byte_counts_but_those_under_a_clear_bit(own_top: Path) -> None:
             flip(file, at, mask)
 
 
-def test_any_byte_of_a_raw_file_counts_but_its_ragged_end(tmp_path: Path) -> None:
+def test_any_byte_of_a_raw_file_counts_its_ragged_end_included(tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     base.write_bytes(b"A" * (LEAF + 512 + 9))
     make_manifests(base)
-    for at, found in ((0, True), (LEAF, True), (LEAF + 511, True), (LEAF + 512, False)):
+    for at in (0, LEAF, LEAF + 511, LEAF + 512):
         flip(base, at)
-        assert (beyond_identities(faults(base)) != []) == found, at
+        assert beyond_identities(faults(base)) != [], at
         flip(base, at)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import BACKING, COW, IMAGE, File, is_device
+from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_at, is_device
 from addcow_mp.device.headers import (
     MAX_DEPTH,
     Names,
@@ -122,20 +122,28 @@ class _Opening:
 
     def _open(self, path: str, claim: Claim, role: str) -> File:
         named = not self.opened
+        if self.has_device:
+            # A device that is held already cannot be opened once more, which tells less.
+            self._refuse_met(path, identity_at(path))
         file = open_claimed(self.access, path, claim, role, named=named, accept=self._accept)
         self.opened.append(file)
         if named:
             self.access = self.access.beside(file.base)
         return file
 
-    def _accept(self, file: File) -> None:
-        other = self.seen.setdefault(file.identity, file.path)
-        if len(self.seen) == len(self.opened):
+    def _refuse_met(self, path: str, identity: tuple[int, int] | None) -> None:
+        """Raise when the file is in the chain already."""
+        other = None if identity is None else self.seen.get(identity)
+        if other is not None:
             raise ImageError(
-                path=file.path,
+                path=path,
                 problem=f"it is in the chain already, as '{other}'; overlay, image file and "
                 "backing file must be different files",
             )
+
+    def _accept(self, file: File) -> None:
+        self._refuse_met(file.path, file.identity)
+        self.seen[file.identity] = file.path
         self.has_device = self.has_device or is_device(file.identity)
         if self.has_device:
             from addcow_mp.device.holders import refuse_same_storage
