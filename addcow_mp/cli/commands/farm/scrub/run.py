@@ -66,7 +66,7 @@ def command(
         found = scrub(listed, state, conduct, share=part, is_late=lambda: limit.is_reached)
         problem = found.problem or _what_stopped_it(found, conduct)
     _show(found, as_json=printing.as_json, quiet=quiet)
-    if found.places is not None:
+    if found.places is not None and not found.left:
         explain(found.places, [one.path for one in found.verdicts], quiet=quiet)
     if problem is not None:
         _raise(found, problem)
