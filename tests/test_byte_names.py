@@ -90,7 +90,8 @@ def test_json_carries_the_bytes_beside_the_name(farm: Path, words: tuple[str, ..
 def test_a_scrub_remembers_names_as_bytes(farm: Path) -> None:
     succeed("manifest", "create", "-q", TOP, cwd=farm)
     addcow("farm", "scrub", "run", "--state", "state", ".", cwd=farm)
-    said = succeed("farm", "scrub", "status", "--state", "state", "--output", "json", cwd=farm)
+    said = addcow("farm", "scrub", "status", "--state", "state", "--output", "json", cwd=farm)
+    assert said.status == 1  # of the layers that have no manifest nothing is known
     assert_bytes_beside(said.stdout)
 
 
