@@ -63,7 +63,7 @@ COMMANDS = [
     ("farm ls .", 0),
     ("farm check .", 1),
     ("farm verify .", 1),
-    ("farm plan commit .", 0),
+    ("farm plan commit .", 1),
     ("farm commit .", 1),
     ("farm flatten --jobs 2 .", 1),
     ("farm scrub run --state scrub.db .", 1),

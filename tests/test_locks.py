@@ -62,6 +62,8 @@ Held = dict[str, set[int]]
 READ: Held = dict.fromkeys(FILES, READING)
 READ_SHARING: Held = dict.fromkeys(FILES, SHARING)
 WRITE: Held = {**READ, TOP: WRITING, TOP_IMAGE: WRITING}
+#: Before the .add-cow file is removed, the image is cut to the virtual size.
+DISCARD: Held = {**WRITE, TOP_IMAGE: RESIZING}
 COMMIT: Held = {
     TOP: RESIZING,
     TOP_IMAGE: WRITING,
@@ -279,7 +281,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], Held]] = {
     "read -U": (("io", "-r", "-U", "-c", "read 0 384k", TOP), READ_SHARING),
     "write": (("io", "-c", "write 0 4k", "-c", "flush", TOP), WRITE),
     "flatten": (("flatten", "--jobs", "0", TOP), WRITE),
-    "discard": (("flatten", "--discard", "--jobs", "0", TOP), WRITE),
+    "discard": (("flatten", "--discard", "--jobs", "0", TOP), DISCARD),
     "commit": (("commit", "--jobs", "0", TOP), COMMIT),
     "commit -d": (("commit", "-d", "--jobs", "0", TOP), COMMIT_KEEPING),
     "commit into raw": (("commit", "--force", "--jobs", "0", MID), COMMIT_MID),

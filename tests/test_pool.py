@@ -104,7 +104,7 @@ def kill_myself() -> None:
 
 
 def end_myself() -> None:
-    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGUSR2)
 
 
 def leave() -> None:
@@ -441,7 +441,7 @@ def test_a_fault_of_the_program_is_told_and_no_traceback(
 @pytest.mark.parametrize("jobs", PROCESSES)
 @pytest.mark.parametrize(
     ("how", "told"),
-    [("kill", "signal SIGKILL"), ("end", "signal SIGHUP"), ("leave", "status 3")],
+    [("kill", "signal SIGKILL"), ("end", "signal SIGUSR2"), ("leave", "status 3")],
 )
 def test_a_task_that_kills_its_worker_fails_alone(
     tmp_path: Path, jobs: int, how: str, told: str

@@ -53,8 +53,13 @@ def begin() -> None:
     if type(old) is not io.TextIOWrapper:
         return
     old.flush()
+    try:
+        number = old.fileno()
+    except OSError:  # a stream in memory, of a program that calls this
+        old.reconfigure(errors="backslashreplace")
+        return
     _State.replaced = old
-    _State.descriptor = _Descriptor(old.fileno(), "wb", closefd=False)
+    _State.descriptor = _Descriptor(number, "wb", closefd=False)
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(_State.descriptor),
         encoding=old.encoding,
