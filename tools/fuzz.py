@@ -217,7 +217,9 @@ def _led_to(path: str, flags: int) -> str:
 
 
 #: Where the holder of a lock is looked for, and what kind of file system there is.
-_KERNELS = re.compile(r"/proc/\d+/(fdinfo/\d+|comm|mountinfo)")
+_KERNELS = re.compile(
+    r"/proc/\d+/(fdinfo/\d+|comm|mountinfo)|/proc/swaps|/sys/(block|class|dev|devices)/.*|/dev/loop[\dp]+"
+)
 
 _guard = _Guard()
 
