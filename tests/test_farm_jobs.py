@@ -261,7 +261,9 @@ class Grown:
     def views(self) -> dict[str, bytes]:
         """Return what each file shows; those that stand on nothing come first."""
         content = {name: (self.here / name).read_bytes() for name in self.bases}
-        seen = {name: each[: len(each) // 512 * 512] for name, each in content.items()}
+        seen = {
+            name: each.ljust(-(-len(each) // 512) * 512, b"\0") for name, each in content.items()
+        }
         for name, below in self.stands.items():
             seen[name] = seen_over(self.here / name, seen[below])
         return seen
@@ -281,7 +283,7 @@ def grow(here: Path, seed: str) -> Grown:
         name = os.path.join(chance.choice(places), f"base{number}.img")
         sizes[name] = chance.choice([1, 2, 4]) * MiB
         draw_raw(here / name, cells(chance, mark, sizes[name] // CLUSTER))
-        # Of a last sector that is not whole, nobody sees anything.
+        # A last sector that is not whole shows its bytes, then zeros.
         sizes[name] -= chance.choice([0, 0, 1, 512, 700])
         os.truncate(here / name, sizes[name])
         grown.bases.append(name)
