@@ -172,7 +172,9 @@ def leaves_hit(here: Path, rng: random.Random, layers: list[str]) -> set[tuple[s
     for name in layers:
         cow = here / name
         image = cow if cow.suffix == ".img" else here / read_header(cow).image
-        size, length = virtual_size(image, "raw"), image.stat().st_size
+        length = image.stat().st_size
+        # An image file ends with its last whole sector, a raw disk with its last byte.
+        size = length if cow == image else length // 512 * 512
         for at in {rng.randrange(size) for _ in range(rng.randrange(4) if size else 0)}:
             with image.open("r+b") as file:
                 file.seek(at)

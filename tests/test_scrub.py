@@ -1443,7 +1443,7 @@ def test_what_cannot_mean_anything_is_a_usage_error(shop: Shop, words: tuple[str
     place = [str(shop.state) if word == "S" else word for word in words]
     ended = shop.warm.run("farm", "scrub", *place, cwd=shop.here)
     assert ended.status == 64, ended
-    assert ended.stdout == ""
+    assert ended.stdout == "" or "json" in "".join(words)
     (line,) = ended.stderr.splitlines()
     assert line.startswith("addcow: ")
     assert list(shop.state.parent.iterdir()) == []
@@ -1574,7 +1574,7 @@ def test_a_kill_costs_a_second_whatever_the_rate(shop: Shop, jobs: str) -> None:
 
 
 def bytes_verified(shop: Shop) -> int:
-    with suppress(AssertionError, OSError, ValueError):
+    with suppress(AssertionError, KeyError, OSError, ValueError):
         found: int = shop.status()["coverage"]["bytes-verified"]
         return found
     return 0
