@@ -53,13 +53,13 @@ VIEW = "the guest's view"
 class Promise:
     """What one job promises about one chain, whose files are as they are now.
 
-    ``stdin`` is what the job reads; ``manner`` are options that do not change the result.
+    ``stdin`` is what the job reads; ``copy_options`` are options that do not change the result.
     """
 
     job: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
     has_jobs: ClassVar[bool] = True
-    manner: tuple[str, ...] = ()
+    copy_options: tuple[str, ...] = ()
     stdin = ""
     stdout = ""
     done = False
@@ -79,7 +79,7 @@ class Promise:
 
     def command(self, jobs: int) -> list[str]:
         """Return the command line behind `addcow`."""
-        how = [*self.manner, "--jobs", str(jobs)] if self.has_jobs else []
+        how = [*self.copy_options, "--jobs", str(jobs)] if self.has_jobs else []
         return [self.job, *self.options, *how, self.files.link or self.files.path]
 
     def part_changed(self) -> float:
@@ -500,9 +500,9 @@ def promise_of(words: str, files: Files, rng: random.Random) -> Promise:
         size = oracle.virtual_size(files.path)
         return Io(files, list(random_writes(rng, size, rng.randint(1, 40))))
     promise = KINDS[words](files)
-    promise.manner = rng.choice(MANNERS)
+    promise.copy_options = rng.choice(MANNERS)
     if words != "convert" and rng.random() < READ_BACK:
-        promise.manner += ("--verify",)
+        promise.copy_options += ("--verify",)
     return promise
 
 

@@ -191,9 +191,9 @@ def _run_here(rules: list[str], arguments: list[str]) -> int:
     for module in pkgutil.walk_packages(addcow_mp.__path__, "addcow_mp."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
-    from addcow_mp.device import kernel
+    from addcow_mp.device import syscalls
 
-    kernel.start_writing(-1, 0, 0)
+    syscalls.start_writing(-1, 0, 0)
     bind(rules)
     return run(arguments)
 

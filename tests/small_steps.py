@@ -49,16 +49,16 @@ Sync = Callable[[int], None]
 def take_small_steps() -> None:
     """Replace the sizes wherever they were imported to, default arguments included."""
     # All that have them: later imports find the small ones at home.
-    from addcow_mp.engine import plan, run, space, survey, transfer
+    from addcow_mp.engine import allocation, space, tasks, transfer, transfer_run
 
     taken = set()
-    for module in (plan, run, space, survey, transfer):
+    for module in (tasks, transfer_run, space, allocation, transfer):
         for name in SMALL.keys() & vars(module).keys():
             setattr(module, name, SMALL[name])
             taken.add(name)
     if taken != SMALL.keys():
         sys.exit(f"small_steps: {SMALL.keys() - taken} are not where they were")
-    plan.cut.__defaults__ = (SMALL["TASK_BYTES"],)
+    tasks.cut.__defaults__ = (SMALL["TASK_BYTES"],)
 
 
 def spoil(order: str) -> None:

@@ -57,7 +57,7 @@ def test_every_spelling_of_a_path_is_taken(tmp_path: Path, spelt: Callable[[Path
     assert [one.length for one in addcow_mp.extents(top)] == [65536]
     addcow_mp.convert(top, spelt(tmp_path / "copy.raw"), jobs=0)
     assert (tmp_path / "copy.raw").read_bytes() == b"B" * 512 + b"A" * (65536 - 512)
-    assert addcow_mp.commit(top, jobs=0).amount.clusters_moved == 1
+    assert addcow_mp.commit(top, jobs=0).totals.clusters_moved == 1
     addcow_mp.flatten(top, jobs=0)
 
 

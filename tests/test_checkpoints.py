@@ -24,8 +24,8 @@ from test_manifest import view_of
 from test_order import Trace, broken, judge, trace  # noqa: F401 - a fixture
 
 import addcow_mp
-from addcow_mp.engine import run as run_module
 from addcow_mp.engine import transfer
+from addcow_mp.engine import transfer_run as run_module
 
 SIZE = 40 * MiB
 RATE = 4 * MiB

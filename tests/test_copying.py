@@ -56,7 +56,7 @@ from model import Overlay, build, overlay, raw
 from powercut import ToolMissingError, UnavailableError, loop_disk
 from promises import KINDS
 
-from addcow_mp.engine import pace
+from addcow_mp.engine import throttle
 
 #: A run of this length is cloned where nothing is pinned; shorter ones are copied.
 LONG = 512 * KiB // CLUSTER
@@ -250,10 +250,10 @@ def test_every_way_moves_the_right_bytes(shop: Shop, way: str, job: str) -> None
     for name, chain in some_chains(job):
         clear(shop.here)
         promise = KINDS[job](build(chain, str(shop.here)))
-        promise.manner = (*WAYS[way], *next(blocks))
+        promise.copy_options = (*WAYS[way], *next(blocks))
         done = shop.warm.run(*promise.command(0), cwd=shop.here)
-        assert done.status == 0, (name, promise.manner, done)
-        assert promise.broken(done=True) == [], (name, promise.manner)
+        assert done.status == 0, (name, promise.copy_options, done)
+        assert promise.broken(done=True) == [], (name, promise.copy_options)
 
 
 @ALL_WAYS
@@ -692,7 +692,7 @@ class Worker:
 
     def __init__(self, clock: Clock, rate: int) -> None:
         self.clock = clock
-        self.pace = pace.Pace(rate)
+        self.pace = throttle.Throttle(rate)
         self.moves: list[tuple[float, int]] = []
 
     def move(self, length: int, seconds: float = 0.0) -> None:
@@ -705,7 +705,7 @@ class Worker:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(pace, "time", made)
+    monkeypatch.setattr(throttle, "time", made)
     return made
 
 
@@ -736,7 +736,7 @@ def test_no_second_sees_more_than_nine_eighths_of_the_rate_and_a_step(
     """What a step took of its time by itself is not waited for again, up to that much."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
-        patch.setattr(pace, "time", clock)
+        patch.setattr(throttle, "time", clock)
         worker = Worker(clock, rate)
         for seconds, part in steps:
             worker.move(max(1, int(worker.pace.step * part)), seconds)
@@ -762,7 +762,7 @@ def test_a_step_slower_than_the_limit_is_not_slowed_down(clock: Clock) -> None:
 
 def test_who_waits_long_looks_up_again_and_again(clock: Clock) -> None:
     looks: list[float] = []
-    waiting = pace.Pace(1)
+    waiting = throttle.Throttle(1)
     start = clock.now
     waiting.spend(100, lambda: looks.append(clock.now))
     assert clock.now - start == pytest.approx(100, abs=0.2)
@@ -799,7 +799,7 @@ def test_several_workers_keep_one_limit(workers: int) -> None:
     for number in range(workers):
         with pytest.MonkeyPatch.context() as patch:
             clock = Clock()
-            patch.setattr(pace, "time", clock)
+            patch.setattr(throttle, "time", clock)
             worker = Worker(clock, rate // workers)
             for _ in range(40):
                 worker.move(worker.pace.step, 0.01 * number)

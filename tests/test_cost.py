@@ -373,7 +373,7 @@ def test_calls_follow_the_data(here: Path, command: str) -> None:
 # ---- start-up ----
 
 #: Parts that only some commands are for.
-MOVES = {"addcow_mp.engine.transfer", "addcow_mp.engine.publisher", "addcow_mp.jobs.moving"}
+MOVES = {"addcow_mp.engine.transfer", "addcow_mp.engine.publisher", "addcow_mp.jobs.transfer_job"}
 JOBS = {f"addcow_mp.jobs.{name}" for name in ("commit", "flatten", "convert", "create", "check")}
 PROCESSES = {"multiprocessing", "concurrent.futures", "pickle", "socket", "tempfile", "rich"}
 
@@ -388,8 +388,8 @@ def loaded(here: Path, *words: str) -> set[str]:
 def test_compare_loads_what_it_uses(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "-B")
     found = loaded(tmp_path, "compare", "--jobs", "0", "-F", "raw", "top.add-cow", "base.img")
-    assert "addcow_mp.engine.scan" in found
-    assert found & (JOBS | PROCESSES | {"addcow_mp.jobs.moving"}) == set()
+    assert "addcow_mp.engine.compare" in found
+    assert found & (JOBS | PROCESSES | {"addcow_mp.jobs.transfer_job"}) == set()
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_looking_loads_nothing_that_compares_or_moves(tmp_path: Path, words: lis
     pair(tmp_path, "AB", "-B")
     found = loaded(tmp_path, *words)
     assert "addcow_mp.device.overlay" in found or words[0] == "info"
-    assert found & (MOVES | {"addcow_mp.engine.scan", "addcow_mp.jobs.compare"}) == set()
+    assert found & (MOVES | {"addcow_mp.engine.compare", "addcow_mp.jobs.compare"}) == set()
     assert not any(name.startswith("addcow_mp.engine") for name in found)
 
 
@@ -407,4 +407,4 @@ def test_moving_loads_nothing_that_compares(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "-B")
     found = loaded(tmp_path, "commit", "--jobs", "0", "top.add-cow")
     assert found >= MOVES
-    assert found & {"addcow_mp.engine.scan", "addcow_mp.jobs.compare"} == set()
+    assert found & {"addcow_mp.engine.compare", "addcow_mp.jobs.compare"} == set()

@@ -55,10 +55,10 @@ from addcow_mp import AddcowError
 from addcow_mp.cli.main import run
 from addcow_mp.device import holders, holes
 from addcow_mp.device.files import File
-from addcow_mp.engine import run as run_module
-from addcow_mp.engine.delivery import Work
-from addcow_mp.engine.plan import Task
+from addcow_mp.engine import transfer_run as run_module
+from addcow_mp.engine.fd_passing import Work
 from addcow_mp.engine.pool import Failed, Pool
+from addcow_mp.engine.tasks import Task
 from addcow_mp.jobs.commit import commit as commit_job
 from addcow_mp.jobs.compare import compare as compare_job
 from addcow_mp.jobs.report import Conduct
@@ -214,14 +214,14 @@ def unended_error(here: Path) -> None:
 
 
 def resource_error(here: Path) -> None:
-    from addcow_mp.engine.board import Board
+    from addcow_mp.engine.done_map import DoneMap
 
     lowest_free = os.dup(0)
     os.close(lowest_free)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
     try:
-        Board.create((8,), 0)
+        DoneMap.create((8,), 0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -262,7 +262,7 @@ def cpu_limit_error(here: Path) -> None:
 
 def time_limit_error(here: Path) -> None:
     from addcow_mp.cli.farm_job import FarmJob, FarmRun, carry_out
-    from addcow_mp.farm.errand import Operation
+    from addcow_mp.farm.image_job import Operation
 
     pair(here, "AB", "-X")
     job = FarmJob(Operation.COMMIT, FarmRun(time_limit="0"))
@@ -313,10 +313,10 @@ def unverified_error(here: Path) -> None:
 def stopped_by(number: int, here: Path) -> None:
     from addcow_mp.cli.working import working
     from addcow_mp.device.access import Access
-    from addcow_mp.device.moving import Manner
+    from addcow_mp.device.copying import CopyOptions
     from addcow_mp.jobs.commit import commit
 
-    with working(0, Access(), Manner(), (None, None)) as conduct:
+    with working(0, Access(), CopyOptions(), (None, None)) as conduct:
         os.kill(os.getpid(), number)
         commit(str(pair(here, "AB", "-X")), conduct=conduct)
 

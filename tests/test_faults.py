@@ -48,7 +48,7 @@ from command import (
 )
 from faulty import Ended, Rules, Warm, rule
 
-from addcow_mp.device.faults import EVENTS
+from addcow_mp.device.fault_rules import EVENTS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import oracle

@@ -78,7 +78,7 @@ def absolute(store: Path) -> str:
 WAYS = pytest.mark.parametrize(
     "way", [linked_file, link_to_a_link, linked_directory, back_out_of_a_directory, absolute]
 )
-Way = Callable[[Path], str]
+CopyMethod = Callable[[Path], str]
 
 
 def strangers(store: Path) -> str:
@@ -87,7 +87,7 @@ def strangers(store: Path) -> str:
 
 
 @WAYS
-def test_every_command_reads_the_same_through_a_link(store: Path, way: Way) -> None:
+def test_every_command_reads_the_same_through_a_link(store: Path, way: CopyMethod) -> None:
     here, path = store.parent, way(store)
     succeed("manifest", "create", "-q", path, cwd=here)
     assert (store / f"{TOP}.manifest").exists()
@@ -106,7 +106,7 @@ def test_every_command_reads_the_same_through_a_link(store: Path, way: Way) -> N
 
 
 @WAYS
-def test_commit_through_a_link_goes_into_the_own_base(store: Path, way: Way) -> None:
+def test_commit_through_a_link_goes_into_the_own_base(store: Path, way: CopyMethod) -> None:
     succeed("commit", way(store), cwd=store.parent)
     assert guest_picture(store / "mid.add-cow") == "MXC"
     assert bits(store / TOP) == "..."
@@ -114,7 +114,7 @@ def test_commit_through_a_link_goes_into_the_own_base(store: Path, way: Way) -> 
 
 
 @WAYS
-def test_flatten_and_discard_through_a_link_leave_the_link(store: Path, way: Way) -> None:
+def test_flatten_and_discard_through_a_link_leave_the_link(store: Path, way: CopyMethod) -> None:
     path = way(store)
     succeed("flatten", "--verify", "--discard", path, cwd=store.parent)
     assert look(store / "top.raw") == "MXC"
@@ -123,7 +123,7 @@ def test_flatten_and_discard_through_a_link_leave_the_link(store: Path, way: Way
 
 
 @WAYS
-def test_a_write_through_a_link_goes_into_the_own_image(store: Path, way: Way) -> None:
+def test_a_write_through_a_link_goes_into_the_own_image(store: Path, way: CopyMethod) -> None:
     succeed("io", "-c", f"write -P 0x59 0 {CLUSTER}", way(store), cwd=store.parent)
     assert guest_picture(store / TOP) == "YXC"
     assert strangers(store) == "SSS" * 3

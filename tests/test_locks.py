@@ -39,7 +39,7 @@ from command import (
 )
 from golden import addcow_here
 
-from addcow_mp.device.faults import EVENTS
+from addcow_mp.device.fault_rules import EVENTS
 
 TOP, TOP_IMAGE, MID, MID_IMAGE, BASE = (
     "top.add-cow",

@@ -51,7 +51,7 @@ import addcow_mp
 from addcow_mp import AddcowError, SyncError
 from addcow_mp.cli.main import run
 from addcow_mp.device import holes
-from addcow_mp.engine import run as run_module
+from addcow_mp.engine import transfer_run as run_module
 
 FICLONERANGE = 0x4020940D
 

@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 
 import addcow_mp
 from addcow_mp import Overlay
-from addcow_mp.engine.plan import TASK_BYTES, Stretch, Task, cut
-from addcow_mp.engine.survey import (
+from addcow_mp.engine.allocation import (
     alignment,
+    allocated_stretches,
     data_stretches,
-    local_stretches,
-    missing_stretches,
+    unallocated_stretches,
 )
+from addcow_mp.engine.tasks import TASK_BYTES, Stretch, Task, cut
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct
 
@@ -265,7 +265,7 @@ def test_data_stretches_hold_all_data_of_all_files(disk: tuple[Disk, Overlay]) -
 
 def test_local_stretches_weigh_what_is_local(disk: tuple[Disk, Overlay]) -> None:
     made, overlay = disk
-    stretches = list(local_stretches(overlay, alignment(made.cluster)))
+    stretches = list(allocated_stretches(overlay, alignment(made.cluster)))
     assert_well_formed(stretches, overlay.geometry)
     for one in stretches:
         local = sum(one.first <= cluster < one.stop for cluster in made.local)
@@ -275,7 +275,7 @@ def test_local_stretches_weigh_what_is_local(disk: tuple[Disk, Overlay]) -> None
 
 def test_missing_stretches_hold_what_flattening_would_move(disk: tuple[Disk, Overlay]) -> None:
     made, overlay = disk
-    stretches = list(missing_stretches(overlay, alignment(made.cluster)))
+    stretches = list(unallocated_stretches(overlay, alignment(made.cluster)))
     assert_well_formed(stretches, overlay.geometry)
     data = {
         block * BLOCK // made.cluster for file in overlay.files() for block in blocks(file.path)
@@ -290,7 +290,7 @@ def test_missing_stretches_hold_what_flattening_would_move(disk: tuple[Disk, Ove
 def test_all_allocated_is_surveyed_by_its_data_alone(tmp_path: Path) -> None:
     made = Disk(300 * MiB, 64 * KiB, image=(200 * MiB,), compatible=ALL_ALLOCATED)
     with addcow_mp.open(made.make(tmp_path)) as overlay:
-        stretches = list(local_stretches(overlay, 8))
+        stretches = list(allocated_stretches(overlay, 8))
     assert stretches == [Stretch(3072, 4096, BLOCK)]
 
 
@@ -298,14 +298,14 @@ def test_finely_broken_data_counts_as_full(tmp_path: Path) -> None:
     places = tuple(range(0, 64 * BLOCK, 2 * BLOCK))
     made = Disk(300 * MiB, 64 * KiB, backing=places)
     with addcow_mp.open(made.make(tmp_path)) as overlay:
-        stretches = list(missing_stretches(overlay, 8))
+        stretches = list(unallocated_stretches(overlay, 8))
     assert stretches == [Stretch(0, 1024, TASK_BYTES)]
 
 
 def test_stretches_begin_at_what_the_alignment_asks_for(tmp_path: Path) -> None:
     made = scattered(7, 400 * MiB, 4 * KiB)
     with addcow_mp.open(made.make(tmp_path)) as overlay:
-        for survey in (local_stretches, missing_stretches):
+        for survey in (allocated_stretches, unallocated_stretches):
             for one in survey(overlay, alignment(4 * KiB, 2 * MiB)):
                 assert one.first % 4096 == one.stop % 4096 == 0
 
@@ -313,8 +313,12 @@ def test_stretches_begin_at_what_the_alignment_asks_for(tmp_path: Path) -> None:
 def test_a_large_empty_disk_is_surveyed_at_a_glance(tmp_path: Path) -> None:
     made = Disk(900 * GiB, 2 * MiB, image=(899 * GiB,), local=(899 * 512,))
     with addcow_mp.open(made.make(tmp_path)) as overlay:
-        assert list(local_stretches(overlay, 8)) == [Stretch(899 * 512, 899 * 512 + 32, 2 * MiB)]
-        assert list(missing_stretches(overlay, 8)) == [Stretch(899 * 512, 899 * 512 + 32, BLOCK)]
+        assert list(allocated_stretches(overlay, 8)) == [
+            Stretch(899 * 512, 899 * 512 + 32, 2 * MiB)
+        ]
+        assert list(unallocated_stretches(overlay, 8)) == [
+            Stretch(899 * 512, 899 * 512 + 32, BLOCK)
+        ]
 
 
 # ---- as a job shows it ----

@@ -31,23 +31,23 @@ from command import PATIENCE, local_clusters
 
 import addcow_mp
 from addcow_mp import AddcowError, FileError, SyncError, WorkerError
-from addcow_mp.engine import run as run_module
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.delivery import Parcel, Work
-from addcow_mp.engine.plan import Task
+from addcow_mp.engine import transfer_run as run_module
+from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.fd_passing import PackedWork, Work
 from addcow_mp.engine.pool import (
     AHEAD,
     TRIES,
     Done,
     Failed,
-    Part,
+    ParentRole,
     Pool,
     serve,
     usable_cpus,
 )
 from addcow_mp.engine.publisher import Publisher
-from addcow_mp.engine.run import Assignment, carry_out
-from addcow_mp.engine.transfer import TOP, Amount
+from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.transfer import TOP, Totals
+from addcow_mp.engine.transfer_run import Assignment, run_transfer
 
 JOBS = [0, 1, 3]
 PROCESSES = [1, 3]
@@ -58,7 +58,7 @@ Result = Done | Failed
 # ---- works ----
 
 
-def marked(board: Board) -> list[int]:
+def marked(board: DoneMap) -> list[int]:
     """The clusters that are marked on a board of 64."""
     return [at for first, stop in board.marks(TOP).runs(0, 64) for at in range(first, stop)]
 
@@ -69,11 +69,11 @@ class Plain:
 
     directory: Path
 
-    def __call__(self, task: Task, slot: int) -> Amount:  # noqa: ARG002 - slot is for boards
+    def __call__(self, task: Task, slot: int) -> Totals:  # noqa: ARG002 - slot is for boards
         with (self.directory / "log").open("a") as log:
             log.write(f"{task.number} {os.getpid()}\n")
         self.act(task)
-        return Amount(bytes_moved=task.weight, clusters_moved=task.stop - task.first)
+        return Totals(bytes_moved=task.weight, clusters_moved=task.stop - task.first)
 
     def act(self, task: Task) -> None:
         """What else there is to do."""
@@ -156,10 +156,10 @@ class Waits(Plain):
 class Marks:
     """Marks the first half of a task on the board and counts it; at ``fatal`` then dies."""
 
-    board: Board
+    board: DoneMap
     fatal: int
 
-    def __call__(self, task: Task, slot: int) -> Amount:
+    def __call__(self, task: Task, slot: int) -> Totals:
         half = (task.first + task.stop) // 2
         self.board.marks(TOP).set(task.first, half)
         self.board.count(slot, half - task.first)
@@ -167,7 +167,7 @@ class Marks:
             kill_myself()
         self.board.marks(TOP).set(half, task.stop)
         self.board.count(slot, task.stop - half)
-        return Amount()
+        return Totals()
 
 
 def tasks_of(count: int) -> list[Task]:
@@ -244,7 +244,7 @@ def run(
 
 def all_done(results: dict[int, Result], tasks: list[Task]) -> None:
     for task in tasks:
-        assert results[task.number] == Done(task, Amount(task.weight, task.stop - task.first))
+        assert results[task.number] == Done(task, Totals(task.weight, task.stop - task.first))
 
 
 def failure(result: Result) -> AddcowError:
@@ -300,22 +300,22 @@ def test_a_slow_task_keeps_nobody_else(tmp_path: Path) -> None:
 # ---- this process takes part ----
 
 
-@pytest.mark.parametrize("part", Part)
+@pytest.mark.parametrize("part", ParentRole)
 @pytest.mark.parametrize("jobs", [0, 1, 2, 3])
 def test_whatever_part_this_process_takes_every_task_is_done_once(
-    tmp_path: Path, part: Part, jobs: int
+    tmp_path: Path, part: ParentRole, jobs: int
 ) -> None:
     tasks, most, results = tasks_of(40), 0, []
-    with Pool(Plain(tmp_path), jobs, part=part) as pool:
+    with Pool(Plain(tmp_path), jobs, parent_role=part) as pool:
         for result in pool.run(tasks):
             most = max(most, len(own_children()))
             results += [result] if result is not None else []
     all_done({result.task.number: result for result in results}, tasks)
     assert len(results) == 40
     here = {number for number, process in log_of(tmp_path) if process == os.getpid()}
-    if part is Part.NONE:
+    if part is ParentRole.NONE:
         assert (len(here), most) == (0 if jobs else 40, jobs)
-    elif part is Part.START:
+    elif part is ParentRole.START:
         assert most == jobs
     else:
         assert most <= max(0, jobs - 1)
@@ -323,7 +323,7 @@ def test_whatever_part_this_process_takes_every_task_is_done_once(
 
 
 def test_a_small_job_starts_nobody(tmp_path: Path) -> None:
-    with Pool(Plain(tmp_path), 3, part=Part.FIRST) as pool:
+    with Pool(Plain(tmp_path), 3, parent_role=ParentRole.FIRST) as pool:
         for _ in pool.run(tasks_of(20)):
             assert not own_children()
     assert {process for _, process in log_of(tmp_path)} == {os.getpid()}
@@ -332,7 +332,7 @@ def test_a_small_job_starts_nobody(tmp_path: Path) -> None:
 def test_a_large_job_starts_the_others_after_the_second_task(tmp_path: Path) -> None:
     """Told by weight: the second task is a trillionth of the job."""
     tasks = [replace(task, weight=10 ** (12 * (task.number != 1))) for task in tasks_of(20)]
-    with Pool(Plain(tmp_path), 3, part=Part.FIRST) as pool:
+    with Pool(Plain(tmp_path), 3, parent_role=ParentRole.FIRST) as pool:
         results = (one for one in pool.run(tasks) if one is not None)
         assert next(results).task.number == 0
         assert not own_children()
@@ -341,10 +341,10 @@ def test_a_large_job_starts_the_others_after_the_second_task(tmp_path: Path) -> 
         all_done({one.task.number: one for one in results}, tasks[2:])
 
 
-@pytest.mark.parametrize("part", Part)
-def test_processes_can_be_started_before_there_are_tasks(tmp_path: Path, part: Part) -> None:
-    others = 2 if part in (Part.FULL, Part.FIRST) else 3
-    with Pool(Plain(tmp_path), 3, part=part) as pool:
+@pytest.mark.parametrize("part", ParentRole)
+def test_processes_can_be_started_before_there_are_tasks(tmp_path: Path, part: ParentRole) -> None:
+    others = 2 if part in (ParentRole.FULL, ParentRole.FIRST) else 3
+    with Pool(Plain(tmp_path), 3, parent_role=part) as pool:
         pool.start(1)
         assert len(own_children()) == 1
         pool.start(9)
@@ -353,7 +353,7 @@ def test_processes_can_be_started_before_there_are_tasks(tmp_path: Path, part: P
         results = [one for one in pool.run(tasks_of(40)) if one is not None]
         assert own_children() == started
     all_done({result.task.number: result for result in results}, tasks_of(40))
-    with Pool(Plain(tmp_path), 3, part=part) as pool:
+    with Pool(Plain(tmp_path), 3, parent_role=part) as pool:
         pool.start(9)
     assert not own_children()
 
@@ -366,10 +366,12 @@ def test_a_process_that_is_started_before_there_are_tasks_may_die(tmp_path: Path
         all_done({one.task.number: one for one in pool.run(tasks_of(9)) if one}, tasks_of(9))
 
 
-@pytest.mark.parametrize("part", [Part.FULL, Part.FIRST])
-def test_this_process_begins_nothing_new_when_it_shall_stop(tmp_path: Path, part: Part) -> None:
+@pytest.mark.parametrize("part", [ParentRole.FULL, ParentRole.FIRST])
+def test_this_process_begins_nothing_new_when_it_shall_stop(
+    tmp_path: Path, part: ParentRole
+) -> None:
     results: list[Result] = []
-    with Pool(Plain(tmp_path), 2, part=part) as pool:
+    with Pool(Plain(tmp_path), 2, parent_role=part) as pool:
         for result in pool.run(tasks_of(400), partial(any, results)):
             results.extend([result] if result is not None else [])
     assert len(log_of(tmp_path)) == len(results) < 10
@@ -377,7 +379,7 @@ def test_this_process_begins_nothing_new_when_it_shall_stop(tmp_path: Path, part
 
 def test_the_board_is_shared_by_parent_and_workers() -> None:
     tasks = tasks_of(5)
-    board = Board.create((5 * 16,), 2)
+    board = DoneMap.create((5 * 16,), 2)
     try:
         run(Marks(board, fatal=-1), 2, tasks)
         assert list(board.marks(TOP).runs(0, 5 * 16)) == [(0, 5 * 16)]
@@ -387,7 +389,7 @@ def test_the_board_is_shared_by_parent_and_workers() -> None:
 
 
 def test_without_workers_the_board_is_private() -> None:
-    board = Board.create((100, 0, 9), 0)
+    board = DoneMap.create((100, 0, 9), 0)
     board.marks(0).set(7, 8)
     board.marks(2).set(8, 9)
     board.count(0, 5)
@@ -498,7 +500,7 @@ def test_a_suspect_is_tried_again_in_a_fresh_process(tmp_path: Path) -> None:
 
 def test_what_a_dead_worker_had_marked_is_kept() -> None:
     tasks = tasks_of(4)
-    board = Board.create((4 * 16,), 2)
+    board = DoneMap.create((4 * 16,), 2)
     try:
         results = run(Marks(board, fatal=2), 2, tasks)
         assert isinstance(results[2], Failed)
@@ -670,7 +672,7 @@ def test_a_worker_whose_parent_has_lost_interest_ends_quietly(
 ) -> None:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, Parcel(Plain(tmp_path)), 0, 0))
+    process = context.Process(target=serve, args=(theirs, PackedWork(Plain(tmp_path)), 0, 0))
     process.start()
     theirs.close()
     assert ours.poll(PATIENCE)
@@ -738,13 +740,13 @@ def overlay(tmp_path: Path) -> Iterator[addcow_mp.Overlay]:
 
 
 def test_what_others_and_the_dead_had_finished_is_published(overlay: addcow_mp.Overlay) -> None:
-    board = Board.create((64,), 2)
+    board = DoneMap.create((64,), 2)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Marks(board, fatal=3)
     job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     try:
         with pytest.raises(WorkerError) as caught:
-            carry_out(job, 2)
+            run_transfer(job, 2)
     finally:
         board.close()
     died = "a worker process ended with signal SIGKILL at this place"
@@ -756,7 +758,7 @@ def test_what_others_and_the_dead_had_finished_is_published(overlay: addcow_mp.O
 class CannotSync(Marks):
     """Does everything, and then hears that some of it may not have reached the disk."""
 
-    def __call__(self, task: Task, slot: int) -> Amount:
+    def __call__(self, task: Task, slot: int) -> Totals:
         amount = super().__call__(task, slot)
         if task.number == 1:
             raise SyncError(path="top.raw", action="make its data durable", reason="EIO", errno=5)
@@ -768,13 +770,13 @@ def test_after_a_sync_that_failed_in_a_worker_nothing_is_published(
     overlay: addcow_mp.Overlay, jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", PATIENCE)
-    board = Board.create((64,), jobs)
+    board = DoneMap.create((64,), jobs)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = CannotSync(board, fatal=-1)
     job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     try:
         with pytest.raises(AddcowError):
-            carry_out(job, jobs)
+            run_transfer(job, jobs)
     finally:
         board.close()
     assert local_clusters(Path(overlay.path)) == []
@@ -784,7 +786,7 @@ def test_after_a_sync_that_failed_in_a_worker_nothing_is_published(
 class CannotReadNorSync(CannotSync):
     """Fails at its first task for another reason than at its second one."""
 
-    def __call__(self, task: Task, slot: int) -> Amount:
+    def __call__(self, task: Task, slot: int) -> Totals:
         amount = super().__call__(task, slot)
         if task.number == 0:
             refuse()
@@ -795,13 +797,13 @@ def test_after_a_sync_that_failed_as_the_second_of_two_failures_nothing_is_publi
     overlay: addcow_mp.Overlay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", PATIENCE)
-    board = Board.create((64,), 1)
+    board = DoneMap.create((64,), 1)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = CannotReadNorSync(board, fatal=-1)
     job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     try:
         with pytest.raises(AddcowError):
-            carry_out(job, 1)
+            run_transfer(job, 1)
     finally:
         board.close()
     assert local_clusters(Path(overlay.path)) == []
@@ -814,7 +816,7 @@ class Stillborn(Marks):
     def __reduce__(self) -> tuple[Any, ...]:
         return (os._exit, (3,))
 
-    def __call__(self, task: Task, slot: int) -> Amount:
+    def __call__(self, task: Task, slot: int) -> Totals:
         if task.number >= 2:
             for child in active_children():
                 child.join()
@@ -824,14 +826,14 @@ class Stillborn(Marks):
 def test_what_the_parent_did_while_workers_could_not_start_is_published(
     overlay: addcow_mp.Overlay,
 ) -> None:
-    board = Board.create((64,), 1)
+    board = DoneMap.create((64,), 1)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Stillborn(board, fatal=-1)
     job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
-    job.part = Part.START
+    job.parent_role = ParentRole.START
     try:
         with pytest.raises(AddcowError, match="could not start: it ended with status 3"):
-            carry_out(job, 1)
+            run_transfer(job, 1)
         finished = marked(board)
     finally:
         board.close()
@@ -840,11 +842,11 @@ def test_what_the_parent_did_while_workers_could_not_start_is_published(
 
 
 def test_a_job_that_is_stopped_publishes_what_it_finished(overlay: addcow_mp.Overlay) -> None:
-    board = Board.create((64,), 0)
+    board = DoneMap.create((64,), 0)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Marks(board, fatal=-1)
     job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     with pytest.raises(AddcowError, match="stopped; what was finished is kept"):
-        carry_out(job, 0, stopping=lambda: board.total >= 32)
+        run_transfer(job, 0, stopping=lambda: board.total >= 32)
     board.close()
     assert local_clusters(Path(overlay.path)) == list(range(32))

@@ -150,7 +150,7 @@ def test_a_wrong_order_is_noticed(
     for number in range(PATIENT_CUTS):
         with disk.directory() as place:
             promise = promise_of(words, chain_on(place, rng, overlays), rng)
-            promise.manner = ()
+            promise.copy_options = ()
             moment = Moment.draw(rng, promise, by_event=bool(number % 2), scale=SCALE)
             cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0, order=order)
             tell(cut.story)

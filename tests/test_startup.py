@@ -29,7 +29,7 @@ ENGINE = {
     "addcow_mp.engine",
     "addcow_mp.cli.working",
     "addcow_mp.cli.exercising",
-    "addcow_mp.jobs.moving",
+    "addcow_mp.jobs.transfer_job",
     "addcow_mp.jobs.commit",
     "addcow_mp.jobs.flatten",
     "addcow_mp.jobs.convert",

@@ -105,7 +105,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 
 # ---- scenes ----
 
-Piece = tuple[int, bytes, int]
+Extent = tuple[int, bytes, int]
 """Where it begins, what is repeated there, and how often."""
 
 
@@ -116,7 +116,7 @@ class Entry:
     path: str
     kind: str = "file"
     length: int = 0
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[Extent] = field(default_factory=list)
     target: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -484,7 +484,7 @@ class _Layer:
         bitmap = -(-clusters // (8 * self.cluster)) * self.cluster
         bits = (self.local & ((1 << clusters) - 1)).to_bytes(-(-clusters // 8), "little")
         header = self._header(header_size)
-        pieces: list[Piece] = [(0, header, 1)]
+        pieces: list[Extent] = [(0, header, 1)]
         if bits.strip(b"\0"):
             pieces.append((header_size, bits, 1))
         cow = Entry(f"{self.name}.add-cow", length=header_size + bitmap, pieces=pieces)
@@ -509,7 +509,7 @@ class _Layer:
         values.update({k: v for k, v in self.changes.items() if k in values})
         return LAYOUT.pack(*(values[name] for name in FIELDS)) + backing + image
 
-    def _data(self) -> list[Piece]:
+    def _data(self) -> list[Extent]:
         letter = self.name[:1].upper().encode()
         held = (number for number in range(16) if self.held >> number & 1)
         return [(number * self.cluster, letter, self.cluster) for number in held]

@@ -99,7 +99,7 @@ class Fixed(NamedTuple):
 Lie = dict[str, int | bytes]
 
 #: Bytes and the place where they stand.
-Piece = tuple[int, bytes]
+Extent = tuple[int, bytes]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Cow:
     gap: int = 0
     """Bytes between the fixed header and the names."""
     lie: Lie = field(default_factory=dict)
-    marks: Sequence[Piece] = ()
+    marks: Sequence[Extent] = ()
     length: int | None = None
 
     @property
@@ -148,10 +148,10 @@ class Cow:
         said: dict[str, Any] = {**true._asdict(), **self.lie}
         return LAYOUT.pack(*Fixed(**said))
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Extent]:
         """Everything in the file that is not 0."""
         names = self.backing + self.image
-        start: Piece = (0, self.fixed() + bytes(self.gap) + names)
+        start: Extent = (0, self.fixed() + bytes(self.gap) + names)
         if self.gap > BLOCK:
             start = (0, self.fixed())
         far = [(LAYOUT.size + self.gap, names)] if self.gap > BLOCK else []
@@ -182,7 +182,7 @@ def bits_of(numbers: Iterable[int]) -> bytes:
     return bytes(bitmap)
 
 
-def write_sparse(path: str, length: int, pieces: Iterable[Piece]) -> None:
+def write_sparse(path: str, length: int, pieces: Iterable[Extent]) -> None:
     """Make a new file of LENGTH bytes that holds PIECES, cut at its end, and holes."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:

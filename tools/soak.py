@@ -252,7 +252,7 @@ def new_case(rng: random.Random, place: Path, scratch: Path, disk: Disk | None, 
     case = Case(rng, place, scratch, promise, chain.size, disk, order)
     case.strangers = contents(strangers)
     how = ", reached through links" if linked else ""
-    case.steps.append(f"{words} {' '.join(promise.manner)}: {_described(chain)}{how}")
+    case.steps.append(f"{words} {' '.join(promise.copy_options)}: {_described(chain)}{how}")
     return case
 
 

@@ -30,7 +30,16 @@ TABLE: dict[str, tuple[str, ...]] = {
         "farm",
     ),
     "manifest": ("create",),
-    "farm": ("ls", "graph", "check", "verify", "plan", "commit", "flatten", "scrub"),
+    "farm": (
+        "ls",
+        "graph",
+        "check",
+        "verify",
+        "plan",
+        "commit",
+        "flatten",
+        "scrub",
+    ),
     "farm.scrub": ("run", "status"),
 }
 

@@ -18,17 +18,17 @@ from addcow_mp.cli.causes import Problem, tell_causes
 from addcow_mp.cli.jsontext import print_document, print_line
 from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.log import Log
+from addcow_mp.cli.messages import one_line, say, warn
 from addcow_mp.cli.options import ListPrinting, OnError, OptionGroup, TimeLimit, name_of_file
 from addcow_mp.cli.reasons import explain
-from addcow_mp.cli.saying import one_line, say, warn
 from addcow_mp.device.discovery import Unexamined
-from addcow_mp.engine.delivery import UnstartedError
+from addcow_mp.engine.fd_passing import UnstartedError
 from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError
-from addcow_mp.farm.errand import Operation
+from addcow_mp.farm.executor import Watch
+from addcow_mp.farm.executor import execute as work
+from addcow_mp.farm.image_job import Operation
 from addcow_mp.farm.plan import Plan, State, Step, plan
 from addcow_mp.farm.tally import Tally
-from addcow_mp.farm.work import Watch
-from addcow_mp.farm.work import carry_out as work
 from addcow_mp.jobs.report import Conduct, Reach
 from addcow_mp.units import human_size
 
@@ -156,7 +156,7 @@ class _Watching(Watch):
 
     def begun(self, step: Step) -> None:
         """Log it."""
-        self._log.write("image-begun", filename=step.path, operation=step.errand.operation)
+        self._log.write("image-begun", filename=step.path, operation=step.image_job.operation)
 
     def ended(self, step: Step) -> None:
         """Log what became of an image."""
@@ -198,7 +198,7 @@ def describe(step: Step) -> dict[str, object]:
     """The public keys of one image: what is planned, or what was done."""
     return {
         "filename": step.path,
-        "operation": step.errand.operation,
+        "operation": step.image_job.operation,
         "state": step.state,
         **(_planned(step) if step.state is State.READY else _done(step)),
         **({} if step.problem is None else {"problem": str(step.problem)}),
@@ -221,14 +221,14 @@ def _images(plan: Plan) -> list[dict[str, object]]:
 
 
 def _planned(step: Step) -> dict[str, object]:
-    target = None if step.prospect is None else step.prospect.target
-    room = step.room
+    target = None if step.estimate is None else step.estimate.target
+    space = step.space
     return {
         "target": target,
         "bytes": step.weight,
-        "space-needed": room.peak,
-        "space-kept": room.kept,
-        "space-freed": room.freed,
+        "space-needed": space.peak,
+        "space-kept": space.kept,
+        "space-freed": space.freed,
     }
 
 
@@ -249,7 +249,7 @@ def _summary(plan: Plan) -> dict[str, object]:
         return {"images": len(plan.steps), **counts, "bytes": plan.weight}
     counts.pop(State.READY)
     reports = [step.report for step in plan.steps if step.report is not None]
-    moved = sum(report.amount.bytes_moved for report in reports)
+    moved = sum(report.totals.bytes_moved for report in reports)
     return {"images": len(plan.steps), **counts, "bytes-moved": moved}
 
 
@@ -307,19 +307,19 @@ def _told(step: Step) -> str:
     if step.state is State.READY:
         return f"{step.path}: {_plan_of(step)}"
     if step.report is not None:
-        return f"{step.path}: {_PAST[step.errand.operation]}, {_moved(step)}"
+        return f"{step.path}: {_PAST[step.image_job.operation]}, {_moved(step)}"
     return f"{step.path}: {step.state.replace('-', ' ')}"
 
 
 def _plan_of(step: Step) -> str:
-    into = "" if step.prospect is None else f" into {step.prospect.target}"
-    needs = f"needs {human_size(step.room.peak)}, frees {human_size(step.room.freed)}"
-    return f"{step.errand.operation} {human_size(step.weight)}{into}; {needs}"
+    into = "" if step.estimate is None else f" into {step.estimate.target}"
+    needs = f"needs {human_size(step.space.peak)}, frees {human_size(step.space.freed)}"
+    return f"{step.image_job.operation} {human_size(step.weight)}{into}; {needs}"
 
 
 def _moved(step: Step) -> str:
-    amount = None if step.report is None else step.report.amount
-    return human_size(0 if amount is None else amount.bytes_moved)
+    totals = None if step.report is None else step.report.totals
+    return human_size(0 if totals is None else totals.bytes_moved)
 
 
 def _totals(plan: Plan) -> Iterator[str]:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from addcow_mp.cli.saying import one_line, tell
-from addcow_mp.jobs.verdict import Grade, Verdict
+from addcow_mp.cli.messages import one_line, tell
+from addcow_mp.jobs.layer_report import Grade, LayerReport
 
 #: Exit statuses of layers, the worst first.
 WORST_FIRST = (2, 1, 0)
 
 
-def worst(verdicts: list[Verdict]) -> int:
+def worst(layer_reports: list[LayerReport]) -> int:
     """The exit status that they add up to."""
-    statuses = {one.exit_code for one in verdicts} | {0}
+    statuses = {one.exit_code for one in layer_reports} | {0}
     return next(status for status in WORST_FIRST if status in statuses)
 
 
-def findings_of(verdicts: list[Verdict]) -> dict[str, object]:
+def findings_of(layer_reports: list[LayerReport]) -> dict[str, object]:
     """Ranges and findings with their public keys."""
-    ranges = [part.as_json() for one in verdicts for part in one.ranges]
-    findings = [remark.as_json() for one in verdicts for remark in one.remarks]
+    ranges = [part.as_json() for one in layer_reports for part in one.ranges]
+    findings = [remark.as_json() for one in layer_reports for remark in one.remarks]
     return {"ranges": ranges, "findings": findings}
 
 
-def print_findings(verdicts: list[Verdict], *, quiet: bool = False) -> None:
+def print_findings(layer_reports: list[LayerReport], *, quiet: bool = False) -> None:
     """Print a line for each range and each finding; what nobody could look at goes to stderr.
 
     When ``quiet``, mere notes are left out.
     """
-    for one in verdicts:
+    for one in layer_reports:
         for remark in one.remarks:
             if quiet and remark.grade is Grade.NOTE:
                 continue
@@ -41,7 +41,7 @@ def print_findings(verdicts: list[Verdict], *, quiet: bool = False) -> None:
             print(one_line(f"DIFFERS {part.file}: {place}"))
 
 
-def layer_of(one: Verdict) -> dict[str, object]:
+def layer_of(one: LayerReport) -> dict[str, object]:
     """What was found of a layer, with its public keys."""
     return {
         "filename": one.path,
@@ -51,9 +51,9 @@ def layer_of(one: Verdict) -> dict[str, object]:
     }
 
 
-def counts_of(verdicts: list[Verdict]) -> dict[str, int]:
+def counts_of(layer_reports: list[LayerReport]) -> dict[str, int]:
     """How many layers there are, and how many of each exit status."""
-    statuses = [one.exit_code for one in verdicts]
+    statuses = [one.exit_code for one in layer_reports]
     return {
         "layers": len(statuses),
         "as-they-were": statuses.count(0),

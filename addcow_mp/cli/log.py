@@ -10,7 +10,7 @@ import stat
 from datetime import UTC, datetime
 
 from addcow_mp.cli.jsontext import as_line
-from addcow_mp.cli.saying import say
+from addcow_mp.cli.messages import say
 from addcow_mp.device.files import cannot_open, kind_of
 from addcow_mp.device.permissions import PRIVATE_MODE
 from addcow_mp.errors import ImageError

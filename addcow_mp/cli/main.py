@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from addcow_mp.cli import results, saying, signals
-from addcow_mp.cli.saying import complain, lead_nowhere
+from addcow_mp.cli import messages, results, signals
+from addcow_mp.cli.messages import complain, lead_nowhere
 from addcow_mp.errors import AddcowError, ResourceError, UsageError, is_shortage
 
 INTERRUPTED = 130
@@ -16,7 +16,7 @@ INTERRUPTED = 130
 def run(arguments: Sequence[str]) -> int:
     """Run ``addcow`` with these arguments and return its exit status."""
     results.begin()
-    saying.begin()
+    messages.begin()
     signals.begin()
     status = _finished(arguments)
     if not results.failed():
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
 def _finished(arguments: Sequence[str]) -> int:
     try:
         status = _carried_out(arguments)
-        saying.tell_the_rest()
+        messages.tell_the_rest()
     except AddcowError as error:
         return _failed(arguments, str(error), error.exit_code, error.fields.get("path"))
     except KeyboardInterrupt:

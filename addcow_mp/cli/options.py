@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from addcow_mp.device.access import Access
-    from addcow_mp.device.moving import Manner
+    from addcow_mp.device.copying import CopyOptions
     from addcow_mp.jobs.report import Conduct, Report
 
 Names = TypeVar("Names", str, str | None, list[str] | None)
@@ -157,9 +157,9 @@ def name_of_file(given: Names) -> Names:
 
 
 def _set_quiet(quiet: bool) -> bool:
-    from addcow_mp.cli import saying
+    from addcow_mp.cli import messages
 
-    saying.hush(quiet=quiet)
+    messages.hush(quiet=quiet)
     return quiet
 
 
@@ -288,7 +288,7 @@ class Opening(OptionGroup):
             raise UsageError(message="--exclude '': give a pattern of names, or of paths")
 
     def _warn(self, *, durable: bool, writes: bool) -> None:
-        from addcow_mp.cli.saying import warn_early
+        from addcow_mp.cli.messages import warn_early
 
         if not durable:
             warn_early(
@@ -329,7 +329,7 @@ class Printing(OptionGroup):
     def report(self, report: Report, sentence: str) -> None:
         """Print what a job has done: its ``sentence``, or its report as JSON."""
         from addcow_mp.cli.jsontext import print_document
-        from addcow_mp.cli.saying import warn
+        from addcow_mp.cli.messages import warn
 
         warn(report.warnings)
         if self.as_json:
@@ -353,7 +353,7 @@ class ListPrinting(OptionGroup):
 # Doing work
 
 
-class CopyOptions(OptionGroup):
+class CopyingOptions(OptionGroup):
     """How data is copied and how far it is pushed."""
 
     cache: Annotated[
@@ -381,9 +381,9 @@ class CopyOptions(OptionGroup):
         """Whether syncs are carried out."""
         return self.cache is not CacheMode.unsafe
 
-    def manner(self, *, idle: bool, usual: str = "0") -> Manner:
+    def copy_options(self, *, idle: bool, usual: str = "0") -> CopyOptions:
         """How to copy; ``usual`` is what -S is where no way is pinned."""
-        from addcow_mp.device.moving import Copy, Manner
+        from addcow_mp.device.copying import Copy, CopyOptions
         from addcow_mp.errors import UsageError
         from addcow_mp.units import SECTOR, parse_size
 
@@ -399,7 +399,7 @@ class CopyOptions(OptionGroup):
                 message=f"invalid -S '{self.sparse}': give a multiple of {SECTOR}, or 0"
             )
         direct = self.cache is CacheMode.none
-        return Manner(Copy(copy.value), direct, block, rate_of(self.rate), idle)
+        return CopyOptions(Copy(copy.value), direct, block, rate_of(self.rate), idle)
 
 
 def rate_of(text: str | None) -> int:
@@ -415,7 +415,7 @@ class ChangeOptions(Opening):
     force: Force = False
 
     def access_for(
-        self, copying: CopyOptions, *, writes: bool = True, exclude: list[str] | None = None
+        self, copying: CopyingOptions, *, writes: bool = True, exclude: list[str] | None = None
     ) -> Access:
         """What the options allow a job that copies like that."""
         return self.access(
@@ -429,7 +429,7 @@ class JobChangeOptions(ChangeOptions):
     exclude: Exclude = None
 
     def access_for(
-        self, copying: CopyOptions, *, writes: bool = True, exclude: list[str] | None = None
+        self, copying: CopyingOptions, *, writes: bool = True, exclude: list[str] | None = None
     ) -> Access:
         """What the options allow a job that copies like that."""
         return super().access_for(copying, writes=writes, exclude=exclude or self.exclude)
@@ -448,21 +448,31 @@ class Workers(OptionGroup):
         bool, typer.Option("--idle", help="use the disk only when no other program does")
     ] = False
 
-    def manner(self, rate: str | None = None) -> Manner:
+    def copy_options(self, rate: str | None = None) -> CopyOptions:
         """How a command works that copies nothing."""
-        from addcow_mp.device.moving import Manner
+        from addcow_mp.device.copying import CopyOptions
 
-        return Manner(rate=rate_of(rate), idle=self.idle)
+        return CopyOptions(rate=rate_of(rate), idle=self.idle)
 
     def working(
-        self, access: Access, manner: Manner, progress: ProgressOptions, *, quiet: bool = False
+        self,
+        access: Access,
+        copy_options: CopyOptions,
+        progress: ProgressOptions,
+        *,
+        quiet: bool = False,
     ) -> AbstractContextManager[Conduct]:
         """A job's conduct, with progress as asked for; signals stop the job."""
         from addcow_mp.cli.working import working
 
         shown = progress.chosen(quiet=quiet)
         return working(
-            self.jobs, access, manner, shown, counts_images=progress.counts_images, quiet=quiet
+            self.jobs,
+            access,
+            copy_options,
+            shown,
+            counts_images=progress.counts_images,
+            quiet=quiet,
         )
 
 

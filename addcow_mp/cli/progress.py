@@ -16,7 +16,7 @@ from typing import IO, cast
 
 from addcow_mp.cli.background import Background
 from addcow_mp.cli.jsontext import as_line
-from addcow_mp.cli.saying import on_screen, tell_progress
+from addcow_mp.cli.messages import on_screen, tell_progress
 from addcow_mp.errors import UsageError
 from addcow_mp.farm.tally import Tally
 from addcow_mp.units import human_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from addcow_mp.cli.saying import say
+from addcow_mp.cli.messages import say
 from addcow_mp.farm.places import Found, reasons_for_nothing
 
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from functools import partial
 
 from addcow_mp.cli import results, signals
+from addcow_mp.cli.messages import in_background, note, tell_progress
 from addcow_mp.cli.progress import Show, bytes_line, shown
-from addcow_mp.cli.saying import in_background, note, tell_progress
 from addcow_mp.device.access import Access
-from addcow_mp.device.moving import Manner
-from addcow_mp.engine.pace import step_back
+from addcow_mp.device.copying import CopyOptions
+from addcow_mp.engine.throttle import use_idle_priority
 from addcow_mp.errors import StoppedError
 from addcow_mp.farm.tally import Tally
 from addcow_mp.jobs.report import Conduct, ignore
@@ -22,7 +22,7 @@ from addcow_mp.jobs.report import Conduct, ignore
 def working(
     jobs: int | None,
     access: Access,
-    manner: Manner,
+    copy_options: CopyOptions,
     progress: tuple[str | None, int | None],
     *,
     counts_images: bool = False,
@@ -34,8 +34,8 @@ def working(
     line about what keeps the job waiting is left out. With ``--idle`` this process has idle
     priority too: planning, looking and publishing also compete for the disk.
     """
-    if manner.idle:
-        step_back()
+    if copy_options.idle:
+        use_idle_priority()
     with in_background(), signals.asking() as met, shown(*progress) as show, _asked(show) as tell:
         state = _State(tell, counts_images=counts_images)
         try:
@@ -44,7 +44,7 @@ def working(
                 state.progress,
                 partial(bool, met),
                 access,
-                manner,
+                copy_options,
                 counted=state.counted,
                 note=ignore if quiet else note,
                 looking=signals.interrupting,

@@ -16,11 +16,11 @@ from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_at, is_de
 from addcow_mp.device.headers import (
     MAX_DEPTH,
     Names,
+    errors_naming,
     load_header,
     load_names,
     open_claimed,
     refuse_image_format,
-    telling,
 )
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import READING, RESIZING, WRITING, Claim
@@ -49,7 +49,7 @@ DISCARD: Uses = {0: Use(WRITING, RESIZING)}
 #: Overlay and backing are written, and the backing may grow.
 COMMIT: Uses = {0: Use(RESIZING, WRITING), 1: Use(RESIZING, RESIZING)}
 #: Nothing is written yet: a look at what a commit will do, also where ALL_ALLOCATED is set.
-FORESEEING: Uses = {1: Use(READING, READING)}
+ESTIMATING: Uses = {1: Use(READING, READING)}
 #: Only the backing is written.
 COMMIT_KEEPING: Uses = {1: Use(RESIZING, RESIZING)}
 
@@ -104,7 +104,7 @@ class _Opening:
         header = load_header(cow)
         names = load_names(cow, header)
         refuse_image_format(path, names)
-        with telling(cow, names.image, "image file") as target:
+        with errors_naming(cow, names.image, "image file") as target:
             image = self._open(target, self._use(depth).image, IMAGE if depth == 0 else BACKING)
         return Overlay(cow, image, self._backing(cow, header, names, depth))
 
@@ -114,7 +114,7 @@ class _Opening:
         # With ALL_ALLOCATED the backing may be gone: only a job that writes it needs it.
         if header.all_allocated and depth + 1 not in self.uses:
             return None
-        with telling(cow, names.backing, "backing file") as target:
+        with errors_naming(cow, names.backing, "backing file") as target:
             return self._layer(target, names.backing_format, depth + 1)
 
     def _use(self, depth: int) -> Use:

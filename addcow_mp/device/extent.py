@@ -1,38 +1,73 @@
-"""Extents as the public interface shows them."""
+"""An extent: a range of the guest's view that one file, or no file, supplies.
+
+Each file of a chain holds guest data at the data's own offset, so an extent needs no second
+offset: it says which file supplies it, by depth, and whether that file holds data there.
+"""
 
 from __future__ import annotations
 
-from addcow_mp.device.layer import Kind, Piece
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from typing import NamedTuple
 
 
-class Extent:
-    """An extent of the guest's view, with qemu-img map's words; bytes throughout.
+class ExtentKind(IntEnum):
+    """What supplies an extent."""
 
-    ``depth`` 0 is the image file, 1 the backing file, and so on. ``present`` is
-    false where no layer holds it; ``zero`` says that it certainly reads as zeros;
-    ``data`` that there are bytes in the file. ``offset`` in that file equals ``start``.
+    DATA = 0
+    """Bytes in the file at its depth."""
+    ZERO = 1
+    """A hole in the file at its depth: it reads as zeros."""
+    ABSENT = 2
+    """No file of the chain: it reads as zeros."""
+
+
+class Extent(NamedTuple):
+    """The bytes ``[start, stop)`` of the guest's view, with qemu-img map's words.
+
+    ``depth`` 0 is the image file, 1 the backing file, and so on. All numbers are bytes.
     """
 
-    __slots__ = ("data", "depth", "length", "present", "start", "zero")
+    start: int
+    stop: int
+    depth: int
+    kind: ExtentKind
 
-    def __init__(self, piece: Piece) -> None:
-        self.start = piece.start
-        self.length = piece.stop - piece.start
-        self.depth = piece.depth
-        self.present = piece.kind is not Kind.ABSENT
-        self.data = piece.kind is Kind.DATA
-        self.zero = not self.data
+    @property
+    def length(self) -> int:
+        """Bytes in the extent."""
+        return self.stop - self.start
 
-    @classmethod
-    def of(cls, piece: Piece) -> Extent:
-        """The extent that ``piece`` describes."""
-        return cls(piece)
+    @property
+    def present(self) -> bool:
+        """Whether a file of the chain supplies it."""
+        return self.kind is not ExtentKind.ABSENT
+
+    @property
+    def data(self) -> bool:
+        """Whether that file holds bytes there."""
+        return self.kind is ExtentKind.DATA
+
+    @property
+    def zero(self) -> bool:
+        """Whether it certainly reads as zeros."""
+        return not self.data
 
     @property
     def offset(self) -> int | None:
-        """Where it lies in the file at its depth; None where no layer holds it."""
+        """Where it lies in the file at its depth; None where no file supplies it."""
         return self.start if self.present else None
 
-    def __repr__(self) -> str:
-        words = ("data" if self.data else "zero") if self.present else "absent"
-        return f"Extent({self.start}, {self.length}, depth={self.depth}, {words})"
+
+def joined(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Join extents that touch and have the same depth and kind."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is not None and extent[2:] == last[2:] and extent.start == last.stop:
+            last = last._replace(stop=extent.stop)
+            continue
+        if last is not None:
+            yield last
+        last = extent
+    if last is not None:
+        yield last

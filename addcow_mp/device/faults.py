@@ -1,9 +1,9 @@
 """Fault points: named events at which a rule can make this program fail on purpose.
 
 In the spirit of QEMU's blkdebug, for tests and for people who want to see what a full disk
-does before it happens to them. Every step at which a crash or an error matters has a name
-in :data:`EVENTS`; a rule says what happens there: an error, half a write and then an error,
-a process that stops (SIGSTOP, until somebody continues it) or is killed.
+does before it happens to them. Every step at which a crash or an error matters has a name in
+``EVENTS`` (:mod:`addcow_mp.device.fault_rules`). A rule says what happens there: an error, half a
+write and then an error, a process that stops (SIGSTOP, until SIGCONT) or is killed.
 
 Rules come from a file named by the environment variable ``ADDCOW_FAULTS``, which workers
 inherit, or from :func:`install` for this process::
@@ -28,33 +28,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from addcow_mp.device.faultrules import Rule
-
-#: Every event, in about the order in which a job meets them.
-EVENTS = (
-    "header_read",
-    "header_write",
-    "bitmap_load",
-    "bitmap_update",
-    "bitmap_sync",
-    "image_read",
-    "image_write",
-    "backing_read",
-    "backing_write",
-    "target_write",
-    "cow_read",
-    "cow_write",
-    "data_sync",
-    "publish",
-    "punch",
-    "image_cut",
-    "discard",
-    "create",
-    "directory_sync",
-    "read_back",
-)
-
-ACTIONS = ("error", "short", "stop", "kill")
+    from addcow_mp.device.fault_rules import Rule
 
 VARIABLE = "ADDCOW_FAULTS"
 
@@ -109,6 +83,6 @@ failure = _Failure()
 
 
 if os.environ.get(VARIABLE):
-    from addcow_mp.device.faultrules import load
+    from addcow_mp.device.fault_rules import load
 
     install(load(os.environ[VARIABLE]))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
-from addcow_mp.device import faults, holes, kernel
+from addcow_mp.device import faults, holes, syscalls
 from addcow_mp.device.location import base_path, real_path
 from addcow_mp.device.permissions import EVERYBODY, Readers, settle
 from addcow_mp.errors import AddcowError, FileError, ImageError, NoLocksError, SyncError
@@ -261,7 +261,7 @@ class File:
     def start_writing(self, start: int, stop: int) -> None:
         """Let the disk begin with ``[start, stop)``, if it will be synced later anyhow."""
         if self.durable:
-            kernel.start_writing(self.fd, start, stop)
+            syscalls.start_writing(self.fd, start, stop)
 
     def sync(self) -> None:
         """Make the file's data durable. Final when it fails: see :class:`SyncError`."""

@@ -118,7 +118,7 @@ def resolve(cow: File, name: str) -> str:
 
 
 @contextmanager
-def telling(cow: File, name: str, what: str) -> Iterator[str]:
+def errors_naming(cow: File, name: str, what: str) -> Iterator[str]:
     """Resolve ``name``; an error about that file says that ``cow`` names it as ``what``."""
     target = resolve(cow, name)
     try:

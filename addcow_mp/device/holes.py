@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from addcow_mp.device.kernel import fallocate
+from addcow_mp.device.syscalls import fallocate
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 

@@ -25,14 +25,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from addcow_mp.device import faults
-from addcow_mp.device.extent import Extent
+from addcow_mp.device.extent import Extent, ExtentKind, joined
 from addcow_mp.device.files import BUFFER_SIZE, File, copy
 from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import short_bitmap_warning
-from addcow_mp.device.layer import Kind, Layer, Piece, joined
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.manifest_file import invalidate_all
+from addcow_mp.device.range_lock import RangeLock
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.device.requests import Requests
-from addcow_mp.device.sidecar import invalidate_all
 from addcow_mp.errors import FileError, ImageError, RangeError
 from addcow_mp.format.bitmap import CowBitmap, SparseBits
 from addcow_mp.format.bits import Run, merged, runs
@@ -66,7 +66,7 @@ class Overlay:
                 faults.hit("bitmap_load")
             self.bitmap = CowBitmap(cow.fd, self.header.header_size, self.geometry, cow.path)
         self.pending = SparseBits()
-        self._requests = Requests()
+        self._range_lock = RangeLock()
         self._pending_lock = threading.Lock()
         self._flushing = threading.Lock()
         self._failed: BaseException | None = None
@@ -125,7 +125,7 @@ class Overlay:
 
     # Looking
 
-    def local_runs(self, value: int, start: int, stop: int) -> Iterator[Run]:
+    def runs_by_allocation(self, value: int, start: int, stop: int) -> Iterator[Run]:
         """The runs of clusters in ``[start, stop)`` that are local (1) or not (0)."""
         if self.all_allocated:
             return iter([(start, stop)] if value and start < stop else [])
@@ -144,14 +144,14 @@ class Overlay:
     def allocated_runs(self) -> Iterator[Run]:
         """The runs ``[first, stop)`` of local clusters, in order."""
         if self.all_allocated or self.pending:
-            return self.local_runs(1, 0, self.geometry.clusters)
+            return self.runs_by_allocation(1, 0, self.geometry.clusters)
         return self.bitmap.runs(1, 0, self.bitmap.known)
 
     def layout(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """``[start, stop)`` in bytes, cut where clusters begin or cease to be local."""
         first, last = self.geometry.touched(start, stop)
         position = start
-        for here, there in self.local_runs(1, first, last):
+        for here, there in self.runs_by_allocation(1, first, last):
             local_start, local_stop = self.geometry.span(here, there)
             if position < local_start:
                 yield position, local_start, False
@@ -160,22 +160,22 @@ class Overlay:
         if position < stop:
             yield position, stop, False
 
-    def pieces(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
+    def walk(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:
         """What ``[start, stop)`` is made of, layer by layer."""
         for first, last, local in self.layout(start, stop):
             if local:
-                yield from self.image.pieces(first, last, depth)
+                yield from self.image.walk(first, last, depth)
             else:
-                yield from self.pieces_below(first, last, depth)
+                yield from self.walk_below(first, last, depth)
 
-    def pieces_below(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
+    def walk_below(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:
         """What ``[start, stop)`` would be made of if none of it were local."""
         held = start
         if self.backing is not None and start < self.backing.size:
             held = min(stop, self.backing.size)
-            yield from self.backing.pieces(start, held, depth + 1)
+            yield from self.backing.walk(start, held, depth + 1)
         if held < stop:
-            yield Piece(held, stop, depth, Kind.ABSENT)
+            yield Extent(held, stop, depth, ExtentKind.ABSENT)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` with the guest's bytes from ``offset`` on, within the size."""
@@ -205,7 +205,7 @@ class Overlay:
         """What the bytes ``[start, stop)`` are made of, adjacent equal extents joined."""
         stop = self.size if stop is None else stop
         self._check_range(start, stop - start)
-        return map(Extent.of, joined(self.pieces(start, stop)))
+        return joined(self.walk(start, stop))
 
     def warnings(self) -> list[str]:
         """What a reader of this chain should be told: one line each."""
@@ -231,11 +231,11 @@ class Overlay:
             return
         first, stop = self.geometry.touched(offset, offset + length)
         self._begin_changing()
-        with self._requests.holding(first, stop):
+        with self._range_lock.holding(first, stop):
             if not self.all_allocated:
                 self._copy_up_around(offset, offset + length)
             store()
-            self._make_local(first, stop)
+            self._mark_allocated(first, stop)
 
     def ask_permission(self) -> None:
         """Raise what stands against changing this overlay, unless it has been changed already."""
@@ -251,7 +251,7 @@ class Overlay:
                 invalidate_all(self, durable=self.cow.durable)
                 self._has_changed = True
 
-    def _make_local(self, first: int, stop: int) -> None:
+    def _mark_allocated(self, first: int, stop: int) -> None:
         if self.all_allocated or (not self.pending and self.bitmap.all(first, stop)):
             return
         with self._pending_lock:
@@ -263,22 +263,24 @@ class Overlay:
         first, last = self.geometry.touched(start, stop)
         head, tail = self.geometry.span(first, last)
         for edge_start, edge_stop, cluster in ((head, start, first), (stop, tail, last - 1)):
-            if edge_start < edge_stop and next(self.local_runs(0, cluster, cluster + 1), None):
+            if edge_start < edge_stop and next(
+                self.runs_by_allocation(0, cluster, cluster + 1), None
+            ):
                 length = min(edge_stop - edge_start, BUFFER_SIZE)
                 self.copy_up(edge_start, edge_stop, memoryview(bytearray(length)))
 
     def copy_up(self, start: int, stop: int, buffer: memoryview) -> None:
         """Copy ``[start, stop)`` from below into the image, whatever the image held there."""
         files = list(self.files())
-        for piece in self.pieces_below(start, stop):
+        for piece in self.walk_below(start, stop):
             if faults.armed:
                 self._meet_copy_up(piece, files[min(piece.depth, len(files) - 1)])
-            if piece.kind is Kind.DATA:
+            if piece.kind is ExtentKind.DATA:
                 copy(files[piece.depth], self.image.file, piece.start, piece.stop, buffer)
             else:
                 self.image.file.make_zero(piece.start, piece.stop)
 
-    def _meet_copy_up(self, piece: Piece, source: File) -> None:
+    def _meet_copy_up(self, piece: Extent, source: File) -> None:
         clusters = self.geometry.touched(piece.start, piece.stop)
         for event, file in (("cow_read", source), ("cow_write", self.image.file)):
             with file.doing(f"copy up at {piece.start}"):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from addcow_mp.device.extent import Extent, ExtentKind
 from addcow_mp.device.files import File, ended_early
-from addcow_mp.device.layer import Kind, Piece
 from addcow_mp.format.geometry import raw_size
 
 
@@ -37,25 +37,25 @@ class RawLayer:
         if length:
             self.file.read_into(view, offset)
 
-    def pieces(self, start: int, stop: int, depth: int = 0) -> Iterator[Piece]:
+    def walk(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:
         """Data and holes of ``[start, stop)``; behind the last byte there is no data."""
         held = max(start, min(stop, self.held))
         for first, last in self.file.data_runs(start, held):
             if start < first:
                 yield self._hole(start, first, depth)
-            yield Piece(first, last, depth, Kind.DATA)
+            yield Extent(first, last, depth, ExtentKind.DATA)
             start = last
         if start < held:
             yield self._hole(start, held, depth)
         if held < stop:
-            yield Piece(held, stop, depth, Kind.ZERO)
+            yield Extent(held, stop, depth, ExtentKind.ZERO)
 
-    def _hole(self, start: int, stop: int, depth: int) -> Piece:
+    def _hole(self, start: int, stop: int, depth: int) -> Extent:
         """A hole, unless the file has ended there meanwhile: then nothing is known of it."""
         if self.file.length < stop:
             with self.file.doing(f"look at {start}"):
                 raise ended_early()
-        return Piece(start, stop, depth, Kind.ZERO)
+        return Extent(start, stop, depth, ExtentKind.ZERO)
 
     def grow(self, size: int) -> None:
         """Lengthen the file to ``size`` bytes with zeros behind all that it holds."""

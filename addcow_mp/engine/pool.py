@@ -12,7 +12,7 @@ needs, descriptors included, once. The pool knows tasks by their numbers and no 
 
 With ``jobs`` 0 the same calls are made in this process, one after the other, and so they are
 when the system has no room for any process; with room for some, these do the work. It can also
-take part beside its workers (:class:`Part`): a process less to start, and none at all for a
+take part beside its workers (:class:`ParentRole`): a process less to start, and none at all for a
 job that is done before one would stand ready.
 
 A pool is made for one work. Others can be lent to it while it runs: their tasks go before those
@@ -33,8 +33,15 @@ from enum import Enum
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from addcow_mp.engine.delivery import Delivery, Packed, Parcel, UnstartedError, Work, deliver
-from addcow_mp.engine.plan import Task
+from addcow_mp.engine.fd_passing import (
+    LentWork,
+    PackedWork,
+    ReceivedWork,
+    UnstartedError,
+    Work,
+    lend,
+)
+from addcow_mp.engine.tasks import Task
 from addcow_mp.errors import AddcowError, ResourceError, is_shortage
 
 if TYPE_CHECKING:
@@ -67,7 +74,7 @@ TICK = 0.2
 _FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU}
 
 
-class Part(Enum):
+class ParentRole(Enum):
     """What part of the work the process takes that hands it out."""
 
     NONE = "none"
@@ -76,7 +83,7 @@ class Part(Enum):
     FIRST = "the same; the others are started if its first tasks take long enough"
 
 
-SHARING = (Part.FULL, Part.FIRST)
+SHARING = (ParentRole.FULL, ParentRole.FIRST)
 
 #: The number of the work that a pool is made for; those lent to it have others.
 OWN = 0
@@ -143,7 +150,7 @@ class _Withdrawal:
     number: int
 
 
-def serve(pipe: Connection, parcel: Packed, slot: int, parent: int) -> None:
+def serve(pipe: Connection, packed: ReceivedWork, slot: int, parent: int) -> None:
     """A worker's life: do the tasks that come through the pipe until it closes.
 
     ``parent`` is whom to tell that the limit of processor time is reached; 0 = nobody.
@@ -151,7 +158,7 @@ def serve(pipe: Connection, parcel: Packed, slot: int, parent: int) -> None:
     _pass_on_the_limit(parent)
     # What is imported stays: looking for garbage among it again and again finds none.
     gc.set_threshold(50_000)
-    work = parcel.unpacked()
+    work = packed.unpacked()
     try:
         pipe.send(work if isinstance(work, UnstartedError) else READY)
         if not isinstance(work, UnstartedError):
@@ -180,8 +187,8 @@ def _pass_on_the_limit(parent: int) -> None:
 
 def _serve(pipe: Connection, works: dict[int, Work | UnstartedError], slot: int) -> None:
     while True:
-        message: Order | Delivery | _Withdrawal = pipe.recv()
-        if isinstance(message, Delivery):
+        message: Order | LentWork | _Withdrawal = pipe.recv()
+        if isinstance(message, LentWork):
             works[message.number] = message.received(pipe)
         elif isinstance(message, _Withdrawal):
             _release(works.pop(message.number))
@@ -216,7 +223,7 @@ class _Worker:
         number, _ = order
         try:
             if number not in self.works:
-                deliver(self.pipe, number, work)
+                lend(self.pipe, number, work)
                 self.works.add(number)
             self.pipe.send(order)
         except OSError:
@@ -238,7 +245,7 @@ class _Worker:
 class Pool:
     """``jobs`` processes doing ``work``. A context manager: leaving it ends them.
 
-    ``part`` says what of the work this process does; its counter is the one behind the workers'.
+    ``parent_role`` says what of the work this process does; its counter is behind the workers'.
     ``tries``: how many times a task may meet the death of its worker before it has failed.
     """
 
@@ -247,17 +254,17 @@ class Pool:
         work: Work,
         jobs: int,
         *,
-        part: Part = Part.NONE,
+        parent_role: ParentRole = ParentRole.NONE,
         tries: int = TRIES,
     ) -> None:
         self._works: dict[int, Work] = {OWN: work}
         self._numbers = count(OWN + 1)
-        self._part = part
+        self._parent_role = parent_role
         self._jobs = jobs
         self._most_tries = tries
         self._done_here = 0
         #: Whether other processes are worth their start; with Part.FIRST that shows in time.
-        self._pays = part is not Part.FIRST
+        self._pays = parent_role is not ParentRole.FIRST
         self._workers: list[_Worker] = []
         #: Whether the system refused to start a process.
         self._has_no_room = False
@@ -376,9 +383,9 @@ class Pool:
 
     @property
     def _takes_part(self) -> bool:
-        starting = self._part is Part.START and not self._all_ready
+        starting = self._parent_role is ParentRole.START and not self._all_ready
         alone = self._jobs == 0 or (self._has_no_room and not self._workers)
-        return alone or self._part in SHARING or starting
+        return alone or self._parent_role in SHARING or starting
 
     def _attempt(self, order: Order) -> Done | Failed:
         """Do a task here; see from it whether the rest is worth other processes."""
@@ -387,7 +394,7 @@ class Pool:
         result = attempt(self._works[number], task, self._jobs)
         seconds = time.monotonic() - begun
         # The very first task also pays for what is done once, and says little about the others.
-        if self._part is Part.FIRST and self._done_here and not self._pays:
+        if self._parent_role is ParentRole.FIRST and self._done_here and not self._pays:
             left = sum(one.weight for _, one in self._waiting)
             self._pays = seconds * left > WORTH * max(1, task.weight)
         self._done_here += 1
@@ -403,7 +410,7 @@ class Pool:
 
     def _free_slots(self) -> list[int]:
         """The numbers of processes that could still be started."""
-        others = self._jobs - (self._part in SHARING)
+        others = self._jobs - (self._parent_role in SHARING)
         if self._has_no_room or len(self._workers) >= others:
             return []
         return sorted(set(range(others)) - {worker.slot for worker in self._workers})
@@ -437,7 +444,7 @@ class Pool:
     def _spawn(self, theirs: Connection, slot: int) -> SpawnProcess:
         from multiprocessing import get_context, resource_tracker
 
-        arguments = (theirs, Parcel(self._works[OWN]), slot, _who_heeds_the_limit())
+        arguments = (theirs, PackedWork(self._works[OWN]), slot, _who_heeds_the_limit())
         process = get_context("spawn").Process(target=serve, args=arguments, daemon=True)
         # Requests to stop go to the whole group; the parent decides what they mean. Blocked
         # signals stay blocked in the new process, from its first instant on.

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from addcow_mp.device import faults
 from addcow_mp.device.files import File
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.engine.board import Board
+from addcow_mp.engine.done_map import DoneMap
 from addcow_mp.engine.transfer import BELOW, TOP
 from addcow_mp.errors import FileError
 from addcow_mp.format.bitmap import SparseBits
@@ -53,7 +53,7 @@ class Publisher:
     def __init__(
         self,
         data: File,
-        board: Board,
+        done_map: DoneMap,
         *,
         overlay: Overlay | None = None,
         value: int = 0,
@@ -61,7 +61,7 @@ class Publisher:
         frees: bool = False,
     ) -> None:
         self._data = data
-        self._board = board
+        self._board = done_map
         self._overlay = overlay
         self._value = value
         self._backing = backing

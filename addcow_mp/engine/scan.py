@@ -1,177 +1,104 @@
-"""One task of looking: whether two guests' views show the same bytes.
+"""The scan engine: tasks that only look, done by processes, and their answers as they come.
 
-For each extent that both sides agree on, the cheapest answer is taken: nothing is read when
-both sides take the same bytes of the same file, or both read as zeros; when one side reads as
-zeros, only the other is read; else both are mapped, window by window, and compared at the
-speed of memory. Where they differ, the range is narrowed down to sectors.
+Compare, manifest, read-back, verify, and the check and the plan of a farm differ in what a task
+looks at and in how answers are folded. What they share is decided here, once:
 
-A sector that cannot be read kills whoever looks at it through a mapping. So only a worker,
-which may die, maps; in the parent's own process windows are read, and an error has a name.
-
-A side that is shorter reads as zeros behind its end.
+- *Processes*: as many as asked for, else the usable processors. One small task is done in this
+  process. Under a rate limit one process keeps up with any limit, and more would share it.
+- *The parent* takes part, and starts others when its first tasks take long enough. It keeps out
+  where a limit holds, which it would exceed, and where tasks map files: a bad sector under a
+  mapping kills the process that looks at it.
+- *Stopping*: no task is begun any more, and the scan raises :class:`BeginsAnewError`, since a scan
+  keeps no record of what it has done.
+- *Counting*: progress by the weight of tasks that are done.
+- *Failing*: a task that failed is handed to ``failed``, which raises or gives an answer instead.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from bitarray import bitarray
-
-from addcow_mp.device.files import File
-from addcow_mp.device.layer import Kind, Layer, Piece, joined
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.plan import Task
-from addcow_mp.engine.transfer import end_orphan
-from addcow_mp.format.bits import Run, merged
-from addcow_mp.format.geometry import Geometry
-from addcow_mp.units import SECTOR, KiB, MiB, round_down
-
-#: Bytes of each side that are mapped at a time: bounds what is resident.
-WINDOW = 16 * MiB
-
-#: Bytes compared in one go where a window differs, before sectors are looked at.
-FINE = 64 * KiB
-
-#: Differing extents that one task tells; behind them it only says that there are more.
-MOST = 1000
+from addcow_mp.engine.fd_passing import Work
+from addcow_mp.engine.pool import Failed, ParentRole, Pool, usable_cpus
+from addcow_mp.engine.tasks import TASK_BYTES, Task
+from addcow_mp.engine.transfer_run import Progress, no_progress
+from addcow_mp.errors import BeginsAnewError
 
 
 @dataclass(frozen=True)
-class Differences:
-    """The differing bytes of one task, as runs; ``complete`` unless there were too many."""
+class ScanOptions:
+    """Who takes part in a scan.
 
-    runs: tuple[Run, ...] = ()
-    complete: bool = True
-
-
-class Comparison:
-    """Compares two views, task by task. Picklable to a worker that is starting.
-
-    ``first_only``: one difference per task is enough. Files are read; a worker maps them.
+    ``jobs``: processes as asked for, None = as many as pay. ``is_limited``: a rate limit holds.
+    ``maps``: tasks map files. ``many``: so many tasks that processes are started at once.
+    ``counts``: tasks weigh things, not bytes, so that their weight does not tell whether another
+    process pays.
     """
 
-    def __init__(
-        self, one: Layer, other: Layer, geometry: Geometry, board: Board, *, first_only: bool
-    ) -> None:
-        self.sides = (one, other)
-        self.geometry = geometry
-        self.board = board
-        self.first_only = first_only
-        self._files = [list(side.files()) for side in self.sides]
-        self._window = reading
-        self.parent: int | None = None
+    jobs: int | None = None
+    is_limited: bool = False
+    maps: bool = False
+    many: bool = False
+    counts: bool = False
 
-    def __reduce__(self) -> tuple[object, ...]:
-        parts = (*self.sides, self.geometry, self.board, self.first_only)
-        return (_received, parts, {"parent": os.getpid(), "_window": mapped})
+    def processes(self, tasks: Sequence[Task]) -> int:
+        """How many processes to start for ``tasks``, this one not counted."""
+        if self.jobs is not None:
+            return self.jobs if self.counts else min(self.jobs, len(tasks))
+        if not self.counts and sum(task.weight for task in tasks) <= TASK_BYTES:
+            return 0
+        most = 1 if self.is_limited else usable_cpus()
+        return most if self.counts else min(most, len(tasks))
 
-    def __call__(self, task: Task, slot: int) -> Differences:
-        """The differences within ``task``, which is in units of the geometry's clusters."""
-        start, stop = self.geometry.span(task.first, task.stop)
-        found: list[Run] = []
-        for run in merged(self._differences(start, stop, slot)):
-            if len(found) == (1 if self.first_only else MOST):
-                return Differences(tuple(found), complete=False)
-            found.append(run)
-        return Differences(tuple(found))
-
-    def _differences(self, start: int, stop: int, slot: int) -> Iterator[Run]:
-        for one, other in overlapping(*(_padded(side, start, stop) for side in self.sides)):
-            end_orphan(self.parent)
-            if not self._equal_unread(one, other):
-                for first, last in _windows(one.start, one.stop):
-                    yield from self._compared(one, other, first, last)
-                    self.board.count(slot, last - first)
-
-    def _equal_unread(self, one: Piece, other: Piece) -> bool:
-        """Both zero, or both the same bytes of the same file."""
-        if one.kind is not Kind.DATA and other.kind is not Kind.DATA:
-            return True
-        if one.kind is not other.kind:
-            return False
-        here, there = self._files[0][one.depth], self._files[1][other.depth]
-        return here.identity == there.identity
-
-    def _compared(self, one: Piece, other: Piece, start: int, stop: int) -> Iterator[Run]:
-        views = [
-            self._window(files[piece.depth], start, stop) if piece.kind is Kind.DATA else None
-            for piece, files in zip((one, other), self._files, strict=True)
-        ]
-        for first, last in _narrowed(views[0], views[1], stop - start):
-            yield start + first, start + last
+    @property
+    def parent_role(self) -> ParentRole:
+        """What this process does itself."""
+        if self.is_limited or self.maps:
+            return ParentRole.NONE
+        return ParentRole.FULL if self.many else ParentRole.FIRST
 
 
-def _received(
-    one: Layer, other: Layer, geometry: Geometry, board: Board, first: bool
-) -> Comparison:
-    return Comparison(one, other, geometry, board, first_only=first)
+def _never() -> bool:
+    return False
 
 
-def _padded(side: Layer, start: int, stop: int) -> Iterator[Piece]:
-    """The pieces of ``[start, stop)``, absent behind the end of ``side``."""
-    held = max(start, min(stop, side.size))
-    if start < held:
-        yield from joined(side.pieces(start, held))
-    if held < stop:
-        yield Piece(held, stop, 0, Kind.ABSENT)
+@dataclass(frozen=True)
+class ScanHooks:
+    """What a scan asks and tells: ``name`` is what its errors call the thing that is looked at.
+
+    ``stopping``: whether the user wants it to end. ``enough``: whether further answers change
+    nothing. ``failed``: the answer in place of a failed task; raises where there is none.
+    """
+
+    name: str
+    failed: Callable[[Failed], Any]
+    stopping: Callable[[], bool] = _never
+    enough: Callable[[], bool] = _never
+    progress: Progress = no_progress
 
 
-def overlapping(ones: Iterator[Piece], others: Iterator[Piece]) -> Iterator[tuple[Piece, Piece]]:
-    """Two lists of pieces that cover the same range, cut so that both have the same borders."""
-    one, other = next(ones, None), next(others, None)
-    while one is not None and other is not None:
-        stop = min(one.stop, other.stop)
-        yield one._replace(stop=stop), other._replace(stop=stop)
-        one = one._replace(start=stop) if stop < one.stop else next(ones, None)
-        other = other._replace(start=stop) if stop < other.stop else next(others, None)
+def scan_pool(work: Work, tasks: Sequence[Task], options: ScanOptions) -> Pool:
+    """The processes of a scan; those who deal out tasks themselves use it directly."""
+    return Pool(work, options.processes(tasks), parent_role=options.parent_role)
 
 
-def _windows(start: int, stop: int) -> Iterator[Run]:
-    for first in range(start, stop, WINDOW):
-        yield first, min(first + WINDOW, stop)
+def scan(
+    work: Work, tasks: Sequence[Task], options: ScanOptions, hooks: ScanHooks
+) -> Iterator[tuple[Task, Any]]:
+    """Do all tasks; each with its answer, in the order in which they end.
 
-
-def mapped(file: File, start: int, stop: int) -> memoryview:
-    """The bytes ``[start, stop)`` of ``file``, mapped for reading; read where that cannot be."""
-    base = round_down(start, mmap.ALLOCATIONGRANULARITY)
-    try:
-        window = mmap.mmap(
-            file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
-        )
-    except (OSError, ValueError):
-        # A file system without mappings, or a file that was cut short: reading says which.
-        return reading(file, start, stop)
-    with file.doing(f"map {stop - start} bytes at {start}"):
-        window.madvise(mmap.MADV_SEQUENTIAL)
-    return memoryview(window)[start - base :]
-
-
-def reading(file: File, start: int, stop: int) -> memoryview:
-    """The bytes ``[start, stop)`` of ``file``, read into memory of our own."""
-    view = memoryview(bytearray(stop - start))
-    file.read_into(view, start)
-    return view
-
-
-def _narrowed(one: memoryview | None, other: memoryview | None, length: int) -> Iterator[Run]:
-    """The differing sectors of two views of ``length`` bytes; None is all zeros."""
-    if _same(one, other, 0, length):
-        return
-    for start in range(0, length, FINE):
-        stop = min(start + FINE, length)
-        if not _same(one, other, start, stop):
-            for first in range(start, stop, SECTOR):
-                last = min(first + SECTOR, stop)
-                if not _same(one, other, first, last):
-                    yield first, last
-
-
-def _same(one: memoryview | None, other: memoryview | None, start: int, stop: int) -> bool:
-    """Whether two views agree in ``[start, stop)``; compared at the speed of memcmp."""
-    if one is None or other is None:
-        view = other if one is None else one
-        return view is None or not bitarray(buffer=view[start:stop]).any()
-    return bool(bitarray(buffer=one[start:stop]) == bitarray(buffer=other[start:stop]))
+    Raises :class:`BeginsAnewError` when it is stopped before all are done.
+    """
+    done, left, total = 0, len(tasks), sum(task.weight for task in tasks)
+    with scan_pool(work, tasks, options) as pool:
+        for result in pool.run(tasks, lambda: hooks.stopping() or hooks.enough()):
+            if result is None:
+                continue
+            answer = hooks.failed(result) if isinstance(result, Failed) else result.result
+            done, left = done + result.task.weight, left - 1
+            yield result.task, answer
+            hooks.progress(done, total)
+    if left and not hooks.enough():
+        raise BeginsAnewError(path=hooks.name)

@@ -23,15 +23,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from addcow_mp.device.copying import CLONE_FROM, SHORT, Copier, CopyMethod, CopyOptions, clonable
+from addcow_mp.device.extent import Extent, ExtentKind
 from addcow_mp.device.files import File
 from addcow_mp.device.filesystem import can_share
-from addcow_mp.device.layer import Kind, Layer, Piece
-from addcow_mp.device.moving import CLONE_FROM, SHORT, Manner, Mover, Way, clonable
+from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.engine.board import MOST_UNPUBLISHED, Board
-from addcow_mp.engine.pace import SMALLEST_STEP, Pace
-from addcow_mp.engine.plan import TASK_BYTES, Task
+from addcow_mp.engine.done_map import MOST_UNPUBLISHED, DoneMap
+from addcow_mp.engine.tasks import TASK_BYTES, Task
+from addcow_mp.engine.throttle import SMALLEST_STEP, Throttle
 from addcow_mp.errors import StoppedError
 from addcow_mp.format.bits import Run, between
 from addcow_mp.format.geometry import Geometry
@@ -66,22 +67,22 @@ class Which(Enum):
 
 
 @dataclass(frozen=True)
-class Amount:
+class Totals:
     """Bytes and clusters that were moved, and that were made zero instead.
 
-    ``ways`` says how many bytes went which way, in the order of :class:`Way`.
+    ``ways`` says how many bytes went which way, in the order of :class:`CopyMethod`.
     """
 
     bytes_moved: int = 0
     clusters_moved: int = 0
     bytes_zeroed: int = 0
     clusters_zeroed: int = 0
-    ways: tuple[int, ...] = (0,) * len(Way)
+    ways: tuple[int, ...] = (0,) * len(CopyMethod)
 
     @classmethod
-    def on(cls, board: Board) -> Amount:
-        """What all workers have counted on ``board``, in tasks that ended and in others."""
-        moved, clusters, zeroed, clusters_zeroed, *ways = board.totals
+    def on(cls, done_map: DoneMap) -> Totals:
+        """What all workers have counted on ``done_map``, in tasks that ended and in others."""
+        moved, clusters, zeroed, clusters_zeroed, *ways = done_map.totals
         return cls(moved, clusters, zeroed, clusters_zeroed, tuple(ways))
 
 
@@ -92,10 +93,10 @@ class Target(Protocol):
     def file(self) -> File:
         """The raw file that receives the bytes."""
 
-    def prepare(self, start: int, stop: int, buffer: memoryview, board: Board) -> None:
+    def prepare(self, start: int, stop: int, buffer: memoryview, done_map: DoneMap) -> None:
         """Make ready to receive ``[start, stop)``."""
 
-    def finish(self, start: int, stop: int, board: Board) -> None:
+    def finish(self, start: int, stop: int, done_map: DoneMap) -> None:
         """Take note that ``[start, stop)`` has been written."""
 
     def make_zero(self, start: int, stop: int) -> None:
@@ -117,10 +118,10 @@ class RawTarget(NamedTuple):
         """Any range can be done by itself."""
         return 1
 
-    def prepare(self, start: int, stop: int, buffer: memoryview, board: Board) -> None:
+    def prepare(self, start: int, stop: int, buffer: memoryview, done_map: DoneMap) -> None:
         """Nothing: a raw file takes any range."""
 
-    def finish(self, start: int, stop: int, board: Board) -> None:
+    def finish(self, start: int, stop: int, done_map: DoneMap) -> None:
         """Nothing: a raw file has no bits."""
 
     def make_zero(self, start: int, stop: int) -> None:
@@ -148,7 +149,7 @@ class OverlayTarget(NamedTuple):
         """A cluster of the backing is local as a whole."""
         return self.overlay.cluster_size
 
-    def prepare(self, start: int, stop: int, buffer: memoryview, board: Board) -> None:
+    def prepare(self, start: int, stop: int, buffer: memoryview, done_map: DoneMap) -> None:
         """Copy up the rest of the clusters that ``[start, stop)`` covers only in part."""
         if self.overlay.all_allocated:
             return
@@ -156,19 +157,19 @@ class OverlayTarget(NamedTuple):
         first, last = geometry.touched(start, stop)
         head, tail = geometry.span(first, last)
         for edge_start, edge_stop, cluster in ((head, start, first), (stop, tail, last - 1)):
-            if edge_start < edge_stop and not self._is_local(cluster, board):
+            if edge_start < edge_stop and not self._is_local(cluster, done_map):
                 self.overlay.copy_up(edge_start, edge_stop, buffer)
 
-    def _is_local(self, cluster: int, board: Board) -> bool:
-        return board.marks(BELOW).any(cluster, cluster + 1) or self.overlay.bitmap.any(
+    def _is_local(self, cluster: int, done_map: DoneMap) -> bool:
+        return done_map.marks(BELOW).any(cluster, cluster + 1) or self.overlay.bitmap.any(
             cluster, cluster + 1
         )
 
-    def finish(self, start: int, stop: int, board: Board) -> None:
+    def finish(self, start: int, stop: int, done_map: DoneMap) -> None:
         """Mark the clusters as local, to be published."""
         if not self.overlay.all_allocated:
             first, last = self.overlay.geometry.touched(start, stop)
-            board.marks(BELOW).set(first, last)
+            done_map.marks(BELOW).set(first, last)
 
     def make_zero(self, start: int, stop: int) -> None:
         """Make a hole in the image file; the cluster is local all the same."""
@@ -232,7 +233,7 @@ class RunMarks:
     """
 
     def __init__(self, work: Transfer, first: int, stop: int, slot: int) -> None:
-        self._geometry, self._board, self._slot = work.geometry, work.board, slot
+        self._geometry, self._board, self._slot = work.geometry, work.done_map, slot
         self._target = work.target
         self.start, self.end = work.geometry.span(first, stop)
         self._stop = stop
@@ -300,21 +301,21 @@ class Transfer:
         geometry: Geometry,
         which: Which,
         target: Target,
-        board: Board,
-        manner: Manner = Manner(),  # noqa: B008 - frozen
+        done_map: DoneMap,
+        copy_options: CopyOptions = CopyOptions(),  # noqa: B008 - frozen
         workers: int = 1,
     ) -> None:
         self.layer = layer
         self.geometry = geometry
         self.which = which
         self.target = target
-        self.board = board
-        self.manner = manner
+        self.done_map = done_map
+        self.copy_options = copy_options
         self.workers = workers
         self._files = list(layer.files())
-        self._mover = Mover(target.file, manner)
+        self._copier = Copier(target.file, copy_options)
         # Less than a byte a second for each is still a limit, not none.
-        self._pace = Pace(manner.rate_of_each(workers))
+        self._throttle = Throttle(copy_options.rate_of_each(workers))
         self._written = _Written(target.file)
         self._shares: dict[int, bool] = {}
         #: In a worker, the process that started it.
@@ -324,20 +325,20 @@ class Transfer:
         self.attend: Callable[[], bool] = lambda: False
 
     def __reduce__(self) -> tuple[object, ...]:
-        parts = (self.layer, self.geometry, self.which, self.target, self.board)
-        return (Transfer, (*parts, self.manner, self.workers), {"parent": os.getpid()})
+        parts = (self.layer, self.geometry, self.which, self.target, self.done_map)
+        return (Transfer, (*parts, self.copy_options, self.workers), {"parent": os.getpid()})
 
     def close(self) -> None:
         """Close what was opened for this process alone."""
         self.layer.abandon()
-        self.board.close()
+        self.done_map.close()
 
     def __call__(self, task: Task, slot: int) -> None:
         """Move the clusters of ``task``, counting what is done in ``slot`` of the board.
 
         Raises :class:`StoppedError` when the job shall stop; what was marked until then is done.
         """
-        self._mover.moved.clear()
+        self._copier.moved.clear()
         if self.which is not Which.ALL and isinstance(self.layer, Overlay):
             # A worker that replaces a dead one opens the bitmap anew, and what killed that
             # one may have been its being cut short: bits that are gone are not 0.
@@ -347,12 +348,12 @@ class Transfer:
             for run in self._move_short(list(self._left(task)), slot):
                 self._move_run(RunMarks(self, *run, slot))
         finally:
-            ways = (self._mover.moved.get(way, 0) for way in Way)
-            self.board.add(slot, (0, 0, 0, 0, *ways))
+            ways = (self._copier.moved.get(way, 0) for way in CopyMethod)
+            self.done_map.add(slot, (0, 0, 0, 0, *ways))
 
     def _left(self, task: Task) -> Iterator[Run]:
         """What of ``task`` no worker has marked yet."""
-        runs, marks = self.runs_of(task), self.board.marks(TOP)
+        runs, marks = self.runs_of(task), self.done_map.marks(TOP)
         if not marks.any(task.first, task.stop):
             return runs
         return (left for run in runs for left in between(marks.runs(*run), *run))
@@ -367,7 +368,7 @@ class Transfer:
         if source is None:
             return runs
         left: list[Run] = []
-        move, mark = self._mover.move_short, self.board.marks(TOP).set
+        move, mark = self._copier.move_short, self.done_map.marks(TOP).set
         file, end, size = (
             source.file,
             min(source.held, self.geometry.size),
@@ -383,13 +384,13 @@ class Transfer:
                     clusters += stop - first
                 else:
                     left.append(run)
-            self.board.add(slot, (clusters * size, clusters))
+            self.done_map.add(slot, (clusters * size, clusters))
             self._written.add(*self.geometry.span(batch[0][0], stop), clusters * size)
         return left
 
     def _plain_source(self) -> RawLayer | None:
         """The raw layer that all clusters come from, where moving them is a mere copy."""
-        plain = isinstance(self.target, RawTarget) and self._mover.copies_plainly
+        plain = isinstance(self.target, RawTarget) and self._copier.copies_plainly
         if not plain or not isinstance(self.layer, Overlay) or self.which is Which.ALL:
             return None
         source = self.layer.image if self.which is Which.LOCAL else self.layer.backing
@@ -401,14 +402,14 @@ class Transfer:
         Waits while more is moved than published: what a crash costs shall not grow without end.
         """
         self._refuse_to_go_on()
-        while self.board.unpublished >= MOST_UNPUBLISHED:
+        while self.done_map.unpublished >= MOST_UNPUBLISHED:
             time.sleep(PUBLISHING_PAUSE)
             self._refuse_to_go_on()
 
     def _refuse_to_go_on(self) -> None:
         """End when the parent is gone; raise when the job shall stop."""
         end_orphan(self.parent)
-        if self.attend() or self.board.stopped:
+        if self.attend() or self.done_map.stopped:
             raise StoppedError(path=self.layer.path)
 
     def shares(self, depth: int) -> bool:
@@ -427,60 +428,60 @@ class Transfer:
     def may_clone(self) -> bool:
         """Whether long runs of the nearest file they come from are cloned."""
         depth = int(self.which is Which.MISSING)
-        longest = clonable(self.manner, 0, TASK_BYTES, self.target.file.block_size)
+        longest = clonable(self.copy_options, 0, TASK_BYTES, self.target.file.block_size)
         return depth < len(self._files) and longest[0] < longest[1] and self.shares(depth)
 
-    def pieces_of(self, task: Task) -> Iterator[Piece]:
+    def extents_of(self, task: Task) -> Iterator[Extent]:
         """What the source of ``task`` is made of, run by run."""
         for run in self.runs_of(task):
-            yield from self._pieces(*self.geometry.span(*run))
+            yield from self._walk(*self.geometry.span(*run))
 
     def runs_of(self, task: Task) -> Iterator[Run]:
         """The runs of clusters of ``task`` that are moved."""
         if self.which is Which.ALL or not isinstance(self.layer, Overlay):
             return iter([(task.first, task.stop)])
-        return self.layer.local_runs(int(self.which is Which.LOCAL), task.first, task.stop)
+        return self.layer.runs_by_allocation(int(self.which is Which.LOCAL), task.first, task.stop)
 
-    def _pieces(self, start: int, stop: int) -> Iterator[Piece]:
+    def _walk(self, start: int, stop: int) -> Iterator[Extent]:
         if self.which is Which.ALL or not isinstance(self.layer, Overlay):
-            return self.layer.pieces(start, stop)
+            return self.layer.walk(start, stop)
         if self.which is Which.LOCAL:
-            return self.layer.image.pieces(start, stop)
-        return self.layer.pieces_below(start, stop)
+            return self.layer.image.walk(start, stop)
+        return self.layer.walk_below(start, stop)
 
     def _move_run(self, run: RunMarks) -> None:
         """Move one run of clusters."""
-        self.target.prepare(run.start, run.end, self._mover.buffer, self.board)
-        for piece in self._pieces(run.start, run.end):
+        self.target.prepare(run.start, run.end, self._copier.buffer, self.done_map)
+        for piece in self._walk(run.start, run.end):
             self._look_around()
-            if piece.kind is Kind.DATA:
+            if piece.kind is ExtentKind.DATA:
                 self._move_data(piece, run)
             else:
                 self._make_zero(piece, run)
 
-    def _move_data(self, piece: Piece, run: RunMarks) -> None:
+    def _move_data(self, piece: Extent, run: RunMarks) -> None:
         source, start = self._files[piece.depth], piece.start
         step = PIECE
-        if self.manner.rate:
-            step = max(self._pace.step, CLONE_FROM)
+        if self.copy_options.rate:
+            step = max(self._throttle.step, CLONE_FROM)
         else:
             # What is cloned is done at once, however long it is.
-            start = self._mover.clone(source, start, piece.stop)
+            start = self._copier.clone(source, start, piece.stop)
             self._moved(piece.start, start, run)
-        self._mover.announce(start, piece.stop)
+        self._copier.announce(start, piece.stop)
         for first, stop in _steps(start, piece.stop, step):
             if first > piece.start:
                 self._look_around()
-            self._mover.move(source, first, stop)
+            self._copier.move(source, first, stop)
             self._moved(first, stop, run)
-            self._pace.spend(stop - first, self._refuse_to_go_on)
+            self._throttle.spend(stop - first, self._refuse_to_go_on)
 
     def _moved(self, start: int, stop: int, run: RunMarks) -> None:
         if start < stop:
             run.move(start, stop)
             self._written.add(start, stop, stop - start)
 
-    def _make_zero(self, piece: Piece, run: RunMarks) -> None:
+    def _make_zero(self, piece: Extent, run: RunMarks) -> None:
         """Empty what the target holds there; holes of it are passed over in one step."""
         held = () if self.is_fresh else self.target.file.data_runs(piece.start, piece.stop)
         position = piece.start

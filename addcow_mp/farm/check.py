@@ -6,7 +6,7 @@ overlays take for their image, an image that is somebody's backing file besides,
 
 Files are dealt out in parcels to the engine's pool: this process takes part, and others are
 started only when there are so many that it pays. There is no process for each image. Most images
-are proved clean by a glance (:mod:`addcow_mp.farm.glance`); the others get the full check.
+are proved clean by a glance (:mod:`addcow_mp.farm.quick_check`); the others get the full check.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Unexamined, is_gone
-from addcow_mp.engine.plan import Task, parcels
-from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
-from addcow_mp.errors import BeginsAnewError
-from addcow_mp.farm.glance import Glance, LookCloserError
+from addcow_mp.engine.pool import Failed
+from addcow_mp.engine.scan import ScanHooks, scan
+from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.farm.places import Found, files_of, without_backups
+from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.dependants import Identity, Named, examined, named_by
 from addcow_mp.jobs.findings import CheckReport, Finding, Severity
 from addcow_mp.jobs.report import Conduct
 
 #: Files in one task: enough that handing it out costs nothing against it.
-PARCEL = 128
+BATCH = 128
 
 #: Files for which other processes are started at once: they take longer than to find it out.
 MANY = 4096
@@ -86,28 +86,28 @@ class _Checks:
     def __init__(self, paths: list[str], access: Access) -> None:
         self.paths = paths
         self.access = access
-        self._glance: Glance | None = None
+        self._quick_check: QuickCheck | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_Checks, (self.paths, self.access))
 
     def __call__(self, task: Task, slot: int) -> list[Checked]:  # noqa: ARG002
-        self._glance = self._glance or Glance(self.access)
+        self._quick_check = self._quick_check or QuickCheck(self.access)
         looked_at = map(self._checked, self.paths[task.first : task.stop])
         return [one for one in looked_at if one is not None]
 
     def _checked(self, path: str) -> Checked | None:
-        assert self._glance is not None  # noqa: S101 - made by the call above
+        assert self._quick_check is not None  # noqa: S101 - made by the call above
         try:
-            sight = self._glance.at(path)
-        except LookCloserError:
-            return looked_closely(path, self.access)
-        if sight is None:
+            seen = self._quick_check.at(path)
+        except NeedsFullCheckError:
+            return full_check(path, self.access)
+        if seen is None:
             return None
-        return Checked(path, Named(path, sight.identity, sight.image, sight.backing))
+        return Checked(path, Named(path, seen.identity, seen.image, seen.backing))
 
 
-def looked_closely(path: str, access: Access) -> Checked | None:
+def full_check(path: str, access: Access) -> Checked | None:
     """What the full check says of ``path``; None when it is no overlay."""
     # What a link leads to and is no overlay, wherever that lies, is of no concern.
     if os.path.islink(path) and examined(path) is None:
@@ -160,34 +160,27 @@ def each_once(found: Iterable[Checked]) -> Iterator[Checked]:
 
 def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Checked]:
     count = len(paths)
-    tasks = parcels(count, PARCEL)
+    tasks = equal_tasks(count, BATCH)
+    options = replace(conduct.scan_options, counts=True, many=count >= MANY)
+
+    def failed(result: Failed) -> list[Checked]:
+        """When a worker died, nothing is known of its files."""
+        task = result.task
+        return [_unexamined(path, result.error) for path in paths[task.first : task.stop]]
+
+    hooks = ScanHooks(f"{count} files", failed, conduct.stopping)
     done: dict[int, list[Checked]] = {}
-    looked_at = 0
-    jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
-    part = Part.FULL if count >= MANY else Part.FIRST
-    with Pool(_Checks(paths, access), jobs, part=part) as pool:
-        for result in pool.run(tasks, conduct.stopping):
-            if result is not None:
-                done[result.task.number] = _of(result, paths)
-                looked_at += result.task.weight
-                images = sum(map(len, done.values()))
-                # How many of the files are images shows in time: at least one is left till then.
-                expected = max(round(images * count / looked_at), images + (looked_at < count))
-                conduct.counted(images, expected)
+    looked_at = images = 0
+    for task, checked in scan(_Checks(paths, access), tasks, options, hooks):
+        done[task.number] = checked
+        looked_at, images = looked_at + task.weight, images + len(checked)
+        # How many of the files are images shows in time: at least one is left till then.
+        expected = max(round(images * count / looked_at), images + (looked_at < count))
+        conduct.counted(images, expected)
     if not tasks:
         conduct.counted(0, 0)
-    if len(done) < len(tasks):
-        raise BeginsAnewError(path=f"{count} files")
     for task in tasks:
         yield from done.pop(task.number)
-
-
-def _of(result: Done | Failed, paths: list[str]) -> list[Checked]:
-    """What came of a task; when its worker died, each of its files by itself remains unknown."""
-    if isinstance(result, Done):
-        checked: list[Checked] = result.result
-        return checked
-    return [_unexamined(path, result.error) for path in paths[result.task.first : result.task.stop]]
 
 
 def graph_findings(found: list[Named]) -> Iterator[Finding]:

@@ -43,7 +43,7 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import is_gone
 from addcow_mp.device.files import File, identity_of
 from addcow_mp.device.headers import peek_header, read_name
-from addcow_mp.device.sidecar import described_by
+from addcow_mp.device.manifest_file import described_by
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.members import Member, members_of
 from addcow_mp.farm.places import Found, files_of, in_order
@@ -66,7 +66,7 @@ Key = Identity | str
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-class Kind(StrEnum):
+class NodeKind(StrEnum):
     """What a node is: an overlay in the places, or a file of another sort."""
 
     OVERLAY = "overlay"
@@ -116,7 +116,7 @@ class Node:
     """
 
     path: str
-    kind: Kind
+    kind: NodeKind
     format: str | None = None
     virtual_size: int | None = None
     member: Member | None = None
@@ -169,26 +169,26 @@ class Graph:
     @property
     def images(self) -> list[Node]:
         """The overlays in the places."""
-        return [node for node in self.nodes if node.kind is Kind.OVERLAY]
+        return [node for node in self.nodes if node.kind is NodeKind.OVERLAY]
 
     @property
     def files(self) -> list[Node]:
         """All other files."""
-        return [node for node in self.nodes if node.kind is not Kind.OVERLAY]
+        return [node for node in self.nodes if node.kind is not NodeKind.OVERLAY]
 
     @property
     def unnamed(self) -> list[Node]:
         """The files that no overlay names."""
-        return [node for node in self.nodes if node.kind is Kind.UNNAMED]
+        return [node for node in self.nodes if node.kind is NodeKind.UNNAMED]
 
     @property
     def unexamined(self) -> list[Node]:
         """What could not be looked at, and the files that something there may name."""
-        return [node for node in self.nodes if node.kind is Kind.NOT_EXAMINED]
+        return [node for node in self.nodes if node.kind is NodeKind.NOT_EXAMINED]
 
     def count(self, mark: Mark) -> int:
         """How many files have ``mark``; one that is missing is told by the overlays over it."""
-        there = (node for node in self.nodes if node.kind is not Kind.MISSING)
+        there = (node for node in self.nodes if node.kind is not NodeKind.MISSING)
         return sum(1 for node in there if mark in node.marked)
 
     def rows(self) -> Iterator[Row]:
@@ -239,7 +239,7 @@ class _Building:
     def add_member(self, member: Member, access: Access) -> None:
         """An overlay in the places: what it names may lie beside it."""
         said = _said(member.filename, member.about, access, named=True)
-        node = self._overlay(Kind.OVERLAY, member, said)
+        node = self._overlay(NodeKind.OVERLAY, member, said)
         self.waiting.append((node, access.beside(said.base or member.filename)))
 
     def follow(self) -> None:
@@ -254,7 +254,7 @@ class _Building:
         self.found.unexamined = in_order(self.found.unexamined)
         for one in self.found.unexamined:
             key = _looked_up(one.path).key
-            node = self.nodes.setdefault(key, Node(one.path, Kind.NOT_EXAMINED))
+            node = self.nodes.setdefault(key, Node(one.path, NodeKind.NOT_EXAMINED))
             node.problem = one.reason
             node.marked.add(Mark.NOT_EXAMINED)
 
@@ -274,9 +274,11 @@ class _Building:
     def _not_named(self, path: str, size: int) -> Node:
         """A file that no overlay names, as far as all of them could be looked at."""
         if self._sees_all:
-            return Node(path, Kind.UNNAMED, virtual_size=size, marked={Mark.UNNAMED})
+            return Node(path, NodeKind.UNNAMED, virtual_size=size, marked={Mark.UNNAMED})
         marked = {Mark.NOT_EXAMINED}
-        return Node(path, Kind.NOT_EXAMINED, virtual_size=size, problem=_MAY_NAME_IT, marked=marked)
+        return Node(
+            path, NodeKind.NOT_EXAMINED, virtual_size=size, problem=_MAY_NAME_IT, marked=marked
+        )
 
     @cached_property
     def _sees_all(self) -> bool:
@@ -284,7 +286,7 @@ class _Building:
         hidden = any(Mark.UNEXAMINED in node.marked for node in self.nodes.values())
         return not self.found.unexamined and not hidden
 
-    def _overlay(self, kind: Kind, member: Member, said: Said) -> Node:
+    def _overlay(self, kind: NodeKind, member: Member, said: Said) -> Node:
         about = member.about
         node = Node(
             member.filename,
@@ -320,7 +322,9 @@ class _Building:
         """A backing file that is no overlay in the places."""
         if there.status is not None and said.backing_format == ADD_COW:
             return self._outside(there, access)
-        node = Node(there.path, Kind.MISSING if there.absent else Kind.BACKING, said.backing_format)
+        node = Node(
+            there.path, NodeKind.MISSING if there.absent else NodeKind.BACKING, said.backing_format
+        )
         if there.status is None:
             node.marked.add(Mark.MISSING_BACKING if there.absent else Mark.UNEXAMINED)
         elif stat.S_ISREG(there.status.st_mode):
@@ -338,7 +342,7 @@ class _Building:
         except AddcowError as error:
             about, problem = None, error.kept()
         said = _said(there.path, about, access, named=False)
-        node = self._overlay(Kind.BACKING, Member(named, about, problem), said)
+        node = self._overlay(NodeKind.BACKING, Member(named, about, problem), said)
         self.waiting.append((node, access))
         return node
 
@@ -349,7 +353,7 @@ class _Building:
         nodes = sorted(self.nodes.values(), key=_path)
         for node in nodes:
             node.overlays.sort(key=_path)
-        loose = (Kind.UNNAMED, Kind.NOT_EXAMINED)
+        loose = (NodeKind.UNNAMED, NodeKind.NOT_EXAMINED)
         roots = [node for node in nodes if node.backing is None and node.kind not in loose]
         for circle in _circles(nodes):
             _mark_all(circle)
@@ -359,7 +363,7 @@ class _Building:
 
     def _mark(self) -> None:
         for node in self.nodes.values():
-            if node.backing is not None and node.backing.kind is Kind.MISSING:
+            if node.backing is not None and node.backing.kind is NodeKind.MISSING:
                 node.marked.add(Mark.MISSING_BACKING)
             if _base_changed(node):
                 node.marked.add(Mark.BASE_CHANGED)

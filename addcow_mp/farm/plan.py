@@ -26,18 +26,19 @@ from typing import NamedTuple
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Unexamined
 from addcow_mp.device.files import free_bytes
-from addcow_mp.engine.plan import Task, parcels
-from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
-from addcow_mp.engine.space import Room
-from addcow_mp.errors import AddcowError, BeginsAnewError, DependantsError, FileError, SpaceError
-from addcow_mp.farm.errand import Errand, Operation
-from addcow_mp.farm.neighbours import Neighbours
+from addcow_mp.engine.pool import Failed
+from addcow_mp.engine.scan import ScanHooks, ScanOptions, scan
+from addcow_mp.engine.space import SpaceNeeded
+from addcow_mp.engine.tasks import Task, equal_tasks
+from addcow_mp.errors import AddcowError, DependantsError, FileError, SpaceError
+from addcow_mp.farm.dependency_index import DependencyIndex
+from addcow_mp.farm.image_job import ImageJob, Operation
 from addcow_mp.farm.places import Found, files_of, in_order
 from addcow_mp.jobs.dependants import Identity, Named
-from addcow_mp.jobs.report import Conduct, Prospect, Report
+from addcow_mp.jobs.report import Conduct, Estimate, Report
 
 #: Images in one task of looking: each takes half a millisecond.
-PARCEL = 32
+BATCH = 32
 
 
 class State(StrEnum):
@@ -54,19 +55,19 @@ class State(StrEnum):
 
 @dataclass
 class Step:
-    """One image. ``room`` is the space that its job takes, with what others bring to it.
+    """One image. ``space`` is the space that its job takes, with what others bring to it.
 
     ``chain``: the files of its chain from the ``.add-cow`` file down, of which ``written`` change.
     """
 
     named: Named
-    errand: Errand
+    image_job: ImageJob
     depth: int
     chain: tuple[Identity, ...]
     written: int
     state: State = State.IDLE
-    prospect: Prospect | None = None
-    room: Room = field(default_factory=Room)
+    estimate: Estimate | None = None
+    space: SpaceNeeded = field(default_factory=SpaceNeeded)
     weight: int = 0
     problem: AddcowError | None = None
     report: Report | None = None
@@ -97,7 +98,7 @@ class Plan:
 
     operation: Operation
     steps: list[Step]
-    neighbours: Neighbours
+    dependency_index: DependencyIndex
     access: Access
     places: Found
     filesystems: list[FileSystem] = field(default_factory=list)
@@ -134,16 +135,16 @@ def plan(
     conduct = conduct or Conduct()
     found = files_of(places, conduct.access)
     access = found.access
-    neighbours = Neighbours(found.files, access)
-    found.unexamined = in_order((*found.unexamined, *neighbours.unexamined))
-    overlays = frozenset(one.identity for one in neighbours.farm)
+    dependency_index = DependencyIndex(found.files, access)
+    found.unexamined = in_order((*found.unexamined, *dependency_index.unexamined))
+    overlays = frozenset(one.identity for one in dependency_index.farm)
     wanted = _Wanted(operation, discard, verifies, overlays)
-    steps = [_step(one, wanted, neighbours) for one in neighbours.farm]
+    steps = [_step(one, wanted, dependency_index) for one in dependency_index.farm]
     steps.sort(key=lambda step: (-step.depth, step.path))
     conduct = replace(conduct, access=access)
-    for step, outlook in zip(steps, _foreseen(steps, conduct), strict=True):
-        _enter(step, outlook)
-    made = Plan(operation, steps, neighbours, access, found)
+    for step, estimate_of in zip(steps, _foreseen(steps, conduct), strict=True):
+        _enter(step, estimate_of)
+    made = Plan(operation, steps, dependency_index, access, found)
     made.filesystems = _Accounts(steps, conduct).settle()
     return made
 
@@ -157,23 +158,23 @@ class _Wanted(NamedTuple):
     overlays: frozenset[Identity]
 
 
-def _step(named: Named, wanted: _Wanted, neighbours: Neighbours) -> Step:
+def _step(named: Named, wanted: _Wanted, dependency_index: DependencyIndex) -> Step:
     commits = wanted.operation is Operation.COMMIT
     # Those above are gone by then; if one is not, its step says so, and the accounts below.
     leaving = wanted.overlays if wanted.discard else frozenset()
-    around = neighbours.around(named, as_backing=commits, leaving=leaving)
-    errand = Errand(
+    around = dependency_index.around(named, as_backing=commits, leaving=leaving)
+    image_job = ImageJob(
         named.path,
         wanted.operation,
         around,
         discard=wanted.discard,
         verifies=wanted.verifies,
     )
-    chain = tuple(_chain(named, neighbours))
-    return Step(named, errand, len(chain), chain, written=2 if commits else 1)
+    chain = tuple(_chain(named, dependency_index))
+    return Step(named, image_job, len(chain), chain, written=2 if commits else 1)
 
 
-def _chain(named: Named, neighbours: Neighbours) -> Iterator[Identity]:
+def _chain(named: Named, dependency_index: DependencyIndex) -> Iterator[Identity]:
     """The files of a chain, each by the one that a name means; a circle is gone round once."""
     seen: set[Identity] = set()
     here: Named | None = named
@@ -181,66 +182,58 @@ def _chain(named: Named, neighbours: Neighbours) -> Iterator[Identity]:
     while here is not None and here.identity not in seen:
         seen.add(here.identity)
         yield here.identity
-        last, here = here.backing, neighbours.below(here)
+        last, here = here.backing, dependency_index.below(here)
     if here is None and last is not None:
         yield last
 
 
-def _enter(step: Step, outlook: Prospect | AddcowError | None) -> None:
-    if isinstance(outlook, AddcowError):
-        step.refuse(outlook)
-    elif outlook is not None:
-        step.state, step.prospect = State.READY, outlook
-        step.room, step.weight = outlook.room, outlook.weight
+def _enter(step: Step, estimate_of: Estimate | AddcowError | None) -> None:
+    if isinstance(estimate_of, AddcowError):
+        step.refuse(estimate_of)
+    elif estimate_of is not None:
+        step.state, step.estimate = State.READY, estimate_of
+        step.space, step.weight = estimate_of.space, estimate_of.weight
 
 
 # Looking at each image
 
 
-class _Outlooks:
+class _Estimates:
     """The work of a task: what the errands ``[first, stop)`` would do."""
 
-    def __init__(self, errands: list[Errand], conduct: Conduct) -> None:
-        self.errands = errands
+    def __init__(self, image_jobs: list[ImageJob], conduct: Conduct) -> None:
+        self.image_jobs = image_jobs
         self.conduct = conduct
 
     def __reduce__(self) -> tuple[object, ...]:
-        plain = Conduct(access=self.conduct.access, manner=self.conduct.manner)
-        return (_Outlooks, (self.errands, plain))
+        plain = Conduct(access=self.conduct.access, copy_options=self.conduct.copy_options)
+        return (_Estimates, (self.image_jobs, plain))
 
-    def __call__(self, task: Task, slot: int) -> list[Prospect | AddcowError | None]:  # noqa: ARG002
-        return [outlook(one, self.conduct) for one in self.errands[task.first : task.stop]]
+    def __call__(self, task: Task, slot: int) -> list[Estimate | AddcowError | None]:  # noqa: ARG002
+        return [estimate_of(one, self.conduct) for one in self.image_jobs[task.first : task.stop]]
 
 
-def outlook(errand: Errand, conduct: Conduct) -> Prospect | AddcowError | None:
-    """What ``errand`` would do, or why it would be refused."""
+def estimate_of(image_job: ImageJob, conduct: Conduct) -> Estimate | AddcowError | None:
+    """What ``image_job`` would do, or why it would be refused."""
     try:
-        return errand.foresee(conduct)
+        return image_job.estimate(conduct)
     except AddcowError as error:
         return error.kept()
 
 
-def _foreseen(steps: list[Step], conduct: Conduct) -> list[Prospect | AddcowError | None]:
+def _foreseen(steps: list[Step], conduct: Conduct) -> list[Estimate | AddcowError | None]:
     count = len(steps)
-    tasks = parcels(count, PARCEL)
-    found: dict[int, list[Prospect | AddcowError | None]] = {}
-    jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
-    work = _Outlooks([step.errand for step in steps], conduct)
-    with Pool(work, jobs, part=Part.FIRST) as pool:
-        for result in pool.run(tasks, conduct.stopping):
-            if result is not None:
-                found[result.task.number] = _of(result)
-    if len(found) < len(tasks):
-        raise BeginsAnewError(path=f"{count} images")
-    return [one for task in tasks for one in found[task.number]]
+    tasks = equal_tasks(count, BATCH)
 
-
-def _of(result: Done | Failed) -> list[Prospect | AddcowError | None]:
-    """What came of a task; when its worker died, nothing is known of its images."""
-    if isinstance(result, Failed):
+    def failed(result: Failed) -> list[AddcowError]:
+        """When a worker died, nothing is known of its images."""
         return [result.error] * result.task.weight
-    outlooks: list[Prospect | AddcowError | None] = result.result
-    return outlooks
+
+    hooks = ScanHooks(f"{count} images", failed, conduct.stopping)
+    work = _Estimates([step.image_job for step in steps], conduct)
+    options = ScanOptions(conduct.jobs, counts=True)
+    found = {task.number: some for task, some in scan(work, tasks, options, hooks)}
+    return [one for task in tasks for one in found[task.number]]
 
 
 # Counting space
@@ -267,8 +260,8 @@ class _Accounts:
         for step in self._steps:
             self._refuse_while_needed(step)
             self._receive(step)
-            if step.state is State.READY and step.prospect is not None:
-                self._take(step, step.prospect)
+            if step.state is State.READY and step.estimate is not None:
+                self._take(step, step.estimate)
             self._leave(step)
         return [
             FileSystem(path, self._free[device], self._peak[device], self._taken[device])
@@ -285,7 +278,7 @@ class _Accounts:
 
     def _leave(self, step: Step) -> None:
         """Take note of an overlay that stays, for the one that it stands on."""
-        if step.errand.discard and step.state is not State.READY and step.named.backing:
+        if step.image_job.discard and step.state is not State.READY and step.named.backing:
             self._staying.setdefault(step.named.backing, []).append(step.path)
 
     def _receive(self, step: Step) -> None:
@@ -294,29 +287,29 @@ class _Accounts:
         if brought is None:
             return
         if step.state is State.IDLE:
-            step.errand = replace(step.errand, receives=True)
-            _enter(step, outlook(step.errand, self._conduct))
-        if step.prospect is not None:
-            peak, kept, freed = step.room.peak, step.room.kept, step.room.freed
-            freed += brought if step.prospect.gives_back else 0
-            step.room = Room(peak + brought, kept + brought, freed)
+            step.image_job = replace(step.image_job, receives=True)
+            _enter(step, estimate_of(step.image_job, self._conduct))
+        if step.estimate is not None:
+            peak, kept, freed = step.space.peak, step.space.kept, step.space.freed
+            freed += brought if step.estimate.gives_back else 0
+            step.space = SpaceNeeded(peak + brought, kept + brought, freed)
             step.weight += brought
 
-    def _take(self, step: Step, prospect: Prospect) -> None:
-        device, room = prospect.device, step.room
+    def _take(self, step: Step, estimate: Estimate) -> None:
+        device, space = estimate.device, step.space
         if device not in self._free:
             try:
-                self._free[device] = free_bytes(os.statvfs(prospect.target))
+                self._free[device] = free_bytes(os.statvfs(estimate.target))
             except OSError as error:
-                step.refuse(FileError.of(prospect.target, "look at its file system", error))
+                step.refuse(FileError.of(estimate.target, "look at its file system", error))
                 return
-            self._paths[device] = prospect.target
+            self._paths[device] = estimate.target
         taken = self._taken[device]
         left = self._free[device] - taken
-        if room.peak > left:
-            step.refuse(SpaceError(path=prospect.target, needed=room.peak, free=max(0, left)))
+        if space.peak > left:
+            step.refuse(SpaceError(path=estimate.target, needed=space.peak, free=max(0, left)))
             return
-        self._peak[device] = max(self._peak[device], taken + room.peak)
-        self._taken[device] = taken + room.kept - room.freed
-        if step.errand.operation is Operation.COMMIT:
-            self._brought[step.chain[1]] = self._brought.get(step.chain[1], 0) + room.kept
+        self._peak[device] = max(self._peak[device], taken + space.peak)
+        self._taken[device] = taken + space.kept - space.freed
+        if step.image_job.operation is Operation.COMMIT:
+            self._brought[step.chain[1]] = self._brought.get(step.chain[1], 0) + space.kept

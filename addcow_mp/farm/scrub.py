@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from addcow_mp.device.sidecar import manifest_of
+from addcow_mp.device.manifest_file import manifest_of
 from addcow_mp.errors import AddcowError, ManifestError
-from addcow_mp.farm.ledger import Entry, Ledger, Record, opened
 from addcow_mp.farm.places import Found
+from addcow_mp.farm.scrub_state import Entry, Record, ScrubState, opened
 from addcow_mp.farm.verify import FarmFiles
 from addcow_mp.format.bits import Run
 from addcow_mp.format.manifest import FileState, read_head, weight_of
-from addcow_mp.jobs.differing import Sample
-from addcow_mp.jobs.looking import Part, Seen, Target
+from addcow_mp.jobs.layer_report import LayerReport
+from addcow_mp.jobs.leaf_compare import Sample
 from addcow_mp.jobs.report import Conduct
-from addcow_mp.jobs.verdict import Verdict
-from addcow_mp.jobs.verify import Outstanding, ReadSoFar, verifiers
+from addcow_mp.jobs.verify import ReadSoFar, RemainingLeaves, verifiers
+from addcow_mp.jobs.verify_task import LayerRef, LeafRange, Verified
 
 #: How a run has ended, in the ledger's words.
 COMPLETE, TIME_LIMIT, INTERRUPTED, FAILED = "complete", "time-limit", "interrupted", "failed"
@@ -39,13 +39,13 @@ UNVERIFIED, DIFFERENT = 1, 2
 
 @dataclass
 class Scrubbed:
-    """What a run has found: ``verdicts`` of layers that it has finished, or found damaged.
+    """What a run has found: ``layer_reports`` of layers that it has finished, or found damaged.
 
     ``bytes_read`` were read, those of layers that were not finished included; ``left`` layers of
     the pass were not looked at to their ends. ``problem`` ended the run.
     """
 
-    verdicts: list[Verdict] = field(default_factory=list)
+    layer_reports: list[LayerReport] = field(default_factory=list)
     bytes_read: int = 0
     left: int = 0
     problem: AddcowError | None = None
@@ -54,13 +54,13 @@ class Scrubbed:
 
 def scrub(
     places: Iterable[str],
-    ledger: str,
+    scrub_state: str,
     conduct: Conduct,
     *,
     share: float | None = None,
     is_late: Callable[[], bool] = lambda: False,
 ) -> Scrubbed:
-    """Verify what is due of the layers in ``places``, and remember it in the file ``ledger``.
+    """Verify what is due of the layers in ``places``, and remember it in the file ``scrub_state``.
 
     ``share`` of 1 is everything; None = no sample. No further part is begun once it ``is_late``
     or ``conduct`` stops it. Raises :class:`ImageError` when none of the places is there and for a
@@ -69,7 +69,7 @@ def scrub(
     with conduct.looking():
         files = FarmFiles(map(os.path.realpath, places), conduct.access)
         targets = _targets(files)
-    with opened(ledger, locking=files.access.locking) as book:
+    with opened(scrub_state, locking=files.access.locking) as book:
         known, runs = book.entries(), book.runs()
         entries = {path: _current(path, known.get(path)) for path in targets}
         book.put(
@@ -82,12 +82,12 @@ def scrub(
         scrubbed = _Round(book, run, way, targets).run(
             replace(conduct, access=files.access), is_late
         )
-    scrubbed.verdicts += files.unexamined()
+    scrubbed.layer_reports += files.unexamined()
     scrubbed.places = files.found
     return scrubbed
 
 
-def _targets(files: FarmFiles) -> dict[str, Target]:
+def _targets(files: FarmFiles) -> dict[str, LayerRef]:
     """The layers by their real paths."""
     images, others = files.layers()
     return {os.path.realpath(one.path): one for one in (*images, *others)}
@@ -104,19 +104,19 @@ class _Way(Protocol):
     order: list[Entry]
     """The layers, in the order in which they are looked at."""
 
-    def parts(self, number: int, entry: Entry) -> list[Part]:
+    def parts(self, number: int, entry: Entry) -> list[LeafRange]:
         """What is to be looked at of the layer that has this ``number`` in the order."""
 
     def weight(self, entry: Entry) -> int:
         """About how many bytes of the layer are to be read."""
 
-    def beginning(self, entry: Entry) -> Verdict:
+    def beginning(self, entry: Entry) -> LayerReport:
         """What earlier runs have found of what this one completes."""
 
-    def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:
+    def partly(self, entry: Entry, found: LayerReport, unseen: list[Run]) -> Entry:
         """What is known of a layer that was looked at but for the leaves ``unseen``."""
 
-    def wholly(self, entry: Entry, found: Verdict) -> Entry:
+    def wholly(self, entry: Entry, found: LayerReport) -> Entry:
         """What is known of a layer that was looked at to its end."""
 
 
@@ -134,21 +134,21 @@ class _Whole:
         # What was begun goes first among its equals.
         self.order = sorted(due, key=lambda one: (one.verified or 0, not one.unseen, one.path))
 
-    def parts(self, number: int, entry: Entry) -> list[Part]:
-        return [Part(number, *span) for span in entry.spans] or [Part(number)]
+    def parts(self, number: int, entry: Entry) -> list[LeafRange]:
+        return [LeafRange(number, *span) for span in entry.spans] or [LeafRange(number)]
 
     def weight(self, entry: Entry) -> int:
         return max(0, entry.bytes - entry.begun().bytes_read)
 
-    def beginning(self, entry: Entry) -> Verdict:
+    def beginning(self, entry: Entry) -> LayerReport:
         return entry.begun()
 
-    def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:
+    def partly(self, entry: Entry, found: LayerReport, unseen: list[Run]) -> Entry:
         # Damage is known at once: the end of a large layer may be nights away.
         known = _remembering(entry, found) if found.exit_code == DIFFERENT else entry
         return known.begin(found, unseen)
 
-    def wholly(self, entry: Entry, found: Verdict) -> Entry:
+    def wholly(self, entry: Entry, found: LayerReport) -> Entry:
         entry = entry._replace(pass_=self.pass_, unseen=None, pending=None)
         if found.exit_code == UNVERIFIED or not found.was_compared:
             return _remembering(entry, found)
@@ -168,21 +168,21 @@ class _Sampled:
         self.sample = Sample(share, SystemRandom().getrandbits(48))
         self.order = sorted(entries.values(), key=lambda one: (one.last_looked_at, one.path))
 
-    def parts(self, number: int, entry: Entry) -> list[Part]:  # noqa: ARG002
-        return [Part(number)]
+    def parts(self, number: int, entry: Entry) -> list[LeafRange]:  # noqa: ARG002
+        return [LeafRange(number)]
 
     def weight(self, entry: Entry) -> int:
         return round(entry.bytes * self._share)
 
-    def beginning(self, entry: Entry) -> Verdict:
-        return Verdict(entry.path)
+    def beginning(self, entry: Entry) -> LayerReport:
+        return LayerReport(entry.path)
 
-    def partly(self, entry: Entry, found: Verdict, unseen: list[Run]) -> Entry:  # noqa: ARG002
+    def partly(self, entry: Entry, found: LayerReport, unseen: list[Run]) -> Entry:  # noqa: ARG002
         # The next run draws others, and begins with layers whose turn was longer ago.
         known = _remembering(entry, found) if found.exit_code == DIFFERENT else entry
         return known._replace(sampled=time.time())
 
-    def wholly(self, entry: Entry, found: Verdict) -> Entry:
+    def wholly(self, entry: Entry, found: LayerReport) -> Entry:
         return _remembering(entry, found)._replace(sampled=time.time())
 
 
@@ -190,7 +190,7 @@ def _last_pass(runs: list[Record]) -> int:
     return max((run.pass_ for run in runs), default=1)
 
 
-def _remembering(entry: Entry, found: Verdict) -> Entry:
+def _remembering(entry: Entry, found: LayerReport) -> Entry:
     """What is known after a look that may have missed something: damage is not mended by that."""
     if entry.exit == DIFFERENT:
         found = replace(found, path=entry.path)
@@ -201,7 +201,9 @@ def _remembering(entry: Entry, found: Verdict) -> Entry:
 class _Round:
     """A ``run`` over the layers in ``targets``, entered in the ledger as it goes."""
 
-    def __init__(self, book: Ledger, run: Record, way: _Way, targets: dict[str, Target]) -> None:
+    def __init__(
+        self, book: ScrubState, run: Record, way: _Way, targets: dict[str, LayerRef]
+    ) -> None:
         self._book = book
         self._run = run
         self._way = way
@@ -210,7 +212,7 @@ class _Round:
         self._found = [way.beginning(entry) for entry in way.order]
         self._read = [0] * len(way.order)
         parts = (way.parts(number, entry) for number, entry in enumerate(way.order))
-        self._outstanding = Outstanding(part for some in parts for part in some)
+        self._outstanding = RemainingLeaves(part for some in parts for part in some)
         self._so_far = ReadSoFar([way.weight(entry) for entry in way.order])
         self._result = Scrubbed()
         self._different: set[int] = set()
@@ -229,7 +231,7 @@ class _Round:
             self._result.problem = error.kept()
         finally:
             self._result.left = len(self._outstanding.layers)
-            self._result.verdicts += self._unfinished()
+            self._result.layer_reports += self._unfinished()
             self._run = self._run._replace(ended=time.time(), result=ending)
             self._write_last()
         return self._result
@@ -240,12 +242,12 @@ class _Round:
         except AddcowError as error:
             self._result.problem = self._result.problem or error.kept()
 
-    def _unfinished(self) -> list[Verdict]:
+    def _unfinished(self) -> list[LayerReport]:
         """What this run has found of layers in which it found damage, and not their ends."""
         numbers = sorted(self._different & self._outstanding.layers.keys())
         return [self._told(number) for number in numbers]
 
-    def _told(self, number: int) -> Verdict:
+    def _told(self, number: int) -> LayerReport:
         path, read = self._entries[number].path, self._read[number]
         return replace(self._found[number], path=path, bytes_read=read)
 
@@ -257,8 +259,8 @@ class _Round:
     def _look(self, conduct: Conduct) -> None:
         parts = self._outstanding.parts
         with verifiers(conduct, len(parts), self._way.sample) as crew:
-            for seen in crew.look(self._targets, parts):
-                self._take(seen)
+            for verified in crew.look(self._targets, parts):
+                self._take(verified)
                 self._so_far.tell(conduct)
                 if self._book.is_due:
                     self._write()
@@ -267,11 +269,11 @@ class _Round:
         self._book.put_run(self._run)
         self._book.write()
 
-    def _take(self, seen: Seen) -> None:
+    def _take(self, verified: Verified) -> None:
         """Enter what was seen of a part of a layer."""
-        number, size = seen.part.index, seen.verdict.bytes_read
+        number, size = verified.part.index, verified.layer_report.bytes_read
         entry, found = self._entries[number], self._found[number]
-        found.join(seen.verdict)
+        found.join(verified.layer_report)
         self._read[number] += size
         self._result.bytes_read += size
         if found.exit_code == DIFFERENT:
@@ -279,8 +281,8 @@ class _Round:
         self._run = self._run._replace(
             bytes=self._result.bytes_read, different=len(self._different)
         )
-        is_last = self._outstanding.take(seen)
-        self._so_far.take(seen, is_last=is_last)
+        is_last = self._outstanding.take(verified)
+        self._so_far.take(verified, is_last=is_last)
         if is_last:
             entry = self._way.wholly(entry, found)
             self._finish(entry, self._told(number))
@@ -290,9 +292,9 @@ class _Round:
         self._entries[number] = entry
         self._book.put(entry)
 
-    def _finish(self, entry: Entry, found: Verdict) -> None:
+    def _finish(self, entry: Entry, found: LayerReport) -> None:
         """Enter what this run has found of a whole layer."""
-        self._result.verdicts.append(found)
+        self._result.layer_reports.append(found)
         self._run = self._run._replace(layers=self._run.layers + 1)
         self._book.remember(self._run, entry, found.bytes_read)
 

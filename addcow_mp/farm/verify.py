@@ -16,36 +16,36 @@ from dataclasses import dataclass, replace
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Unexamined
-from addcow_mp.device.sidecar import SUFFIX, described_by, manifest_of
+from addcow_mp.device.manifest_file import SUFFIX, described_by, manifest_of
 from addcow_mp.errors import ManifestError
 from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import read_head
 from addcow_mp.jobs.dependants import Identity, Named
-from addcow_mp.jobs.looking import Target
+from addcow_mp.jobs.layer_report import Grade, LayerReport
 from addcow_mp.jobs.report import Conduct
-from addcow_mp.jobs.verdict import Grade, Verdict
 from addcow_mp.jobs.verify import chain_of, verifiers, was_met
+from addcow_mp.jobs.verify_task import LayerRef
 
 
 @dataclass(frozen=True)
-class FarmVerdict:
+class FarmLayerReports:
     """What was found: ``images`` are the overlays in the places, ``files`` all other layers.
 
     Also among ``files`` is what could not be looked at. ``places``: where they were looked for.
     """
 
-    images: list[Verdict]
-    files: list[Verdict]
+    images: list[LayerReport]
+    files: list[LayerReport]
     places: Found
 
     @property
-    def all(self) -> list[Verdict]:
+    def all(self) -> list[LayerReport]:
         """Both."""
         return [*self.images, *self.files]
 
 
-def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVerdict:
+def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmLayerReports:
     """Verify every layer in ``places``. Raises :class:`ImageError` when none of them is there.
 
     Raises :class:`BeginsAnewError` when ``conduct`` stops it.
@@ -56,9 +56,9 @@ def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmVe
     with verifiers(replace(conduct, access=files.access), len(files.manifests)) as crew:
         with conduct.looking():
             images, others = files.layers()
-        verdicts = crew.verify([*images, *others])
-    others_found = verdicts[len(images) :] + files.unexamined()
-    return FarmVerdict(verdicts[: len(images)], others_found, files.found)
+        layer_reports = crew.verify([*images, *others])
+    others_found = layer_reports[len(images) :] + files.unexamined()
+    return FarmLayerReports(layer_reports[: len(images)], others_found, files.found)
 
 
 class FarmFiles:
@@ -78,7 +78,7 @@ class FarmFiles:
         self.manifests = [path for path in paths if path.endswith(SUFFIX)]
         self._paths = [path for path in paths if not path.endswith(SUFFIX)]
 
-    def layers(self) -> tuple[list[Target], list[Target]]:
+    def layers(self) -> tuple[list[LayerRef], list[LayerRef]]:
         """The overlays among the files, and all other layers.
 
         A file that is a place itself is a layer, whatever it is: it was asked for.
@@ -90,7 +90,7 @@ class FarmFiles:
         seen: set[Identity | str] = {one.identity for one in overlays}
         others = list(_others(overlays, self.manifests, self.access, seen))
         others += [one for path in sorted(self._named) for one in _alone(path, seen)]
-        return [Target(one.path) for one in overlays], others
+        return [LayerRef(one.path) for one in overlays], others
 
     def _overlays_of(self, paths: list[str]) -> list[Named]:
         hidden: list[Unexamined] = []
@@ -99,20 +99,20 @@ class FarmFiles:
         self.found.unexamined += [one for one in hidden if one.path not in self._named]
         return overlays
 
-    def unexamined(self) -> list[Verdict]:
+    def unexamined(self) -> list[LayerReport]:
         """What could not be looked at, once the layers are known."""
         return [_unexamined(one) for one in self.found.unexamined]
 
 
-def _unexamined(one: Unexamined) -> Verdict:
-    verdict = Verdict(one.path)
-    verdict.remark("not-examined", Grade.UNVERIFIED, one.path, one.reason)
-    return verdict
+def _unexamined(one: Unexamined) -> LayerReport:
+    layer_report = LayerReport(one.path)
+    layer_report.remark("not-examined", Grade.UNVERIFIED, one.path, one.reason)
+    return layer_report
 
 
 def _others(
     overlays: list[Named], manifests: list[str], access: Access, seen: set[Identity | str]
-) -> Iterator[Target]:
+) -> Iterator[LayerRef]:
     """What overlays stand on and no overlay of the farm is, and what has a manifest besides."""
     for one in overlays:
         # What was met has brought with it all that it stands on.
@@ -122,16 +122,16 @@ def _others(
             ]:
                 yield from _new(target, seen)
     for path in manifests:
-        for target in _new(Target(path.removesuffix(SUFFIX)), seen):
+        for target in _new(LayerRef(path.removesuffix(SUFFIX)), seen):
             yield replace(target, format=_kind(path))
 
 
-def _alone(path: str, seen: set[Identity | str]) -> Iterator[Target]:
+def _alone(path: str, seen: set[Identity | str]) -> Iterator[LayerRef]:
     """A file that was named and is no overlay: raw, but for the manifest that was one of those."""
     if described_by(path) is None:
         sidecar = manifest_of(path)
         kind = _kind(sidecar) if os.path.lexists(sidecar) else RAW
-        yield from _new(Target(path, kind), seen)
+        yield from _new(LayerRef(path, kind), seen)
 
 
 def _kind(path: str) -> str:
@@ -142,7 +142,7 @@ def _kind(path: str) -> str:
         return ADD_COW
 
 
-def _new(target: Target, seen: set[Identity | str]) -> Iterator[Target]:
+def _new(target: LayerRef, seen: set[Identity | str]) -> Iterator[LayerRef]:
     """``target``, unless the same file was met before, or the same name of none."""
     if not was_met(target.path, seen):
         yield target

@@ -333,7 +333,7 @@ def leaked_clusters(overlay: Overlay) -> Iterator[int]:
     """
     image, geometry = overlay.image.file, overlay.geometry
     data = -1
-    for run in overlay.local_runs(0, 0, overlay.bitmap.known):
+    for run in overlay.runs_by_allocation(0, 0, overlay.bitmap.known):
         place, stop = geometry.span(*run)
         while place < stop:
             if data < place:

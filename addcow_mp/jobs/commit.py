@@ -16,22 +16,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, FORESEEING, open_chain
+from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, ESTIMATING, open_chain
 from addcow_mp.device.files import File
 from addcow_mp.device.hardlinks import link_warnings, refuse_linked
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.magic import resembles
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.engine.plan import Task, cut
-from addcow_mp.engine.survey import alignment, local_stretches
+from addcow_mp.engine.allocation import alignment, allocated_stretches
+from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
 from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
-from addcow_mp.jobs.moving import Movement, move, refuse_unwritable, room
 from addcow_mp.jobs.readback import Proof, reading_back
-from addcow_mp.jobs.report import Conduct, Prospect, Reach, Report, reporting
+from addcow_mp.jobs.report import Conduct, Estimate, Reach, Report, reporting
+from addcow_mp.jobs.transfer_job import Movement, move, refuse_unwritable, space
 from addcow_mp.units import round_down
 
 
@@ -64,13 +64,13 @@ def _proof(overlay: Overlay, *, keep: bool) -> Proof:
     )
 
 
-def foresee(path: str, conduct: Conduct, *, receives: bool = False) -> Prospect | None:
+def estimate(path: str, conduct: Conduct, *, receives: bool = False) -> Estimate | None:
     """What a commit of ``path`` would do; None when there is nothing to do.
 
     ``receives`` says that there will be, since others are committed into it before. Raises what
     the commit would be refused for.
     """
-    with open_chain(path, FORESEEING, conduct.access) as overlay:
+    with open_chain(path, ESTIMATING, conduct.access) as overlay:
         if overlay.backing is None or (_is_done(overlay) and not receives):
             return None
         movement = _movement(overlay, conduct, keep=False)
@@ -78,8 +78,8 @@ def foresee(path: str, conduct: Conduct, *, receives: bool = False) -> Prospect 
         target = movement.target.file
         device = target.status.st_dev
         gives_back = overlay.image.file.status.st_dev == device
-        taken = room(movement, conduct)
-        return Prospect(movement.weight, taken, target.path, device, gives_back)
+        taken = space(movement, conduct)
+        return Estimate(movement.weight, taken, target.path, device, gives_back)
 
 
 def _opened_to_write(overlay: Overlay) -> list[File]:
@@ -193,7 +193,7 @@ def _target(backing: Layer) -> Target:
 def _tasks(overlay: Overlay, backing: Layer) -> list[Task]:
     other = backing.cluster_size if isinstance(backing, Overlay) else 0
     aligned = alignment(overlay.cluster_size, other)
-    return cut(local_stretches(overlay, aligned), overlay.geometry.clusters)
+    return cut(allocated_stretches(overlay, aligned), overlay.geometry.clusters)
 
 
 def _prepare(overlay: Overlay, backing: Layer, *, keep: bool) -> None:

@@ -12,14 +12,14 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 from addcow_mp.device.chain import open_layer
-from addcow_mp.device.layer import Kind, Layer, Piece, joined
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.plan import Task, cut
-from addcow_mp.engine.pool import Done, Failed, Pool, attempt
-from addcow_mp.engine.run import workers_for
-from addcow_mp.engine.scan import Comparison, overlapping
-from addcow_mp.engine.survey import alignment, data_stretches
-from addcow_mp.errors import AddcowError, BeginsAnewError, StoppedError, WorkerError
+from addcow_mp.device.extent import Extent, ExtentKind, joined
+from addcow_mp.device.layer import Layer
+from addcow_mp.engine.allocation import alignment, data_stretches
+from addcow_mp.engine.compare import Comparison, Differences, overlapping
+from addcow_mp.engine.pool import Failed, attempt
+from addcow_mp.engine.scan import ScanHooks, ScanOptions, scan
+from addcow_mp.engine.tasks import Task, cut
+from addcow_mp.errors import AddcowError, StoppedError, WorkerError
 from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct
@@ -114,32 +114,28 @@ def _look(
     *,
     every: bool,
 ) -> None:
-    workers = workers_for(conduct.jobs, tasks)
-    board = Board.create((), workers)
-    total = sum(task.weight for task in tasks)
+    work = Comparison(one, other, geometry, first_only=not every)
     found: list[Run] = []
     finished = 0
-    try:
-        work = Comparison(one, other, geometry, board, first_only=not every)
-        with Pool(work, workers) as pool:
-            enough = lambda: conduct.stopping() or bool(found and not every)  # noqa: E731
-            for answer in pool.run(tasks, enough):
-                conduct.progress(min(board.total, total), total)
-                if isinstance(answer, Failed):
-                    # What kills who looks at it through a mapping is named by who reads it.
-                    answer = attempt(work, answer.task, workers)  # noqa: PLW2901
-                if isinstance(answer, Failed):
-                    raise _failed(one, other, answer)
-                if isinstance(answer, Done):
-                    finished += 1
-                    found += answer.result.runs
-                    result.complete &= answer.result.complete
-    finally:
-        board.close()
+
+    def failed(result: Failed) -> Differences:
+        """What kills a process that maps it is named by one that reads it."""
+        again = attempt(work, result.task, 0)
+        if isinstance(again, Failed):
+            raise _failed(one, other, again)
+        differences: Differences = again.result
+        return differences
+
+    hooks = ScanHooks(
+        one.path, failed, conduct.stopping, lambda: bool(found and not every), conduct.progress
+    )
+    for _, differences in scan(work, tasks, ScanOptions(conduct.jobs, maps=True), hooks):
+        finished += 1
+        found += differences.runs
+        result.complete &= differences.complete
     result.differing = list(merged(sorted(found)))
     result.complete &= finished == len(tasks)
-    if not found and finished < len(tasks):
-        raise BeginsAnewError(path=one.path)
+    total = sum(task.weight for task in tasks)
     conduct.progress(total, total)
 
 
@@ -160,7 +156,9 @@ def _first_unequal_allocation(one: Layer, other: Layer) -> int | None:
     return next((here.start for here, there in pairs if here.kind is not there.kind), None)
 
 
-def _presence(side: Layer, stop: int) -> Iterator[Piece]:
+def _presence(side: Layer, stop: int) -> Iterator[Extent]:
     """What holds data and what does not, whichever file it is in."""
-    for piece in side.pieces(0, stop):
-        yield piece._replace(depth=0, kind=Kind.DATA if piece.kind is Kind.DATA else Kind.ZERO)
+    for piece in side.walk(0, stop):
+        yield piece._replace(
+            depth=0, kind=ExtentKind.DATA if piece.kind is ExtentKind.DATA else ExtentKind.ZERO
+        )

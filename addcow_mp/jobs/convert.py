@@ -17,18 +17,18 @@ from addcow_mp.device.headers import take_locks
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
+from addcow_mp.device.manifest_file import invalidate
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.permissions import Readers
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.device.sidecar import invalidate
-from addcow_mp.engine.plan import cut
-from addcow_mp.engine.survey import alignment, data_stretches
+from addcow_mp.engine.allocation import alignment, data_stretches
+from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.transfer import RawTarget, Which
 from addcow_mp.errors import StoppedError, UnfinishedError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
-from addcow_mp.jobs.moving import Movement, move
 from addcow_mp.jobs.report import Conduct, Report, reporting
+from addcow_mp.jobs.transfer_job import Movement, move
 from addcow_mp.units import KiB
 
 #: A raw source has no clusters; tasks and reports are then in units of this size.

@@ -32,8 +32,8 @@ from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.headers import MAX_DEPTH, open_claimed
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
+from addcow_mp.device.manifest_file import invalidate
 from addcow_mp.device.permissions import EVERYBODY, Readers
-from addcow_mp.device.sidecar import invalidate
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
 from addcow_mp.format.geometry import Geometry, raw_size
 from addcow_mp.format.header import (

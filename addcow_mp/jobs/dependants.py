@@ -63,7 +63,7 @@ class Named(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class NearbyOverlays:
     """The overlays around the files of a job; ``more`` are left out, these are enough to refuse it.
 
     ``unread`` are files and directories that cannot be read, in the directories of the job's own
@@ -81,7 +81,7 @@ def refuse_dependants(
     changed: list[File],
     access: Access,
     mend: str = _MEND,
-    around: Surroundings | None = None,
+    around: NearbyOverlays | None = None,
 ) -> None:
     """Raise :class:`DependantsError` when other overlays need a file of ``changed``.
 
@@ -125,7 +125,7 @@ def refuse_unexamined(unread: Sequence[Unexamined]) -> None:
         )
 
 
-def _around(overlay: Overlay, access: Access) -> Surroundings:
+def _around(overlay: Overlay, access: Access) -> NearbyOverlays:
     near = [file.path for file in (*overlay.files(), *(one.cow for one in _members(overlay)))]
     return overlays_near(near, access)
 
@@ -162,7 +162,7 @@ def _members(layer: Layer | None) -> Iterator[Overlay]:
         layer = layer.backing
 
 
-def overlays_near(paths: list[str], access: Access) -> Surroundings:
+def overlays_near(paths: list[str], access: Access) -> NearbyOverlays:
     """The overlays in the directories of ``paths`` and beneath the roots, each meaning once."""
     directories = dict.fromkeys(os.path.dirname(os.path.realpath(path)) for path in paths)
     near = _Near(exclusions(access.exclude))
@@ -172,7 +172,7 @@ def overlays_near(paths: list[str], access: Access) -> Surroundings:
     for root in access.roots:
         beyond.look_through(os.path.realpath(root), deep=True)
     hidden = tuple(one for one in beyond.unread if one not in near.unread)
-    return Surroundings(tuple(near.found.values()), 0, tuple(near.unread), hidden)
+    return NearbyOverlays(tuple(near.found.values()), 0, tuple(near.unread), hidden)
 
 
 class _Near:

@@ -16,16 +16,16 @@ from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain, readers_of_
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.permissions import narrow, narrower
-from addcow_mp.engine.plan import cut
-from addcow_mp.engine.space import Room
-from addcow_mp.engine.survey import alignment, missing_stretches
+from addcow_mp.engine.allocation import alignment, unallocated_stretches
+from addcow_mp.engine.space import SpaceNeeded
+from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.transfer import RawTarget, Which
 from addcow_mp.errors import SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
-from addcow_mp.jobs.moving import Movement, move, refuse_unwritable, room
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
-from addcow_mp.jobs.report import Conduct, Prospect, Reach, Report, ending, reporting
+from addcow_mp.jobs.report import Conduct, Estimate, Reach, Report, ending, reporting
+from addcow_mp.jobs.transfer_job import Movement, move, refuse_unwritable, space
 
 
 def flatten(
@@ -54,7 +54,7 @@ def flatten(
     return report
 
 
-def foresee(path: str, conduct: Conduct, *, discard: bool = False) -> Prospect | None:
+def estimate(path: str, conduct: Conduct, *, discard: bool = False) -> Estimate | None:
     """What a flatten of ``path`` would do; None when there is nothing to do.
 
     Raises what the flatten would be refused for.
@@ -68,13 +68,13 @@ def foresee(path: str, conduct: Conduct, *, discard: bool = False) -> Prospect |
         if overlay.all_allocated:
             for file in written:
                 conduct.access.refuse_unwritable(file)
-            return Prospect(0, Room(), image.path, image.status.st_dev)
+            return Estimate(0, SpaceNeeded(), image.path, image.status.st_dev)
         movement = _movement(overlay)
         refuse_unwritable(movement, written, conduct.access)
         _refuse_unnarrowable(overlay)
-        taken, bits = room(movement, conduct), overlay.bitmap.hole_bytes()
-        taken = Room(taken.peak + bits, taken.kept + bits, taken.freed)
-        return Prospect(movement.weight, taken, image.path, image.status.st_dev)
+        taken, bits = space(movement, conduct), overlay.bitmap.hole_bytes()
+        taken = SpaceNeeded(taken.peak + bits, taken.kept + bits, taken.freed)
+        return Estimate(movement.weight, taken, image.path, image.status.st_dev)
 
 
 def _refuse(overlay: Overlay, conduct: Conduct, *, discard: bool) -> None:
@@ -91,7 +91,7 @@ def _movement(overlay: Overlay) -> Movement:
     refuse_short(overlay)
     _refuse_without_room_for_bits(overlay)
     geometry, target = overlay.geometry, RawTarget(overlay.image.file)
-    tasks = cut(missing_stretches(overlay, alignment(overlay.cluster_size)), geometry.clusters)
+    tasks = cut(unallocated_stretches(overlay, alignment(overlay.cluster_size)), geometry.clusters)
     movement = Movement(overlay, geometry, Which.MISSING, target, tasks, publish=(overlay, 1))
     movement.changed = (overlay,)
     return movement

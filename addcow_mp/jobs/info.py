@@ -15,13 +15,13 @@ from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import (
     MAX_DEPTH,
     Names,
+    errors_naming,
     load_header,
     load_names,
     open_claimed,
     refuse_mismatch,
     refuse_protocol,
     short_bitmap_warning,
-    telling,
 )
 from addcow_mp.device.locks import READING
 from addcow_mp.errors import ImageError
@@ -78,11 +78,11 @@ def info(path: str, access: Access | None = None, *, named: bool = True) -> Info
         access = access.beside(cow.base) if named else access
         header = load_header(cow)
         names = load_names(cow, header)
-        with telling(cow, names.image, "image file") as target:
+        with errors_naming(cow, names.image, "image file") as target:
             image = open_claimed(access, target, READING, IMAGE, named=False)
         try:
             _refuse_same(cow, image, names)
-            with telling(cow, names.image, "image file"):
+            with errors_naming(cow, names.image, "image file"):
                 refuse_mismatch(image, names.image_format)
             return _info(cow, image, header, names)
         finally:

@@ -23,15 +23,15 @@ from addcow_mp.device.chain import open_layer, readers_of_chain
 from addcow_mp.device.files import claim_alone, identity_at, identity_of, sync_entry
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.magic import refuse_as_raw
+from addcow_mp.device.manifest_file import SUFFIX, draft_of, is_manifest, manifest_of
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.permissions import Readers, settle
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.device.sidecar import SUFFIX, draft_of, is_manifest, manifest_of
-from addcow_mp.engine.leaves import Leaves, cow_digests, file_of, is_all_local
-from addcow_mp.engine.plan import Task, cut
-from addcow_mp.engine.pool import Failed, Part, Pool
-from addcow_mp.engine.run import workers_for
-from addcow_mp.engine.survey import data_stretches
+from addcow_mp.engine.allocation import data_stretches
+from addcow_mp.engine.layer_digest import LeafHasher, cow_digests, file_of, is_fully_allocated
+from addcow_mp.engine.pool import Failed
+from addcow_mp.engine.scan import ScanHooks, scan
+from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
@@ -295,7 +295,7 @@ def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Co
         end = file.tell()
         own = content_of(fd, end, layer.path)
         draft = Manifest(layer.path, own, head, end)
-        chain = [draft] if is_all_local(layer) else [draft, *below]
+        chain = [draft] if is_fully_allocated(layer) else [draft, *below]
         told = guest_digest(layer.size, guest_blocks(chain, layer.size))
         file.seek(0)
         file.write(replace(head, guest_digest=told, groups=len(draft.records)).pack())
@@ -308,27 +308,20 @@ def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Co
 
 def _hashed(layer: Layer, conduct: Conduct) -> Iterator[bytes]:
     """The records of all groups, in order."""
-    tasks = tasks_of(layer)
-    workers = workers_for(conduct.jobs, tasks)
-    part = Part.NONE if conduct.manner.is_for_workers else Part.FIRST
+
+    def failed(result: Failed) -> bytes:
+        start, stop = (at * GROUP for at in (result.task.first, result.task.stop))
+        action = f"hash what lies from {start} to {min(stop, layer.size)}"
+        raise FileError(path=layer.path, action=action, reason=str(result.error))
+
+    hooks = ScanHooks(layer.path, failed, conduct.stopping, progress=conduct.progress)
     waiting: dict[int, bytes] = {}
-    due, done, total = 0, 0, sum(task.weight for task in tasks)
-    with Pool(Leaves(layer), workers, part=part) as pool:
-        for result in pool.run(tasks, conduct.stopping):
-            if result is None:
-                continue
-            if isinstance(result, Failed):
-                start, stop = (at * GROUP for at in (result.task.first, result.task.stop))
-                action = f"hash what lies from {start} to {min(stop, layer.size)}"
-                raise FileError(path=layer.path, action=action, reason=str(result.error))
-            waiting[result.task.number] = result.result
-            done += result.task.weight
-            conduct.progress(done, total)
-            while due in waiting:
-                yield waiting.pop(due)
-                due += 1
-    if due < len(tasks):
-        raise BeginsAnewError(path=layer.path)
+    due = 0
+    for task, records in scan(LeafHasher(layer), tasks_of(layer), conduct.scan_options, hooks):
+        waiting[task.number] = records
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
 
 
 def tasks_of(layer: Layer) -> list[Task]:

@@ -20,15 +20,15 @@ from functools import cached_property, partial
 from addcow_mp.device import faults
 from addcow_mp.device.chain import open_layer
 from addcow_mp.device.files import File
-from addcow_mp.device.forgetting import forget, refuse_unknowable
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.plan import Task, cut
-from addcow_mp.engine.pool import Done, Failed, Part, Pool
-from addcow_mp.engine.run import workers_for
-from addcow_mp.engine.survey import data_stretches
-from addcow_mp.engine.view import View
+from addcow_mp.device.page_cache import drop_cached, refuse_unknowable
+from addcow_mp.engine.allocation import data_stretches
+from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.pool import Failed
+from addcow_mp.engine.scan import ScanHooks, scan
+from addcow_mp.engine.tasks import Task, cut
+from addcow_mp.engine.view_digest import View
 from addcow_mp.errors import (
     AddcowError,
     BeginsAnewError,
@@ -46,7 +46,7 @@ from addcow_mp.jobs.report import Conduct, Report
 
 
 @dataclass(frozen=True)
-class Sight:
+class ViewDigests:
     """What a guest sees in ``size`` bytes: the nodes of all groups that have data, by number.
 
     It took reading about ``weight`` bytes.
@@ -61,44 +61,31 @@ class Sight:
         """The guest's digest, in hexadecimal."""
         return view_digest(self.size, self.nodes)
 
-    def differing(self, other: Sight) -> list[int]:
+    def differing(self, other: ViewDigests) -> list[int]:
         """The groups in which ``other``, of the same size, shows something else."""
         zero = zero_node(1)
         numbers = sorted(self.nodes.keys() | other.nodes.keys())
         return [one for one in numbers if self.nodes.get(one, zero) != other.nodes.get(one, zero)]
 
 
-def look(layer: Layer, size: int, conduct: Conduct) -> Sight:
+def digest_view(layer: Layer, size: int, conduct: Conduct) -> ViewDigests:
     """See the first ``size`` bytes of ``layer``. Raises :class:`BeginsAnewError` when stopped."""
     tasks = _tasks(layer, size)
-    weight, left, done = sum(task.weight for task in tasks), len(tasks), 0
+    options = conduct.scan_options
     nodes = dict[int, bytes]()
-    for result in _seen(layer, size, tasks, conduct):
-        if isinstance(result, Failed):
-            raise _told(layer, result)
-        nodes |= result.result
-        left, done = left - 1, done + result.task.weight
-        conduct.progress(done, weight)
-    if left:
-        raise BeginsAnewError(path=layer.path)
-    return Sight(size, nodes, weight)
 
+    def failed(result: Failed) -> dict[int, bytes]:
+        raise _told(layer, result)
 
-def _seen(layer: Layer, size: int, tasks: list[Task], conduct: Conduct) -> Iterator[Done | Failed]:
-    """What comes of the tasks, as it comes."""
-    manner = conduct.manner
-    jobs = workers_for(conduct.readers, tasks)
-    board = Board.create((), 0)
-    work = View(layer, size, board, manner.rate_of_each(jobs))
-    work.stopping = conduct.stopping
-    part = Part.NONE if manner.is_for_workers else Part.FIRST
-    try:
-        with Pool(work, jobs, part=part) as pool:
-            for result in pool.run(tasks, partial(board.stops_by, conduct.stopping)):
-                if result is not None:
-                    yield result
-    finally:
-        board.close()
+    with closing(DoneMap.create((), 0)) as done_map:
+        stopping = partial(done_map.stops_by, conduct.stopping)
+        hooks = ScanHooks(layer.path, failed, stopping, progress=conduct.progress)
+        rate = conduct.copy_options.rate_of_each(options.processes(tasks))
+        work = View(layer, size, done_map, rate)
+        work.stopping = conduct.stopping
+        for _, found in scan(work, tasks, options, hooks):
+            nodes |= found
+    return ViewDigests(size, nodes, sum(task.weight for task in tasks))
 
 
 def _tasks(layer: Layer, size: int) -> list[Task]:
@@ -150,7 +137,7 @@ def reading_back(
     for one in proof.changed:
         for file in _own_files(one):
             refuse_unknowable(file)
-    before = look(overlay, overlay.size, conduct.amid(0, 0))
+    before = digest_view(overlay, overlay.size, conduct.amid(0, 0))
     weight = before.weight
     yield conduct.amid(weight, weight)
     # Our own locks stand against everybody, and so against a second opening as well; and what is
@@ -165,7 +152,7 @@ def reading_back(
     report.guest_digest = after.digest
 
 
-def _read_back(proof: Proof, size: int, conduct: Conduct) -> Sight:
+def _read_back(proof: Proof, size: int, conduct: Conduct) -> ViewDigests:
     try:
         return _seen_anew(proof, size, conduct)
     except StoppedError:
@@ -174,13 +161,13 @@ def _read_back(proof: Proof, size: int, conduct: Conduct) -> Sight:
         raise UnverifiedError(path=proof.path, cause=str(error)) from error
 
 
-def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> Sight:
+def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> ViewDigests:
     expected = proof.layer.size
     for one in proof.changed:
         if isinstance(one, Overlay):
             one.bitmap.unmap()
         for file in _own_files(one):
-            forget(file)
+            drop_cached(file)
     if faults.armed:
         with next(proof.written.files()).doing("read it back"):
             faults.hit("read_back")
@@ -189,7 +176,7 @@ def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> Sight:
         if anew.size != expected:
             problem = f"it is {anew.size} bytes large, and was {expected}"
             raise ImageError(path=next(anew.files()).path, problem=problem)
-        return look(anew, size, conduct)
+        return digest_view(anew, size, conduct)
 
 
 def _own_files(layer: Layer) -> list[File]:

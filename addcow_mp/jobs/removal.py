@@ -12,8 +12,8 @@ import os
 from addcow_mp.device import faults
 from addcow_mp.device.changeable import why_not_removable
 from addcow_mp.device.files import File, identity_of, sync_directory
+from addcow_mp.device.manifest_file import invalidate, invalidate_all, is_manifest, manifest_of
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import invalidate, invalidate_all, is_manifest, manifest_of
 from addcow_mp.errors import ImageError
 from addcow_mp.jobs.report import Reach, Report, ending
 

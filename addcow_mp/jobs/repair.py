@@ -17,8 +17,8 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.chain import WRITE, open_chain, readers_of_chain
 from addcow_mp.device.files import File, sync_directory
 from addcow_mp.device.hardlinks import refuse_linked
+from addcow_mp.device.manifest_file import invalidate_all
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import invalidate_all
 from addcow_mp.format.bits import merged
 from addcow_mp.format.header import FIXED_SIZE
 from addcow_mp.jobs.check import check, leaked_clusters

@@ -10,15 +10,16 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.moving import Manner, Way
-from addcow_mp.engine.run import Progress, no_progress
-from addcow_mp.engine.transfer import Amount
+from addcow_mp.device.copying import CopyMethod, CopyOptions
+from addcow_mp.engine.scan import ScanOptions
+from addcow_mp.engine.transfer import Totals
+from addcow_mp.engine.transfer_run import Progress, no_progress
 from addcow_mp.errors import AddcowError, StoppedError, UnendedError
 
 if TYPE_CHECKING:
     from addcow_mp.engine.pool import Pool
-    from addcow_mp.engine.space import Room
-    from addcow_mp.jobs.dependants import Surroundings
+    from addcow_mp.engine.space import SpaceNeeded
+    from addcow_mp.jobs.dependants import NearbyOverlays
 
 
 def never() -> bool:
@@ -40,7 +41,7 @@ class Conduct:
     many, after ``progress`` where they tell both. ``note`` is called with a line about what keeps
     the job waiting. ``stopping`` is asked between tasks, and once it is true no new one is begun.
     ``looking`` is around what only looks, and may be ended anywhere. ``access`` says what may be
-    opened and how, ``manner`` how bytes are moved, ``around`` what is known of other overlays
+    opened and how, ``copy_options`` how bytes are moved, ``around`` what is known of other overlays
     nearby; None = look.
     """
 
@@ -48,17 +49,17 @@ class Conduct:
     progress: Progress = no_progress
     stopping: Callable[[], bool] = never
     access: Access = field(default_factory=Access)
-    manner: Manner = field(default_factory=Manner)
+    copy_options: CopyOptions = field(default_factory=CopyOptions)
     crew: Pool | None = None
-    around: Surroundings | None = None
+    around: NearbyOverlays | None = None
     counted: Progress = no_progress
     note: Callable[[str], None] = ignore
     looking: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
-    def readers(self) -> int | None:
-        """``jobs`` for what only reads: one process keeps up with any limit."""
-        return 1 if self.jobs is None and self.manner.rate else self.jobs
+    def scan_options(self) -> ScanOptions:
+        """Who takes part in what only looks."""
+        return ScanOptions(self.jobs, is_limited=self.copy_options.rate > 0)
 
     def amid(self, before: int, after: int) -> Conduct:
         """The same for one step of several: so many bytes ``before`` it and ``after`` it."""
@@ -70,14 +71,14 @@ class Conduct:
 
 
 @dataclass(frozen=True)
-class Prospect:
+class Estimate:
     """What a job would do: about so many bytes to move, into ``target`` on ``device``.
 
     ``gives_back`` says that what was moved is freed on that device.
     """
 
     weight: int
-    room: Room
+    space: SpaceNeeded
     target: str
     device: int
     gives_back: bool = False
@@ -100,7 +101,7 @@ class Report:
 
     operation: str
     filename: str
-    amount: Amount = field(default_factory=Amount)
+    totals: Totals = field(default_factory=Totals)
     jobs: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -121,11 +122,11 @@ class Report:
         return {
             "operation": self.operation,
             "filename": self.filename,
-            "bytes-moved": self.amount.bytes_moved,
-            "clusters-moved": self.amount.clusters_moved,
-            "bytes-zeroed": self.amount.bytes_zeroed,
-            "clusters-zeroed": self.amount.clusters_zeroed,
-            "moved-by": dict(zip(Way, self.amount.ways, strict=True)),
+            "bytes-moved": self.totals.bytes_moved,
+            "clusters-moved": self.totals.clusters_moved,
+            "bytes-zeroed": self.totals.bytes_zeroed,
+            "clusters-zeroed": self.totals.clusters_zeroed,
+            "moved-by": dict(zip(CopyMethod, self.totals.ways, strict=True)),
             "seconds": round(self.seconds, 6),
             "jobs": self.jobs,
             **verified,

@@ -1,8 +1,9 @@
 """Verify: every layer of a chain, or of many, held against its manifest.
 
-Layers are dealt out in parcels to one pool; whoever has one opens its files and looks at them
-(:mod:`addcow_mp.jobs.looking`). What a process leaves, since it is much or since all shall stop,
-is dealt out anew, before whatever comes later: layers are looked at in about the given order.
+Layers are dealt out in batches to the processes of one scan. A process opens the files of its
+batch and looks at them (:mod:`addcow_mp.jobs.verify_task`). What it leaves, because it is much or
+because the job stops, is dealt out again before whatever comes later: layers are looked at in about
+the given order.
 
 The processes can be had before the layers are known: they start while a farm is being listed. How
 much there is to read is estimated by the length of manifests, and corrected by what was read.
@@ -20,21 +21,28 @@ from itertools import count
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import identity_at
 from addcow_mp.device.headers import load_header, load_names, resolve
-from addcow_mp.device.sidecar import manifest_of
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.pool import Done, Failed, Pool, usable_cpus
-from addcow_mp.engine.pool import Part as Role
+from addcow_mp.device.manifest_file import manifest_of
+from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.pool import Done, Failed, Pool
+from addcow_mp.engine.scan import scan_pool
 from addcow_mp.errors import AddcowError, BeginsAnewError
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import weight_of_length
 from addcow_mp.jobs.dependants import Identity
-from addcow_mp.jobs.differing import Sample
-from addcow_mp.jobs.looking import Looking, Parcel, Part, Seen, Target, can_reach
+from addcow_mp.jobs.layer_report import Grade, LayerReport
+from addcow_mp.jobs.leaf_compare import Sample
 from addcow_mp.jobs.report import Conduct
-from addcow_mp.jobs.verdict import Grade, Verdict
+from addcow_mp.jobs.verify_task import (
+    LayerRef,
+    LeafRange,
+    Verified,
+    VerifyTask,
+    VerifyWork,
+    can_reach,
+)
 
 #: Layers in one task: enough that handing it out costs little against it.
-PARCEL = 16
+BATCH = 16
 
 #: Layers for which another process is started at once: finding out what the first ones take would
 #: take longer.
@@ -44,7 +52,9 @@ MANY = 128
 SHARES = 8
 
 
-def verify(path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW) -> list[Verdict]:
+def verify(
+    path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW
+) -> list[LayerReport]:
     """Verify every layer of the chain of ``path``, from the top down.
 
     Raises :class:`AddcowError` when that file cannot be opened, and :class:`BeginsAnewError` when
@@ -58,7 +68,7 @@ def verify(path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW)
         return crew.verify(chain)
 
 
-def chain_of(path: str, format_: str, access: Access) -> Iterator[Target]:
+def chain_of(path: str, format_: str, access: Access) -> Iterator[LayerRef]:
     """The layers of a chain as far down as sound headers lead; what is damaged is the last.
 
     Each is named once: a chain that runs in a circle has an end, and one that is too deep to be
@@ -67,7 +77,7 @@ def chain_of(path: str, format_: str, access: Access) -> Iterator[Target]:
     holder: str | None = None
     met: set[Identity | str] = set()
     while not was_met(path, met):
-        yield Target(path, format_, holder)
+        yield LayerRef(path, format_, holder)
         below = _below(path, access, named=holder is None) if format_ == ADD_COW else None
         if below is None:
             return
@@ -99,27 +109,27 @@ def _below(path: str, access: Access, *, named: bool) -> tuple[str, str, str] | 
         return None
 
 
-class Outstanding:
+class RemainingLeaves:
     """The parts of layers that are still to be looked at."""
 
-    def __init__(self, parts: Iterable[Part]) -> None:
+    def __init__(self, parts: Iterable[LeafRange]) -> None:
         #: By the index of the layer, in order.
-        self.layers: dict[int, set[Part]] = {}
+        self.layers: dict[int, set[LeafRange]] = {}
         for part in parts:
             self.layers.setdefault(part.index, set()).add(part)
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[LeafRange]:
         """All of them."""
         return [part for parts in self.layers.values() for part in sorted(parts)]
 
-    def take(self, seen: Seen) -> bool:
+    def take(self, verified: Verified) -> bool:
         """Take note of what was looked at; whether it was the last of its layer."""
-        parts = self.layers[seen.part.index]
-        parts.discard(seen.part)
-        parts.update(seen.left)
+        parts = self.layers[verified.part.index]
+        parts.discard(verified.part)
+        parts.update(verified.left)
         if not parts:
-            del self.layers[seen.part.index]
+            del self.layers[verified.part.index]
         return not parts
 
 
@@ -133,9 +143,9 @@ class ReadSoFar:
         self._done = 0
         self._total = sum(weights)
 
-    def take(self, seen: Seen, *, is_last: bool) -> None:
+    def take(self, verified: Verified, *, is_last: bool) -> None:
         """Take note of what was seen of a layer, ``is_last`` when that was all of it."""
-        index, size = seen.part.index, seen.verdict.bytes_read
+        index, size = verified.part.index, verified.layer_report.bytes_read
         expected = max(self._weights[index], self._read[index])
         self._read[index] += size
         self._done += size
@@ -149,7 +159,7 @@ class ReadSoFar:
         conduct.counted(self._finished, len(self._weights))
 
 
-def _about(target: Target, access: Access) -> int:
+def _about(target: LayerRef, access: Access) -> int:
     """About how many bytes there are to read of a layer; 0 without a manifest.
 
     Digests of zeros are not stored, but a file can be full of them.
@@ -174,47 +184,42 @@ def verifiers(conduct: Conduct, layers: int, sample: Sample | None = None) -> It
 
     Where that is many they are started at once, so that they stand ready when it is known.
     """
-    board = Board.create((), 0)
-    manner, wanted = conduct.manner, conduct.readers
-    jobs = usable_cpus() if wanted is None else wanted
-    work = Looking(conduct.access, board, sample, manner.rate_of_each(jobs))
-    work.stopping = conduct.stopping
-    usual = Role.FULL if layers >= MANY else Role.FIRST
-    part = Role.NONE if manner.is_for_workers else usual
-    try:
-        with Pool(work, jobs, part=part) as pool:
+    options = replace(conduct.scan_options, counts=True, many=layers >= MANY)
+    with closing(DoneMap.create((), 0)) as done_map:
+        rate = conduct.copy_options.rate_of_each(options.processes(()))
+        work = VerifyWork(conduct.access, done_map, sample, rate)
+        work.stopping = conduct.stopping
+        with scan_pool(work, (), options) as pool:
             if layers >= MANY and not conduct.stopping():
                 pool.start(layers // MANY)
-            yield Verifiers(pool, conduct, board)
-    finally:
-        board.close()
+            yield Verifiers(pool, conduct, done_map)
 
 
 class Verifiers:
     """What :func:`verifiers` yields. Used once."""
 
-    def __init__(self, pool: Pool, conduct: Conduct, board: Board) -> None:
+    def __init__(self, pool: Pool, conduct: Conduct, done_map: DoneMap) -> None:
         self._pool = pool
         self._conduct = conduct
-        self._board = board
+        self._board = done_map
 
-    def verify(self, targets: list[Target]) -> list[Verdict]:
+    def verify(self, targets: list[LayerRef]) -> list[LayerReport]:
         """Verify ``targets``; verdicts are in their order.
 
         Raises :class:`BeginsAnewError` when it is stopped.
         """
-        verdicts = [Verdict(target.path) for target in targets]
-        outstanding = Outstanding(Part(index) for index in range(len(targets)))
+        layer_reports = [LayerReport(target.path) for target in targets]
+        outstanding = RemainingLeaves(LeafRange(index) for index in range(len(targets)))
         read = ReadSoFar([_about(target, self._conduct.access) for target in targets])
-        for seen in self.look(targets, outstanding.parts):
-            verdicts[seen.part.index].join(seen.verdict)
-            read.take(seen, is_last=outstanding.take(seen))
+        for verified in self.look(targets, outstanding.parts):
+            layer_reports[verified.part.index].join(verified.layer_report)
+            read.take(verified, is_last=outstanding.take(verified))
             read.tell(self._conduct)
         if outstanding.layers:
             raise BeginsAnewError(path=f"{len(targets)} layers")
-        return verdicts
+        return layer_reports
 
-    def look(self, targets: list[Target], parts: Sequence[Part]) -> Iterator[Seen]:
+    def look(self, targets: list[LayerRef], parts: Sequence[LeafRange]) -> Iterator[Verified]:
         """Look at ``parts`` of ``targets``, in about this order; ends early when it is stopped."""
         dealing = _Dealing(self._pool, targets, max(1, self._pool.jobs))
         return dealing.all(parts, partial(self._board.stops_by, self._conduct.stopping))
@@ -223,31 +228,31 @@ class Verifiers:
 class _Dealing:
     """Parcels made of parts, and what becomes of those that are left or failed."""
 
-    def __init__(self, pool: Pool, targets: list[Target], jobs: int) -> None:
+    def __init__(self, pool: Pool, targets: list[LayerRef], jobs: int) -> None:
         self._pool = pool
         self._targets = targets
         self._jobs = jobs
         self._numbers = count()
 
-    def all(self, parts: Sequence[Part], stopping: Callable[[], bool]) -> Iterator[Seen]:
-        size = max(1, min(PARCEL, len(parts) // (self._jobs * SHARES)))
+    def all(self, parts: Sequence[LeafRange], stopping: Callable[[], bool]) -> Iterator[Verified]:
+        size = max(1, min(BATCH, len(parts) // (self._jobs * SHARES)))
         for result in self._pool.run(self._parcels(parts, size), stopping):
             if result is not None:
                 yield from self._seen(result)
 
-    def _parcels(self, parts: Sequence[Part], size: int) -> list[Parcel]:
+    def _parcels(self, parts: Sequence[LeafRange], size: int) -> list[VerifyTask]:
         groups = [tuple(parts[at : at + size]) for at in range(0, len(parts), size)]
         return [
-            Parcel(next(self._numbers), 0, 0, len(group), group, self._targets_of(group))
+            VerifyTask(next(self._numbers), 0, 0, len(group), group, self._targets_of(group))
             for group in groups
         ]
 
-    def _targets_of(self, parts: Sequence[Part]) -> tuple[Target, ...]:
+    def _targets_of(self, parts: Sequence[LeafRange]) -> tuple[LayerRef, ...]:
         return tuple(self._targets[part.index] for part in parts)
 
-    def _seen(self, result: Done | Failed) -> list[Seen]:
+    def _seen(self, result: Done | Failed) -> list[Verified]:
         """What a task has shown; whatever it left is dealt out."""
-        assert isinstance(result.task, Parcel)  # noqa: S101 - there are no others
+        assert isinstance(result.task, VerifyTask)  # noqa: S101 - there are no others
         parts = result.task.parts
         if isinstance(result, Failed):
             if len(parts) == 1:
@@ -255,14 +260,14 @@ class _Dealing:
             # One of them ended its process: which, shows when each is alone.
             self._pool.add(self._parcels(parts, 1), first=True)
             return []
-        found: list[Seen] = result.result
-        left = [part for seen in found for part in seen.left]
+        found: list[Verified] = result.result
+        left = [part for verified in found for part in verified.left]
         self._pool.add(
-            self._parcels(left, 1) + self._parcels(parts[len(found) :], PARCEL), first=True
+            self._parcels(left, 1) + self._parcels(parts[len(found) :], BATCH), first=True
         )
         return found
 
-    def _unexamined(self, part: Part, error: AddcowError) -> Seen:
-        verdict = Verdict(self._targets[part.index].path)
-        verdict.remark("unexamined", Grade.UNVERIFIED, verdict.path, str(error))
-        return Seen(part, verdict)
+    def _unexamined(self, part: LeafRange, error: AddcowError) -> Verified:
+        layer_report = LayerReport(self._targets[part.index].path)
+        layer_report.remark("unexamined", Grade.UNVERIFIED, layer_report.path, str(error))
+        return Verified(part, layer_report)

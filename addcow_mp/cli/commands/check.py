@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.messages import complain, one_line, warn
 from addcow_mp.cli.options import (
     Exclude,
     Force,
@@ -18,7 +19,6 @@ from addcow_mp.cli.options import (
     Share,
 )
 from addcow_mp.cli.results import job_is_done
-from addcow_mp.cli.saying import complain, one_line, warn
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.findings import CheckReport, Severity
 from addcow_mp.jobs.repair import repair as job

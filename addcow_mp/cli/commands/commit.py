@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.options import (
-    CopyOptions,
+    CopyingOptions,
     JobChangeOptions,
     JobProgress,
     OverlayFile,
@@ -25,14 +25,14 @@ def command(
     progress: JobProgress,
     workers: Workers,
     printing: Printing,
-    copying: CopyOptions,
+    copying: CopyingOptions,
     changing: JobChangeOptions,
 ) -> None:
     """Move the overlay's clusters into its backing file."""
     from addcow_mp.jobs.commit import commit as job
 
     access = changing.access_for(copying)
-    manner = copying.manner(idle=workers.idle)
-    with workers.working(access, manner, progress, quiet=printing.quiet) as conduct:
+    copy_options = copying.copy_options(idle=workers.idle)
+    with workers.working(access, copy_options, progress, quiet=printing.quiet) as conduct:
         report = job(overlay.file, keep=keep, verifies=verify, conduct=conduct)
     printing.report(report, "Image committed.")

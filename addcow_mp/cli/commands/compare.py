@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.messages import warn
 from addcow_mp.cli.options import (
     Format,
     JobProgress,
@@ -17,7 +18,6 @@ from addcow_mp.cli.options import (
     Workers,
     file_argument,
 )
-from addcow_mp.cli.saying import warn
 from addcow_mp.format.bits import merged
 from addcow_mp.units import SECTOR, round_down, round_up
 
@@ -55,7 +55,7 @@ def command(
     access = opening.access(share=share)
     quiet, as_json = printing.quiet, printing.as_json
     formats = sides.format.value, sides.other_format.value
-    with workers.working(access, workers.manner(), progress, quiet=quiet) as conduct:
+    with workers.working(access, workers.copy_options(), progress, quiet=quiet) as conduct:
         result = job(sides.one, sides.other, formats, strict=strict, every=as_json, conduct=conduct)
     warn(result.warnings)
     if as_json:

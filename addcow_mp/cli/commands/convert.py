@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.options import (
-    CopyOptions,
+    CopyingOptions,
     ForceRaw,
     Format,
     JobProgress,
@@ -36,7 +36,7 @@ def command(
     progress: JobProgress,
     workers: Workers,
     printing: Printing,
-    copying: CopyOptions,
+    copying: CopyingOptions,
     share: Share = False,
     force: ForceRaw = False,
     opening: Opening,
@@ -45,8 +45,8 @@ def command(
     from addcow_mp.jobs.convert import convert as job
 
     access = opening.access(share=share, durable=copying.durable, force=force, writes=True)
-    manner = copying.manner(idle=workers.idle, usual="4k")
-    with workers.working(access, manner, progress, quiet=printing.quiet) as conduct:
+    copy_options = copying.copy_options(idle=workers.idle, usual="4k")
+    with workers.working(access, copy_options, progress, quiet=printing.quiet) as conduct:
         report = job(
             files.source, files.destination, source_format=files.format.value, conduct=conduct
         )

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from addcow_mp.cli.messages import one_line, warn
 from addcow_mp.cli.options import (
     Exclude,
     FileFormat,
@@ -20,7 +21,6 @@ from addcow_mp.cli.options import (
     name_of_file,
 )
 from addcow_mp.cli.results import job_is_done
-from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.access import Access
 from addcow_mp.errors import UsageError
 from addcow_mp.jobs.create import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from addcow_mp.cli.options import (
-    CopyOptions,
+    CopyingOptions,
     Discard,
     JobChangeOptions,
     JobProgress,
@@ -22,14 +22,14 @@ def command(
     progress: JobProgress,
     workers: Workers,
     printing: Printing,
-    copying: CopyOptions,
+    copying: CopyingOptions,
     changing: JobChangeOptions,
 ) -> None:
     """Bring every cluster into the image file, which then is the whole disk."""
     from addcow_mp.jobs.flatten import flatten as job
 
     access = changing.access_for(copying)
-    manner = copying.manner(idle=workers.idle)
-    with workers.working(access, manner, progress, quiet=printing.quiet) as conduct:
+    copy_options = copying.copy_options(idle=workers.idle)
+    with workers.working(access, copy_options, progress, quiet=printing.quiet) as conduct:
         report = job(overlay.file, discard=discard, verifies=verify, conduct=conduct)
     printing.report(report, "Image flattened.")

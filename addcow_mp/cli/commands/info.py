@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.messages import one_line, warn
 from addcow_mp.cli.options import Opening, OverlayFile, Printing, Share
-from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.jobs.info import Info, RawInfo, chain_info, info
 from addcow_mp.units import human_size
 

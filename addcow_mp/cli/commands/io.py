@@ -27,9 +27,9 @@ from typing import Annotated, TextIO
 
 import typer
 
+from addcow_mp.cli.messages import say, warn
 from addcow_mp.cli.options import Exclude, Force, Opening, OverlayFile, Share
 from addcow_mp.cli.results import job_is_done
-from addcow_mp.cli.saying import say, warn
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, open_chain
 from addcow_mp.device.hardlinks import link_warnings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from addcow_mp.cli.jsontext import as_line
+from addcow_mp.cli.messages import one_line, warn
 from addcow_mp.cli.options import Opening, OverlayFile, Printing, Share
-from addcow_mp.cli.saying import one_line, warn
 from addcow_mp.device.chain import READ, open_chain
 from addcow_mp.device.extent import Extent
 

@@ -17,7 +17,7 @@ from addcow_mp.cli.options import (
     Share,
     Workers,
 )
-from addcow_mp.jobs.verdict import Verdict
+from addcow_mp.jobs.layer_report import LayerReport
 
 
 def command(
@@ -38,31 +38,33 @@ def command(
     from addcow_mp.jobs.verify import verify as job
 
     access = opening.access(share=share)
-    with workers.working(access, workers.manner(rate), progress, quiet=printing.quiet) as conduct:
-        verdicts = job(file, conduct, format_=format.value)
-    raise typer.Exit(_show(file, verdicts, as_json=printing.as_json, quiet=printing.quiet))
+    with workers.working(
+        access, workers.copy_options(rate), progress, quiet=printing.quiet
+    ) as conduct:
+        layer_reports = job(file, conduct, format_=format.value)
+    raise typer.Exit(_show(file, layer_reports, as_json=printing.as_json, quiet=printing.quiet))
 
 
-def _show(file: str, verdicts: list[Verdict], *, as_json: bool, quiet: bool) -> int:
+def _show(file: str, layer_reports: list[LayerReport], *, as_json: bool, quiet: bool) -> int:
     """Print what was found, and return the exit status."""
-    status = worst(verdicts)
+    status = worst(layer_reports)
     if as_json:
         layers = [
             {"filename": one.path, "exit": one.exit_code, "bytes": one.bytes_read}
-            for one in verdicts
+            for one in layer_reports
         ]
-        told = {"filename": file, "exit": status, **findings_of(verdicts), "layers": layers}
+        told = {"filename": file, "exit": status, **findings_of(layer_reports), "layers": layers}
         print_document(told)
         return status
-    print_findings(verdicts, quiet=quiet)
+    print_findings(layer_reports, quiet=quiet)
     if not quiet:
-        print(_summary(verdicts, status))
+        print(_summary(layer_reports, status))
     return status
 
 
-def _summary(verdicts: list[Verdict], status: int) -> str:
+def _summary(layer_reports: list[LayerReport], status: int) -> str:
     if status == 0:
         return "All layers are as their manifests say."
-    different = sum(1 for one in verdicts if one.exit_code == status)
+    different = sum(1 for one in layer_reports if one.exit_code == status)
     what = "differ from their manifests" if status > 1 else "could not be verified"
-    return f"{different} of {len(verdicts)} layers {what}."
+    return f"{different} of {len(layer_reports)} layers {what}."

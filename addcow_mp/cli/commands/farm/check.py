@@ -5,9 +5,9 @@ from __future__ import annotations
 import typer
 
 from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import FarmProgress, ListPrinting, Opening, Places, Share, Workers
 from addcow_mp.cli.reasons import explain
-from addcow_mp.cli.saying import one_line
 from addcow_mp.farm.check import Checked, FarmReport, farm_check
 
 
@@ -23,7 +23,7 @@ def command(
     """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
     listed, quiet = places.listed(), printing.quiet
     access = opening.access(share=share, exclude=places.exclude)
-    with workers.working(access, workers.manner(), progress, quiet=quiet) as conduct:
+    with workers.working(access, workers.copy_options(), progress, quiet=quiet) as conduct:
         report = farm_check(listed, conduct)
     PRINTERS[printing.output](report, quiet=quiet)
     said = explain(report.found, [one.path for one in report.images], quiet=quiet)

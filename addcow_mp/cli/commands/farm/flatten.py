@@ -5,7 +5,7 @@ from __future__ import annotations
 from addcow_mp.cli.farm_job import FarmJob, FarmRun, carry_out, tell
 from addcow_mp.cli.options import (
     ChangeOptions,
-    CopyOptions,
+    CopyingOptions,
     Discard,
     FarmProgress,
     ListPrinting,
@@ -13,7 +13,7 @@ from addcow_mp.cli.options import (
     Verify,
     Workers,
 )
-from addcow_mp.farm.errand import Operation
+from addcow_mp.farm.image_job import Operation
 
 
 def command(
@@ -25,7 +25,7 @@ def command(
     progress: FarmProgress,
     workers: Workers,
     printing: ListPrinting,
-    copying: CopyOptions,
+    copying: CopyingOptions,
     changing: ChangeOptions,
 ) -> None:
     """Bring every cluster of every overlay into its image file, the deepest chains first.
@@ -35,8 +35,8 @@ def command(
     """
     wishes = FarmJob(Operation.FLATTEN, verifies=verify, discard=discard, run=run)
     access = changing.access_for(copying, writes=not run.dry_run, exclude=places.exclude)
-    manner = copying.manner(idle=workers.idle)
+    copy_options = copying.copy_options(idle=workers.idle)
     listed = places.listed()
-    with workers.working(access, manner, progress, quiet=printing.quiet) as conduct:
+    with workers.working(access, copy_options, progress, quiet=printing.quiet) as conduct:
         done = carry_out(listed, conduct, wishes)
     tell(done, printing)

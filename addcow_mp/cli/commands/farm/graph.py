@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import Opening, Places, Quiet, Share
 from addcow_mp.cli.reasons import explain
-from addcow_mp.cli.saying import one_line
-from addcow_mp.farm.graph import Graph, Kind, Mark, Node, farm_graph
+from addcow_mp.farm.graph import Graph, Mark, Node, NodeKind, farm_graph
 from addcow_mp.units import human_size
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _group(heading: str, nodes: list[Node]) -> Iterator[Line]:
 def _words(node: Node) -> str:
     """Path, virtual size, how much is local or else the format, and why it is not examined."""
     what = _share(node) if node.member is not None else node.format or ""
-    size = "" if node.kind is Kind.NOT_EXAMINED and node.virtual_size is None else _size(node)
+    size = "" if node.kind is NodeKind.NOT_EXAMINED and node.virtual_size is None else _size(node)
     return "  ".join(filter(None, (node.path, size, what, node.problem)))
 
 
@@ -228,12 +228,12 @@ def _attributes(node: Node) -> str:
     rows = [node.path, details, *(f"[{mark}]" for mark in node.marks)]
     label = "\\n".join(_escaped(_spelt_out(row)) for row in rows)
     colour = _colour(node.marks)
-    dashed = ", style=dashed" if node.kind is Kind.MISSING else ""
+    dashed = ", style=dashed" if node.kind is NodeKind.MISSING else ""
     return f'label="{label}", color="{colour}", fontcolor="{colour}"{dashed}'
 
 
 def _edge(backing: Node) -> str:
-    if backing.kind is not Kind.MISSING:
+    if backing.kind is not NodeKind.MISSING:
         return ""
     return f' [style=dashed, color="{_COLOURS[Mark.MISSING_BACKING]}"]'
 

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import ListPrinting, Opening, Places, Share
 from addcow_mp.cli.reasons import explain
-from addcow_mp.cli.saying import one_line
 from addcow_mp.device.discovery import Unexamined
 from addcow_mp.farm.members import Member, members
 from addcow_mp.units import human_size

@@ -17,7 +17,7 @@ from addcow_mp.cli.options import (
     Workers,
 )
 from addcow_mp.errors import UsageError
-from addcow_mp.farm.errand import Operation
+from addcow_mp.farm.image_job import Operation
 
 
 def command(
@@ -36,6 +36,6 @@ def command(
     job = FarmJob(operation, FarmRun(dry_run=True), discard=discard)
     access = opening.access(force=force, exclude=places.exclude)
     listed = places.listed()
-    with workers.working(access, workers.manner(), ProgressOptions()) as conduct:
+    with workers.working(access, workers.copy_options(), ProgressOptions()) as conduct:
         done = carry_out(listed, conduct, job)
     tell(done, printing)

@@ -16,7 +16,7 @@ from addcow_mp.cli.options import (
     Workers,
 )
 from addcow_mp.cli.reasons import explain
-from addcow_mp.farm.verify import FarmVerdict, farm_verify
+from addcow_mp.farm.verify import FarmLayerReports, farm_verify
 
 
 def command(
@@ -35,21 +35,21 @@ def command(
     """
     listed, quiet = places.listed(), printing.quiet
     access = opening.access(share=share, exclude=places.exclude)
-    with workers.working(access, workers.manner(rate), progress, quiet=quiet) as conduct:
+    with workers.working(access, workers.copy_options(rate), progress, quiet=quiet) as conduct:
         found = farm_verify(listed, conduct)
     PRINTERS[printing.output](found, quiet=quiet)
     explain(found.places, [one.path for one in found.all], quiet=quiet)
     raise typer.Exit(worst(found.all))
 
 
-def _totals(found: FarmVerdict) -> dict[str, int]:
+def _totals(found: FarmLayerReports) -> dict[str, int]:
     counts = counts_of(found.all)
     del counts["layers"]
     read = sum(one.bytes_read for one in found.all)
     return {"images": len(found.images), "files": len(found.files), **counts, "bytes": read}
 
 
-def _print_farm_json(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG001 - all alike
+def _print_farm_json(found: FarmLayerReports, *, quiet: bool) -> None:  # noqa: ARG001 - all alike
     told = {
         "images": [layer_of(one) for one in found.images],
         "files": [layer_of(one) for one in found.files],
@@ -59,13 +59,13 @@ def _print_farm_json(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG00
     print_document(told)
 
 
-def _print_farm_jsonl(found: FarmVerdict, *, quiet: bool) -> None:  # noqa: ARG001
+def _print_farm_jsonl(found: FarmLayerReports, *, quiet: bool) -> None:  # noqa: ARG001
     for one in found.all:
         print_line(layer_of(one))
     print_line({"summary": _totals(found)})
 
 
-def _print_farm(found: FarmVerdict, *, quiet: bool) -> None:
+def _print_farm(found: FarmLayerReports, *, quiet: bool) -> None:
     print_findings(found.all, quiet=quiet)
     if not quiet:
         counts = (f"{count} {word}" for word, count in _totals(found).items())

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import (
     AnyFile,
     FileFormat,
@@ -18,7 +19,6 @@ from addcow_mp.cli.options import (
     Share,
     Workers,
 )
-from addcow_mp.cli.saying import one_line
 from addcow_mp.jobs.manifest import Made
 from addcow_mp.jobs.manifest import create as job
 
@@ -39,7 +39,7 @@ def command(
 ) -> None:
     """Write a manifest beside each layer of FILE that has none."""
     access = opening.access(share=share, force=force, writes=True)
-    with workers.working(access, workers.manner(), progress, quiet=printing.quiet) as conduct:
+    with workers.working(access, workers.copy_options(), progress, quiet=printing.quiet) as conduct:
         made = job(file, conduct, format_=format.value, replaces=replace)
     _show(file, made, as_json=printing.as_json, quiet=printing.quiet)
 

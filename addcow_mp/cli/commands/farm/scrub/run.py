@@ -10,6 +10,7 @@ from addcow_mp.cli import signals
 from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.layer_reports import counts_of, findings_of, layer_of, print_findings, worst
 from addcow_mp.cli.limit import Limit
+from addcow_mp.cli.messages import say
 from addcow_mp.cli.options import (
     FarmProgress,
     Opening,
@@ -23,7 +24,6 @@ from addcow_mp.cli.options import (
     Workers,
 )
 from addcow_mp.cli.reasons import explain
-from addcow_mp.cli.saying import say
 from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError
 from addcow_mp.farm.scrub import DIFFERENT, Scrubbed, scrub
 from addcow_mp.jobs.report import Conduct
@@ -61,22 +61,22 @@ def command(
     limit = Limit(bounds.time_limit)
     part = None if bounds.sample is None else parse_share(bounds.sample, "--sample")
     access = opening.access(share=share, exclude=places.exclude)
-    manner = workers.manner(bounds.rate)
-    with workers.working(access, manner, progress, quiet=quiet) as conduct:
+    copy_options = workers.copy_options(bounds.rate)
+    with workers.working(access, copy_options, progress, quiet=quiet) as conduct:
         found = scrub(listed, state, conduct, share=part, is_late=lambda: limit.is_reached)
         problem = found.problem or _what_stopped_it(found, conduct)
     _show(found, as_json=printing.as_json, quiet=quiet)
     if found.places is not None and not found.left:
-        explain(found.places, [one.path for one in found.verdicts], quiet=quiet)
+        explain(found.places, [one.path for one in found.layer_reports], quiet=quiet)
     if problem is not None:
         _raise(found, problem)
-    raise typer.Exit(worst(found.verdicts))
+    raise typer.Exit(worst(found.layer_reports))
 
 
 def _raise(found: Scrubbed, problem: AddcowError) -> None:
     """Raise what ended a run, unless damage counts for more: then it is said."""
     is_signal = isinstance(problem, StoppedError) and not isinstance(problem, TimeLimitError)
-    if is_signal or worst(found.verdicts) != DIFFERENT:
+    if is_signal or worst(found.layer_reports) != DIFFERENT:
         raise problem
     say(str(problem))
 
@@ -92,14 +92,14 @@ def _what_stopped_it(found: Scrubbed, conduct: Conduct) -> AddcowError | None:
 
 
 def _show(found: Scrubbed, *, as_json: bool, quiet: bool) -> None:
-    summary = counts_of(found.verdicts)
+    summary = counts_of(found.layer_reports)
     summary |= {"bytes": found.bytes_read, "left": found.left}
     if as_json:
-        layers = [layer_of(one) for one in found.verdicts]
-        told = {"layers": layers, **findings_of(found.verdicts), "summary": summary}
+        layers = [layer_of(one) for one in found.layer_reports]
+        told = {"layers": layers, **findings_of(found.layer_reports), "summary": summary}
         print_document(told)
         return
-    print_findings(found.verdicts, quiet=quiet)
+    print_findings(found.layer_reports, quiet=quiet)
     if not quiet:
         counts = (f"{count} {word}" for word, count in summary.items())
         print(", ".join(counts).replace("-", " "))

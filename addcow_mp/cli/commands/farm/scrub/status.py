@@ -9,10 +9,10 @@ import typer
 
 from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.layer_reports import print_findings, worst
+from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import Locking, LockingOption, Printing, StateFile
-from addcow_mp.cli.saying import one_line
-from addcow_mp.farm.ledger import Entry, Record, read
 from addcow_mp.farm.scrub import DIFFERENT, UNVERIFIED
+from addcow_mp.farm.scrub_state import Entry, Record, read
 from addcow_mp.units import human_size
 
 #: Runs that are shown to people: the last ones.
@@ -33,8 +33,8 @@ def _show(state: str, *, as_json: bool, locking: bool) -> int:
 
     Files that are gone are counted, and change nothing of the status.
     """
-    with read(state, locking=locking) as ledger:
-        entries, runs = list(ledger.entries().values()), ledger.runs()
+    with read(state, locking=locking) as scrub_state:
+        entries, runs = list(scrub_state.entries().values()), scrub_state.runs()
     there = [one for one in entries if not one.is_gone]
     coverage = _coverage(there, len(entries) - len(there), runs)
     status = worst([one.known() for one in there])

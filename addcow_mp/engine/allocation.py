@@ -12,7 +12,7 @@ from itertools import islice
 
 from addcow_mp.device.files import File
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.engine.plan import TASK_BYTES, Stretch
+from addcow_mp.engine.tasks import TASK_BYTES, Stretch
 from addcow_mp.format.bits import BITS_PER_BYTE
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import round_down, round_up
@@ -34,7 +34,7 @@ def _step(geometry: Geometry, aligned: int) -> int:
     return round_up(max(1, TASK_BYTES // geometry.cluster_size), aligned)
 
 
-def local_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
+def allocated_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
     """Stretches with local clusters, weighed by how many there are."""
     geometry = overlay.geometry
     if overlay.all_allocated:
@@ -45,7 +45,7 @@ def local_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
         yield Stretch(first, first + step, count * geometry.cluster_size)
 
 
-def missing_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
+def unallocated_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
     """Stretches with data somewhere in the chain and clusters that are not local."""
     geometry = overlay.geometry
     for stretch in data_stretches(list(overlay.files()), geometry, aligned):

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from bitarray import bitarray
 from blake3 import blake3
 
-from addcow_mp.device import kernel
+from addcow_mp.device import syscalls
 from addcow_mp.device.files import File, new_buffer
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.engine.plan import Task
+from addcow_mp.engine.tasks import Task
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.format.bits import Run, between, merged, runs
 from addcow_mp.format.manifest import (
@@ -48,7 +48,7 @@ def raw_of(layer: Layer) -> RawLayer:
     return raw
 
 
-def is_all_local(layer: Layer) -> bool:
+def is_fully_allocated(layer: Layer) -> bool:
     """Whether nothing below ``layer`` decides what is seen."""
     return not isinstance(layer, Overlay) or layer.all_allocated
 
@@ -81,7 +81,7 @@ def _look_at(file: File, view: memoryview, start: int) -> None:
         view[first - start : last - start] = bytes(last - first)
     for first, last in data:
         part = view[first - start : last - start]
-        if not kernel.peek(file.fd, part, first):
+        if not syscalls.peek(file.fd, part, first):
             file.read_into(part, first)
 
 
@@ -161,7 +161,7 @@ class Hasher:
         self._spend(len(view))
 
 
-class Leaves:
+class LeafHasher:
     """Hashes the groups of a task. Picklable to a worker; returns records of a manifest."""
 
     def __init__(self, layer: Layer) -> None:
@@ -171,7 +171,7 @@ class Leaves:
         self._hasher = Hasher(layer, buffer=self._buffer)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (Leaves, (self.layer,), {"parent": os.getpid()})
+        return (LeafHasher, (self.layer,), {"parent": os.getpid()})
 
     def __call__(self, task: Task, slot: int) -> bytes:  # noqa: ARG002
         """The records of the groups ``[first, stop)``."""
@@ -184,7 +184,7 @@ class Leaves:
     def group(self, number: int) -> Group:
         """What the layer says of one group."""
         group, spans = Group(), list(local_spans(self.layer, number))
-        if not is_all_local(self.layer):
+        if not is_fully_allocated(self.layer):
             group.covered = leaves_touched(spans, number)
             whole = _whole_leaves(spans, number, self.layer.size)
             group.mixed = group.covered & ~whole | self._cut(number, group.covered)
@@ -229,7 +229,7 @@ def groups_of(layer: Layer, first: int, stop: int) -> Iterator[int]:
 def _inhabited(layer: Layer, start: int, end: int) -> Iterator[Run]:
     if isinstance(layer, Overlay) and not layer.all_allocated:
         first, stop = layer.geometry.touched(start, end)
-        return (layer.geometry.span(*run) for run in layer.local_runs(1, first, stop))
+        return (layer.geometry.span(*run) for run in layer.runs_by_allocation(1, first, stop))
     return file_of(layer).data_runs(start, end)
 
 
@@ -240,7 +240,7 @@ def local_spans(layer: Layer, number: int) -> Iterator[Run]:
         yield start, stop
         return
     first, last = layer.geometry.touched(start, stop)
-    for run in layer.local_runs(1, first, last):
+    for run in layer.runs_by_allocation(1, first, last):
         here, there = layer.geometry.span(*run)
         yield max(here, start), min(there, stop)
 

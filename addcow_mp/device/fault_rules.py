@@ -10,8 +10,33 @@ import errno
 import os
 from dataclasses import dataclass
 
-from addcow_mp.device.faults import ACTIONS, EVENTS
 from addcow_mp.errors import UsageError
+
+#: Every event, in about the order in which a job meets them.
+EVENTS = (
+    "header_read",
+    "header_write",
+    "bitmap_load",
+    "bitmap_update",
+    "bitmap_sync",
+    "image_read",
+    "image_write",
+    "backing_read",
+    "backing_write",
+    "target_write",
+    "cow_read",
+    "cow_write",
+    "data_sync",
+    "publish",
+    "punch",
+    "image_cut",
+    "discard",
+    "create",
+    "directory_sync",
+    "read_back",
+)
+
+ACTIONS = ("error", "short", "stop", "kill")
 
 
 @dataclass

@@ -30,7 +30,7 @@ _SLOT = 8 * COUNTERS
 MOST_UNPUBLISHED = 512 * MiB
 
 
-class Board:
+class DoneMap:
     """Marks and counters of one job, for ``layers`` bitmaps of so many clusters each.
 
     Picklable to a process that is being started, which sees the same memory. It has no name
@@ -51,7 +51,7 @@ class Board:
         ]
 
     @classmethod
-    def create(cls, layers: tuple[int, ...], workers: int) -> Board:
+    def create(cls, layers: tuple[int, ...], workers: int) -> DoneMap:
         """A new board, with a counter for each worker and one for this process."""
         try:
             fd = os.memfd_create("addcow-board")
@@ -73,15 +73,15 @@ class Board:
         """The bitmap of finished clusters of ``layer``."""
         return self._marks[layer]
 
-    def count(self, slot: int, amount: int) -> None:
-        """Add ``amount`` bytes to what the worker in ``slot`` has moved."""
-        self._counters[slot * COUNTERS] += amount
+    def count(self, slot: int, totals: int) -> None:
+        """Add ``totals`` bytes to what the worker in ``slot`` has moved."""
+        self._counters[slot * COUNTERS] += totals
 
     def add(self, slot: int, amounts: Sequence[int]) -> None:
         """Add to all counters of the worker in ``slot``; the first one counts bytes moved."""
         base = slot * COUNTERS
-        for number, amount in enumerate(amounts):
-            self._counters[base + number] += amount
+        for number, totals in enumerate(amounts):
+            self._counters[base + number] += totals
 
     @property
     def total(self) -> int:
@@ -138,5 +138,5 @@ def _starts(layers: tuple[int, ...], slots: int) -> list[int]:
     return starts
 
 
-def _attached(layers: tuple[int, ...], slots: int, duplicate: Any) -> Board:
-    return Board(layers, slots, duplicate.detach())
+def _attached(layers: tuple[int, ...], slots: int, duplicate: Any) -> DoneMap:
+    return DoneMap(layers, slots, duplicate.detach())

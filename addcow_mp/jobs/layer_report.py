@@ -55,7 +55,7 @@ class Range:
 
 
 @dataclass
-class Verdict:
+class LayerReport:
     """What was found about one layer, and how many bytes of it were compared."""
 
     path: str
@@ -80,7 +80,7 @@ class Verdict:
         """Add a remark."""
         self.remarks.append(Remark(name, grade, file, message))
 
-    def join(self, other: Verdict) -> None:
+    def join(self, other: LayerReport) -> None:
         """Add what was found in another part of the same layer."""
         self.ranges = list(joined({*self.ranges, *other.ranges}))
         self.remarks += [one for one in other.remarks if one not in self.remarks]

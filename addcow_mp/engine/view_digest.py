@@ -12,12 +12,13 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
+from addcow_mp.device.extent import ExtentKind
 from addcow_mp.device.files import new_buffer
-from addcow_mp.device.layer import Kind, Layer
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.leaves import hash_leaves, leaves_touched
-from addcow_mp.engine.pace import Pace
-from addcow_mp.engine.plan import Task
+from addcow_mp.device.layer import Layer
+from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.layer_digest import hash_leaves, leaves_touched
+from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.throttle import Throttle
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.errors import StoppedError
 from addcow_mp.format.bits import Run
@@ -27,22 +28,22 @@ from addcow_mp.format.manifest import GROUP, ZERO_BLOCK, digest
 class View:
     """Hashes groups of the first ``size`` bytes of a view. Picklable to a worker.
 
-    ``board`` says when to stop; ``rate``: bytes per second for this process, 0 = no limit.
+    ``done_map`` says when to stop; ``rate``: bytes per second for this process, 0 = no limit.
     """
 
-    def __init__(self, layer: Layer, size: int, board: Board, rate: int = 0) -> None:
+    def __init__(self, layer: Layer, size: int, done_map: DoneMap, rate: int = 0) -> None:
         self.layer = layer
         self.size = size
-        self.board = board
+        self.done_map = done_map
         self.rate = rate
         self.parent: int | None = None
         #: Asked by the process that hands out the work, beside the board.
         self.stopping: Callable[[], bool] = lambda: False
         self._buffer = new_buffer()
-        self._pace = Pace(rate)
+        self._throttle = Throttle(rate)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (View, (self.layer, self.size, self.board, self.rate), {"parent": os.getpid()})
+        return (View, (self.layer, self.size, self.done_map, self.rate), {"parent": os.getpid()})
 
     def __call__(self, task: Task, slot: int) -> dict[int, bytes]:  # noqa: ARG002
         """The nodes of the groups ``[first, stop)`` that have data, by their numbers."""
@@ -57,13 +58,13 @@ class View:
     def _look_up(self) -> None:
         """See whether to go on. Raises :class:`StoppedError`."""
         end_orphan(self.parent)
-        if self.board.stopped or self.stopping():
+        if self.done_map.stopped or self.stopping():
             raise StoppedError(path=self.layer.path)
 
     def _data(self, start: int, stop: int) -> Iterator[Run]:
         """What of ``[start, stop)`` is data, cut where groups begin."""
-        for piece in self.layer.pieces(start, stop):
-            if piece.kind is Kind.DATA:
+        for piece in self.layer.walk(start, stop):
+            if piece.kind is ExtentKind.DATA:
                 for first in range(piece.start // GROUP * GROUP, piece.stop, GROUP):
                     yield max(piece.start, first), min(piece.stop, first + GROUP)
 
@@ -75,4 +76,4 @@ class View:
 
     def _read(self, view: memoryview, start: int) -> None:
         self.layer.read_into(view, start)
-        self._pace.spend(len(view), self._look_up)
+        self._throttle.spend(len(view), self._look_up)

@@ -9,15 +9,15 @@ from addcow_mp.device import faults
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.manifest_file import invalidate_all, refuse_unremovable_manifests
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.sidecar import invalidate_all, refuse_unremovable_manifests
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.plan import Task
-from addcow_mp.engine.pool import Part
+from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.pool import ParentRole
 from addcow_mp.engine.publisher import Publisher
-from addcow_mp.engine.run import Assignment, carry_out, workers_for
-from addcow_mp.engine.space import Room, refuse_without_space, room_for
-from addcow_mp.engine.transfer import Amount, OverlayTarget, Target, Transfer, Which
+from addcow_mp.engine.space import SpaceNeeded, refuse_without_space, space_for
+from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.transfer import OverlayTarget, Target, Totals, Transfer, Which
+from addcow_mp.engine.transfer_run import Assignment, run_transfer, workers_for
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.report import Conduct, Report
 from addcow_mp.units import GiB
@@ -51,20 +51,20 @@ class Movement:
         """About how many bytes there are to move."""
         return sum(task.weight for task in self.tasks)
 
-    def transfer(self, board: Board, conduct: Conduct, workers: int) -> Transfer:
+    def transfer(self, done_map: DoneMap, conduct: Conduct, workers: int) -> Transfer:
         """The work of one task."""
         parts = (self.source, self.geometry, self.which, self.target)
-        return Transfer(*parts, board, conduct.manner, workers)
+        return Transfer(*parts, done_map, conduct.copy_options, workers)
 
 
-def room(movement: Movement, conduct: Conduct) -> Room:
+def space(movement: Movement, conduct: Conduct) -> SpaceNeeded:
     """The space that ``movement`` would take, and give back; nothing is moved."""
-    board = Board.create((0, 0), 0)
+    done_map = DoneMap.create((0, 0), 0)
     try:
-        work = movement.transfer(board, conduct, 1)
-        return room_for(work, movement.tasks, 1, frees=movement.frees)
+        work = movement.transfer(done_map, conduct, 1)
+        return space_for(work, movement.tasks, 1, frees=movement.frees)
     finally:
-        board.close()
+        done_map.close()
 
 
 def refuse_unwritable(movement: Movement, written: list[File], access: Access) -> None:
@@ -85,25 +85,25 @@ def move(movement: Movement, conduct: Conduct, report: Report) -> None:
     below = _published_target(target)
     report.jobs = _processes(conduct, tasks)
     layers = (geometry.clusters, below.geometry.clusters if below is not None else 0)
-    board = Board.create(layers, report.jobs)
+    done_map = DoneMap.create(layers, report.jobs)
     try:
         overlay, value = movement.publish if movement.publish is not None else (None, 0)
         publisher = Publisher(
-            target.file, board, overlay=overlay, value=value, backing=below, frees=movement.frees
+            target.file, done_map, overlay=overlay, value=value, backing=below, frees=movement.frees
         )
-        work = movement.transfer(board, conduct, max(1, report.jobs))
+        work = movement.transfer(done_map, conduct, max(1, report.jobs))
         refuse_without_space(work, tasks, report.jobs, frees=movement.frees)
         report.working()
         for layer in movement.changed:
             invalidate_all(layer, durable=target.file.durable)
         movement.prepare()
-        job = Assignment(work, tasks, geometry, board, publisher, movement.source.path)
-        job.part = _part(conduct, work, tasks)
+        job = Assignment(work, tasks, geometry, done_map, publisher, movement.source.path)
+        job.parent_role = _parent_role(conduct, work, tasks)
         job.crew = conduct.crew
-        carry_out(job, report.jobs, conduct.progress, conduct.stopping)
+        run_transfer(job, report.jobs, conduct.progress, conduct.stopping)
     finally:
-        report.amount = Amount.on(board)
-        board.close()
+        report.totals = Totals.on(done_map)
+        done_map.close()
 
 
 def _processes(conduct: Conduct, tasks: list[Task]) -> int:
@@ -112,16 +112,16 @@ def _processes(conduct: Conduct, tasks: list[Task]) -> int:
     return workers_for(conduct.jobs, tasks)
 
 
-def _part(conduct: Conduct, work: Transfer, tasks: list[Task]) -> Part:
+def _parent_role(conduct: Conduct, work: Transfer, tasks: list[Task]) -> ParentRole:
     """What this process does itself: all it can, unless so many workers were asked for."""
     # Fault rules are for workers, and so are limits: this process would exceed them.
-    if faults.armed or conduct.manner.is_for_workers:
-        return Part.NONE
+    if faults.armed or conduct.copy_options.is_for_workers:
+        return ParentRole.NONE
     if conduct.jobs is not None:
-        return Part.START
+        return ParentRole.START
     # What is small, or can be cloned, is often done before another process has started.
     small = sum(task.weight for task in tasks) < LARGE
-    return Part.FIRST if small or work.may_clone else Part.FULL
+    return ParentRole.FIRST if small or work.may_clone else ParentRole.FULL
 
 
 def _published_target(target: Target) -> Overlay | None:

@@ -58,11 +58,11 @@ Place = tuple[str, str]
 """A directory without links on the way, ending with a slash, and a name in it."""
 
 
-class LookCloserError(Exception):
+class NeedsFullCheckError(Exception):
     """The file is not plain enough to be judged at a glance."""
 
 
-class Sight(NamedTuple):
+class SeenFile(NamedTuple):
     """A file with nothing wrong about it, as far as files above it are concerned.
 
     ``identities``: its own and those of all files below it, ``overlays`` how many of them are
@@ -78,7 +78,7 @@ class Sight(NamedTuple):
 
 
 #: What is seen below an overlay without a backing file: no file has this identity.
-NOTHING = Sight((-1, -1))
+NOTHING = SeenFile((-1, -1))
 
 
 class _Plain(NamedTuple):
@@ -89,32 +89,32 @@ class _Plain(NamedTuple):
     backing: str
 
 
-class Glance:
+class QuickCheck:
     """The glances of one process; ``access`` says where names may lead."""
 
     def __init__(self, access: Access) -> None:
         self._heeds_locks = access.locking and not access.share
         self._roots = tuple(os.path.realpath(root).rstrip("/") + "/" for root in access.roots)
-        self._sights: dict[tuple[str, str, str], Sight] = {}
+        self._seen_files: dict[tuple[str, str, str], SeenFile] = {}
         #: Image files that were met: they begin as no other format does.
         self._images: dict[Place, None] = {}
         self._directories: dict[str, str] = {}
         self._under_way: set[tuple[str, str, str]] = set()
-        self._ways: dict[str, Callable[[Place, int], Sight | None]]
+        self._ways: dict[str, Callable[[Place, int], SeenFile | None]]
         self._ways = {ADD_COW: self._overlay, RAW: self._raw}
 
-    def at(self, path: str) -> Sight | None:
+    def at(self, path: str) -> SeenFile | None:
         """What was seen of the file at ``path``; None when it does not begin as an overlay does.
 
-        Raises :class:`LookCloserError` when only the full check can say how it is.
+        Raises :class:`NeedsFullCheckError` when only the full check can say how it is.
         """
         place = self._place(path)
         if place in self._images:
             return None
-        sight = self._sight(place, ADD_COW)
-        if sight is not None and not sight.clean:
-            raise LookCloserError
-        return sight
+        seen = self._seen(place, ADD_COW)
+        if seen is not None and not seen.clean:
+            raise NeedsFullCheckError
+        return seen
 
     def _place(self, path: str) -> Place:
         directory, slash, name = path.rpartition("/")
@@ -127,32 +127,32 @@ class Glance:
             _remember(self._directories, directory, real)
         return real
 
-    def _sight(self, place: Place, format_: str) -> Sight | None:
+    def _seen(self, place: Place, format_: str) -> SeenFile | None:
         """What is remembered of ``place``, looked at as ``format_``, or what is seen there."""
         key = (*place, format_)
-        known = self._sights.get(key)
+        known = self._seen_files.get(key)
         if known is not None:
             return known
         if key in self._under_way or format_ not in self._ways:
-            raise LookCloserError
+            raise NeedsFullCheckError
         self._under_way.add(key)
         try:
             fd, place = self._open(place)
             try:
-                sight = self._ways[format_](place, fd)
+                seen = self._ways[format_](place, fd)
             finally:
                 os.close(fd)
         except (OSError, ValueError) as error:
-            raise LookCloserError from error
+            raise NeedsFullCheckError from error
         finally:
             self._under_way.discard(key)
-        if sight is not None:
-            _remember(self._sights, key, sight)
-        return sight
+        if seen is not None:
+            _remember(self._seen_files, key, seen)
+        return seen
 
     # One file
 
-    def _overlay(self, place: Place, fd: int) -> Sight | None:
+    def _overlay(self, place: Place, fd: int) -> SeenFile | None:
         head = os.pread(fd, HEAD, 0)
         if not head.startswith(MAGIC):
             return None
@@ -164,7 +164,7 @@ class Glance:
         try:
             held = self._status(image)
             if magic_of(os.pread(image, LONGEST_MAGIC, 0)) is not None:
-                raise LookCloserError
+                raise NeedsFullCheckError
             _remember(self._images, where, None)
             clean = _is_clean(fd, status.st_size, plain.header, image, held.st_size)
         finally:
@@ -173,27 +173,27 @@ class Glance:
         identities = below.identities.union(own)
         overlays = below.overlays + 1
         if len(identities) < len(below.identities) + len(own) or overlays >= MAX_DEPTH:
-            raise LookCloserError
+            raise NeedsFullCheckError
         backing = None if below is NOTHING else below.identity
-        return Sight(*own, backing, identities, overlays, clean)
+        return SeenFile(*own, backing, identities, overlays, clean)
 
-    def _raw(self, _: Place, fd: int) -> Sight:
+    def _raw(self, _: Place, fd: int) -> SeenFile:
         identity = identity_of(self._status(fd))
         if magic_of(os.pread(fd, LONGEST_MAGIC, 0)) is not None:
-            raise LookCloserError
-        return Sight(identity, identities=frozenset([identity]))
+            raise NeedsFullCheckError
+        return SeenFile(identity, identities=frozenset([identity]))
 
-    def _below(self, place: Place, plain: _Plain) -> Sight:
+    def _below(self, place: Place, plain: _Plain) -> SeenFile:
         """What was seen of the backing file."""
         if not plain.header.has_backing:
             return NOTHING
         below = self._led_to(place, plain.backing)
         if plain.header.all_allocated and not os.path.lexists("".join(below)):
             return NOTHING  # nobody needs it
-        sight = self._sight(below, format_name(plain.header.backing_format))
-        if sight is None:
-            raise LookCloserError
-        return sight
+        seen = self._seen(below, format_name(plain.header.backing_format))
+        if seen is None:
+            raise NeedsFullCheckError
+        return seen
 
     def _open(self, place: Place) -> tuple[int, Place]:
         """Open a file, and say where it really lies: names inside it are relative to that.
@@ -207,7 +207,7 @@ class Glance:
                 raise
         real = os.path.realpath("".join(place))
         if not real.startswith((place[0], *self._roots)):
-            raise LookCloserError
+            raise NeedsFullCheckError
         directory, slash, name = real.rpartition("/")
         return os.open(real, _FLAGS), (directory + slash, name)
 
@@ -217,16 +217,16 @@ class Glance:
             return place[0], name
         there = self._place(name if name.startswith("/") else place[0] + name)
         if not there[0].startswith((place[0], *self._roots)):
-            raise LookCloserError
+            raise NeedsFullCheckError
         return there
 
     def _status(self, fd: int) -> os.stat_result:
         """The status of a plain file that nobody changes at this moment."""
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_dev in pseudo_devices():
-            raise LookCloserError
+            raise NeedsFullCheckError
         if self._heeds_locks and not stands_free(fd, READING):
-            raise LookCloserError
+            raise NeedsFullCheckError
         return status
 
 
@@ -245,13 +245,13 @@ def _plain(fd: int, head: bytes, length: int) -> _Plain:
     if header.name_ranges()[-1][1] > len(head):
         head = os.pread(fd, header.header_size, 0)
     if length < header.header_size or not _is_zero(_without_names(head, header)):
-        raise LookCloserError
+        raise NeedsFullCheckError
     if not _is_empty(fd, len(head), header.header_size):
-        raise LookCloserError
+        raise NeedsFullCheckError
     image = _name(head, header.image_offset, header.image_size)
     backing = _name(head, header.backing_offset, header.backing_size)
     if format_name(header.image_format) != RAW:
-        raise LookCloserError
+        raise NeedsFullCheckError
     return _Plain(header, image, backing)
 
 
@@ -259,10 +259,10 @@ def _plain(fd: int, head: bytes, length: int) -> _Plain:
 def _legal(fixed: bytes) -> Header:
     """The header in ``fixed``; many images have the same one, names apart."""
     if len(fixed) < FIXED_SIZE:
-        raise LookCloserError
+        raise NeedsFullCheckError
     header = Header.unpack(fixed)
     if next(violations(header), None) is not None:
-        raise LookCloserError
+        raise NeedsFullCheckError
     return header
 
 
@@ -282,7 +282,7 @@ def _is_zero(data: bytes) -> bool:
 def _name(head: bytes, offset: int, size: int) -> str:
     name = os.fsdecode(head[offset : offset + size])
     if "\0" in name or path_has_protocol(name):
-        raise LookCloserError
+        raise NeedsFullCheckError
     return name
 
 

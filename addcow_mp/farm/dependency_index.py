@@ -23,7 +23,7 @@ from addcow_mp.farm.places import in_order, without_backups
 from addcow_mp.jobs.dependants import (
     Identity,
     Named,
-    Surroundings,
+    NearbyOverlays,
     examined,
     may_hide_overlay,
     named_by,
@@ -33,7 +33,7 @@ from addcow_mp.jobs.dependants import (
 MOST_TOLD = 8
 
 
-class Neighbours:
+class DependencyIndex:
     """All overlays in ``paths``, in the directories of the files they name, and beneath roots."""
 
     def __init__(self, paths: Iterable[str], access: Access) -> None:
@@ -65,7 +65,7 @@ class Neighbours:
 
     def around(
         self, named: Named, *, as_backing: bool, leaving: Collection[Identity] = ()
-    ) -> Surroundings:
+    ) -> NearbyOverlays:
         """The overlays that name a file of ``named``: those that a job on it would find.
 
         ``as_backing`` says that its backing file is changed too, not only its own files.
@@ -82,7 +82,7 @@ class Neighbours:
         paths = (named.image_path, *((named.backing_path,) if as_backing else ()))
         paths += (below.image_path,) if as_backing and below is not None else ()
         own = {home for path in (named.path, *paths) if path for home in self._homes_of(path)}
-        return Surroundings(tuple(told), len(users) - len(told), *self._unread_around(own))
+        return NearbyOverlays(tuple(told), len(users) - len(told), *self._unread_around(own))
 
     def _unread_around(
         self, own: Collection[str]
@@ -100,7 +100,7 @@ class Neighbours:
     def _is_beneath_root(self, path: str) -> bool:
         return any(f"{path}/".startswith(root.rstrip("/") + "/") for root in self._roots)
 
-    def forget(self, named: Named) -> None:
+    def drop_cached(self, named: Named) -> None:
         """Take note that an overlay is gone."""
         for file in filter(None, {named.image, named.backing}):
             self._users[file] = [one for one in self._users[file] if one is not named]

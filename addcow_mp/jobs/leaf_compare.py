@@ -16,11 +16,11 @@ from bitarray import bitarray
 
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.engine.leaves import Hasher, file_of
+from addcow_mp.engine.layer_digest import Hasher, file_of
 from addcow_mp.errors import FileError
 from addcow_mp.format.bits import Run, merged, runs
 from addcow_mp.format.manifest import DIGEST, FAN, GROUP, LEAF, ZERO_BLOCK, Group, Manifest
-from addcow_mp.jobs.verdict import Range
+from addcow_mp.jobs.layer_report import Range
 
 #: Leaves that cannot be read before a layer is given up: a disk that is gone would take for ever.
 BAD_LEAVES = 64
@@ -50,7 +50,7 @@ class Sample:
         return Random(f"{self.seed} {path}").randrange(len(numbers))  # noqa: S311 - no secret
 
 
-class Leaves:
+class LeafComparison:
     """The leaves of a layer beside those of its manifest, and which of them differ."""
 
     def __init__(

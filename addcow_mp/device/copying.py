@@ -7,7 +7,7 @@
   fastest plain copy there is here; it alone can look for zeros on the way.
 - *direct*: the same past the page cache (O_DIRECT), which stays as it was.
 
-One :class:`Mover` picks a way for every run, by what was asked for, how long the run is and
+One :class:`Copier` picks a way for every run, by what was asked for, how long the run is and
 what these two files have answered before; where a way does not work between them, the next
 one is used from then on. What is counted is what was done.
 """
@@ -34,7 +34,7 @@ from addcow_mp.format.bits import Run, between
 from addcow_mp.units import KiB, MiB, round_down, round_up
 
 
-class Way(StrEnum):
+class CopyMethod(StrEnum):
     """How bytes were moved."""
 
     CLONE = "clone"
@@ -53,7 +53,7 @@ class Copy(StrEnum):
 
 
 @dataclass(frozen=True)
-class Manner:
+class CopyOptions:
     """How runs are to be moved.
 
     ``copy``: the way, or auto. ``direct``: past the page cache. ``sparse``: blocks of so many
@@ -111,25 +111,25 @@ _CANNOT = (
 _FICLONERANGE = 0x4020940D
 
 
-def clonable(manner: Manner, start: int, stop: int, block: int) -> tuple[int, int]:
+def clonable(copy_options: CopyOptions, start: int, stop: int, block: int) -> tuple[int, int]:
     """The part of a run that is cloned where the file system can: whole blocks, or nothing."""
     # Shared blocks cost nothing, zeros or not: with AUTO, too, nobody looks at them.
-    long_enough = manner.copy is Copy.AUTO and stop - start >= CLONE_FROM
-    if manner.direct or not (long_enough or manner.copy is Copy.CLONE):
+    long_enough = copy_options.copy is Copy.AUTO and stop - start >= CLONE_FROM
+    if copy_options.direct or not (long_enough or copy_options.copy is Copy.CLONE):
         return start, start
     return round_up(start, block), round_down(stop, block)
 
 
 @dataclass
-class Mover:
+class Copier:
     """Moves runs into ``target``. Counts in ``moved`` how many bytes went which way."""
 
     target: File
-    manner: Manner = Manner()
-    moved: dict[Way, int] = field(default_factory=dict)
+    copy_options: CopyOptions = CopyOptions()
+    moved: dict[CopyMethod, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._cannot: set[tuple[Way, int]] = set()
+        self._cannot: set[tuple[CopyMethod, int]] = set()
         self._preallocates = filesystem_of(self.target) == "ext4"
         self._block = self.target.block_size
         self._direct: dict[int, int] = {}
@@ -146,33 +146,42 @@ class Mover:
 
     def move(self, source: File, start: int, stop: int) -> None:
         """Move ``[start, stop)`` from ``source``. Raises :class:`FileError`."""
-        if self.manner.direct:
+        if self.copy_options.direct:
             self._move_direct(source, start, stop)
             return
-        if self._may(Way.CLONE, source):
+        if self._may(CopyMethod.CLONE, source):
             start, stop = self._clone(source, start, stop)
-        if start < stop and self._may(Way.RANGE, source) and self.manner.copy is Copy.RANGE:
+        if (
+            start < stop
+            and self._may(CopyMethod.RANGE, source)
+            and self.copy_options.copy is Copy.RANGE
+        ):
             start = self._copy_range(source, start, stop)
         if start < stop:
             self._copy(source, start, stop)
 
     def clone(self, source: File, start: int, stop: int) -> int:
         """Clone what can be of ``[start, stop)``; returns where what is left begins."""
-        if self.manner.direct or not self._may(Way.CLONE, source):
+        if self.copy_options.direct or not self._may(CopyMethod.CLONE, source):
             return start
         return self._clone(source, start, stop)[0]
 
     def announce(self, start: int, stop: int) -> None:
         """Take note that ``[start, stop)`` is moved next, in steps: it is placed as one piece."""
-        plain = not self.manner.direct and not self.manner.sparse
+        plain = not self.copy_options.direct and not self.copy_options.sparse
         if plain and self._preallocates and stop - start >= PREALLOCATE_FROM:
             self._preallocate(start, stop)
 
     @property
     def copies_plainly(self) -> bool:
         """Whether nothing but reading and writing is done with runs too short to be cloned."""
-        usual = self.manner.copy in (Copy.AUTO, Copy.BUFFER)
-        special = self.manner.direct or self.manner.sparse or self.manner.rate or faults.armed
+        usual = self.copy_options.copy in (Copy.AUTO, Copy.BUFFER)
+        special = (
+            self.copy_options.direct
+            or self.copy_options.sparse
+            or self.copy_options.rate
+            or faults.armed
+        )
         return usual and not special
 
     def move_short(self, source: File, start: int, stop: int) -> bool:
@@ -196,24 +205,24 @@ class Mover:
         except OSError:
             return False
         if moved:
-            self._count(Way.BUFFER, length)
+            self._count(CopyMethod.BUFFER, length)
         return moved
 
-    def _may(self, way: Way, source: File) -> bool:
+    def _may(self, way: CopyMethod, source: File) -> bool:
         return (way, source.fd) not in self._cannot
 
-    def _count(self, way: Way, length: int) -> None:
+    def _count(self, way: CopyMethod, length: int) -> None:
         self.moved[way] = self.moved.get(way, 0) + length
 
     # Clone
 
     def _clone(self, source: File, start: int, stop: int) -> tuple[int, int]:
         """Clone what can be of a run; returns what is left, a tail or all of it."""
-        first, last = clonable(self.manner, start, stop, self._block)
+        first, last = clonable(self.copy_options, start, stop, self._block)
         # A length of 0 would mean "to the end of the source".
         if first >= last or not self._cloned(source, first, last):
             return start, stop
-        self._count(Way.CLONE, last - first)
+        self._count(CopyMethod.CLONE, last - first)
         if start < first:
             self._copy(source, start, first)
         return last, stop
@@ -226,7 +235,7 @@ class Mover:
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise FileError.of(self.target.path, f"clone at {start}", error) from error
-            self._cannot.add((Way.CLONE, source.fd))
+            self._cannot.add((CopyMethod.CLONE, source.fd))
             return False
         return True
 
@@ -250,22 +259,22 @@ class Mover:
             except OSError as error:
                 if error.errno not in _CANNOT:
                     raise FileError.of(self.target.path, f"copy at {position}", error) from error
-                self._cannot.add((Way.RANGE, source.fd))
+                self._cannot.add((CopyMethod.RANGE, source.fd))
                 break
             if done == 0:  # the source ends early: the plain copy says so
                 break
             position += done
-        self._count(Way.RANGE, position - start)
+        self._count(CopyMethod.RANGE, position - start)
         return position
 
     # Plain copy
 
     def _copy(self, source: File, start: int, stop: int) -> None:
-        if self.manner.sparse:
+        if self.copy_options.sparse:
             self._copy_sparse(source, start, stop)
         else:
             copy(source, self.target, start, stop, self.buffer)
-        self._count(Way.BUFFER, stop - start)
+        self._count(CopyMethod.BUFFER, stop - start)
 
     def _preallocate(self, start: int, stop: int) -> None:
         """Let the file system place a run that goes into a hole at once, as one piece."""
@@ -279,7 +288,7 @@ class Mover:
             view = self.buffer[: stop - offset]
             source.read_into(view, offset)
             position = 0
-            for first, last in nonzero_runs(view, self.manner.sparse):
+            for first, last in nonzero_runs(view, self.copy_options.sparse):
                 self._make_zero(offset + position, offset + first)
                 self.target.write(view[first:last], offset + first)
                 position = last
@@ -293,7 +302,7 @@ class Mover:
 
     def _move_direct(self, source: File, start: int, stop: int) -> None:
         first, last = round_up(start, DIRECT_BLOCK), round_down(stop, DIRECT_BLOCK)
-        if first >= last or not self._may(Way.DIRECT, source):
+        if first >= last or not self._may(CopyMethod.DIRECT, source):
             self._copy_edge(source, start, stop)
             return
         try:
@@ -301,7 +310,7 @@ class Mover:
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise FileError.of(self.target.path, f"copy at {start}", error) from error
-            self._cannot.add((Way.DIRECT, source.fd))
+            self._cannot.add((CopyMethod.DIRECT, source.fd))
             self._copy_edge(source, start, stop)
             return
         self._copy_edge(source, start, first)
@@ -316,11 +325,11 @@ class Mover:
             if os.preadv(here, [view], offset) != len(view):
                 raise OSError(errno.EINVAL, "short direct read")
             self._write_direct(there, view, offset)
-        self._count(Way.DIRECT, stop - start)
+        self._count(CopyMethod.DIRECT, stop - start)
 
     def _write_direct(self, there: int, view: memoryview, offset: int) -> None:
         """Write ``view``, or what of it is not zero when zeros are looked for."""
-        block = round_up(self.manner.sparse, DIRECT_BLOCK)
+        block = round_up(self.copy_options.sparse, DIRECT_BLOCK)
         position = 0
         for first, last in nonzero_runs(view, block) if block else [(0, len(view))]:
             self._make_zero(offset + position, offset + first)

@@ -27,8 +27,8 @@ from addcow_mp.device.discovery import is_gone
 from addcow_mp.device.files import cannot_lock, cannot_open, claim_alone
 from addcow_mp.errors import FileError, ImageError
 from addcow_mp.format.bits import Run
-from addcow_mp.jobs.looking import Part
-from addcow_mp.jobs.verdict import Grade, Range, Remark, Verdict
+from addcow_mp.jobs.layer_report import Grade, LayerReport, Range, Remark
+from addcow_mp.jobs.verify_task import LeafRange
 from addcow_mp.units import MAX_SIZE
 
 #: What says that a database is one of these: "ACSC", and the version of its tables.
@@ -107,12 +107,12 @@ class Entry(NamedTuple):
         """When it was verified or sampled last; 0 = never."""
         return max(self.verified or 0, self.sampled or 0)
 
-    def known(self) -> Verdict:
+    def known(self) -> LayerReport:
         """What the last look has found."""
         found = {"ranges": json.loads(self.ranges), "findings": json.loads(self.findings)}
         return _verdict(self.path, found)
 
-    def begun(self) -> Verdict:
+    def begun(self) -> LayerReport:
         """What this pass has found so far."""
         found = json.loads(self.pending) if self.pending else {}
         return _verdict(self.path, found)
@@ -127,15 +127,15 @@ class Entry(NamedTuple):
         """Whether there is no such file any more; one that cannot be looked at may be there."""
         return bool(self.gone) or is_gone(self.path)
 
-    def begin(self, verdict: Verdict, unseen: list[Run]) -> Entry:
+    def begin(self, layer_report: LayerReport, unseen: list[Run]) -> Entry:
         """The same, looked at but for the leaves ``unseen``."""
-        pending = {**_told(verdict), "bytes": verdict.bytes_read}
+        pending = {**_told(layer_report), "bytes": layer_report.bytes_read}
         return self._replace(unseen=json.dumps(unseen), pending=json.dumps(pending))
 
-    def looked_at(self, verdict: Verdict) -> Entry:
+    def looked_at(self, layer_report: LayerReport) -> Entry:
         """The same with what was found."""
-        ranges, findings = map(json.dumps, _told(verdict).values())
-        return self._replace(exit=verdict.exit_code, ranges=ranges, findings=findings)
+        ranges, findings = map(json.dumps, _told(layer_report).values())
+        return self._replace(exit=layer_report.exit_code, ranges=ranges, findings=findings)
 
 
 class Record(NamedTuple):
@@ -153,14 +153,14 @@ class Record(NamedTuple):
     different: int = 0
 
 
-def _told(verdict: Verdict) -> dict[str, object]:
+def _told(layer_report: LayerReport) -> dict[str, object]:
     return {
-        "ranges": [one.as_json() for one in verdict.ranges],
-        "findings": [one.as_json() for one in verdict.remarks],
+        "ranges": [one.as_json() for one in layer_report.ranges],
+        "findings": [one.as_json() for one in layer_report.remarks],
     }
 
 
-def _verdict(path: str, told: dict[str, Any]) -> Verdict:
+def _verdict(path: str, told: dict[str, Any]) -> LayerReport:
     ranges = [
         Range(_text(one["file"]), _count(one["start"]), _count(one["length"]))
         for one in told.get("ranges", ())
@@ -171,7 +171,7 @@ def _verdict(path: str, told: dict[str, Any]) -> Verdict:
         )
         for one in told.get("findings", ())
     ]
-    return Verdict(path, ranges, remarks, _count(told.get("bytes", 0)))
+    return LayerReport(path, ranges, remarks, _count(told.get("bytes", 0)))
 
 
 # What stands in the file: anybody can have written there
@@ -188,7 +188,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     entry.known()
     entry.begun()
     for span in entry.spans:
-        Part(0, *map(_count, span))
+        LeafRange(0, *map(_count, span))
     return entry
 
 
@@ -221,7 +221,7 @@ def _time(value: object) -> float:
     return float(value)
 
 
-class Ledger:
+class ScrubState:
     """An open ledger. Every method raises :class:`FileError` for what SQLite meets."""
 
     def __init__(self, path: str, database: sqlite3.Connection) -> None:
@@ -303,7 +303,7 @@ def _saying(path: str, action: str) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: str, *, locking: bool = True) -> Iterator[Ledger]:
+def opened(path: str, *, locking: bool = True) -> Iterator[ScrubState]:
     """Open a ledger to be written, made if it is not there; nobody else writes it meanwhile.
 
     Without ``locking`` the database is used without locks. Raises :class:`ImageError` for a file
@@ -313,11 +313,11 @@ def opened(path: str, *, locking: bool = True) -> Iterator[Ledger]:
         if os.stat(path).st_size == 0:
             _make(path, database)
         _refuse_others(path, database)
-        yield Ledger(path, database)
+        yield ScrubState(path, database)
 
 
 @contextmanager
-def read(path: str, *, locking: bool = True) -> Iterator[Ledger]:
+def read(path: str, *, locking: bool = True) -> Iterator[ScrubState]:
     """Open a ledger to be asked; it may be in use. Raises like :func:`opened`."""
     try:
         status = os.stat(path)
@@ -328,7 +328,7 @@ def read(path: str, *, locking: bool = True) -> Iterator[Ledger]:
         raise ImageError(path=path, problem="it is empty: no scrub has remembered anything yet")
     with _connected(path, locking=locking) as database:
         _refuse_others(path, database)
-        yield Ledger(path, database)
+        yield ScrubState(path, database)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Iterator
 
-from addcow_mp.device import kernel
+from addcow_mp.device import syscalls
 from addcow_mp.device.files import File
 from addcow_mp.device.filesystem import filesystem_of
 from addcow_mp.errors import ImageError
@@ -29,7 +29,7 @@ TRIES = 5
 _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 
 
-def forget(file: File) -> None:
+def drop_cached(file: File) -> None:
     """Make what is read of ``file`` from now on what is stored. No mapping of it may be left here.
 
     Syncs it first, whatever else was asked for: only what is stored can be forgotten. Raises
@@ -47,7 +47,7 @@ def refuse_unknowable(file: File) -> None:
     if file.length == 0:
         return
     try:
-        kernel.has_in_memory(file.fd, 0, min(file.length, mmap.PAGESIZE))
+        syscalls.has_in_memory(file.fd, 0, min(file.length, mmap.PAGESIZE))
     except OSError as error:
         raise ImageError(
             path=file.path,
@@ -59,7 +59,7 @@ def refuse_unknowable(file: File) -> None:
 def _is_dropped(file: File) -> bool:
     for _ in range(TRIES):
         os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if not any(kernel.has_in_memory(file.fd, *part) for part in _parts(file)):
+        if not any(syscalls.has_in_memory(file.fd, *part) for part in _parts(file)):
             return True
     return False
 

@@ -26,15 +26,15 @@ from heapq import heappop, heappush
 
 from addcow_mp.device import faults
 from addcow_mp.device.access import Access
+from addcow_mp.device.copying import CopyOptions
 from addcow_mp.device.files import free_bytes, sync_directory
-from addcow_mp.device.kernel import die_with_parent
-from addcow_mp.device.moving import Manner
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.delivery import UnstartedError
-from addcow_mp.engine.plan import Task
-from addcow_mp.engine.pool import TRIES, Done, Part, Pool, usable_cpus
+from addcow_mp.device.syscalls import die_with_parent
+from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.fd_passing import UnstartedError
+from addcow_mp.engine.pool import TRIES, Done, ParentRole, Pool, usable_cpus
+from addcow_mp.engine.tasks import Task
 from addcow_mp.errors import AddcowError
-from addcow_mp.farm.errand import Errand
+from addcow_mp.farm.image_job import ImageJob
 from addcow_mp.farm.plan import Plan, State, Step
 from addcow_mp.farm.tally import Tally
 from addcow_mp.jobs.dependants import Identity
@@ -70,7 +70,7 @@ class Watch:
         """Told now and then."""
 
 
-def carry_out(
+def execute(
     plan: Plan, conduct: Conduct, *, stops_at_error: bool = False, watch: Watch | None = None
 ) -> None:
     """Do all that is ready in ``plan``; afterwards each step says what has become of it.
@@ -96,30 +96,35 @@ def carry_out(
 class _Whole(Task):
     """A whole image, to be done by one process."""
 
-    errand: Errand
+    image_job: ImageJob
 
 
-class _Errands:
-    """Runs errands, one a task, in this process or a worker; ``board`` says when to stop."""
+class _ImageJobs:
+    """Runs errands, one a task, in this process or a worker; ``done_map`` says when to stop."""
 
-    def __init__(self, conduct: Conduct, board: Board) -> None:
+    def __init__(self, conduct: Conduct, done_map: DoneMap) -> None:
         self.conduct = conduct
-        self.board = board
+        self.done_map = done_map
 
     def __reduce__(self) -> tuple[object, ...]:
-        parts = (self.conduct.access, self.conduct.manner, self.board, os.getpid())
+        parts = (self.conduct.access, self.conduct.copy_options, self.done_map, os.getpid())
         return (_received, parts)
 
     def __call__(self, task: Task, slot: int) -> Report:  # noqa: ARG002
         assert isinstance(task, _Whole)  # noqa: S101 - what this work is given
-        return task.errand.run(self.conduct)
+        return task.image_job.run(self.conduct)
 
 
-def _received(access: Access, manner: Manner, board: Board, parent: int) -> _Errands:
+def _received(
+    access: Access, copy_options: CopyOptions, done_map: DoneMap, parent: int
+) -> _ImageJobs:
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # it died before
-    return _Errands(Conduct(0, access=access, manner=manner, stopping=lambda: board.stopped), board)
+    return _ImageJobs(
+        Conduct(0, access=access, copy_options=copy_options, stopping=lambda: done_map.stopped),
+        done_map,
+    )
 
 
 # Order and space
@@ -198,18 +203,18 @@ class _Space:
 
     def fits(self, step: Step) -> bool:
         """Whether what ``step`` takes is free beside that; a step alone is let go to find out."""
-        if step.prospect is None or not step.room.peak or not +self._reserved:
+        if step.estimate is None or not step.space.peak or not +self._reserved:
             return True
         try:
-            free = free_bytes(os.statvfs(os.path.dirname(step.prospect.target) or "."))
+            free = free_bytes(os.statvfs(os.path.dirname(step.estimate.target) or "."))
         except OSError:
             return True  # its job says what is wrong there
-        return step.room.peak <= free - self._reserved[step.prospect.device]
+        return step.space.peak <= free - self._reserved[step.estimate.device]
 
     def reserve(self, step: Step, times: int = 1) -> None:
         """Count it in, or with ``times`` -1 out."""
-        if step.prospect is not None:
-            self._reserved[step.prospect.device] += times * step.room.peak
+        if step.estimate is not None:
+            self._reserved[step.estimate.device] += times * step.space.peak
 
 
 # The farm
@@ -223,7 +228,7 @@ class _Farm:
         self._plan = plan
         self._conduct = replace(conduct, access=plan.access)
         self._stops_at_error = stops_at_error
-        self._verifies = any(step.errand.verifies for step in plan.steps)
+        self._verifies = any(step.image_job.verifies for step in plan.steps)
         self._steps = [step for step in plan.steps if step.state is State.READY]
         self._jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
         self._agenda = _Agenda(self._steps)
@@ -240,25 +245,25 @@ class _Farm:
             if step.state is not State.READY:
                 self._end(step)
         self.watch.progress(self._done)
-        board = Board.create((0, 0), 0)
+        done_map = DoneMap.create((0, 0), 0)
         try:
-            with self._pool(board) as pool:
+            with self._pool(done_map) as pool:
                 while self._agenda.left and not self._is_over:
                     self._turn(pool)
-                self._wind_up(pool, board)
+                self._wind_up(pool, done_map)
         finally:
-            board.close()
+            done_map.close()
 
-    def _pool(self, board: Board) -> Pool:
-        manner = self._conduct.manner
+    def _pool(self, done_map: DoneMap) -> Pool:
+        copy_options = self._conduct.copy_options
         # Each process keeps its share of a limit, whatever image it is at.
-        each = replace(manner, rate=manner.rate_of_each(self._jobs))
-        work = _Errands(replace(self._conduct, jobs=0, manner=each), board)
+        each = replace(copy_options, rate=copy_options.rate_of_each(self._jobs))
+        work = _ImageJobs(replace(self._conduct, jobs=0, copy_options=each), done_map)
         # Fault rules are for workers, and so are limits: this process would exceed them.
-        part = Part.NONE if faults.armed or manner.is_for_workers else Part.FIRST
+        part = ParentRole.NONE if faults.armed or copy_options.is_for_workers else ParentRole.FIRST
         # Once more would hold what a job has left behind against itself, and find it as it was.
         tries = 1 if self._verifies else TRIES
-        return Pool(work, self._jobs, part=part, tries=tries)
+        return Pool(work, self._jobs, parent_role=part, tries=tries)
 
     @property
     def _is_over(self) -> bool:
@@ -295,19 +300,19 @@ class _Farm:
                 return
             self._begin(number)
             step = self._steps[number]
-            yield _Whole(number, 0, 1, max(LEAST, step.weight), step.errand)
+            yield _Whole(number, 0, 1, max(LEAST, step.weight), step.image_job)
 
     def _begin(self, number: int) -> None:
         step = self._steps[number]
-        around = self._plan.neighbours.around(step.named, as_backing=step.written > 1)
-        step.errand = replace(step.errand, around=around)
+        around = self._plan.dependency_index.around(step.named, as_backing=step.written > 1)
+        step.image_job = replace(step.image_job, around=around)
         self._under_way.add(number)
         self._space.reserve(step)
         self.watch.begun(step)
 
     def _look_again(self) -> None:
         if time.monotonic() - self._looked >= LOOK_AGAIN:
-            self._plan.neighbours.look_again()
+            self._plan.dependency_index.look_again()
             self._looked = time.monotonic()
 
     def _split(self, step: Step, pool: Pool) -> Report | AddcowError:
@@ -322,7 +327,7 @@ class _Farm:
         # to be read back must not be: such a job has processes of its own.
         crew = None if self._verifies else pool
         try:
-            return step.errand.run(replace(self._conduct, crew=crew, progress=progress))
+            return step.image_job.run(replace(self._conduct, crew=crew, progress=progress))
         except UnstartedError:
             raise
         except AddcowError as error:
@@ -347,8 +352,8 @@ class _Farm:
         self._agenda.finish(number)
         if isinstance(outcome, Report):
             step.state, step.report = State.DONE, outcome
-            if step.errand.discard:
-                self._plan.neighbours.forget(step.named)
+            if step.image_job.discard:
+                self._plan.dependency_index.drop_cached(step.named)
         else:
             step.state, step.problem = _state_after(outcome.report), outcome
             step.report = outcome.report if step.state is not State.REFUSED else None
@@ -364,10 +369,10 @@ class _Farm:
         self._failed = self._failed or step.state in (State.FAILED, State.REFUSED)
         self.watch.ended(step)
 
-    def _wind_up(self, pool: Pool, board: Board) -> None:
+    def _wind_up(self, pool: Pool, done_map: DoneMap) -> None:
         """Let nothing more begin, and wait for what is under way."""
         if self._conduct.stopping():
-            board.stop()
+            done_map.stop()
         for task in pool.abandon():
             self._under_way.discard(task.number)
         while self._under_way:
@@ -376,7 +381,7 @@ class _Farm:
 
 def _is_discarded(step: Step) -> bool:
     """Whether a worker that died had removed the overlay already: the last thing that it does."""
-    return step.errand.discard and not os.path.exists(step.path)
+    return step.image_job.discard and not os.path.exists(step.path)
 
 
 def _finished_discard(step: Step) -> Report | AddcowError:
@@ -384,7 +389,7 @@ def _finished_discard(step: Step) -> Report | AddcowError:
         sync_directory(os.path.realpath(step.path))
     except AddcowError as error:
         return error.kept()
-    return Report(step.errand.operation, step.path)
+    return Report(step.image_job.operation, step.path)
 
 
 def _state_after(report: Report | None) -> State:

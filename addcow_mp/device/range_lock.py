@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Requests:
+class RangeLock:
     """The cluster ranges that writers hold, for the threads of one process."""
 
     def __init__(self) -> None:

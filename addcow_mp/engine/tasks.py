@@ -70,7 +70,7 @@ def _cuts(stretches: Iterable[Stretch], limit: int) -> Iterator[tuple[int, int]]
         yield first, weight
 
 
-def parcels(count: int, size: int) -> list[Task]:
+def equal_tasks(count: int, size: int) -> list[Task]:
     """Tasks over ``count`` equal things, ``size`` of them in each; their weight is how many."""
     return [
         Task(number, first, min(first + size, count), min(size, count - first))

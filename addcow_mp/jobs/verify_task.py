@@ -4,7 +4,7 @@ Each layer is looked at by itself, so that a difference has a file and a place i
 what costs nothing: whether there is a manifest at all and it is whole; whether the files are the
 same ones, of the same size, unchanged since; whether what lies below is what lay below then. A
 file that was replaced is not read. Then header and bitmap, then what the layer holds
-(:mod:`addcow_mp.jobs.differing`). Times alone accuse nobody: a file that was written since holds
+(:mod:`addcow_mp.jobs.leaf_compare`). Times alone accuse nobody: a file that was written since holds
 other bytes in some leaf, and that is found; one that was only touched does not.
 
 A task is several parts, done one after the other until so much was looked at that another process
@@ -25,21 +25,21 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.files import BACKING, COW, IMAGE, File, new_buffer
 from addcow_mp.device.headers import (
     Names,
+    errors_naming,
     load_header,
     load_names,
     open_claimed,
     resolve,
-    telling,
 )
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.locks import READING
+from addcow_mp.device.manifest_file import manifest_of
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.device.sidecar import manifest_of
-from addcow_mp.engine.board import Board
-from addcow_mp.engine.leaves import cow_digests, file_of
-from addcow_mp.engine.pace import STEPS_PER_SECOND, Pace
-from addcow_mp.engine.plan import Task
+from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.layer_digest import cow_digests, file_of
+from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.throttle import STEPS_PER_SECOND, Throttle
 from addcow_mp.engine.transfer import end_orphan
 from addcow_mp.errors import AddcowError, ManifestError, StoppedError
 from addcow_mp.format.header import ADD_COW, RAW
@@ -53,19 +53,19 @@ from addcow_mp.format.manifest import (
     digest,
     is_rounded_down,
 )
-from addcow_mp.jobs.differing import Leaves, Sample
-from addcow_mp.jobs.verdict import Grade, Range, Verdict
+from addcow_mp.jobs.layer_report import Grade, LayerReport, Range
+from addcow_mp.jobs.leaf_compare import LeafComparison, Sample
 from addcow_mp.units import EiB, MiB
 
 #: Groups with something in them for one task, 256 MiB: so a large layer is shared out evenly.
-PART = 256 * MiB // GROUP
+GROUPS_PER_TASK = 256 * MiB // GROUP
 
 #: A number behind all leaves.
 END = EiB // LEAF * 16
 
 
 @dataclass(frozen=True)
-class Target:
+class LayerRef:
     """A layer to be verified: an overlay or a raw file.
 
     ``holder``: the overlay that names it, by the path that its names are relative to. Without a
@@ -78,7 +78,7 @@ class Target:
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Part:
+class LeafRange:
     """The leaves ``[first, stop)`` of the layer that has this ``index`` among the targets."""
 
     index: int
@@ -87,37 +87,37 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel(Task):
+class VerifyTask(Task):
     """Some parts to be looked at one after the other, and the layer of each."""
 
-    parts: tuple[Part, ...]
-    targets: tuple[Target, ...]
+    parts: tuple[LeafRange, ...]
+    targets: tuple[LayerRef, ...]
 
 
-class Seen(NamedTuple):
+class Verified(NamedTuple):
     """What was found in a part, and what of it was not looked at."""
 
-    part: Part
-    verdict: Verdict
-    left: tuple[Part, ...] = ()
+    part: LeafRange
+    layer_report: LayerReport
+    left: tuple[LeafRange, ...] = ()
 
 
-class Looking:
+class VerifyWork:
     """The work of a task. Layers are opened for it; manifests are kept from one to the next.
 
-    ``board`` says when to stop; ``sample``: what to read, None = all; ``rate``: bytes per second
+    ``done_map`` says when to stop; ``sample``: what to read, None = all; ``rate``: bytes per second
     for this process, 0 = no limit.
     """
 
     def __init__(
         self,
         access: Access,
-        board: Board,
+        done_map: DoneMap,
         sample: Sample | None = None,
         rate: int = 0,
     ) -> None:
         self.access = access
-        self.board = board
+        self.done_map = done_map
         self.sample = sample
         self.rate = rate
         self.parent: int | None = None
@@ -129,24 +129,28 @@ class Looking:
         self._reachable: dict[tuple[str, tuple[str, ...]], bool] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        shared = (self.access, self.board, self.sample, self.rate)
-        return (Looking, shared, {"parent": os.getpid()})
+        shared = (self.access, self.done_map, self.sample, self.rate)
+        return (VerifyWork, shared, {"parent": os.getpid()})
 
-    def __call__(self, task: Task, slot: int) -> list[Seen]:  # noqa: ARG002
-        """What was seen of the parts of a :class:`Parcel` that were begun, in order."""
-        assert isinstance(task, Parcel)  # noqa: S101 - what this work is given
-        allowance, seen = self._allowance, list[Seen]()
+    def __call__(self, task: Task, slot: int) -> list[Verified]:  # noqa: ARG002
+        """What was seen of the parts of a :class:`VerifyTask` that were begun, in order."""
+        assert isinstance(task, VerifyTask)  # noqa: S101 - what this work is given
+        allowance, verified = self._allowance, list[Verified]()
         for part, target in zip(task.parts, task.targets, strict=True):
             if allowance > 0 and not self._shall_stop():
                 look = _Look(self, part, target, allowance)
-                seen.append(look.seen())
+                verified.append(look.verified())
                 allowance -= look.leaves
-        return seen
+        return verified
 
     @property
     def _allowance(self) -> int:
         """Leaves in one task: with a limit what takes about a second, which a crash may cost."""
-        return min(PART * FAN, max(1, self.rate // LEAF)) if self.rate else PART * FAN
+        return (
+            min(GROUPS_PER_TASK * FAN, max(1, self.rate // LEAF))
+            if self.rate
+            else GROUPS_PER_TASK * FAN
+        )
 
     @property
     def step(self) -> int:
@@ -154,15 +158,15 @@ class Looking:
         return min(FAN, max(1, self.rate // LEAF // STEPS_PER_SECOND)) if self.rate else FAN
 
     @cached_property
-    def _pace(self) -> Pace:
-        return Pace(self.rate)
+    def _throttle(self) -> Throttle:
+        return Throttle(self.rate)
 
     def _shall_stop(self) -> bool:
-        return self.board.stopped or self.stopping()
+        return self.done_map.stopped or self.stopping()
 
     def spend(self, length: int) -> None:
         """Take note of bytes that were read. Raises :class:`StoppedError` when all shall stop."""
-        self._pace.spend(length, self.look_up)
+        self._throttle.spend(length, self.look_up)
 
     def look_up(self) -> None:
         """See whether to go on. Raises :class:`StoppedError`."""
@@ -170,7 +174,7 @@ class Looking:
         if self._shall_stop():
             raise StoppedError(path="")
 
-    def access_for(self, target: Target) -> Access:
+    def access_for(self, target: LayerRef) -> Access:
         """How the layer may be opened, and what it names."""
         return self.access_beside(target.holder or _base(target.path))
 
@@ -185,7 +189,7 @@ class Looking:
         """That of the layer at ``path``. Raises like :meth:`Manifest.load`."""
         return self._manifests.of(path)
 
-    def head(self, path: str, holder: Target) -> Head | None:
+    def head(self, path: str, holder: LayerRef) -> Head | None:
         """The head of the manifest of the layer at ``path``; None without one.
 
         Nor is there one for ``holder`` when what it names lies where names may not lead.
@@ -227,21 +231,21 @@ class _Manifests:
 class _Look:
     """One look at one part of a layer, at no more than ``allowance`` leaves of it."""
 
-    def __init__(self, work: Looking, part: Part, target: Target, allowance: int) -> None:
+    def __init__(self, work: VerifyWork, part: LeafRange, target: LayerRef, allowance: int) -> None:
         self.work = work
         self.part = part
         self.target = target
         self.allowance = allowance
-        self.verdict = Verdict(self.target.path)
+        self.layer_report = LayerReport(self.target.path)
         #: Leaves and groups that were looked at.
         self.leaves = 0
         self.groups = 0
         #: What an overlay names.
         self.names: Names | None = None
 
-    def seen(self) -> Seen:
+    def verified(self) -> Verified:
         """Look, and say what there was to see."""
-        left: tuple[Part, ...] = ()
+        left: tuple[LeafRange, ...] = ()
         try:
             with ExitStack() as opened:
                 left = tuple(self._left(self._opened(opened)))
@@ -249,8 +253,8 @@ class _Look:
             if not self._is_header_damaged():
                 path, told = self.target.path, str(error)
                 told = told.removeprefix(f"{path}: ")
-                self.verdict.remark("unexamined", Grade.UNVERIFIED, path, told)
-        return Seen(self.part, self.verdict, left)
+                self.layer_report.remark("unexamined", Grade.UNVERIFIED, path, told)
+        return Verified(self.part, self.layer_report, left)
 
     def _opened(self, opened: ExitStack) -> Layer:
         """The layer alone, without what lies below."""
@@ -265,17 +269,19 @@ class _Look:
         access = self.work.access_beside(file.base) if named else access
         header = load_header(file)
         self.names = load_names(file, header)
-        with telling(file, self.names.image, "image file") as path:
+        with errors_naming(file, self.names.image, "image file") as path:
             image = open_claimed(access, path, READING, IMAGE, named=False)
         opened.callback(image.close)
         return Overlay(file, image, None, header)
 
-    def _left(self, layer: Layer) -> Iterator[Part]:
+    def _left(self, layer: Layer) -> Iterator[LeafRange]:
         """Look at ``layer`` as far as allowed, and say what is left of the part."""
         manifest = self._manifest(layer)
         if manifest is None or not self._is_same(layer, manifest):
             return
-        leaves = Leaves(layer, manifest, self.work.sample, self.work.spend, self.work.buffer)
+        leaves = LeafComparison(
+            layer, manifest, self.work.sample, self.work.spend, self.work.buffer
+        )
         leaves.trusted = self._has_sound_bits(layer, manifest)
         numbers = leaves.groups(self.part.first, self.part.stop)
         try:
@@ -284,20 +290,24 @@ class _Look:
             self._note(leaves)
         if not leaves.trusted and any(manifest.group(one).mixed.any() for one in manifest.records):
             told = "leaves that mix layers were not verified: that takes the bitmap as it was"
-            self.verdict.remark("mixed", Grade.UNVERIFIED, layer.path, told)
+            self.layer_report.remark("mixed", Grade.UNVERIFIED, layer.path, told)
         if left := numbers[self.groups :]:
             # From the group in which it stopped on, then what others may take.
             first = max(position, self.part.first, left[0] * FAN)
-            cuts = [first, *(number * FAN for number in left[PART::PART]), self.part.stop]
-            yield from (Part(self.part.index, *span) for span in pairwise(cuts))
+            cuts = [
+                first,
+                *(number * FAN for number in left[GROUPS_PER_TASK::GROUPS_PER_TASK]),
+                self.part.stop,
+            ]
+            yield from (LeafRange(self.part.index, *span) for span in pairwise(cuts))
 
-    def _note(self, leaves: Leaves) -> None:
-        self.verdict.ranges += leaves.ranges()
-        self.verdict.bytes_read = leaves.bytes_compared
+    def _note(self, leaves: LeafComparison) -> None:
+        self.layer_report.ranges += leaves.ranges()
+        self.layer_report.bytes_read = leaves.bytes_compared
         for place, told in leaves.unreadable():
-            self.verdict.remark("unreadable", Grade.UNVERIFIED, place.file, told)
+            self.layer_report.remark("unreadable", Grade.UNVERIFIED, place.file, told)
 
-    def _compared(self, leaves: Leaves, numbers: list[int]) -> int:
+    def _compared(self, leaves: LeafComparison, numbers: list[int]) -> int:
         """Compare the leaves of groups as far as allowed; the leaf behind the last one."""
         position = self.part.first
         for number in numbers:
@@ -325,12 +335,12 @@ class _Look:
         except FileNotFoundError:
             form = "" if self.target.format == ADD_COW else " -f raw"
             told = f"it has no manifest; make one with 'addcow manifest create{form}'"
-            self.verdict.remark("no-manifest", Grade.UNVERIFIED, layer.path, told)
+            self.layer_report.remark("no-manifest", Grade.UNVERIFIED, layer.path, told)
         except ManifestError as error:
-            self.verdict.remark("manifest", Grade.DAMAGE, path, error.fields["problem"])
+            self.layer_report.remark("manifest", Grade.DAMAGE, path, error.fields["problem"])
         except OSError as error:
             told = error.strerror or str(error)
-            self.verdict.remark("manifest", Grade.UNVERIFIED, path, told)
+            self.layer_report.remark("manifest", Grade.UNVERIFIED, path, told)
         return None
 
     def _is_same(self, layer: Layer, manifest: Manifest) -> bool:
@@ -340,11 +350,13 @@ class _Look:
             was, now = manifest.head.files.get(name), FileState.of(file.status)
             if was is None or was[:2] != now[:2]:
                 told = "it was replaced: it is another file, or of another size, than its "
-                self.verdict.remark("replaced", Grade.DAMAGE, file.path, f"{told}manifest says")
+                self.layer_report.remark(
+                    "replaced", Grade.DAMAGE, file.path, f"{told}manifest says"
+                )
                 same = False
             elif was != now:
                 told = "it was written or touched after its manifest was made"
-                self.verdict.remark("changed", Grade.NOTE, file.path, told)
+                self.layer_report.remark("changed", Grade.NOTE, file.path, told)
         if same and (manifest.head.kind, manifest.head.virtual_size) != _kind_of(layer):
             self._remark_other_size(layer, manifest)
             same = False
@@ -357,10 +369,10 @@ class _Look:
                 "it was made without the last, partial sector of the file, which is part of the "
                 "disk; make it again with 'addcow manifest create --replace'"
             )
-            self.verdict.remark("stale", Grade.UNVERIFIED, manifest.path, told)
+            self.layer_report.remark("stale", Grade.UNVERIFIED, manifest.path, told)
             return
         told = "it is of a layer of another format or size"
-        self.verdict.remark("manifest", Grade.DAMAGE, manifest.path, told)
+        self.layer_report.remark("manifest", Grade.DAMAGE, manifest.path, told)
 
     def _compare_below(self, layer: Layer, manifest: Manifest) -> None:
         """Remark a backing file that has a manifest, but of other content than was below then."""
@@ -380,10 +392,10 @@ class _Look:
                 f"it was made without the last, partial sector of {path}, which is part of that "
                 "disk; make it again with 'addcow manifest create --replace'"
             )
-            self.verdict.remark("stale", Grade.UNVERIFIED, manifest.path, told)
+            self.layer_report.remark("stale", Grade.UNVERIFIED, manifest.path, told)
             return
         told = f"what lies below, {path}, is not what lay there when the manifest was made"
-        self.verdict.remark("backing-replaced", Grade.DAMAGE, layer.path, told)
+        self.layer_report.remark("backing-replaced", Grade.DAMAGE, layer.path, told)
 
     def _has_sound_bits(self, layer: Layer, manifest: Manifest) -> bool:
         """Whether the bitmap is what it was; header and bitmap that are not are ranges."""
@@ -397,9 +409,9 @@ class _Look:
             ("bitmap", bitmap == manifest.head.bitmap_digest, size, length),
         ):
             if not same:
-                self.verdict.ranges.append(Range(layer.path, start, extent))
+                self.layer_report.ranges.append(Range(layer.path, start, extent))
                 told = f"its {name} is not what it was"
-                self.verdict.remark(name, Grade.DAMAGE, layer.path, told)
+                self.layer_report.remark(name, Grade.DAMAGE, layer.path, told)
         return bitmap == manifest.head.bitmap_digest
 
     def _is_header_damaged(self) -> bool:
@@ -416,9 +428,9 @@ class _Look:
         if head.header_digest is None or digest(found).hex() == head.header_digest:
             return False
         if found:
-            self.verdict.ranges.append(Range(self.target.path, 0, len(found)))
+            self.layer_report.ranges.append(Range(self.target.path, 0, len(found)))
         told = "its header is not what it was, and nothing else of it could be verified"
-        self.verdict.remark("header", Grade.DAMAGE, self.target.path, told)
+        self.layer_report.remark("header", Grade.DAMAGE, self.target.path, told)
         return True
 
 
@@ -436,7 +448,7 @@ def can_reach(path: str, access: Access) -> bool:
     return True
 
 
-def _opened_cow(target: Target, access: Access) -> File:
+def _opened_cow(target: LayerRef, access: Access) -> File:
     opener = access.open_named if target.holder is None else access.open_beneath
     return opener(target.path)
 

@@ -17,7 +17,7 @@ from addcow_mp.errors import AddcowError
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from addcow_mp.engine.plan import Task
+    from addcow_mp.engine.tasks import Task
 
 
 class Work(Protocol):
@@ -33,7 +33,7 @@ class UnstartedError(AddcowError):
     template = "a worker process could not start: {cause}"
 
 
-class Parcel:
+class PackedWork:
     """Work on its way to a process that is being started.
 
     Packed at that moment, as descriptors must be; unpacked where an error in it can be told.
@@ -45,10 +45,10 @@ class Parcel:
     def __reduce__(self) -> tuple[object, ...]:
         from multiprocessing.reduction import ForkingPickler
 
-        return (Packed, (bytes(ForkingPickler.dumps(self._work)),))
+        return (ReceivedWork, (bytes(ForkingPickler.dumps(self._work)),))
 
 
-class Packed:
+class ReceivedWork:
     """The same at the other end."""
 
     def __init__(self, content: bytes) -> None:
@@ -69,11 +69,11 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Delivery:
+class LentWork:
     """Word of work ``number``, packed; so many descriptors follow."""
 
     number: int
-    packed: Packed
+    packed: ReceivedWork
     descriptors: int
 
     def received(self, pipe: Connection) -> Work | UnstartedError:
@@ -87,7 +87,7 @@ class Delivery:
             _arrived.clear()
 
 
-def deliver(pipe: Connection, number: int, work: Work) -> None:
+def lend(pipe: Connection, number: int, work: Work) -> None:
     """Send ``work`` to the process at the other end. Raises :class:`OSError` when it has died."""
     import socket
     from multiprocessing import context
@@ -99,7 +99,7 @@ def deliver(pipe: Connection, number: int, work: Work) -> None:
         content = bytes(ForkingPickler.dumps(work))
     finally:
         context.set_spawning_popen(None)
-    pipe.send(Delivery(number, Packed(content), len(envelope.fds)))
+    pipe.send(LentWork(number, ReceivedWork(content), len(envelope.fds)))
     if envelope.fds:
         with socket.socket(fileno=os.dup(pipe.fileno())) as channel:
             socket.send_fds(channel, [b"."], envelope.fds)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from addcow_mp.jobs import commit, flatten
-from addcow_mp.jobs.dependants import Surroundings
-from addcow_mp.jobs.report import Conduct, Prospect, Report
+from addcow_mp.jobs.dependants import NearbyOverlays
+from addcow_mp.jobs.report import Conduct, Estimate, Report
 
 
 class Operation(StrEnum):
@@ -23,7 +23,7 @@ class Operation(StrEnum):
 
 
 @dataclass(frozen=True)
-class Errand:
+class ImageJob:
     """``operation`` on the overlay at ``path``; ``discard`` is flatten's.
 
     ``verifies``: what was written is read back from the disk, before anything is discarded.
@@ -33,17 +33,17 @@ class Errand:
 
     path: str
     operation: Operation
-    around: Surroundings
+    around: NearbyOverlays
     discard: bool = False
     receives: bool = False
     verifies: bool = False
 
-    def foresee(self, conduct: Conduct) -> Prospect | None:
+    def estimate(self, conduct: Conduct) -> Estimate | None:
         """What it would do, None for nothing. Raises what it would be refused for."""
         conduct = replace(conduct, around=self.around)
         if self.operation is Operation.FLATTEN:
-            return flatten.foresee(self.path, conduct, discard=self.discard)
-        return commit.foresee(self.path, conduct, receives=self.receives)
+            return flatten.estimate(self.path, conduct, discard=self.discard)
+        return commit.estimate(self.path, conduct, receives=self.receives)
 
     def run(self, conduct: Conduct) -> Report:
         """Do it. Raises :class:`AddcowError`."""

@@ -21,7 +21,7 @@ _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "ppc64le": 273, "s390x": 282, "risc
 _WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
 
 
-class Pace:
+class Throttle:
     """A limit of ``rate`` bytes per second for one worker; 0 = none."""
 
     def __init__(self, rate: int) -> None:
@@ -43,7 +43,7 @@ class Pace:
             meanwhile()
 
 
-def step_back() -> None:
+def use_idle_priority() -> None:
     """Let this process wait for the disk until nobody else wants it, where that can be said.
 
     So do the threads and processes that it starts from then on.

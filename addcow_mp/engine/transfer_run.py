@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from addcow_mp.engine.board import MOST_UNPUBLISHED, Board
-from addcow_mp.engine.delivery import UnstartedError, Work
-from addcow_mp.engine.plan import TASK_BYTES, Task
-from addcow_mp.engine.pool import Done, Failed, Part, Pool, usable_cpus
+from addcow_mp.engine.done_map import MOST_UNPUBLISHED, DoneMap
+from addcow_mp.engine.fd_passing import UnstartedError, Work
+from addcow_mp.engine.pool import Done, Failed, ParentRole, Pool, usable_cpus
 from addcow_mp.engine.publisher import Finished, Publisher
+from addcow_mp.engine.tasks import TASK_BYTES, Task
 from addcow_mp.engine.transfer import TOP, Transfer
 from addcow_mp.errors import AddcowError, StoppedError, SyncError, WorkerError
 from addcow_mp.format.bits import Run, between, merged
@@ -62,8 +62,8 @@ class _Checkpoints:
         self._ended: list[Run] = []
         self._new: list[Run] = []
         #: What was counted when the last one began: all amounts, and bytes moved.
-        self._counted = job.board.totals
-        self._total = job.board.total
+        self._counted = job.done_map.totals
+        self._total = job.done_map.total
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -78,7 +78,7 @@ class _Checkpoints:
         With one still under way, the next one waits until it has its full size; then the caller
         waits, so that what is not published does not grow without end.
         """
-        full = self._job.board.total - self._total >= CHECKPOINT_BYTES
+        full = self._job.done_map.total - self._total >= CHECKPOINT_BYTES
         late = time.monotonic() - self._last >= CHECKPOINT_SECONDS
         if full or (late and not self._is_busy and self._has_news):
             self._begin()
@@ -89,7 +89,7 @@ class _Checkpoints:
 
     @property
     def _has_news(self) -> bool:
-        return bool(self._new) or self._job.board.totals != self._counted
+        return bool(self._new) or self._job.done_map.totals != self._counted
 
     def _under_way(self) -> list[Run]:
         """Clusters of all tasks that had not ended when the last checkpoint began."""
@@ -99,8 +99,8 @@ class _Checkpoints:
         self.wait()
         if self.failed:
             return
-        board, self._last = self._job.board, time.monotonic()
-        self._counted, self._total = board.totals, board.total
+        done_map, self._last = self._job.done_map, time.monotonic()
+        self._counted, self._total = done_map.totals, done_map.total
         new, self._new = list(merged(sorted(self._new))), []
         self._ended = list(merged(sorted((*self._ended, *new))))
         finished = Finished(new, self._under_way())
@@ -115,7 +115,7 @@ class _Checkpoints:
     def _publish(self, finished: Finished, total: int, last: bool) -> None:
         try:
             self._job.publisher.checkpoint(finished, self._job.geometry, last=last)
-            self._job.board.publish(total)
+            self._job.done_map.publish(total)
         except BaseException as error:
             self._error = error
 
@@ -133,7 +133,7 @@ class _Checkpoints:
     def finish(self) -> None:
         """Publish all the rest. Raises what publishing met, now or before."""
         self.wait()
-        marks = self._job.board.marks(TOP)
+        marks = self._job.done_map.marks(TOP)
         if self._new or any(marks.any(*run) for run in self._under_way()):
             self._begin(last=True)
             self.wait()
@@ -143,15 +143,15 @@ class _Checkpoints:
 
 @dataclass
 class Assignment:
-    """What one job hands to :func:`carry_out`."""
+    """What one job hands to :func:`run_transfer`."""
 
     work: Work
     tasks: list[Task]
     geometry: Geometry
-    board: Board
+    done_map: DoneMap
     publisher: Publisher
     path: str
-    part: Part = Part.NONE
+    parent_role: ParentRole = ParentRole.NONE
     crew: Pool | None = None
 
     @contextmanager
@@ -160,18 +160,18 @@ class Assignment:
         if self.crew is not None:
             yield self.crew, self.work
             return
-        with Pool(self.work, workers, part=self.part) as pool:
+        with Pool(self.work, workers, parent_role=self.parent_role) as pool:
             yield pool, None
 
 
-class _Ledger:
+class _Results:
     """What has come of a job's tasks so far, and what of it may be published."""
 
     def __init__(self, job: Assignment, progress: Progress, stopping: Callable[[], bool]) -> None:
         self.finished = 0
         self.failure: Failed | None = None
         self.checkpoints = _Checkpoints(job)
-        self._board = job.board
+        self._board = job.done_map
         self._progress = progress
         self._stopping = stopping
         self._weight = sum(task.weight for task in job.tasks)
@@ -217,7 +217,7 @@ class _Ledger:
             self._progress(self._weight, self._weight)
 
 
-def carry_out(
+def run_transfer(
     job: Assignment,
     workers: int,
     progress: Progress = no_progress,
@@ -229,30 +229,30 @@ def carry_out(
     first failure is raised as :class:`WorkerError`. When ``stopping`` ends tasks or keeps them
     from being begun, :class:`StoppedError` is raised, after publishing as well.
     """
-    ledger = _Ledger(job, progress, stopping)
+    results = _Results(job, progress, stopping)
     if isinstance(job.work, Transfer):
-        job.work.attend = ledger.tick
-    unstarted = _collect(job, workers, ledger)
-    ledger.close()
-    if ledger.failure is not None:
-        raise _told(job.path, ledger.failure)
+        job.work.attend = results.tick
+    unstarted = _collect(job, workers, results)
+    results.close()
+    if results.failure is not None:
+        raise _told(job.path, results.failure)
     if unstarted is not None:
         raise unstarted
-    if ledger.finished < len(job.tasks):
+    if results.finished < len(job.tasks):
         raise StoppedError(path=job.path)
 
 
-def _collect(job: Assignment, workers: int, ledger: _Ledger) -> UnstartedError | None:
+def _collect(job: Assignment, workers: int, results: _Results) -> UnstartedError | None:
     """Let the tasks be done, entering results; the error when workers cannot be started."""
     try:
         with job.pool(workers) as (pool, lent):
-            for result in pool.run(job.tasks, ledger.enough, lent):
+            for result in pool.run(job.tasks, results.enough, lent):
                 if result is not None:
-                    ledger.take(result)
+                    results.take(result)
     except UnstartedError as error:
         return error
     finally:
-        ledger.checkpoints.wait()
+        results.checkpoints.wait()
     return None
 
 

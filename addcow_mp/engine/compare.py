@@ -1,0 +1,173 @@
+"""One task of looking: whether two guests' views show the same bytes.
+
+For each extent that both sides agree on, the cheapest answer is taken: nothing is read when
+both sides take the same bytes of the same file, or both read as zeros; when one side reads as
+zeros, only the other is read; else both are mapped, window by window, and compared at the
+speed of memory. Where they differ, the range is narrowed down to sectors.
+
+A sector that cannot be read kills whoever looks at it through a mapping. So only a worker,
+which may die, maps; in the parent's own process windows are read, and an error has a name.
+
+A side that is shorter reads as zeros behind its end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bitarray import bitarray
+
+from addcow_mp.device.extent import Extent, ExtentKind, joined
+from addcow_mp.device.files import File
+from addcow_mp.device.layer import Layer
+from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.transfer import end_orphan
+from addcow_mp.format.bits import Run, merged
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.units import SECTOR, KiB, MiB, round_down
+
+#: Bytes of each side that are mapped at a time: bounds what is resident.
+WINDOW = 16 * MiB
+
+#: Bytes compared in one go where a window differs, before sectors are looked at.
+FINE = 64 * KiB
+
+#: Differing extents that one task tells; behind them it only says that there are more.
+MOST = 1000
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The differing bytes of one task, as runs; ``complete`` unless there were too many."""
+
+    runs: tuple[Run, ...] = ()
+    complete: bool = True
+
+
+class Comparison:
+    """Compares two views, task by task. Picklable to a worker that is starting.
+
+    ``first_only``: one difference per task is enough. Files are read; a worker maps them.
+    """
+
+    def __init__(self, one: Layer, other: Layer, geometry: Geometry, *, first_only: bool) -> None:
+        self.sides = (one, other)
+        self.geometry = geometry
+        self.first_only = first_only
+        self._files = [list(side.files()) for side in self.sides]
+        self._window = reading
+        self.parent: int | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        parts = (*self.sides, self.geometry, self.first_only)
+        return (_received, parts, {"parent": os.getpid(), "_window": mapped})
+
+    def __call__(self, task: Task, slot: int) -> Differences:  # noqa: ARG002
+        """The differences within ``task``, which is in units of the geometry's clusters."""
+        start, stop = self.geometry.span(task.first, task.stop)
+        found: list[Run] = []
+        for run in merged(self._differences(start, stop)):
+            if len(found) == (1 if self.first_only else MOST):
+                return Differences(tuple(found), complete=False)
+            found.append(run)
+        return Differences(tuple(found))
+
+    def _differences(self, start: int, stop: int) -> Iterator[Run]:
+        for one, other in overlapping(*(_padded(side, start, stop) for side in self.sides)):
+            end_orphan(self.parent)
+            if not self._equal_unread(one, other):
+                for first, last in _windows(one.start, one.stop):
+                    yield from self._compared(one, other, first, last)
+
+    def _equal_unread(self, one: Extent, other: Extent) -> bool:
+        """Both zero, or both the same bytes of the same file."""
+        if one.kind is not ExtentKind.DATA and other.kind is not ExtentKind.DATA:
+            return True
+        if one.kind is not other.kind:
+            return False
+        here, there = self._files[0][one.depth], self._files[1][other.depth]
+        return here.identity == there.identity
+
+    def _compared(self, one: Extent, other: Extent, start: int, stop: int) -> Iterator[Run]:
+        views = [
+            self._window(files[piece.depth], start, stop) if piece.kind is ExtentKind.DATA else None
+            for piece, files in zip((one, other), self._files, strict=True)
+        ]
+        for first, last in _narrowed(views[0], views[1], stop - start):
+            yield start + first, start + last
+
+
+def _received(one: Layer, other: Layer, geometry: Geometry, first_only: bool) -> Comparison:
+    return Comparison(one, other, geometry, first_only=first_only)
+
+
+def _padded(side: Layer, start: int, stop: int) -> Iterator[Extent]:
+    """The pieces of ``[start, stop)``, absent behind the end of ``side``."""
+    held = max(start, min(stop, side.size))
+    if start < held:
+        yield from joined(side.walk(start, held))
+    if held < stop:
+        yield Extent(held, stop, 0, ExtentKind.ABSENT)
+
+
+def overlapping(
+    ones: Iterator[Extent], others: Iterator[Extent]
+) -> Iterator[tuple[Extent, Extent]]:
+    """Two lists of pieces that cover the same range, cut so that both have the same borders."""
+    one, other = next(ones, None), next(others, None)
+    while one is not None and other is not None:
+        stop = min(one.stop, other.stop)
+        yield one._replace(stop=stop), other._replace(stop=stop)
+        one = one._replace(start=stop) if stop < one.stop else next(ones, None)
+        other = other._replace(start=stop) if stop < other.stop else next(others, None)
+
+
+def _windows(start: int, stop: int) -> Iterator[Run]:
+    for first in range(start, stop, WINDOW):
+        yield first, min(first + WINDOW, stop)
+
+
+def mapped(file: File, start: int, stop: int) -> memoryview:
+    """The bytes ``[start, stop)`` of ``file``, mapped for reading; read where that cannot be."""
+    base = round_down(start, mmap.ALLOCATIONGRANULARITY)
+    try:
+        window = mmap.mmap(
+            file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
+        )
+    except (OSError, ValueError):
+        # A file system without mappings, or a file that was cut short: reading says which.
+        return reading(file, start, stop)
+    with file.doing(f"map {stop - start} bytes at {start}"):
+        window.madvise(mmap.MADV_SEQUENTIAL)
+    return memoryview(window)[start - base :]
+
+
+def reading(file: File, start: int, stop: int) -> memoryview:
+    """The bytes ``[start, stop)`` of ``file``, read into memory of our own."""
+    view = memoryview(bytearray(stop - start))
+    file.read_into(view, start)
+    return view
+
+
+def _narrowed(one: memoryview | None, other: memoryview | None, length: int) -> Iterator[Run]:
+    """The differing sectors of two views of ``length`` bytes; None is all zeros."""
+    if _same(one, other, 0, length):
+        return
+    for start in range(0, length, FINE):
+        stop = min(start + FINE, length)
+        if not _same(one, other, start, stop):
+            for first in range(start, stop, SECTOR):
+                last = min(first + SECTOR, stop)
+                if not _same(one, other, first, last):
+                    yield first, last
+
+
+def _same(one: memoryview | None, other: memoryview | None, start: int, stop: int) -> bool:
+    """Whether two views agree in ``[start, stop)``; compared at the speed of memcmp."""
+    if one is None or other is None:
+        view = other if one is None else one
+        return view is None or not bitarray(buffer=view[start:stop]).any()
+    return bool(bitarray(buffer=one[start:stop]) == bitarray(buffer=other[start:stop]))
