@@ -1,4 +1,4 @@
-"""Names are bytes: in JSON, in lists of names, in pictures, and in the recipes of the README."""
+"""Names are bytes: in JSON, in lists of names, and in pictures."""
 
 from __future__ import annotations
 
@@ -177,38 +177,3 @@ def test_roots_may_have_any_name(farm: Path, monkeypatch: pytest.MonkeyPatch) ->
     colon = odd.rename(odd.with_name("a:b"))
     monkeypatch.setenv("ADDCOW_ROOTS", "")
     succeed("map", "--root", str(colon), "overlays/top.add-cow", cwd=colon)
-
-
-# ---- the recipe ----
-
-
-def documented_recipe() -> str:
-    """The shell command that README.md has for manifests of a whole farm."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    (recipe,) = re.findall(r"^find .*addcow manifest create.*$", text, re.MULTILINE)
-    return str(recipe)
-
-
-def test_the_recipe_for_manifests_of_a_farm_works(tmp_path: Path) -> None:
-    """The bases lie in another directory than the overlays."""
-    bases, overlays = tmp_path / "the bases", tmp_path / "over lays"
-    for directory in (bases, overlays / "deep"):
-        directory.mkdir(parents=True)
-    draw_raw(bases / "golden.img", "ABCD")
-    for number in range(5):
-        draw(overlays / "deep" / f"vm {number}.add-cow", "X---", str(bases / "golden.img"))
-    recipe = documented_recipe().replace("DIR", f"'{overlays}'").replace("BASES", f"'{bases}'")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["sh", "-c", recipe],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert len(list(overlays.rglob("*.manifest"))) == 5
-    assert [one.name for one in bases.glob("*.manifest")] == ["golden.img.manifest"]
-    succeed("farm", "verify", "--root", str(bases), str(overlays), cwd=tmp_path)

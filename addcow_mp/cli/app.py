@@ -35,11 +35,13 @@ TABLE: dict[str, tuple[str, ...]] = {
         "graph",
         "check",
         "verify",
+        "manifest",
         "plan",
         "commit",
         "flatten",
         "scrub",
     ),
+    "farm.manifest": ("create",),
     "farm.scrub": ("run", "status"),
 }
 
@@ -48,6 +50,7 @@ _HELP = {
     "": "Create, inspect, change, commit and flatten add-cow disk images.",
     "manifest": "Write down what images hold.",
     "farm": "Look at many images at once, and work on them.",
+    "farm.manifest": "Write down what all images hold.",
     "farm.scrub": "Verify a farm part by part, and remember the results.",
 }
 

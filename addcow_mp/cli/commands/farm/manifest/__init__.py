@@ -1,0 +1,1 @@
+"""Commands that write the manifests of a farm."""

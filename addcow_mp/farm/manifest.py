@@ -1,0 +1,141 @@
+"""Farm manifest: a manifest beside each layer of a farm that has none, each layer once.
+
+Every image is one task: a process makes the manifests of its chain from the bottom up
+(:mod:`addcow_mp.jobs.manifest`). Overlays that share a base meet at the base's manifest: one
+process writes it, the others wait for it and take it. An image with much to read is done by all
+processes together, after the others. An image that fails does not end the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.pool import Failed
+from addcow_mp.engine.scan import ScanHooks, scan
+from addcow_mp.engine.tasks import Task, equal_tasks
+from addcow_mp.errors import AddcowError, StoppedError
+from addcow_mp.farm.places import Found, files_of, overlays_of
+from addcow_mp.jobs.manifest import Made, create
+from addcow_mp.jobs.report import Conduct
+from addcow_mp.units import MiB
+
+#: Images with more bytes to read are done by all processes together: others can help for longer
+#: than it takes to hand out the work.
+LARGE = 256 * MiB
+
+
+@dataclass(frozen=True)
+class ImageManifests:
+    """The overlay at ``path``: the manifests of its chain, or why they could not be made."""
+
+    path: str
+    made: tuple[Made, ...] = ()
+    problem: AddcowError | None = None
+
+
+@dataclass(frozen=True)
+class FarmManifests:
+    """All images in order of paths, and what else was found in the places."""
+
+    images: list[ImageManifests]
+    places: Found = field(repr=False)
+
+    @property
+    def written(self) -> int:
+        """Manifests that were written."""
+        return sum(one.written for image in self.images for one in image.made)
+
+    @property
+    def exit_code(self) -> int:
+        """1 when an image failed or a place could not be looked at."""
+        failed = any(image.problem is not None for image in self.images)
+        return 1 if failed or self.places.unexamined else 0
+
+
+class _Work:
+    """The work of a task: the manifests of one image; ``done_map`` says when to stop."""
+
+    def __init__(
+        self, paths: list[str], conduct: Conduct, done_map: DoneMap, *, replaces: bool
+    ) -> None:
+        self.paths = paths
+        self.conduct = conduct
+        self.done_map = done_map
+        self.replaces = replaces
+
+    def __reduce__(self) -> tuple[object, ...]:
+        plain = Conduct(access=self.conduct.access)
+        return (_received, (self.paths, plain, self.done_map, self.replaces))
+
+    def __call__(self, task: Task, slot: int) -> ImageManifests:  # noqa: ARG002
+        stopping = lambda: self.done_map.stops_by(self.conduct.stopping)  # noqa: E731
+        alone = Conduct(0, access=self.conduct.access, stopping=stopping)
+        return _of_image(self.paths[task.first], alone, replaces=self.replaces)
+
+
+def _received(paths: list[str], conduct: Conduct, done_map: DoneMap, replaces: bool) -> _Work:
+    return _Work(paths, conduct, done_map, replaces=replaces)
+
+
+def _of_image(path: str, conduct: Conduct, *, replaces: bool) -> ImageManifests:
+    try:
+        return ImageManifests(path, tuple(create(path, conduct, replaces=replaces)))
+    except StoppedError:
+        raise
+    except AddcowError as error:
+        return ImageManifests(path, problem=error.kept())
+
+
+def farm_manifest(
+    places: Iterable[str], conduct: Conduct | None = None, *, replaces: bool = False
+) -> FarmManifests:
+    """Make the manifests of all overlays in ``places`` and of what they stand on.
+
+    ``replaces`` existing ones that do not match. Raises :class:`ImageError` when none of the places
+    is there, and :class:`BeginsAnewError` when ``conduct`` stops it.
+    """
+    conduct = conduct or Conduct()
+    with conduct.looking():
+        there = files_of(places, conduct.access)
+        paths = sorted(one.path for one in overlays_of(there.files, there.unexamined))
+    conduct = replace(conduct, access=there.access)
+    large = [path for path in paths if _bytes_of(path) > LARGE]
+    small = [path for path in paths if path not in set(large)]
+    done: dict[str, ImageManifests] = {}
+    for one in (*_small_ones(small, conduct, replaces), *_large_ones(large, conduct, replaces)):
+        done[one.path] = one
+        conduct.counted(len(done), len(paths))
+    return FarmManifests([done[path] for path in paths], there)
+
+
+def _bytes_of(path: str) -> int:
+    """About how many bytes there are to read beside an overlay's base."""
+    try:
+        return os.stat(os.path.splitext(path)[0] + ".raw").st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _small_ones(paths: list[str], conduct: Conduct, replaces: bool) -> Iterator[ImageManifests]:
+    def failed(result: Failed) -> ImageManifests:
+        if isinstance(result.error, StoppedError):
+            raise result.error
+        return ImageManifests(paths[result.task.first], problem=result.error)
+
+    with closing(DoneMap.create((), 0)) as done_map:
+        work = _Work(paths, conduct, done_map, replaces=replaces)
+        stopping = partial(done_map.stops_by, conduct.stopping)
+        hooks = ScanHooks(f"{len(paths)} images", failed, stopping)
+        options = replace(conduct.scan_options, counts=True)
+        for _, one in scan(work, equal_tasks(len(paths), 1), options, hooks):
+            yield one
+
+
+def _large_ones(paths: list[str], conduct: Conduct, replaces: bool) -> Iterator[ImageManifests]:
+    for path in paths:
+        yield _of_image(path, conduct, replaces=replaces)
