@@ -42,6 +42,7 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python tools/errors_table.py --check
 
 soak: $(READY)
 	@$(BIN)/python tools/soak.py --minutes $(MINUTES)
