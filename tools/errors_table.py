@@ -1,4 +1,6 @@
-"""Write docs/errors.md from the classes of :mod:`addcow_mp.errors`: exit status and message of each.
+"""Write docs/errors.md from the classes of :mod:`addcow_mp.errors`.
+
+The table has the exit status, the meaning and the message of each class.
 
 Run without an argument it writes the file; with ``--check`` it only says whether the file is up to
 date, and ends with 1 when it is not.
