@@ -202,7 +202,7 @@ def _enter_link(entry: os.DirEntry[str], found: Listing) -> None:
     try:
         status = entry.stat()
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        if error.errno not in ABSENT:
             found.unexamined.append(Unexamined.of(entry.path, error))
         return
     if stat.S_ISDIR(status.st_mode):

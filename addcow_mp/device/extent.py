@@ -58,6 +58,10 @@ class Extent(NamedTuple):
         """Where it lies in the file at its depth; None where no file supplies it."""
         return self.start if self.present else None
 
+    def __repr__(self) -> str:
+        words = ("data" if self.data else "zero") if self.present else "absent"
+        return f"Extent({self.start}, {self.length}, depth={self.depth}, {words})"
+
 
 def joined(extents: Iterable[Extent]) -> Iterator[Extent]:
     """Join extents that touch and have the same depth and kind."""
