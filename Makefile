@@ -11,12 +11,13 @@ TESTERS ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
 MINUTES ?= 10
 SECONDS ?= 60
 
-.PHONY: help demo test test-slow lint format soak fuzz bench bench-quick clean
+.PHONY: help demo test test-failed test-slow lint format soak fuzz bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the main job on real input: commit and flatten an ext4 disk"
 	@echo "make test    all tests"
+	@echo "make test-failed  what failed in the last run, once more and alone"
 	@echo "make lint    ruff, mypy --strict, import contract"
 	@echo "make soak    MINUTES=10: random kills, faults and power cuts on random chains"
 	@echo "make fuzz    SECONDS=60: damaged headers, bitmaps and chains through every reader"
@@ -33,6 +34,10 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+
+# What failed in the last run, alone: under the load of the others a limit of time may be missed.
+test-failed: $(READY)
+	@$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow
