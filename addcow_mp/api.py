@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from addcow_mp.jobs.create import Created
     from addcow_mp.jobs.findings import CheckReport
     from addcow_mp.jobs.info import Info
-    from addcow_mp.jobs.report import Conduct, Report
+    from addcow_mp.jobs.options import RunOptions
+    from addcow_mp.jobs.report import Report
 
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -48,15 +49,15 @@ def _allowed(access: Access | None) -> Access:
     return access._replace(roots=tuple(_text(root, "roots") for root in access.roots))
 
 
-def _conduct(jobs: int | None, access: Access | None) -> Conduct:
+def _options(jobs: int | None, access: Access | None) -> RunOptions:
     from addcow_mp.errors import UsageError
-    from addcow_mp.jobs.report import Conduct
+    from addcow_mp.jobs.options import RunOptions
 
     if jobs is not None and not isinstance(jobs, int):
         raise TypeError(f"jobs: give a number or None, not {type(jobs).__name__}")
     if jobs is not None and jobs < 0:
         raise UsageError(message=f"invalid jobs {jobs}: give 0 or more, or None")
-    return Conduct(jobs, access=_allowed(access))
+    return RunOptions(jobs, _allowed(access))
 
 
 def open(path: Path, *, writable: bool = False, access: Access | None = None) -> Overlay:  # noqa: A001
@@ -122,7 +123,7 @@ def commit(
     """
     from addcow_mp.jobs.commit import commit as job
 
-    return job(_text(path, "path"), keep=keep, verifies=verify, conduct=_conduct(jobs, access))
+    return job(_text(path, "path"), keep=keep, verifies=verify, options=_options(jobs, access))
 
 
 def flatten(
@@ -141,7 +142,7 @@ def flatten(
     from addcow_mp.jobs.flatten import flatten as job
 
     return job(
-        _text(path, "path"), discard=discard, verifies=verify, conduct=_conduct(jobs, access)
+        _text(path, "path"), discard=discard, verifies=verify, options=_options(jobs, access)
     )
 
 
@@ -160,7 +161,7 @@ def convert(
         _text(source, "source"),
         _text(destination, "destination"),
         source_format=source_format,
-        conduct=_conduct(jobs, access),
+        options=_options(jobs, access),
     )
 
 

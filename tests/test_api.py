@@ -1,6 +1,7 @@
 """The public functions as a script calls them: the kinds of paths that they take."""
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,9 @@ import pytest
 from command import PATIENCE, pair
 
 import addcow_mp
+from addcow_mp.device.access import Access
+from addcow_mp.device.copying import CopyOptions
+from addcow_mp.jobs.options import RunOptions
 
 
 class _BytesPath:
@@ -139,3 +143,8 @@ def test_a_type_checker_sees_the_types_of_the_package(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done
     assert "addcow_mp.jobs.info.Info" in done.stdout, done
+
+
+def test_the_settings_of_a_run_reach_a_worker_process_unchanged() -> None:
+    options = RunOptions(3, Access(roots=("/srv",), share=True), CopyOptions(rate=7), idle=True)
+    assert pickle.loads(pickle.dumps(options)) == options  # noqa: S301

@@ -61,7 +61,10 @@ from addcow_mp.engine.pool import Failed, Pool
 from addcow_mp.engine.tasks import Task
 from addcow_mp.jobs.commit import commit as commit_job
 from addcow_mp.jobs.compare import compare as compare_job
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import Hooks, RunOptions
+
+#: A job in this process alone, and hooks that stop it at once.
+ALONE, STOPPING = RunOptions(0), Hooks(stopping=lambda: True)
 
 # ---- all of them ----
 
@@ -210,7 +213,7 @@ def unended_error(here: Path) -> None:
         if other.exists():
             other.rename(top)
 
-    flatten(str(top), discard=True, conduct=Conduct(0, replace))
+    flatten(str(top), discard=True, options=ALONE, hooks=Hooks(replace))
 
 
 def resource_error(here: Path) -> None:
@@ -227,21 +230,19 @@ def resource_error(here: Path) -> None:
 
 
 def begins_anew_error(here: Path) -> None:
-    conduct = Conduct(jobs=0, stopping=lambda: True)
-    commit_job(str(pair(here, "ABC", "XXX")), keep=True, conduct=conduct)
+    commit_job(str(pair(here, "ABC", "XXX")), keep=True, options=ALONE, hooks=STOPPING)
 
 
 def stopped_error(here: Path) -> None:
     from addcow_mp.jobs.commit import commit
 
-    commit(str(pair(here, "AB", "-X")), conduct=Conduct(0, stopping=lambda: True))
+    commit(str(pair(here, "AB", "-X")), options=ALONE, hooks=STOPPING)
 
 
 def unfinished_error(here: Path) -> None:
     from addcow_mp.jobs.convert import convert
 
-    conduct = Conduct(0, stopping=lambda: True)
-    convert(str(pair(here, "AB", "-X")), str(here / "new.raw"), conduct=conduct)
+    convert(str(pair(here, "AB", "-X")), str(here / "new.raw"), options=ALONE, hooks=STOPPING)
 
 
 def interrupted_error(here: Path) -> None:
@@ -266,7 +267,7 @@ def time_limit_error(here: Path) -> None:
 
     pair(here, "AB", "-X")
     job = FarmJob(Operation.COMMIT, FarmRun(time_limit="0"))
-    problem = carry_out([str(here)], Conduct(0), job).problem
+    problem = carry_out([str(here)], job, ALONE, Hooks()).problem
     assert problem is not None
     raise problem
 
@@ -275,9 +276,9 @@ def manifest_error(here: Path) -> None:
     from addcow_mp.jobs.manifest import create
 
     top = pair(here, "AB", "-X")
-    create(str(top), Conduct(0))
+    create(str(top), ALONE)
     put(here / "base.img.manifest", 100, b"\xff")
-    create(str(top), Conduct(0))
+    create(str(top), ALONE)
 
 
 def flattened(here: Path, once_done: Callable[[], None], stopping: list[bool]) -> None:
@@ -293,8 +294,8 @@ def flattened(here: Path, once_done: Callable[[], None], stopping: list[bool]) -
 
     # What is read before is as much as what is read after.
     read = 3 * CLUSTER
-    conduct = Conduct(0, progress, lambda: bool(stopping))
-    flatten(str(top), verifies=True, conduct=conduct)
+    hooks = Hooks(progress, lambda: bool(stopping))
+    flatten(str(top), verifies=True, options=ALONE, hooks=hooks)
 
 
 def read_back_error(here: Path) -> None:
@@ -312,13 +313,11 @@ def unverified_error(here: Path) -> None:
 
 def stopped_by(number: int, here: Path) -> None:
     from addcow_mp.cli.working import working
-    from addcow_mp.device.access import Access
-    from addcow_mp.device.copying import CopyOptions
     from addcow_mp.jobs.commit import commit
 
-    with working(0, Access(), CopyOptions(), (None, None)) as conduct:
+    with working((None, None)) as hooks:
         os.kill(os.getpid(), number)
-        commit(str(pair(here, "AB", "-X")), conduct=conduct)
+        commit(str(pair(here, "AB", "-X")), options=ALONE, hooks=hooks)
 
 
 def outside_error(here: Path) -> None:
@@ -383,7 +382,7 @@ def compare_error(here: Path) -> None:
     from addcow_mp.jobs.compare import compare
 
     missing = str(here / "missing.add-cow")
-    compare(missing, missing, ("add-cow", "add-cow"), conduct=Conduct(0))
+    compare(missing, missing, ("add-cow", "add-cow"), options=ALONE)
 
 
 class _Killed:
@@ -972,7 +971,7 @@ def test_a_job_that_is_broken_off_leaves_no_thread_behind(
         begun.set()
 
     with pytest.raises(KeyboardInterrupt):
-        commit(str(top), conduct=Conduct(0, progress))
+        commit(str(top), options=ALONE, hooks=Hooks(progress))
     left = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     gone.set()
     for thread in left:
@@ -1215,19 +1214,19 @@ def test_what_cannot_be_removed_in_the_end_is_refused_in_the_beginning(
     assert snapshot(tmp_path) == before
 
 
-def stopped_commit(here: Path, conduct: Conduct) -> None:
-    commit_job(str(here / "top.add-cow"), keep=True, conduct=conduct)
+def stopped_commit(here: Path) -> None:
+    commit_job(str(here / "top.add-cow"), keep=True, options=ALONE, hooks=STOPPING)
 
 
-def stopped_compare(here: Path, conduct: Conduct) -> None:
+def stopped_compare(here: Path) -> None:
     names = str(here / "top.add-cow"), str(here / "base.img")
-    compare_job(*names, ("add-cow", "raw"), conduct=conduct)
+    compare_job(*names, ("add-cow", "raw"), options=ALONE, hooks=STOPPING)
 
 
 @pytest.mark.parametrize("job", [stopped_commit, stopped_compare])
 def test_what_keeps_no_record_says_so_when_it_is_stopped(
-    tmp_path: Path, job: Callable[[Path, Conduct], None]
+    tmp_path: Path, job: Callable[[Path], None]
 ) -> None:
     pair(tmp_path, "ABC", "XXX")
     with pytest.raises(addcow_mp.StoppedError, match="the same command begins anew"):
-        job(tmp_path, Conduct(jobs=0, stopping=lambda: True))
+        job(tmp_path)

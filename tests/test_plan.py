@@ -32,7 +32,7 @@ from addcow_mp.engine.allocation import (
 )
 from addcow_mp.engine.tasks import TASK_BYTES, Stretch, Task, cut
 from addcow_mp.format.geometry import Geometry
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import Hooks, RunOptions
 
 # The same examples every time, or so many times as many new ones; a failure prints the
 # line that brings its example back.
@@ -329,8 +329,8 @@ def test_progress_is_told_in_bytes_and_ends_at_the_whole(tmp_path: Path) -> None
 
     made = Disk(300 * MiB, 64 * KiB, backing=(0, 100 * MiB, 200 * MiB))
     told: list[tuple[int, int]] = []
-    conduct = Conduct(0, lambda done, total: told.append((done, total)))
-    flatten(str(made.make(tmp_path)), conduct=conduct)
+    hooks = Hooks(lambda done, total: told.append((done, total)))
+    flatten(str(made.make(tmp_path)), options=RunOptions(0), hooks=hooks)
     assert {total for _, total in told} == {3 * BLOCK}
     assert told[-1] == (3 * BLOCK, 3 * BLOCK)
     assert told == sorted(told)

@@ -55,7 +55,7 @@ from bench_runs import (
 
 import addcow_mp
 from addcow_mp.jobs.manifest import create
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import RunOptions
 from addcow_mp.units import GiB, KiB, MiB, TiB
 
 Build = Callable[[Path, int], None]
@@ -420,7 +420,7 @@ def _verified_files(here: Path, total: int) -> None:
     for number in range(LAYERS):
         path = here / "farm" / f"vm{number}.add-cow"
         write_overlay(path, "base.raw", size, [(0, size)])
-        create(str(path), Conduct(jobs=0))
+        create(str(path), RunOptions(jobs=0))
 
 
 def _farm_verify(here: Path, _: int) -> list[Contender]:

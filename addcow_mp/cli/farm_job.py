@@ -29,7 +29,8 @@ from addcow_mp.farm.executor import execute as work
 from addcow_mp.farm.image_job import Operation
 from addcow_mp.farm.plan import Plan, State, Step, plan
 from addcow_mp.farm.tally import Tally
-from addcow_mp.jobs.report import Conduct, Reach
+from addcow_mp.jobs.options import Hooks, RunOptions
+from addcow_mp.jobs.report import Reach
 from addcow_mp.units import human_size
 
 
@@ -71,17 +72,24 @@ class Outcome:
     problem: AddcowError | None
 
 
-def carry_out(places: list[str], conduct: Conduct, job: FarmJob) -> Outcome:
+def carry_out(places: list[str], job: FarmJob, options: RunOptions, hooks: Hooks) -> Outcome:
     """Plan the job, and do it unless the options ask for the plan alone."""
     limit = Limit(job.run.time_limit)
     # Planning has no time limit: the plan says what is left.
-    with conduct.looking():
-        made = plan(places, job.operation, conduct, discard=job.discard, verifies=job.verifies)
+    with hooks.looking():
+        made = plan(
+            places,
+            job.operation,
+            options,
+            hooks,
+            discard=job.discard,
+            verifies=job.verifies,
+        )
     problem: AddcowError | None = None
     if not job.run.dry_run:
-        bounded = replace(conduct, stopping=lambda: conduct.stopping() or limit.is_reached)
-        problem = _work(made, bounded, job)
-    return Outcome(made, problem or _what_stopped_it(made, conduct, limit))
+        bounded = replace(hooks, stopping=lambda: hooks.stopping() or limit.is_reached)
+        problem = _work(made, job, options, bounded)
+    return Outcome(made, problem or _what_stopped_it(made, hooks, limit))
 
 
 def tell(outcome: Outcome, printing: ListPrinting) -> None:
@@ -102,7 +110,7 @@ def _exit_code(made: Plan) -> int:
     return 1 if refused and not made.count(State.READY) else 0
 
 
-def _work(made: Plan, conduct: Conduct, job: FarmJob) -> UnstartedError | None:
+def _work(made: Plan, job: FarmJob, options: RunOptions, hooks: Hooks) -> UnstartedError | None:
     """Carry the plan out; what kept processes from being started is returned, to be told last."""
     problem = None
     with closing(Log(job.run.log)) as log:
@@ -112,9 +120,10 @@ def _work(made: Plan, conduct: Conduct, job: FarmJob) -> UnstartedError | None:
         try:
             work(
                 made,
-                conduct,
+                options,
+                hooks,
                 stops_at_error=job.run.on_error is OnError.stop,
-                watch=_Watching(log, conduct),
+                watch=_Watching(log, hooks),
             )
         except UnstartedError as error:
             problem = error
@@ -131,7 +140,7 @@ def _is_done(step: Step) -> bool:
     return step.report is not None and step.report.reach is Reach.DONE
 
 
-def _what_stopped_it(made: Plan, conduct: Conduct, limit: Limit) -> AddcowError | None:
+def _what_stopped_it(made: Plan, hooks: Hooks, limit: Limit) -> AddcowError | None:
     """What kept images from being done; None when nothing did, or an error that has been told."""
     if not made.count(State.STOPPED) and not made.count(State.LEFT):
         return None
@@ -139,7 +148,7 @@ def _what_stopped_it(made: Plan, conduct: Conduct, limit: Limit) -> AddcowError 
     done = sum(1 for step in made.steps if step.state is State.STOPPED and _is_done(step))
     named = f"{left - done} of {len(made.steps)} images left"
     named += f", {done} done and not verified" if done else ""
-    if conduct.stopping():
+    if hooks.stopping():
         return signals.as_met(StoppedError(path=named))
     if limit.is_reached:
         told = "the time limit was reached; what was finished is kept, the same command goes on"
@@ -150,9 +159,9 @@ def _what_stopped_it(made: Plan, conduct: Conduct, limit: Limit) -> AddcowError 
 class _Watching(Watch):
     """Logs what happens, and tells the progress."""
 
-    def __init__(self, log: Log, conduct: Conduct) -> None:
+    def __init__(self, log: Log, hooks: Hooks) -> None:
         self._log = log
-        self._conduct = conduct
+        self._hooks = hooks
 
     def begun(self, step: Step) -> None:
         """Log it."""
@@ -164,8 +173,8 @@ class _Watching(Watch):
 
     def progress(self, tally: Tally) -> None:
         """Tell it."""
-        self._conduct.progress(tally.bytes_done, tally.bytes)
-        self._conduct.counted(tally.images_done, tally.images)
+        self._hooks.progress(tally.bytes_done, tally.bytes)
+        self._hooks.counted(tally.images_done, tally.images)
 
 
 _EVENTS = {

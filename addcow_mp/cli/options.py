@@ -11,6 +11,7 @@ A group also turns its options into what a job takes: access to files, ways to c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
@@ -18,11 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from addcow_mp.device.access import Access
     from addcow_mp.device.copying import CopyOptions
-    from addcow_mp.jobs.report import Conduct, Report
+    from addcow_mp.jobs.options import Hooks, RunOptions
+    from addcow_mp.jobs.report import Report
 
 Names = TypeVar("Names", str, str | None, list[str] | None)
 
@@ -381,7 +381,7 @@ class CopyingOptions(OptionGroup):
         """Whether syncs are carried out."""
         return self.cache is not CacheMode.unsafe
 
-    def copy_options(self, *, idle: bool, usual: str = "0") -> CopyOptions:
+    def copy_options(self, *, usual: str = "0") -> CopyOptions:
         """How to copy; ``usual`` is what -S is where no way is pinned."""
         from addcow_mp.device.copying import Copy, CopyOptions
         from addcow_mp.errors import UsageError
@@ -399,7 +399,7 @@ class CopyingOptions(OptionGroup):
                 message=f"invalid -S '{self.sparse}': give a multiple of {SECTOR}, or 0"
             )
         direct = self.cache is CacheMode.none
-        return CopyOptions(Copy(copy.value), direct, block, rate_of(self.rate), idle)
+        return CopyOptions(Copy(copy.value), direct, block, rate_of(self.rate))
 
 
 def rate_of(text: str | None) -> int:
@@ -452,8 +452,9 @@ class Workers(OptionGroup):
         """How a command works that copies nothing."""
         from addcow_mp.device.copying import CopyOptions
 
-        return CopyOptions(rate=rate_of(rate), idle=self.idle)
+        return CopyOptions(rate=rate_of(rate))
 
+    @contextmanager
     def working(
         self,
         access: Access,
@@ -461,19 +462,15 @@ class Workers(OptionGroup):
         progress: ProgressOptions,
         *,
         quiet: bool = False,
-    ) -> AbstractContextManager[Conduct]:
-        """A job's conduct, with progress as asked for; signals stop the job."""
+    ) -> Iterator[tuple[RunOptions, Hooks]]:
+        """The settings and hooks of a job, with the progress asked for; signals stop the job."""
         from addcow_mp.cli.working import working
+        from addcow_mp.jobs.options import RunOptions
 
-        shown = progress.chosen(quiet=quiet)
-        return working(
-            self.jobs,
-            access,
-            copy_options,
-            shown,
-            counts_images=progress.counts_images,
-            quiet=quiet,
-        )
+        options = RunOptions(self.jobs, access, copy_options, idle=self.idle)
+        shown, counts = progress.chosen(quiet=quiet), progress.counts_images
+        with working(shown, idle=self.idle, counts_images=counts, quiet=quiet) as hooks:
+            yield options, hooks
 
 
 class ProgressOptions(OptionGroup):

@@ -10,44 +10,37 @@ from functools import partial
 from addcow_mp.cli import results, signals
 from addcow_mp.cli.messages import in_background, note, tell_progress
 from addcow_mp.cli.progress import Show, bytes_line, shown
-from addcow_mp.device.access import Access
-from addcow_mp.device.copying import CopyOptions
 from addcow_mp.engine.throttle import use_idle_priority
 from addcow_mp.errors import StoppedError
 from addcow_mp.farm.tally import Tally
-from addcow_mp.jobs.report import Conduct, ignore
+from addcow_mp.jobs.options import Hooks, ignore
 
 
 @contextmanager
 def working(
-    jobs: int | None,
-    access: Access,
-    copy_options: CopyOptions,
     progress: tuple[str | None, int | None],
     *,
+    idle: bool = False,
     counts_images: bool = False,
     quiet: bool = False,
-) -> Iterator[Conduct]:
-    """A job's conduct, with ``progress`` in a form and on a descriptor. Signals stop the job.
+) -> Iterator[Hooks]:
+    """The hooks of a job, with ``progress`` in a form and on a descriptor. Signals stop the job.
 
     ``counts_images``: the job tells how many images are done, after the bytes. With ``quiet`` a
-    line about what keeps the job waiting is left out. With ``--idle`` this process has idle
+    line about what keeps the job waiting is left out. If ``idle``, this process has idle
     priority too: planning, looking and publishing also compete for the disk.
     """
-    if copy_options.idle:
+    if idle:
         use_idle_priority()
     with in_background(), signals.asking() as met, shown(*progress) as show, _asked(show) as tell:
         state = _State(tell, counts_images=counts_images)
         try:
-            yield Conduct(
-                jobs,
+            yield Hooks(
                 state.progress,
                 partial(bool, met),
-                access,
-                copy_options,
-                counted=state.counted,
-                note=ignore if quiet else note,
-                looking=signals.interrupting,
+                state.counted,
+                ignore if quiet else note,
+                signals.interrupting,
             )
         except StoppedError as error:
             raise signals.as_met(error) from error

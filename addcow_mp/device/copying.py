@@ -58,15 +58,13 @@ class CopyOptions:
 
     ``copy``: the way, or auto. ``direct``: past the page cache. ``sparse``: blocks of so many
     zero bytes become holes; 0 = do not look. ``rate``: bytes per second for all workers
-    together; 0 = no limit. ``idle``: the command uses the disk only when nobody else does, which
-    is the command line's to see to, for all of its processes.
+    together; 0 = no limit.
     """
 
     copy: Copy = Copy.AUTO
     direct: bool = False
     sparse: int = 0
     rate: int = 0
-    idle: bool = False
 
     @property
     def is_for_workers(self) -> bool:

@@ -27,7 +27,7 @@ from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.dependants import Identity, Named, examined, named_by
 from addcow_mp.jobs.findings import CheckReport, Finding, Severity
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 
 #: Files in one task: enough that handing it out costs nothing against it.
 BATCH = 128
@@ -132,15 +132,16 @@ def _place(one: Unexamined) -> Checked:
     return Checked(one.path, None, (finding,))
 
 
-def farm_check(places: Iterable[str], conduct: Conduct | None = None) -> FarmReport:
+def farm_check(
+    places: Iterable[str], options: RunOptions = DEFAULTS, hooks: Hooks = NO_HOOKS
+) -> FarmReport:
     """Check every overlay in ``places``. Raises :class:`ImageError` when none of them is there.
 
-    Raises :class:`BeginsAnewError` when ``conduct`` stops it: a list of some is no answer.
+    Raises :class:`BeginsAnewError` when ``hooks`` stops it: a list of some is no answer.
     """
-    conduct = conduct or Conduct()
-    with conduct.looking():
-        there = files_of(places, conduct.access)
-    found = list(each_once(_checked(there.files, there.access, conduct)))
+    with hooks.looking():
+        there = files_of(places, options.access)
+    found = list(each_once(_checked(there.files, replace(options, access=there.access), hooks)))
     named = without_backups(one.named for one in found if one.named is not None)
     counted = {one.path for one in named}
     found = [one for one in found if one.named is None or one.path in counted]
@@ -158,27 +159,28 @@ def each_once(found: Iterable[Checked]) -> Iterator[Checked]:
             seen.add(one.named.identity)
 
 
-def _checked(paths: list[str], access: Access, conduct: Conduct) -> Iterator[Checked]:
+def _checked(paths: list[str], options: RunOptions, hooks: Hooks) -> Iterator[Checked]:
     count = len(paths)
     tasks = equal_tasks(count, BATCH)
-    options = replace(conduct.scan_options, counts=True, many=count >= MANY)
+    scan_options = replace(options.scan_options, counts=True, many=count >= MANY)
 
     def failed(result: Failed) -> list[Checked]:
         """When a worker died, nothing is known of its files."""
         task = result.task
         return [_unexamined(path, result.error) for path in paths[task.first : task.stop]]
 
-    hooks = ScanHooks(f"{count} files", failed, conduct.stopping)
+    scan_hooks = ScanHooks(f"{count} files", failed, hooks.stopping)
     done: dict[int, list[Checked]] = {}
     looked_at = images = 0
-    for task, checked in scan(_Checks(paths, access), tasks, options, hooks):
+    work = _Checks(paths, options.access)
+    for task, checked in scan(work, tasks, scan_options, scan_hooks):
         done[task.number] = checked
         looked_at, images = looked_at + task.weight, images + len(checked)
         # How many of the files are images shows in time: at least one is left till then.
         expected = max(round(images * count / looked_at), images + (looked_at < count))
-        conduct.counted(images, expected)
+        hooks.counted(images, expected)
     if not tasks:
-        conduct.counted(0, 0)
+        hooks.counted(0, 0)
     for task in tasks:
         yield from done.pop(task.number)
 

@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from addcow_mp.device import faults
-from addcow_mp.device.access import Access
-from addcow_mp.device.copying import CopyOptions
 from addcow_mp.device.files import free_bytes, sync_directory
 from addcow_mp.device.syscalls import die_with_parent
 from addcow_mp.engine.done_map import DoneMap
@@ -38,7 +36,8 @@ from addcow_mp.farm.image_job import ImageJob
 from addcow_mp.farm.plan import Plan, State, Step
 from addcow_mp.farm.tally import Tally
 from addcow_mp.jobs.dependants import Identity
-from addcow_mp.jobs.report import Conduct, Reach, Report
+from addcow_mp.jobs.options import Hooks, RunOptions
+from addcow_mp.jobs.report import Reach, Report
 from addcow_mp.units import KiB, MiB
 
 #: Images with more to move are split: others can help with them for longer than that takes.
@@ -71,7 +70,12 @@ class Watch:
 
 
 def execute(
-    plan: Plan, conduct: Conduct, *, stops_at_error: bool = False, watch: Watch | None = None
+    plan: Plan,
+    options: RunOptions,
+    hooks: Hooks,
+    *,
+    stops_at_error: bool = False,
+    watch: Watch | None = None,
 ) -> None:
     """Do all that is ready in ``plan``; afterwards each step says what has become of it.
 
@@ -79,7 +83,7 @@ def execute(
     :class:`UnstartedError` when processes cannot be started; whatever one image meets is its own.
     """
     plan.is_carried_out = True
-    farm = _Farm(plan, conduct, watch or Watch(), stops_at_error=stops_at_error)
+    farm = _Farm(plan, options, hooks, watch or Watch(), stops_at_error=stops_at_error)
     try:
         farm.run()
     finally:
@@ -102,29 +106,24 @@ class _Whole(Task):
 class _ImageJobs:
     """Runs errands, one a task, in this process or a worker; ``done_map`` says when to stop."""
 
-    def __init__(self, conduct: Conduct, done_map: DoneMap) -> None:
-        self.conduct = conduct
+    def __init__(self, options: RunOptions, hooks: Hooks, done_map: DoneMap) -> None:
+        self.options = options
+        self.hooks = hooks
         self.done_map = done_map
 
     def __reduce__(self) -> tuple[object, ...]:
-        parts = (self.conduct.access, self.conduct.copy_options, self.done_map, os.getpid())
-        return (_received, parts)
+        return (_received, (self.options, self.done_map, os.getpid()))
 
     def __call__(self, task: Task, slot: int) -> Report:  # noqa: ARG002
         assert isinstance(task, _Whole)  # noqa: S101 - what this work is given
-        return task.image_job.run(self.conduct)
+        return task.image_job.run(self.options, self.hooks)
 
 
-def _received(
-    access: Access, copy_options: CopyOptions, done_map: DoneMap, parent: int
-) -> _ImageJobs:
+def _received(options: RunOptions, done_map: DoneMap, parent: int) -> _ImageJobs:
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # it died before
-    return _ImageJobs(
-        Conduct(0, access=access, copy_options=copy_options, stopping=lambda: done_map.stopped),
-        done_map,
-    )
+    return _ImageJobs(options, Hooks(stopping=lambda: done_map.stopped), done_map)
 
 
 # Order and space
@@ -223,14 +222,17 @@ class _Space:
 class _Farm:
     """A plan that is being carried out."""
 
-    def __init__(self, plan: Plan, conduct: Conduct, watch: Watch, *, stops_at_error: bool) -> None:
+    def __init__(
+        self, plan: Plan, options: RunOptions, hooks: Hooks, watch: Watch, *, stops_at_error: bool
+    ) -> None:
         self.watch = watch
         self._plan = plan
-        self._conduct = replace(conduct, access=plan.access)
+        self._options = replace(options, access=plan.access)
+        self._hooks = hooks
         self._stops_at_error = stops_at_error
         self._verifies = any(step.image_job.verifies for step in plan.steps)
         self._steps = [step for step in plan.steps if step.state is State.READY]
-        self._jobs = usable_cpus() if conduct.jobs is None else conduct.jobs
+        self._jobs = usable_cpus() if options.jobs is None else options.jobs
         self._agenda = _Agenda(self._steps)
         self._space = _Space()
         self._under_way: set[int] = set()
@@ -255,10 +257,10 @@ class _Farm:
             done_map.close()
 
     def _pool(self, done_map: DoneMap) -> Pool:
-        copy_options = self._conduct.copy_options
+        copy_options = self._options.copy_options
         # Each process keeps its share of a limit, whatever image it is at.
         each = replace(copy_options, rate=copy_options.rate_of_each(self._jobs))
-        work = _ImageJobs(replace(self._conduct, jobs=0, copy_options=each), done_map)
+        work = _ImageJobs(replace(self._options, jobs=0, copy_options=each), self._hooks, done_map)
         # Fault rules are for workers, and so are limits: this process would exceed them.
         part = ParentRole.NONE if faults.armed or copy_options.is_for_workers else ParentRole.FIRST
         # Once more would hold what a job has left behind against itself, and find it as it was.
@@ -268,7 +270,7 @@ class _Farm:
     @property
     def _is_over(self) -> bool:
         """Whether nothing more is to be begun."""
-        return self._conduct.stopping() or (self._failed and self._stops_at_error)
+        return self._hooks.stopping() or (self._failed and self._stops_at_error)
 
     def _turn(self, pool: Pool) -> None:
         """Begin what may begin, and take note of what has come to its end."""
@@ -327,7 +329,7 @@ class _Farm:
         # to be read back must not be: such a job has processes of its own.
         crew = None if self._verifies else pool
         try:
-            return step.image_job.run(replace(self._conduct, crew=crew, progress=progress))
+            return step.image_job.run(self._options, replace(self._hooks, progress=progress), crew)
         except UnstartedError:
             raise
         except AddcowError as error:
@@ -371,7 +373,7 @@ class _Farm:
 
     def _wind_up(self, pool: Pool, done_map: DoneMap) -> None:
         """Let nothing more begin, and wait for what is under way."""
-        if self._conduct.stopping():
+        if self._hooks.stopping():
             done_map.stop()
         for task in pool.abandon():
             self._under_way.discard(task.number)

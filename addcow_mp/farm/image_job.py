@@ -7,12 +7,14 @@ the overlays around the image, travels with the errand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
+from addcow_mp.engine.pool import Pool
 from addcow_mp.jobs import commit, flatten
 from addcow_mp.jobs.dependants import NearbyOverlays
-from addcow_mp.jobs.report import Conduct, Estimate, Report
+from addcow_mp.jobs.options import Hooks, RunOptions, Shared
+from addcow_mp.jobs.report import Estimate, Report
 
 
 class Operation(StrEnum):
@@ -38,18 +40,25 @@ class ImageJob:
     receives: bool = False
     verifies: bool = False
 
-    def estimate(self, conduct: Conduct) -> Estimate | None:
+    def estimate(self, options: RunOptions) -> Estimate | None:
         """What it would do, None for nothing. Raises what it would be refused for."""
-        conduct = replace(conduct, around=self.around)
+        shared = Shared(nearby=self.around)
         if self.operation is Operation.FLATTEN:
-            return flatten.estimate(self.path, conduct, discard=self.discard)
-        return commit.estimate(self.path, conduct, receives=self.receives)
+            return flatten.estimate(self.path, options, shared, discard=self.discard)
+        return commit.estimate(self.path, options, shared, receives=self.receives)
 
-    def run(self, conduct: Conduct) -> Report:
-        """Do it. Raises :class:`AddcowError`."""
-        conduct = replace(conduct, around=self.around)
-        if self.operation is Operation.FLATTEN:
-            return flatten.flatten(
-                self.path, discard=self.discard, verifies=self.verifies, conduct=conduct
+    def run(self, options: RunOptions, hooks: Hooks, pool: Pool | None = None) -> Report:
+        """Do it, with the processes of ``pool``. Raises :class:`AddcowError`."""
+        shared = Shared(pool, self.around)
+        if self.operation is Operation.COMMIT:
+            return commit.commit(
+                self.path, verifies=self.verifies, options=options, hooks=hooks, shared=shared
             )
-        return commit.commit(self.path, verifies=self.verifies, conduct=conduct)
+        return flatten.flatten(
+            self.path,
+            discard=self.discard,
+            verifies=self.verifies,
+            options=options,
+            hooks=hooks,
+            shared=shared,
+        )

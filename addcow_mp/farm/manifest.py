@@ -9,7 +9,7 @@ processes together, after the others. An image that fails does not end the other
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,7 @@ from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.errors import AddcowError, StoppedError
 from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.jobs.manifest import Made, create
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions, never
 from addcow_mp.units import MiB
 
 #: Images with more bytes to read are done by all processes together: others can help for longer
@@ -61,30 +61,35 @@ class _Work:
     """The work of a task: the manifests of one image; ``done_map`` says when to stop."""
 
     def __init__(
-        self, paths: list[str], conduct: Conduct, done_map: DoneMap, *, replaces: bool
+        self,
+        paths: list[str],
+        options: RunOptions,
+        done_map: DoneMap,
+        *,
+        replaces: bool,
+        stopping: Callable[[], bool] = never,
     ) -> None:
         self.paths = paths
-        self.conduct = conduct
+        self.options = options
         self.done_map = done_map
         self.replaces = replaces
+        self.hooks = Hooks(stopping=partial(done_map.stops_by, stopping))
 
     def __reduce__(self) -> tuple[object, ...]:
-        plain = Conduct(access=self.conduct.access)
-        return (_received, (self.paths, plain, self.done_map, self.replaces))
+        return (_received, (self.paths, self.options, self.done_map, self.replaces))
 
     def __call__(self, task: Task, slot: int) -> ImageManifests:  # noqa: ARG002
-        stopping = lambda: self.done_map.stops_by(self.conduct.stopping)  # noqa: E731
-        alone = Conduct(0, access=self.conduct.access, stopping=stopping)
-        return _of_image(self.paths[task.first], alone, replaces=self.replaces)
+        path = self.paths[task.first]
+        return _of_image(path, self.options, self.hooks, replaces=self.replaces)
 
 
-def _received(paths: list[str], conduct: Conduct, done_map: DoneMap, replaces: bool) -> _Work:
-    return _Work(paths, conduct, done_map, replaces=replaces)
+def _received(paths: list[str], options: RunOptions, done_map: DoneMap, replaces: bool) -> _Work:
+    return _Work(paths, options, done_map, replaces=replaces)
 
 
-def _of_image(path: str, conduct: Conduct, *, replaces: bool) -> ImageManifests:
+def _of_image(path: str, options: RunOptions, hooks: Hooks, *, replaces: bool) -> ImageManifests:
     try:
-        return ImageManifests(path, tuple(create(path, conduct, replaces=replaces)))
+        return ImageManifests(path, tuple(create(path, options, hooks, replaces=replaces)))
     except StoppedError:
         raise
     except AddcowError as error:
@@ -92,24 +97,31 @@ def _of_image(path: str, conduct: Conduct, *, replaces: bool) -> ImageManifests:
 
 
 def farm_manifest(
-    places: Iterable[str], conduct: Conduct | None = None, *, replaces: bool = False
+    places: Iterable[str],
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
+    *,
+    replaces: bool = False,
 ) -> FarmManifests:
     """Make the manifests of all overlays in ``places`` and of what they stand on.
 
     ``replaces`` existing ones that do not match. Raises :class:`ImageError` when none of the places
-    is there, and :class:`BeginsAnewError` when ``conduct`` stops it.
+    is there, and :class:`BeginsAnewError` when ``hooks`` stops it.
     """
-    conduct = conduct or Conduct()
-    with conduct.looking():
-        there = files_of(places, conduct.access)
+    with hooks.looking():
+        there = files_of(places, options.access)
         paths = sorted(one.path for one in overlays_of(there.files, there.unexamined))
-    conduct = replace(conduct, access=there.access)
+    options = replace(options, access=there.access)
     large = [path for path in paths if _bytes_of(path) > LARGE]
     small = [path for path in paths if path not in set(large)]
     done: dict[str, ImageManifests] = {}
-    for one in (*_small_ones(small, conduct, replaces), *_large_ones(large, conduct, replaces)):
+    found = (
+        *_small_ones(small, options, hooks, replaces),
+        *_large_ones(large, options, hooks, replaces),
+    )
+    for one in found:
         done[one.path] = one
-        conduct.counted(len(done), len(paths))
+        hooks.counted(len(done), len(paths))
     return FarmManifests([done[path] for path in paths], there)
 
 
@@ -121,21 +133,25 @@ def _bytes_of(path: str) -> int:
         return 0
 
 
-def _small_ones(paths: list[str], conduct: Conduct, replaces: bool) -> Iterator[ImageManifests]:
+def _small_ones(
+    paths: list[str], options: RunOptions, hooks: Hooks, replaces: bool
+) -> Iterator[ImageManifests]:
     def failed(result: Failed) -> ImageManifests:
         if isinstance(result.error, StoppedError):
             raise result.error
         return ImageManifests(paths[result.task.first], problem=result.error)
 
     with closing(DoneMap.create((), 0)) as done_map:
-        work = _Work(paths, conduct, done_map, replaces=replaces)
-        stopping = partial(done_map.stops_by, conduct.stopping)
-        hooks = ScanHooks(f"{len(paths)} images", failed, stopping)
-        options = replace(conduct.scan_options, counts=True)
-        for _, one in scan(work, equal_tasks(len(paths), 1), options, hooks):
+        alone, stopping = replace(options, jobs=0), hooks.stopping
+        work = _Work(paths, alone, done_map, replaces=replaces, stopping=stopping)
+        scan_hooks = ScanHooks(f"{len(paths)} images", failed, work.hooks.stopping)
+        scan_options = replace(options.scan_options, counts=True)
+        for _, one in scan(work, equal_tasks(len(paths), 1), scan_options, scan_hooks):
             yield one
 
 
-def _large_ones(paths: list[str], conduct: Conduct, replaces: bool) -> Iterator[ImageManifests]:
+def _large_ones(
+    paths: list[str], options: RunOptions, hooks: Hooks, replaces: bool
+) -> Iterator[ImageManifests]:
     for path in paths:
-        yield _of_image(path, conduct, replaces=replaces)
+        yield _of_image(path, options, hooks, replaces=replaces)

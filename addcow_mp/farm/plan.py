@@ -35,7 +35,8 @@ from addcow_mp.farm.dependency_index import DependencyIndex
 from addcow_mp.farm.image_job import ImageJob, Operation
 from addcow_mp.farm.places import Found, files_of, in_order
 from addcow_mp.jobs.dependants import Identity, Named
-from addcow_mp.jobs.report import Conduct, Estimate, Report
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
+from addcow_mp.jobs.report import Estimate, Report
 
 #: Images in one task of looking: each takes half a millisecond.
 BATCH = 32
@@ -122,7 +123,8 @@ class Plan:
 def plan(
     places: Iterable[str],
     operation: Operation,
-    conduct: Conduct | None = None,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
     *,
     discard: bool = False,
     verifies: bool = False,
@@ -130,10 +132,9 @@ def plan(
     """What ``operation`` on all overlays in ``places`` would do, and whether it ``verifies``.
 
     Raises :class:`ImageError` when none of the places is there, :class:`BeginsAnewError` when
-    ``conduct`` stops it.
+    ``hooks`` stops it.
     """
-    conduct = conduct or Conduct()
-    found = files_of(places, conduct.access)
+    found = files_of(places, options.access)
     access = found.access
     dependency_index = DependencyIndex(found.files, access)
     found.unexamined = in_order((*found.unexamined, *dependency_index.unexamined))
@@ -141,11 +142,11 @@ def plan(
     wanted = _Wanted(operation, discard, verifies, overlays)
     steps = [_step(one, wanted, dependency_index) for one in dependency_index.farm]
     steps.sort(key=lambda step: (-step.depth, step.path))
-    conduct = replace(conduct, access=access)
-    for step, estimate_of in zip(steps, _foreseen(steps, conduct), strict=True):
+    options = replace(options, access=access)
+    for step, estimate_of in zip(steps, _foreseen(steps, options, hooks), strict=True):
         _enter(step, estimate_of)
     made = Plan(operation, steps, dependency_index, access, found)
-    made.filesystems = _Accounts(steps, conduct).settle()
+    made.filesystems = _Accounts(steps, options).settle()
     return made
 
 
@@ -201,27 +202,28 @@ def _enter(step: Step, estimate_of: Estimate | AddcowError | None) -> None:
 class _Estimates:
     """The work of a task: what the errands ``[first, stop)`` would do."""
 
-    def __init__(self, image_jobs: list[ImageJob], conduct: Conduct) -> None:
+    def __init__(self, image_jobs: list[ImageJob], options: RunOptions) -> None:
         self.image_jobs = image_jobs
-        self.conduct = conduct
+        self.options = options
 
     def __reduce__(self) -> tuple[object, ...]:
-        plain = Conduct(access=self.conduct.access, copy_options=self.conduct.copy_options)
-        return (_Estimates, (self.image_jobs, plain))
+        return (_Estimates, (self.image_jobs, self.options))
 
     def __call__(self, task: Task, slot: int) -> list[Estimate | AddcowError | None]:  # noqa: ARG002
-        return [estimate_of(one, self.conduct) for one in self.image_jobs[task.first : task.stop]]
+        return [estimate_of(one, self.options) for one in self.image_jobs[task.first : task.stop]]
 
 
-def estimate_of(image_job: ImageJob, conduct: Conduct) -> Estimate | AddcowError | None:
+def estimate_of(image_job: ImageJob, options: RunOptions) -> Estimate | AddcowError | None:
     """What ``image_job`` would do, or why it would be refused."""
     try:
-        return image_job.estimate(conduct)
+        return image_job.estimate(options)
     except AddcowError as error:
         return error.kept()
 
 
-def _foreseen(steps: list[Step], conduct: Conduct) -> list[Estimate | AddcowError | None]:
+def _foreseen(
+    steps: list[Step], options: RunOptions, hooks: Hooks
+) -> list[Estimate | AddcowError | None]:
     count = len(steps)
     tasks = equal_tasks(count, BATCH)
 
@@ -229,10 +231,10 @@ def _foreseen(steps: list[Step], conduct: Conduct) -> list[Estimate | AddcowErro
         """When a worker died, nothing is known of its images."""
         return [result.error] * result.task.weight
 
-    hooks = ScanHooks(f"{count} images", failed, conduct.stopping)
-    work = _Estimates([step.image_job for step in steps], conduct)
-    options = ScanOptions(conduct.jobs, counts=True)
-    found = {task.number: some for task, some in scan(work, tasks, options, hooks)}
+    scan_hooks = ScanHooks(f"{count} images", failed, hooks.stopping)
+    work = _Estimates([step.image_job for step in steps], options)
+    scan_options = ScanOptions(options.jobs, counts=True)
+    found = {task.number: some for task, some in scan(work, tasks, scan_options, scan_hooks)}
     return [one for task in tasks for one in found[task.number]]
 
 
@@ -242,9 +244,9 @@ def _foreseen(steps: list[Step], conduct: Conduct) -> list[Estimate | AddcowErro
 class _Accounts:
     """The space of every file system that is written to, as the steps go by."""
 
-    def __init__(self, steps: list[Step], conduct: Conduct) -> None:
+    def __init__(self, steps: list[Step], options: RunOptions) -> None:
         self._steps = steps
-        self._conduct = conduct
+        self._options = options
         self._by_identity = {step.named.identity: step for step in steps}
         #: Paths of overlays that are not discarded, by what they stand on.
         self._staying: dict[Identity, list[str]] = {}
@@ -271,7 +273,7 @@ class _Accounts:
     def _refuse_while_needed(self, step: Step) -> None:
         """An overlay is not discarded while one stands on it that will not be."""
         needing = self._staying.get(step.named.identity)
-        if needing and step.state is State.READY and not self._conduct.access.force:
+        if needing and step.state is State.READY and not self._options.access.force:
             mend = "mend or remove them first, or leave --discard out"
             names = ", ".join(sorted(needing))
             step.refuse(DependantsError(path=step.path, dependants=names, mend=mend))
@@ -288,7 +290,7 @@ class _Accounts:
             return
         if step.state is State.IDLE:
             step.image_job = replace(step.image_job, receives=True)
-            _enter(step, estimate_of(step.image_job, self._conduct))
+            _enter(step, estimate_of(step.image_job, self._options))
         if step.estimate is not None:
             peak, kept, freed = step.space.peak, step.space.kept, step.space.freed
             freed += brought if step.estimate.gives_back else 0

@@ -26,7 +26,7 @@ from addcow_mp.format.bits import Run
 from addcow_mp.format.manifest import FileState, read_head, weight_of
 from addcow_mp.jobs.layer_report import LayerReport
 from addcow_mp.jobs.leaf_compare import Sample
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import Hooks, RunOptions
 from addcow_mp.jobs.verify import ReadSoFar, RemainingLeaves, verifiers
 from addcow_mp.jobs.verify_task import LayerRef, LeafRange, Verified
 
@@ -55,7 +55,8 @@ class Scrubbed:
 def scrub(
     places: Iterable[str],
     scrub_state: str,
-    conduct: Conduct,
+    options: RunOptions,
+    hooks: Hooks,
     *,
     share: float | None = None,
     is_late: Callable[[], bool] = lambda: False,
@@ -63,11 +64,11 @@ def scrub(
     """Verify what is due of the layers in ``places``, and remember it in the file ``scrub_state``.
 
     ``share`` of 1 is everything; None = no sample. No further part is begun once it ``is_late``
-    or ``conduct`` stops it. Raises :class:`ImageError` when none of the places is there and for a
+    or ``hooks`` stops it. Raises :class:`ImageError` when none of the places is there and for a
     file that is no ledger.
     """
-    with conduct.looking():
-        files = FarmFiles(map(os.path.realpath, places), conduct.access)
+    with hooks.looking():
+        files = FarmFiles(map(os.path.realpath, places), options.access)
         targets = _targets(files)
     with opened(scrub_state, locking=files.access.locking) as book:
         known, runs = book.entries(), book.runs()
@@ -80,7 +81,7 @@ def scrub(
         if way.sample is not None:
             run = run._replace(sample=way.sample.share, seed=way.sample.seed)
         scrubbed = _Round(book, run, way, targets).run(
-            replace(conduct, access=files.access), is_late
+            replace(options, access=files.access), hooks, is_late
         )
     scrubbed.layer_reports += files.unexamined()
     scrubbed.places = files.found
@@ -217,13 +218,14 @@ class _Round:
         self._result = Scrubbed()
         self._different: set[int] = set()
 
-    def run(self, conduct: Conduct, is_late: Callable[[], bool]) -> Scrubbed:
+    def run(self, options: RunOptions, hooks: Hooks, is_late: Callable[[], bool]) -> Scrubbed:
         """Look at what is due, as long as that is allowed."""
         self._write()
         ending = FAILED
         try:
-            self._look(replace(conduct, stopping=lambda: conduct.stopping() or is_late()))
-            ending = self._ending(conduct)
+            bounded = replace(hooks, stopping=lambda: hooks.stopping() or is_late())
+            self._look(options, bounded)
+            ending = self._ending(hooks)
         except KeyboardInterrupt:  # a second one, which ends it at once
             ending = INTERRUPTED
             raise
@@ -251,17 +253,17 @@ class _Round:
         path, read = self._entries[number].path, self._read[number]
         return replace(self._found[number], path=path, bytes_read=read)
 
-    def _ending(self, conduct: Conduct) -> str:
+    def _ending(self, hooks: Hooks) -> str:
         if not self._outstanding.layers:
             return COMPLETE
-        return INTERRUPTED if conduct.stopping() else TIME_LIMIT
+        return INTERRUPTED if hooks.stopping() else TIME_LIMIT
 
-    def _look(self, conduct: Conduct) -> None:
+    def _look(self, options: RunOptions, hooks: Hooks) -> None:
         parts = self._outstanding.parts
-        with verifiers(conduct, len(parts), self._way.sample) as crew:
+        with verifiers(options, hooks, len(parts), self._way.sample) as crew:
             for verified in crew.look(self._targets, parts):
                 self._take(verified)
-                self._so_far.tell(conduct)
+                self._so_far.tell(hooks)
                 if self._book.is_due:
                     self._write()
 

@@ -23,7 +23,7 @@ from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import read_head
 from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.layer_report import Grade, LayerReport
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.jobs.verify import chain_of, verifiers, was_met
 from addcow_mp.jobs.verify_task import LayerRef
 
@@ -45,16 +45,18 @@ class FarmLayerReports:
         return [*self.images, *self.files]
 
 
-def farm_verify(places: Iterable[str], conduct: Conduct | None = None) -> FarmLayerReports:
+def farm_verify(
+    places: Iterable[str], options: RunOptions = DEFAULTS, hooks: Hooks = NO_HOOKS
+) -> FarmLayerReports:
     """Verify every layer in ``places``. Raises :class:`ImageError` when none of them is there.
 
-    Raises :class:`BeginsAnewError` when ``conduct`` stops it.
+    Raises :class:`BeginsAnewError` when ``hooks`` stops it.
     """
-    conduct = conduct or Conduct()
-    with conduct.looking():
-        files = FarmFiles(places, conduct.access)
-    with verifiers(replace(conduct, access=files.access), len(files.manifests)) as crew:
-        with conduct.looking():
+    with hooks.looking():
+        files = FarmFiles(places, options.access)
+    options = replace(options, access=files.access)
+    with verifiers(options, hooks, len(files.manifests)) as crew:
+        with hooks.looking():
             images, others = files.layers()
         layer_reports = crew.verify([*images, *others])
     others_found = layer_reports[len(images) :] + files.unexamined()

@@ -29,28 +29,34 @@ from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
 from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
+from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
-from addcow_mp.jobs.report import Conduct, Estimate, Reach, Report, reporting
+from addcow_mp.jobs.report import Estimate, Reach, Report, reporting
 from addcow_mp.jobs.transfer_job import Movement, move, refuse_unwritable, space
 from addcow_mp.units import round_down
 
 
 def commit(
-    path: str, *, keep: bool = False, verifies: bool = False, conduct: Conduct | None = None
+    path: str,
+    *,
+    keep: bool = False,
+    verifies: bool = False,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
+    shared: Shared = ALONE,
 ) -> Report:
     """Commit the overlay at ``path`` into its backing file.
 
     When it ``verifies``, the backing file is read back from the disk. Raises
     :class:`AddcowError`; refusals come before the first byte is written.
     """
-    conduct = conduct or Conduct()
     uses = COMMIT_KEEPING if keep else COMMIT
-    with reporting("commit", path) as report, open_chain(path, uses, conduct.access) as overlay:
-        movement = _movement(overlay, conduct, keep=keep)
+    with reporting("commit", path) as report, open_chain(path, uses, options.access) as overlay:
+        movement = _movement(overlay, options, shared, keep=keep)
         proof = _proof(overlay, keep=keep) if verifies else None
-        with reading_back(overlay, proof, conduct, report) as middle:
+        with reading_back(overlay, proof, options, hooks, report) as job_hooks:
             with _saying_what_is_kept(overlay.path, keep=keep):
-                move(movement, middle, report)
+                move(movement, report, options, job_hooks, shared.pool)
             report.reach = Reach.DONE
             report.warnings += _raw_link_warnings(overlay)
     return report
@@ -64,21 +70,23 @@ def _proof(overlay: Overlay, *, keep: bool) -> Proof:
     )
 
 
-def estimate(path: str, conduct: Conduct, *, receives: bool = False) -> Estimate | None:
+def estimate(
+    path: str, options: RunOptions, shared: Shared = ALONE, *, receives: bool = False
+) -> Estimate | None:
     """What a commit of ``path`` would do; None when there is nothing to do.
 
     ``receives`` says that there will be, since others are committed into it before. Raises what
     the commit would be refused for.
     """
-    with open_chain(path, ESTIMATING, conduct.access) as overlay:
+    with open_chain(path, ESTIMATING, options.access) as overlay:
         if overlay.backing is None or (_is_done(overlay) and not receives):
             return None
-        movement = _movement(overlay, conduct, keep=False)
-        refuse_unwritable(movement, _opened_to_write(overlay), conduct.access)
+        movement = _movement(overlay, options, shared, keep=False)
+        refuse_unwritable(movement, _opened_to_write(overlay), options.access)
         target = movement.target.file
         device = target.status.st_dev
         gives_back = overlay.image.file.status.st_dev == device
-        taken = space(movement, conduct)
+        taken = space(movement, options)
         return Estimate(movement.weight, taken, target.path, device, gives_back)
 
 
@@ -98,15 +106,15 @@ def _is_done(overlay: Overlay) -> bool:
     return overlay.allocated_clusters == 0 and (data is None or data >= end)
 
 
-def _movement(overlay: Overlay, conduct: Conduct, *, keep: bool) -> Movement:
+def _movement(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) -> Movement:
     """What is moved, once it is known that it may be."""
     backing = _accepted_backing(overlay)
-    if not conduct.access.force:
+    if not options.access.force:
         _refuse_overlay_as_raw(backing)
     changed = list(islice(backing.files(), 1)) + ([] if keep else [overlay.image.file])
     changed = [*_cow_of(backing), *changed]
-    refuse_dependants(overlay, changed, conduct.access, around=conduct.around)
-    refuse_linked(_written(overlay, backing, keep=keep), force=conduct.access.force)
+    refuse_dependants(overlay, changed, options.access, around=shared.nearby)
+    refuse_linked(_written(overlay, backing, keep=keep), force=options.access.force)
     target, tasks = _target(backing), _tasks(overlay, backing)
     movement = Movement(overlay, overlay.geometry, Which.LOCAL, target, tasks)
     movement.publish = None if keep else (overlay, 0)

@@ -22,7 +22,7 @@ from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.errors import AddcowError, StoppedError, WorkerError
 from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.units import KiB
 
 #: Tasks and surveys are in units of this size, whatever the clusters of either side.
@@ -65,28 +65,30 @@ def compare(
     *,
     strict: bool = False,
     every: bool = False,
-    conduct: Conduct | None = None,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
 ) -> Compared:
     """Compare the guest's views of two images of the given formats.
 
     ``every``: find all differing extents, not only the first. Raises
     :class:`CompareError` when either cannot be looked at.
     """
-    conduct = conduct or Conduct()
     with ExitStack() as opened:
         try:
             sides = [
-                opened.enter_context(closing(open_layer(path, format_, access=conduct.access)))
+                opened.enter_context(closing(open_layer(path, format_, access=options.access)))
                 for path, format_ in zip((one, other), formats, strict=True)
             ]
-            return _compare(sides[0], sides[1], conduct, strict=strict, every=every)
+            return _compare(sides[0], sides[1], options.jobs, hooks, strict=strict, every=every)
         except StoppedError:
             raise
         except AddcowError as error:
             raise CompareError(message=str(error)) from error
 
 
-def _compare(one: Layer, other: Layer, conduct: Conduct, *, strict: bool, every: bool) -> Compared:
+def _compare(
+    one: Layer, other: Layer, jobs: int | None, hooks: Hooks, *, strict: bool, every: bool
+) -> Compared:
     result = Compared((one.size, other.size), strict=strict)
     for side in (one, other):
         result.warnings += side.warnings()
@@ -100,7 +102,7 @@ def _compare(one: Layer, other: Layer, conduct: Conduct, *, strict: bool, every:
     geometry = Geometry(stop, UNIT)
     files = [*one.files(), *other.files()]
     tasks = cut(data_stretches(files, geometry, alignment(UNIT)), geometry.clusters)
-    _look(one, other, geometry, tasks, conduct, result, every=every)
+    _look(one, other, geometry, tasks, jobs, hooks, result, every=every)
     return result
 
 
@@ -109,7 +111,8 @@ def _look(
     other: Layer,
     geometry: Geometry,
     tasks: list[Task],
-    conduct: Conduct,
+    jobs: int | None,
+    hooks: Hooks,
     result: Compared,
     *,
     every: bool,
@@ -126,17 +129,17 @@ def _look(
         differences: Differences = again.result
         return differences
 
-    hooks = ScanHooks(
-        one.path, failed, conduct.stopping, lambda: bool(found and not every), conduct.progress
+    scan_hooks = ScanHooks(
+        one.path, failed, hooks.stopping, lambda: bool(found and not every), hooks.progress
     )
-    for _, differences in scan(work, tasks, ScanOptions(conduct.jobs, maps=True), hooks):
+    for _, differences in scan(work, tasks, ScanOptions(jobs, maps=True), scan_hooks):
         finished += 1
         found += differences.runs
         result.complete &= differences.complete
     result.differing = list(merged(sorted(found)))
     result.complete &= finished == len(tasks)
     total = sum(task.weight for task in tasks)
-    conduct.progress(total, total)
+    hooks.progress(total, total)
 
 
 def _failed(one: Layer, other: Layer, answer: Failed) -> AddcowError:

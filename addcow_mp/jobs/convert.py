@@ -27,7 +27,8 @@ from addcow_mp.engine.transfer import RawTarget, Which
 from addcow_mp.errors import StoppedError, UnfinishedError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
-from addcow_mp.jobs.report import Conduct, Report, reporting
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
+from addcow_mp.jobs.report import Report, reporting
 from addcow_mp.jobs.transfer_job import Movement, move
 from addcow_mp.units import KiB
 
@@ -40,21 +41,21 @@ def convert(
     destination: str,
     *,
     source_format: str = ADD_COW,
-    conduct: Conduct | None = None,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
 ) -> Report:
     """Copy the guest's view of ``source`` into the new raw file ``destination``.
 
     Raises :class:`AddcowError`; ``destination`` then does not exist.
     """
-    conduct = conduct or Conduct()
     with reporting("convert", source) as report:
-        layer = open_layer(source, source_format, access=conduct.access)
+        layer = open_layer(source, source_format, access=options.access)
         try:
-            if isinstance(layer, RawLayer) and not conduct.access.force:
+            if isinstance(layer, RawLayer) and not options.access.force:
                 refuse_as_raw(layer.file)
             readers = readers_of_chain(layer)
-            with _new_file(destination, readers, conduct.access) as target:
-                _copy(layer, target, conduct, report)
+            with _new_file(destination, readers, options.access) as target:
+                _copy(layer, target, report, options, hooks)
         except StoppedError:
             raise UnfinishedError(path=destination) from None
         finally:
@@ -81,14 +82,14 @@ def _new_file(path: str, readers: Readers, access: Access) -> Iterator[File]:
         file.close()
 
 
-def _copy(layer: Layer, target: File, conduct: Conduct, report: Report) -> None:
+def _copy(layer: Layer, target: File, report: Report, options: RunOptions, hooks: Hooks) -> None:
     geometry = Geometry(layer.size, _unit(layer))
     target.cluster_size = geometry.cluster_size
     stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
     tasks = cut(stretches, geometry.clusters)
     movement = Movement(layer, geometry, Which.ALL, RawTarget(target, fresh=True), tasks)
     movement.prepare = lambda: target.grow(layer.size)
-    move(movement, conduct, report)
+    move(movement, report, options, hooks)
 
 
 def _unit(layer: Layer) -> int:

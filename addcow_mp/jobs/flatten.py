@@ -22,14 +22,21 @@ from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.transfer import RawTarget, Which
 from addcow_mp.errors import SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
+from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
-from addcow_mp.jobs.report import Conduct, Estimate, Reach, Report, ending, reporting
+from addcow_mp.jobs.report import Estimate, Reach, Report, ending, reporting
 from addcow_mp.jobs.transfer_job import Movement, move, refuse_unwritable, space
 
 
 def flatten(
-    path: str, *, discard: bool = False, verifies: bool = False, conduct: Conduct | None = None
+    path: str,
+    *,
+    discard: bool = False,
+    verifies: bool = False,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
+    shared: Shared = ALONE,
 ) -> Report:
     """Make every cluster of the overlay at ``path`` local.
 
@@ -37,16 +44,15 @@ def flatten(
     before anything is discarded. Raises :class:`AddcowError`; refusals come before the first
     byte is written.
     """
-    conduct = conduct or Conduct()
     uses = DISCARD if discard else WRITE
-    with reporting("flatten", path) as report, open_chain(path, uses, conduct.access) as overlay:
-        _refuse(overlay, conduct, discard=discard)
+    with reporting("flatten", path) as report, open_chain(path, uses, options.access) as overlay:
+        _refuse(overlay, options, shared, discard=discard)
         movement = None if overlay.all_allocated else _movement(overlay)
         proof = Proof(overlay, overlay, (overlay,)) if verifies else None
-        with reading_back(overlay, proof, conduct, report) as middle:
+        with reading_back(overlay, proof, options, hooks, report) as job_hooks:
             if movement is not None:
                 movement.prepare = lambda: _narrow(overlay, report)
-                move(movement, middle, report)
+                move(movement, report, options, job_hooks, shared.pool)
                 _set_flag(overlay)
                 report.reach = Reach.DONE
         if discard:
@@ -54,35 +60,37 @@ def flatten(
     return report
 
 
-def estimate(path: str, conduct: Conduct, *, discard: bool = False) -> Estimate | None:
+def estimate(
+    path: str, options: RunOptions, shared: Shared = ALONE, *, discard: bool = False
+) -> Estimate | None:
     """What a flatten of ``path`` would do; None when there is nothing to do.
 
     Raises what the flatten would be refused for.
     """
-    with open_chain(path, READ, conduct.access) as overlay:
+    with open_chain(path, READ, options.access) as overlay:
         image = overlay.image.file
         if overlay.all_allocated and not discard:
             return None
-        _refuse(overlay, conduct, discard=discard)
+        _refuse(overlay, options, shared, discard=discard)
         written = [overlay.cow, image]
         if overlay.all_allocated:
             for file in written:
-                conduct.access.refuse_unwritable(file)
+                options.access.refuse_unwritable(file)
             return Estimate(0, SpaceNeeded(), image.path, image.status.st_dev)
         movement = _movement(overlay)
-        refuse_unwritable(movement, written, conduct.access)
+        refuse_unwritable(movement, written, options.access)
         _refuse_unnarrowable(overlay)
-        taken, bits = space(movement, conduct), overlay.bitmap.hole_bytes()
+        taken, bits = space(movement, options), overlay.bitmap.hole_bytes()
         taken = SpaceNeeded(taken.peak + bits, taken.kept + bits, taken.freed)
         return Estimate(movement.weight, taken, image.path, image.status.st_dev)
 
 
-def _refuse(overlay: Overlay, conduct: Conduct, *, discard: bool) -> None:
+def _refuse(overlay: Overlay, options: RunOptions, shared: Shared, *, discard: bool) -> None:
     changed = [] if overlay.all_allocated else [overlay.image.file]
     changed += changed_by_removal(overlay) if discard else []
-    refuse_dependants(overlay, changed, conduct.access, around=conduct.around)
+    refuse_dependants(overlay, changed, options.access, around=shared.nearby)
     if changed:
-        refuse_linked([overlay.cow, overlay.image.file], force=conduct.access.force)
+        refuse_linked([overlay.cow, overlay.image.file], force=options.access.force)
     if discard:
         refuse_unremovable(overlay)
 

@@ -50,7 +50,7 @@ from addcow_mp.format.manifest import (
     guest_digest,
     is_rounded_down,
 )
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 
 #: Seconds between looks at whether another process has ended that writes the same manifest.
 LOOK_AGAIN = 0.1
@@ -69,24 +69,28 @@ class Made:
 
 
 def create(
-    path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW, replaces: bool = False
+    path: str,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
+    *,
+    format_: str = ADD_COW,
+    replaces: bool = False,
 ) -> list[Made]:
     """Write a manifest for each layer of ``path`` that has none, the deepest first.
 
     Raises :class:`ManifestError` for one that is there and not of these files, unless it
     ``replaces`` those.
     """
-    conduct = conduct or Conduct()
-    layer = open_layer(path, format_, access=conduct.access)
+    layer = open_layer(path, format_, access=options.access)
     try:
-        if isinstance(layer, RawLayer) and not conduct.access.force:
+        if isinstance(layer, RawLayer) and not options.access.force:
             refuse_as_raw(layer.file)
         made: list[Made] = []
         below: list[Manifest] = []
         layers = list(layers_of(layer))
         _refuse_own(layers)
         for one in reversed(layers):
-            manifest, written = _manifest_of(one, below, conduct, replaces=replaces)
+            manifest, written = _manifest_of(one, below, options, hooks, replaces=replaces)
             below.insert(0, manifest)
             made.append(Made(manifest.path, manifest.head.guest_digest, written))
         return made
@@ -113,7 +117,7 @@ def _refuse_own(layers: list[Layer]) -> None:
 
 
 def _manifest_of(
-    layer: Layer, below: list[Manifest], conduct: Conduct, *, replaces: bool
+    layer: Layer, below: list[Manifest], options: RunOptions, hooks: Hooks, *, replaces: bool
 ) -> tuple[Manifest, bool]:
     """The manifest of a layer, and whether it had to be written."""
     path = manifest_of(layer.path)
@@ -121,12 +125,13 @@ def _manifest_of(
     there = _found(layer, path, wanted, replaces=replaces)
     if there is not None:
         return there, False
-    with _draft(path, draft_of(layer.path), readers_of_chain(layer), conduct) as fd:
+    readers, locking = readers_of_chain(layer), options.access.locking
+    with _draft(path, draft_of(layer.path), readers, hooks, locking=locking) as fd:
         # Another process may have written it until now: overlays share their base.
         there = _found(layer, path, wanted, replaces=replaces)
         if there is not None:
             return there, False
-        _write(fd, layer, wanted, below, conduct)
+        _write(fd, layer, wanted, below, options, hooks)
         if head_of(layer, below) != wanted:
             raise ImageError(path=layer.path, problem="it was changed meanwhile; try again")
         with _saying(path, "make it durable"):
@@ -193,12 +198,12 @@ def _saying(path: str, action: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _draft(path: str, part: str, readers: Readers, conduct: Conduct) -> Iterator[int]:
+def _draft(path: str, part: str, readers: Readers, hooks: Hooks, *, locking: bool) -> Iterator[int]:
     """The file ``part`` beside ``path``, empty and nobody else's; waits for others to end.
 
     What a killed writer left is begun anew; what was not renamed is removed.
     """
-    fd = _claimed(path, part, readers, conduct)
+    fd = _claimed(path, part, readers, hooks, locking=locking)
     try:
         _refuse_foreign(fd, part)
         with _saying(part, "let no more users read it than may read what it is of"):
@@ -209,14 +214,14 @@ def _draft(path: str, part: str, readers: Readers, conduct: Conduct) -> Iterator
         os.close(fd)
 
 
-def _claimed(path: str, part: str, readers: Readers, conduct: Conduct) -> int:
+def _claimed(path: str, part: str, readers: Readers, hooks: Hooks, *, locking: bool) -> int:
     """``part``, opened, and held by this process alone; waits for another one that gets on."""
-    fd = _claim(path, part, readers, conduct)
+    fd = _claim(path, part, readers, locking=locking)
     if fd is None:
-        conduct.note(f"{path}: another process is writing it; waiting until that has ended")
+        hooks.note(f"{path}: another process is writing it; waiting until that has ended")
     patience = _Patience(part)
     while fd is None:
-        if conduct.stopping():
+        if hooks.stopping():
             raise BeginsAnewError(path=path.removesuffix(SUFFIX))
         if patience.is_over:
             problem = (
@@ -224,7 +229,7 @@ def _claimed(path: str, part: str, readers: Readers, conduct: Conduct) -> int:
             )
             raise ImageError(path=path, problem=problem)
         time.sleep(LOOK_AGAIN)
-        fd = _claim(path, part, readers, conduct)
+        fd = _claim(path, part, readers, locking=locking)
     return fd
 
 
@@ -246,12 +251,12 @@ class _Patience:
         return time.monotonic() - self._since > STANDSTILL
 
 
-def _claim(path: str, part: str, readers: Readers, conduct: Conduct) -> int | None:
+def _claim(path: str, part: str, readers: Readers, *, locking: bool) -> int | None:
     with _saying(path, "write it"):
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, readers.mode)
     try:
         # Before it was held, it may have been renamed: what it is called then is not to be written.
-        alone = claim_alone(path, fd, locking=conduct.access.locking)
+        alone = claim_alone(path, fd, locking=locking)
         if alone and _is_called(fd, part):
             return fd
     except BaseException:
@@ -286,10 +291,17 @@ def _named(fd: int, part: str) -> Iterator[int]:
                 os.unlink(part)
 
 
-def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Conduct) -> None:
+def _write(
+    fd: int,
+    layer: Layer,
+    head: Head,
+    below: list[Manifest],
+    options: RunOptions,
+    hooks: Hooks,
+) -> None:
     with _saying(manifest_of(layer.path), "write it"), os.fdopen(os.dup(fd), "r+b") as file:
         file.write(DRAFT_MAGIC.ljust(HEAD, b"\0"))
-        for records in _hashed(layer, conduct):
+        for records in _hashed(layer, options, hooks):
             file.write(records)
         file.flush()
         end = file.tell()
@@ -306,7 +318,7 @@ def _write(fd: int, layer: Layer, head: Head, below: list[Manifest], conduct: Co
     assert os.fstat(fd).st_size == end + DIGEST  # noqa: S101 - nothing else was written
 
 
-def _hashed(layer: Layer, conduct: Conduct) -> Iterator[bytes]:
+def _hashed(layer: Layer, options: RunOptions, hooks: Hooks) -> Iterator[bytes]:
     """The records of all groups, in order."""
 
     def failed(result: Failed) -> bytes:
@@ -314,10 +326,11 @@ def _hashed(layer: Layer, conduct: Conduct) -> Iterator[bytes]:
         action = f"hash what lies from {start} to {min(stop, layer.size)}"
         raise FileError(path=layer.path, action=action, reason=str(result.error))
 
-    hooks = ScanHooks(layer.path, failed, conduct.stopping, progress=conduct.progress)
+    scan_hooks = ScanHooks(layer.path, failed, hooks.stopping, progress=hooks.progress)
     waiting: dict[int, bytes] = {}
     due = 0
-    for task, records in scan(LeafHasher(layer), tasks_of(layer), conduct.scan_options, hooks):
+    tasks = tasks_of(layer)
+    for task, records in scan(LeafHasher(layer), tasks, options.scan_options, scan_hooks):
         waiting[task.number] = records
         while due in waiting:
             yield waiting.pop(due)

@@ -42,7 +42,8 @@ from addcow_mp.errors import (
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import GROUP, view_digest, zero_node
-from addcow_mp.jobs.report import Conduct, Report
+from addcow_mp.jobs.options import Hooks, RunOptions
+from addcow_mp.jobs.report import Report
 
 
 @dataclass(frozen=True)
@@ -68,22 +69,22 @@ class ViewDigests:
         return [one for one in numbers if self.nodes.get(one, zero) != other.nodes.get(one, zero)]
 
 
-def digest_view(layer: Layer, size: int, conduct: Conduct) -> ViewDigests:
+def digest_view(layer: Layer, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
     """See the first ``size`` bytes of ``layer``. Raises :class:`BeginsAnewError` when stopped."""
     tasks = _tasks(layer, size)
-    options = conduct.scan_options
+    scan_options = options.scan_options
     nodes = dict[int, bytes]()
 
     def failed(result: Failed) -> dict[int, bytes]:
         raise _told(layer, result)
 
     with closing(DoneMap.create((), 0)) as done_map:
-        stopping = partial(done_map.stops_by, conduct.stopping)
-        hooks = ScanHooks(layer.path, failed, stopping, progress=conduct.progress)
-        rate = conduct.copy_options.rate_of_each(options.processes(tasks))
+        stopping = partial(done_map.stops_by, hooks.stopping)
+        scan_hooks = ScanHooks(layer.path, failed, stopping, progress=hooks.progress)
+        rate = options.copy_options.rate_of_each(scan_options.processes(tasks))
         work = View(layer, size, done_map, rate)
-        work.stopping = conduct.stopping
-        for _, found in scan(work, tasks, options, hooks):
+        work.stopping = hooks.stopping
+        for _, found in scan(work, tasks, scan_options, scan_hooks):
             nodes |= found
     return ViewDigests(size, nodes, sum(task.weight for task in tasks))
 
@@ -123,28 +124,28 @@ class Proof:
 
 @contextmanager
 def reading_back(
-    overlay: Overlay, proof: Proof | None, conduct: Conduct, report: Report
-) -> Iterator[Conduct]:
+    overlay: Overlay, proof: Proof | None, options: RunOptions, hooks: Hooks, report: Report
+) -> Iterator[Hooks]:
     """Around a job after which ``proof`` shall show what ``overlay`` shows; None asks for none.
 
-    Yields the conduct of the job itself. Raises :class:`ReadBackError` for other content,
+    Yields the hooks of the job itself. Raises :class:`ReadBackError` for other content,
     :class:`NotReadBackError` when it is stopped, and :class:`UnverifiedError` for whatever else
     keeps it from an answer.
     """
     if proof is None:
-        yield conduct
+        yield hooks
         return
     for one in proof.changed:
         for file in _own_files(one):
             refuse_unknowable(file)
-    before = digest_view(overlay, overlay.size, conduct.amid(0, 0))
+    before = digest_view(overlay, overlay.size, options, hooks.within(0, 0))
     weight = before.weight
-    yield conduct.amid(weight, weight)
+    yield hooks.within(weight, weight)
     # Our own locks stand against everybody, and so against a second opening as well; and what is
     # opened from the middle of the chain on may name what lies beside its top.
-    access = conduct.access.beside(overlay.cow.base)._replace(share=True)
-    conduct = replace(conduct.amid(2 * weight, 0), access=access)
-    after = _read_back(proof, before.size, conduct)
+    access = options.access.beside(overlay.cow.base)._replace(share=True)
+    options = replace(options, access=access)
+    after = _read_back(proof, before.size, options, hooks.within(2 * weight, 0))
     differing = before.differing(after)
     if differing:
         start = differing[0] * GROUP
@@ -152,16 +153,16 @@ def reading_back(
     report.guest_digest = after.digest
 
 
-def _read_back(proof: Proof, size: int, conduct: Conduct) -> ViewDigests:
+def _read_back(proof: Proof, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
     try:
-        return _seen_anew(proof, size, conduct)
+        return _seen_anew(proof, size, options, hooks)
     except StoppedError:
         raise NotReadBackError(path=proof.path) from None
     except AddcowError as error:
         raise UnverifiedError(path=proof.path, cause=str(error)) from error
 
 
-def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> ViewDigests:
+def _seen_anew(proof: Proof, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
     expected = proof.layer.size
     for one in proof.changed:
         if isinstance(one, Overlay):
@@ -172,11 +173,11 @@ def _seen_anew(proof: Proof, size: int, conduct: Conduct) -> ViewDigests:
         with next(proof.written.files()).doing("read it back"):
             faults.hit("read_back")
     format_ = ADD_COW if isinstance(proof.layer, Overlay) else RAW
-    with closing(open_layer(proof.layer.path, format_, access=conduct.access)) as anew:
+    with closing(open_layer(proof.layer.path, format_, access=options.access)) as anew:
         if anew.size != expected:
             problem = f"it is {anew.size} bytes large, and was {expected}"
             raise ImageError(path=next(anew.files()).path, problem=problem)
-        return digest_view(anew, size, conduct)
+        return digest_view(anew, size, options, hooks)
 
 
 def _own_files(layer: Layer) -> list[File]:

@@ -3,71 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from addcow_mp.device.access import Access
-from addcow_mp.device.copying import CopyMethod, CopyOptions
-from addcow_mp.engine.scan import ScanOptions
+from addcow_mp.device.copying import CopyMethod
 from addcow_mp.engine.transfer import Totals
-from addcow_mp.engine.transfer_run import Progress, no_progress
 from addcow_mp.errors import AddcowError, StoppedError, UnendedError
 
 if TYPE_CHECKING:
-    from addcow_mp.engine.pool import Pool
     from addcow_mp.engine.space import SpaceNeeded
-    from addcow_mp.jobs.dependants import NearbyOverlays
-
-
-def never() -> bool:
-    """No reason to stop."""
-    return False
-
-
-def ignore(_: str) -> None:
-    """Nobody to be told."""
-
-
-@dataclass(frozen=True)
-class Conduct:
-    """How a job is carried out, whatever it does.
-
-    ``jobs``: worker processes; 0 = in this process, None = the usable processors. ``crew``:
-    processes that work for several jobs, instead of its own. ``progress`` is called with bytes
-    done and bytes in all, ``counted`` with images done and images in all by jobs that look at
-    many, after ``progress`` where they tell both. ``note`` is called with a line about what keeps
-    the job waiting. ``stopping`` is asked between tasks, and once it is true no new one is begun.
-    ``looking`` is around what only looks, and may be ended anywhere. ``access`` says what may be
-    opened and how, ``copy_options`` how bytes are moved, ``around`` what is known of other overlays
-    nearby; None = look.
-    """
-
-    jobs: int | None = None
-    progress: Progress = no_progress
-    stopping: Callable[[], bool] = never
-    access: Access = field(default_factory=Access)
-    copy_options: CopyOptions = field(default_factory=CopyOptions)
-    crew: Pool | None = None
-    around: NearbyOverlays | None = None
-    counted: Progress = no_progress
-    note: Callable[[str], None] = ignore
-    looking: Callable[[], AbstractContextManager[None]] = nullcontext
-
-    @property
-    def scan_options(self) -> ScanOptions:
-        """Who takes part in what only looks."""
-        return ScanOptions(self.jobs, is_limited=self.copy_options.rate > 0)
-
-    def amid(self, before: int, after: int) -> Conduct:
-        """The same for one step of several: so many bytes ``before`` it and ``after`` it."""
-
-        def progress(done: int, total: int) -> None:
-            self.progress(before + done, before + total + after)
-
-        return replace(self, progress=progress)
 
 
 @dataclass(frozen=True)

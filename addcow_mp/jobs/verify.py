@@ -31,7 +31,7 @@ from addcow_mp.format.manifest import weight_of_length
 from addcow_mp.jobs.dependants import Identity
 from addcow_mp.jobs.layer_report import Grade, LayerReport
 from addcow_mp.jobs.leaf_compare import Sample
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.jobs.verify_task import (
     LayerRef,
     LeafRange,
@@ -53,18 +53,21 @@ SHARES = 8
 
 
 def verify(
-    path: str, conduct: Conduct | None = None, *, format_: str = ADD_COW
+    path: str,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
+    *,
+    format_: str = ADD_COW,
 ) -> list[LayerReport]:
     """Verify every layer of the chain of ``path``, from the top down.
 
     Raises :class:`AddcowError` when that file cannot be opened, and :class:`BeginsAnewError` when
-    ``conduct`` stops it.
+    ``hooks`` stops it.
     """
-    conduct = conduct or Conduct()
-    with closing(conduct.access.open_named(path)) as file:
-        access = conduct.access.beside(file.base)
+    with closing(options.access.open_named(path)) as file:
+        access = options.access.beside(file.base)
     chain = list(chain_of(path, format_, access))
-    with verifiers(replace(conduct, access=access), len(chain)) as crew:
+    with verifiers(replace(options, access=access), hooks, len(chain)) as crew:
         return crew.verify(chain)
 
 
@@ -153,10 +156,10 @@ class ReadSoFar:
         self._total += found - expected
         self._finished += is_last
 
-    def tell(self, conduct: Conduct) -> None:
+    def tell(self, hooks: Hooks) -> None:
         """Tell it in bytes and in layers."""
-        conduct.progress(self._done, self._total)
-        conduct.counted(self._finished, len(self._weights))
+        hooks.progress(self._done, self._total)
+        hooks.counted(self._finished, len(self._weights))
 
 
 def _about(target: LayerRef, access: Access) -> int:
@@ -179,28 +182,31 @@ def _about(target: LayerRef, access: Access) -> int:
 
 
 @contextmanager
-def verifiers(conduct: Conduct, layers: int, sample: Sample | None = None) -> Iterator[Verifiers]:
+def verifiers(
+    options: RunOptions, hooks: Hooks, layers: int, sample: Sample | None = None
+) -> Iterator[Verifiers]:
     """Processes for about so many ``layers``, whichever these turn out to be.
 
     Where that is many they are started at once, so that they stand ready when it is known.
     """
-    options = replace(conduct.scan_options, counts=True, many=layers >= MANY)
+    scan_options = replace(options.scan_options, counts=True, many=layers >= MANY)
     with closing(DoneMap.create((), 0)) as done_map:
-        rate = conduct.copy_options.rate_of_each(options.processes(()))
-        work = VerifyWork(conduct.access, done_map, sample, rate)
-        work.stopping = conduct.stopping
-        with scan_pool(work, (), options) as pool:
-            if layers >= MANY and not conduct.stopping():
+        rate = options.copy_options.rate_of_each(scan_options.processes(()))
+        work = VerifyWork(options.access, done_map, sample, rate)
+        work.stopping = hooks.stopping
+        with scan_pool(work, (), scan_options) as pool:
+            if layers >= MANY and not hooks.stopping():
                 pool.start(layers // MANY)
-            yield Verifiers(pool, conduct, done_map)
+            yield Verifiers(pool, options.access, hooks, done_map)
 
 
 class Verifiers:
     """What :func:`verifiers` yields. Used once."""
 
-    def __init__(self, pool: Pool, conduct: Conduct, done_map: DoneMap) -> None:
+    def __init__(self, pool: Pool, access: Access, hooks: Hooks, done_map: DoneMap) -> None:
         self._pool = pool
-        self._conduct = conduct
+        self._access = access
+        self._hooks = hooks
         self._board = done_map
 
     def verify(self, targets: list[LayerRef]) -> list[LayerReport]:
@@ -210,11 +216,11 @@ class Verifiers:
         """
         layer_reports = [LayerReport(target.path) for target in targets]
         outstanding = RemainingLeaves(LeafRange(index) for index in range(len(targets)))
-        read = ReadSoFar([_about(target, self._conduct.access) for target in targets])
+        read = ReadSoFar([_about(target, self._access) for target in targets])
         for verified in self.look(targets, outstanding.parts):
             layer_reports[verified.part.index].join(verified.layer_report)
             read.take(verified, is_last=outstanding.take(verified))
-            read.tell(self._conduct)
+            read.tell(self._hooks)
         if outstanding.layers:
             raise BeginsAnewError(path=f"{len(targets)} layers")
         return layer_reports
@@ -222,7 +228,7 @@ class Verifiers:
     def look(self, targets: list[LayerRef], parts: Sequence[LeafRange]) -> Iterator[Verified]:
         """Look at ``parts`` of ``targets``, in about this order; ends early when it is stopped."""
         dealing = _Dealing(self._pool, targets, max(1, self._pool.jobs))
-        return dealing.all(parts, partial(self._board.stops_by, self._conduct.stopping))
+        return dealing.all(parts, partial(self._board.stops_by, self._hooks.stopping))
 
 
 class _Dealing:

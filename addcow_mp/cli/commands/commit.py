@@ -32,7 +32,7 @@ def command(
     from addcow_mp.jobs.commit import commit as job
 
     access = changing.access_for(copying)
-    copy_options = copying.copy_options(idle=workers.idle)
-    with workers.working(access, copy_options, progress, quiet=printing.quiet) as conduct:
-        report = job(overlay.file, keep=keep, verifies=verify, conduct=conduct)
+    copy_options = copying.copy_options()
+    with workers.working(access, copy_options, progress, quiet=printing.quiet) as (options, hooks):
+        report = job(overlay.file, keep=keep, verifies=verify, options=options, hooks=hooks)
     printing.report(report, "Image committed.")

@@ -55,8 +55,16 @@ def command(
     access = opening.access(share=share)
     quiet, as_json = printing.quiet, printing.as_json
     formats = sides.format.value, sides.other_format.value
-    with workers.working(access, workers.copy_options(), progress, quiet=quiet) as conduct:
-        result = job(sides.one, sides.other, formats, strict=strict, every=as_json, conduct=conduct)
+    with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
+        result = job(
+            sides.one,
+            sides.other,
+            formats,
+            strict=strict,
+            every=as_json,
+            options=options,
+            hooks=hooks,
+        )
     warn(result.warnings)
     if as_json:
         print_document(_as_json(sides.one, sides.other, result))

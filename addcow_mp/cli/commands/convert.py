@@ -45,9 +45,13 @@ def command(
     from addcow_mp.jobs.convert import convert as job
 
     access = opening.access(share=share, durable=copying.durable, force=force, writes=True)
-    copy_options = copying.copy_options(idle=workers.idle, usual="4k")
-    with workers.working(access, copy_options, progress, quiet=printing.quiet) as conduct:
+    copy_options = copying.copy_options(usual="4k")
+    with workers.working(access, copy_options, progress, quiet=printing.quiet) as (options, hooks):
         report = job(
-            files.source, files.destination, source_format=files.format.value, conduct=conduct
+            files.source,
+            files.destination,
+            source_format=files.format.value,
+            options=options,
+            hooks=hooks,
         )
     printing.report(report, "")

@@ -38,10 +38,11 @@ def command(
     from addcow_mp.jobs.verify import verify as job
 
     access = opening.access(share=share)
-    with workers.working(
-        access, workers.copy_options(rate), progress, quiet=printing.quiet
-    ) as conduct:
-        layer_reports = job(file, conduct, format_=format.value)
+    with workers.working(access, workers.copy_options(rate), progress, quiet=printing.quiet) as (
+        options,
+        hooks,
+    ):
+        layer_reports = job(file, options, hooks, format_=format.value)
     raise typer.Exit(_show(file, layer_reports, as_json=printing.as_json, quiet=printing.quiet))
 
 

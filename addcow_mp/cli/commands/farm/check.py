@@ -23,8 +23,8 @@ def command(
     """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
     listed, quiet = places.listed(), printing.quiet
     access = opening.access(share=share, exclude=places.exclude)
-    with workers.working(access, workers.copy_options(), progress, quiet=quiet) as conduct:
-        report = farm_check(listed, conduct)
+    with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
+        report = farm_check(listed, options, hooks)
     PRINTERS[printing.output](report, quiet=quiet)
     said = explain(report.found, [one.path for one in report.images], quiet=quiet)
     raise typer.Exit(report.exit_code or int(said))

@@ -33,8 +33,8 @@ def command(
     """
     wishes = FarmJob(Operation.COMMIT, verifies=verify, run=run)
     access = changing.access_for(copying, writes=not run.dry_run, exclude=places.exclude)
-    copy_options = copying.copy_options(idle=workers.idle)
+    copy_options = copying.copy_options()
     listed = places.listed()
-    with workers.working(access, copy_options, progress, quiet=printing.quiet) as conduct:
-        done = carry_out(listed, conduct, wishes)
+    with workers.working(access, copy_options, progress, quiet=printing.quiet) as (options, hooks):
+        done = carry_out(listed, wishes, options, hooks)
     tell(done, printing)

@@ -36,6 +36,6 @@ def command(
     job = FarmJob(operation, FarmRun(dry_run=True), discard=discard)
     access = opening.access(force=force, exclude=places.exclude)
     listed = places.listed()
-    with workers.working(access, workers.copy_options(), ProgressOptions()) as conduct:
-        done = carry_out(listed, conduct, job)
+    with workers.working(access, workers.copy_options(), ProgressOptions()) as (options, hooks):
+        done = carry_out(listed, job, options, hooks)
     tell(done, printing)

@@ -35,8 +35,11 @@ def command(
     """
     listed, quiet = places.listed(), printing.quiet
     access = opening.access(share=share, exclude=places.exclude)
-    with workers.working(access, workers.copy_options(rate), progress, quiet=quiet) as conduct:
-        found = farm_verify(listed, conduct)
+    with workers.working(access, workers.copy_options(rate), progress, quiet=quiet) as (
+        options,
+        hooks,
+    ):
+        found = farm_verify(listed, options, hooks)
     PRINTERS[printing.output](found, quiet=quiet)
     explain(found.places, [one.path for one in found.all], quiet=quiet)
     raise typer.Exit(worst(found.all))

@@ -39,8 +39,11 @@ def command(
 ) -> None:
     """Write a manifest beside each layer of FILE that has none."""
     access = opening.access(share=share, force=force, writes=True)
-    with workers.working(access, workers.copy_options(), progress, quiet=printing.quiet) as conduct:
-        made = job(file, conduct, format_=format.value, replaces=replace)
+    with workers.working(access, workers.copy_options(), progress, quiet=printing.quiet) as (
+        options,
+        hooks,
+    ):
+        made = job(file, options, hooks, format_=format.value, replaces=replace)
     _show(file, made, as_json=printing.as_json, quiet=printing.quiet)
 
 

@@ -45,8 +45,8 @@ def command(
 
     listed, quiet = places.listed(), printing.quiet
     access = opening.access(share=share, force=force, writes=True, exclude=places.exclude)
-    with workers.working(access, workers.copy_options(), progress, quiet=quiet) as conduct:
-        found = farm_manifest(listed, conduct, replaces=replace)
+    with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
+        found = farm_manifest(listed, options, hooks, replaces=replace)
     _show(found, printing)
     said = explain(found.places, [one.path for one in found.images], quiet=quiet)
     raise typer.Exit(found.exit_code or int(said))

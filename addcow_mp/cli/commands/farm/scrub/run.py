@@ -26,7 +26,7 @@ from addcow_mp.cli.options import (
 from addcow_mp.cli.reasons import explain
 from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError
 from addcow_mp.farm.scrub import DIFFERENT, Scrubbed, scrub
-from addcow_mp.jobs.report import Conduct
+from addcow_mp.jobs.options import Hooks
 from addcow_mp.units import parse_share
 
 
@@ -62,9 +62,9 @@ def command(
     part = None if bounds.sample is None else parse_share(bounds.sample, "--sample")
     access = opening.access(share=share, exclude=places.exclude)
     copy_options = workers.copy_options(bounds.rate)
-    with workers.working(access, copy_options, progress, quiet=quiet) as conduct:
-        found = scrub(listed, state, conduct, share=part, is_late=lambda: limit.is_reached)
-        problem = found.problem or _what_stopped_it(found, conduct)
+    with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
+        found = scrub(listed, state, options, hooks, share=part, is_late=lambda: limit.is_reached)
+        problem = found.problem or _what_stopped_it(found, hooks)
     _show(found, as_json=printing.as_json, quiet=quiet)
     if found.places is not None and not found.left:
         explain(found.places, [one.path for one in found.layer_reports], quiet=quiet)
@@ -81,11 +81,11 @@ def _raise(found: Scrubbed, problem: AddcowError) -> None:
     say(str(problem))
 
 
-def _what_stopped_it(found: Scrubbed, conduct: Conduct) -> AddcowError | None:
+def _what_stopped_it(found: Scrubbed, hooks: Hooks) -> AddcowError | None:
     if not found.left:
         return None
     named = f"{found.left} layers left"
-    if conduct.stopping():
+    if hooks.stopping():
         return signals.as_met(StoppedError(path=named))
     told = f"{named}: the time limit was reached; the same command goes on from there"
     return TimeLimitError(message=told)
