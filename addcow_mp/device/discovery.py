@@ -1,14 +1,12 @@
-"""Discovery: the files in directories, and what could not be looked at, with the reason.
+"""Discovery: the files in directories, which of them are overlays, and what each one names.
 
-Directories are listed one by one. A directory, a file or a link that the system does not let us
-look at is part of the answer: it may hold what is sought, so no caller may take it for nothing.
-Only regular files count, and links to them. Links to directories are counted and not followed;
-links that lead nowhere, sockets, FIFOs and devices are no images.
+Directories are listed one by one. A directory, file or link that cannot be examined is part of
+the answer, with the reason: it may hide an overlay. Only regular files and links to them count.
+Links to directories are counted and not followed. Links that lead nowhere, sockets, FIFOs and
+devices are no images. What the user excludes is neither examined nor reported.
 
-What the user excludes is not looked at and not in the answer, and excluded directories are not
-entered. A pattern without a slash is matched with the name of each file and directory that is
-met, one with a slash with its whole path, or with as many names at the end of that as the pattern
-has; ``*`` in it stands for slashes too. With a slash at its end it is for directories alone.
+An overlay is known by its first bytes, whatever it is called. The files that it names are
+compared by inode. An overlay whose header is damaged beyond its names names nothing.
 """
 
 from __future__ import annotations
@@ -18,23 +16,39 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import translate
-from functools import lru_cache
+from typing import NamedTuple
 
-from addcow_mp.device.access import pseudo_devices
+from addcow_mp.device.access import Access, pseudo_devices
+from addcow_mp.device.exclusions import Exclusions, exclusions
+from addcow_mp.device.files import identity_at, identity_of
+from addcow_mp.device.location import base_path, real_path
+from addcow_mp.errors import ImageError
+from addcow_mp.format.header import (
+    BACKING_NAME_LIMIT,
+    FIXED_SIZE,
+    IMAGE_NAME_LIMIT,
+    MAGIC,
+    MIN_HEADER_SIZE,
+    Header,
+)
+from addcow_mp.format.names import path_combine, path_has_protocol, read_string
 
-#: Answers that mean that nothing is there, and not that it is hidden from us.
+Identity = tuple[int, int]
+"""Device and inode of a file."""
+
+#: Errors which say that nothing is there, and not that it cannot be examined.
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
-#: Directories whose real paths are remembered: those that are being listed.
-REMEMBERED = 64
+#: The suffix of the file in which ``check -r`` keeps an overlay's old header and bitmap.
+BACKUP = re.compile(r"\.backup-\d+$")
 
 
 @dataclass(frozen=True, slots=True)
 class Unexamined:
-    """A directory or a file that could not be looked at.
+    """A directory or a file that could not be examined.
 
     ``absent``: nothing is there any more, or a link that leads in circles.
     """
@@ -48,14 +62,24 @@ class Unexamined:
     def of(
         cls, path: str, error: OSError | ValueError, *, is_directory: bool = False
     ) -> Unexamined:
-        """What ``error`` says of ``path``; a NUL byte in it is a ValueError."""
+        """What ``error`` says of ``path``; a NUL byte in a path is a ValueError."""
         number = error.errno if isinstance(error, OSError) else errno.EINVAL
         reason = getattr(error, "strerror", None) or str(error)
         return cls(path, reason, is_directory, number in ABSENT)
 
+    @property
+    def may_hide_overlay(self) -> bool:
+        """Whether it may be or hold an overlay."""
+        if self.absent or self.is_directory:
+            return not self.absent
+        try:
+            return os.stat(self.path).st_size >= MIN_HEADER_SIZE
+        except OSError:
+            return True
+
 
 def is_gone(path: str) -> bool:
-    """Whether nothing has this name; what cannot be looked at is not gone."""
+    """Whether no file has this name; a file that cannot be examined is not gone."""
     try:
         os.lstat(path)
     except OSError as error:
@@ -63,94 +87,15 @@ def is_gone(path: str) -> bool:
     return False
 
 
-# What is left out
-
-
-class Exclusions:
-    """The patterns of what is left out."""
-
-    def __init__(self, patterns: tuple[str, ...]) -> None:
-        self._patterns = [_Pattern(one) for one in patterns]
-
-    def __bool__(self) -> bool:
-        return bool(self._patterns)
-
-    def matches(self, path: str, *, is_directory: bool = True) -> bool:
-        """Whether the file or directory at ``path`` is left out."""
-        if not self._patterns:
-            return False
-        spellings = _spellings(path)
-        return any(one.matches(spellings, is_directory=is_directory) for one in self._patterns)
-
-
-@lru_cache(maxsize=REMEMBERED)
-def exclusions(patterns: tuple[str, ...]) -> Exclusions:
-    """The exclusions of these patterns."""
-    return Exclusions(patterns)
-
-
-def _spellings(path: str) -> tuple[str, ...]:
-    """A path as it was met, as an absolute one, and without links on the way."""
-    plain = os.path.normpath(path)
-    full = os.path.abspath(plain)
-    directory, name = os.path.split(full)
-    return plain, full, os.path.join(_real(directory), name)
-
-
-@lru_cache(maxsize=REMEMBERED)
-def _real(directory: str) -> str:
-    return os.path.realpath(directory)
-
-
-class _Pattern:
-    def __init__(self, text: str) -> None:
-        self._only_directories = text.endswith("/")
-        whole = _anchored(text.rstrip("/") or "/")
-        self._names = 0 if whole.startswith("/") else whole.count("/") + 1
-        self._regexes = [re.compile(translate(one)) for one in {whole, _without_links(whole)}]
-
-    def matches(self, spellings: tuple[str, ...], *, is_directory: bool) -> bool:
-        if self._only_directories and not is_directory:
-            return False
-        if self._names == 1:
-            return self._fits(os.path.basename(spellings[0]))
-        return any(self._fits(one) or self._fits(self._end_of(one)) for one in spellings)
-
-    def _fits(self, text: str) -> bool:
-        return any(regex.match(text) for regex in self._regexes)
-
-    def _end_of(self, path: str) -> str:
-        return "/".join(path.split("/")[-self._names :]) if self._names else path
-
-
-def _anchored(text: str) -> str:
-    """A pattern that begins with ``./`` or ``../`` as an absolute one."""
-    directory, rest = "", text
-    while rest.startswith(("./", "../")):
-        first, _, rest = rest.partition("/")
-        directory = os.path.join(directory, first)
-    if not directory:
-        return text
-    return glob.escape(os.path.abspath(directory)).rstrip("/") + "/" + rest
-
-
-def _without_links(pattern: str) -> str:
-    """A pattern of absolute paths, the directories that it begins with without links."""
-    if not pattern.startswith("/"):
-        return pattern
-    directory, slash, _ = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")
-    return glob.escape(os.path.realpath(directory + slash)).rstrip("/") + pattern[len(directory) :]
-
-
 # Directories
 
 
 @dataclass(slots=True)
 class Listing:
-    """What one directory holds.
+    """The content of one directory.
 
-    ``linked``: links to files; ``links``: how many links to directories, which are not followed.
-    ``changed``: when it was changed last, in nanoseconds; None when it could not be listed.
+    ``linked``: links to files. ``links``: the number of links to directories, which are not
+    followed. ``changed``: the directory's mtime in nanoseconds; None if it could not be listed.
     """
 
     files: list[str] = field(default_factory=list)
@@ -162,7 +107,7 @@ class Listing:
 
 
 def listing(directory: str, excluded: Exclusions) -> Listing:
-    """What lies in ``directory``; nothing where the kernel shows files of its own."""
+    """The content of ``directory``; nothing in the pseudo file systems of the kernel."""
     found = Listing()
     try:
         status = os.stat(directory)
@@ -195,7 +140,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir(follow_symlinks=False)
     except OSError:
-        return True  # a mount that is dead, most likely
+        return True  # most likely a dead mount
 
 
 def _enter_link(entry: os.DirEntry[str], found: Listing) -> None:
@@ -212,7 +157,7 @@ def _enter_link(entry: os.DirEntry[str], found: Listing) -> None:
 
 
 def listings(directory: str, excluded: Exclusions, *, deep: bool) -> Iterator[Listing]:
-    """What lies in ``directory``, and with ``deep`` in all directories below it."""
+    """The content of ``directory``, and with ``deep`` of all directories below it."""
     waiting = [directory]
     while waiting:
         one = listing(waiting.pop(), excluded)
@@ -221,23 +166,148 @@ def listings(directory: str, excluded: Exclusions, *, deep: bool) -> Iterator[Li
             waiting += reversed(one.directories)
 
 
+# Overlays
+
+
+class Named(NamedTuple):
+    """An overlay, and the files that it names, by identity and by path.
+
+    ``base``: the path that its names are relative to.
+    """
+
+    path: str
+    identity: Identity
+    image: Identity | None
+    backing: Identity | None
+    image_path: str | None = None
+    backing_path: str | None = None
+    base: str = ""
+
+    @property
+    def meaning(self) -> tuple[Identity | None, ...]:
+        """The files that it consists of.
+
+        Under a hard link in another directory the same names mean other files: another overlay.
+        """
+        return self.identity, self.image, self.backing
+
+
+def named_by(path: str) -> Named | None:
+    """What the file at ``path`` names; None when it is no overlay or cannot be read."""
+    one = examined(path)
+    return one if isinstance(one, Named) else None
+
+
+def examined(path: str) -> Named | Unexamined | None:
+    """What the file at ``path`` names, or why it cannot be read; None when it is no overlay."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError:
+        return None  # it was removed meanwhile
+    except (OSError, ValueError) as error:
+        return Unexamined.of(path, error)
+    try:
+        return _named(fd, path)
+    except OSError as error:
+        return Unexamined.of(path, error)
+    finally:
+        os.close(fd)
+
+
+def _named(fd: int, path: str) -> Named | None:
+    head = os.pread(fd, FIXED_SIZE, 0)
+    if not head.startswith(MAGIC):
+        return None
+    own = identity_of(os.fstat(fd))
+    if len(head) < FIXED_SIZE:
+        return Named(path, own, None, None)
+    header = Header.unpack(head)
+    base = base_path(path, real_path(fd, path))
+    image = _path(base, fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
+    backing = _path(base, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
+    return Named(path, own, _identity(image), _identity(backing), image, backing, base)
+
+
+def _path(base: str, fd: int, offset: int, size: int, limit: int) -> str | None:
+    """The path that the name at ``offset`` stands for; None when there is none."""
+    if not offset or not size:
+        return None
+    try:
+        name = read_string(fd, offset, size, limit)
+    except ImageError:
+        return None
+    return None if path_has_protocol(name) else path_combine(base, name)
+
+
+def _identity(path: str | None) -> Identity | None:
+    return None if path is None else identity_at(path)
+
+
+# Around the files of a job
+
+
+@dataclass(frozen=True, slots=True)
+class NearbyOverlays:
+    """The overlays around the files of a job; ``more`` is the number of those left out.
+
+    ``unread``: files and directories in the directories of the job's own files that cannot be
+    read, and may hide overlays. ``hidden``: the same elsewhere beneath the roots.
+    """
+
+    overlays: tuple[Named, ...] = ()
+    more: int = 0
+    unread: tuple[Unexamined, ...] = ()
+    hidden: tuple[Unexamined, ...] = ()
+
+
+def overlays_near(paths: Iterable[str], access: Access) -> NearbyOverlays:
+    """The overlays in the directories of ``paths`` and beneath the roots."""
+    found: dict[tuple[Identity | None, ...], Named] = {}
+    directories = dict.fromkeys(os.path.dirname(os.path.realpath(path)) for path in paths)
+    excluded = exclusions(access.exclude)
+    unread = _search(directories, excluded, found, deep=False)
+    hidden = _search(map(os.path.realpath, access.roots), excluded, found, deep=True)
+    elsewhere = tuple(one for one in hidden if one not in unread)
+    return NearbyOverlays(tuple(found.values()), 0, tuple(unread), elsewhere)
+
+
+def _search(
+    directories: Iterable[str],
+    excluded: Exclusions,
+    found: dict[tuple[Identity | None, ...], Named],
+    *,
+    deep: bool,
+) -> list[Unexamined]:
+    """Add the overlays in ``directories`` to ``found``; returns what may hide further ones."""
+    unexamined = []
+    for directory in directories:
+        for one in listings(directory, excluded, deep=deep):
+            unexamined += one.unexamined
+            for overlay in map(examined, (*one.files, *one.linked)):
+                if isinstance(overlay, Unexamined):
+                    unexamined.append(overlay)
+                elif overlay is not None:
+                    found.setdefault(overlay.meaning, overlay)
+    return [one for one in unexamined if one.may_hide_overlay]
+
+
 # Patterns for places
 
 
-def fitting(pattern: str, unexamined: list[Unexamined]) -> list[str]:
-    """The paths that fit a shell's pattern, in order; ``**`` is any number of directories.
+def matching_paths(pattern: str, unexamined: list[Unexamined]) -> list[str]:
+    """The paths that match a shell pattern, in order; ``**`` is any number of directories.
 
-    Directories in which could not be looked for them go to ``unexamined``.
+    Directories that cannot be listed are added to ``unexamined``.
     """
     found = ["/" if pattern.startswith("/") else ""]
     for part in filter(None, pattern.split("/")):
-        found = [one for base in found for one in _fitting_in(base, part, unexamined)]
+        found = [one for base in found for one in _matching_in(base, part, unexamined)]
     return sorted(set(found) - {""})
 
 
-def _fitting_in(base: str, part: str, unexamined: list[Unexamined]) -> list[str]:
+def _matching_in(base: str, part: str, unexamined: list[Unexamined]) -> list[str]:
     if not glob.has_magic(part):
-        return _there(os.path.join(base, part), unexamined)
+        return _existing(os.path.join(base, part), unexamined)
     if part == "**":
         return [base, *_below(base, unexamined)]
     regex = re.compile(translate(part))
@@ -245,7 +315,7 @@ def _fitting_in(base: str, part: str, unexamined: list[Unexamined]) -> list[str]
     return [os.path.join(base, one) for one in names if part[0] == "." or one[0] != "."]
 
 
-def _there(path: str, unexamined: list[Unexamined]) -> list[str]:
+def _existing(path: str, unexamined: list[Unexamined]) -> list[str]:
     try:
         os.lstat(path)
     except (OSError, ValueError) as error:
@@ -265,7 +335,7 @@ def _names_in(directory: str, unexamined: list[Unexamined]) -> list[str]:
 
 
 def _below(base: str, unexamined: list[Unexamined]) -> Iterator[str]:
-    """All directories below ``base``, but hidden ones, as paths that go on from it."""
+    """All directories below ``base`` except hidden ones, as paths that begin with it."""
     prefix = "" if base else "./"
     for one in listings(base or ".", exclusions((".*",)), deep=True):
         unexamined += [each for each in one.unexamined if each.is_directory]

@@ -18,14 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import Unexamined, is_gone
+from addcow_mp.device.discovery import Identity, Named, Unexamined, examined, is_gone, named_by
 from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.farm.places import Found, files_of, without_backups
 from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
 from addcow_mp.jobs.check import check
-from addcow_mp.jobs.dependants import Identity, Named, examined, named_by
 from addcow_mp.jobs.findings import CheckReport, Finding, Severity
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 

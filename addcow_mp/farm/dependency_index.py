@@ -18,16 +18,17 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import Unexamined, exclusions, listing
-from addcow_mp.farm.places import in_order, without_backups
-from addcow_mp.jobs.dependants import (
+from addcow_mp.device.discovery import (
     Identity,
     Named,
     NearbyOverlays,
+    Unexamined,
     examined,
-    may_hide_overlay,
+    listing,
     named_by,
 )
+from addcow_mp.device.exclusions import exclusions
+from addcow_mp.farm.places import in_order, without_backups
 
 #: More that name one file are not handed on: one is enough for a refusal, these for its words.
 MOST_TOLD = 8
@@ -40,7 +41,7 @@ class DependencyIndex:
         self._roots = tuple(map(os.path.realpath, access.roots))
         self._users: defaultdict[Identity, list[Named]] = defaultdict(list)
         self._overlays: dict[Identity, Named] = {}
-        self._meanings: set[tuple[Identity, Identity | None, Identity | None]] = set()
+        self._meanings: set[tuple[Identity | None, ...]] = set()
         #: What could not be looked at, by its path without links on the way.
         self._unread: dict[str, Unexamined] = {}
         self._excluded = exclusions(access.exclude)
@@ -180,7 +181,7 @@ class DependencyIndex:
         return found.directories if deep else []
 
     def _take_unread(self, real: str, one: Unexamined) -> None:
-        if may_hide_overlay(one):
+        if one.may_hide_overlay:
             self._unread[real] = one
 
     # Files
@@ -201,10 +202,8 @@ class DependencyIndex:
 
     def _enter(self, one: Named) -> None:
         """Take note of an overlay."""
-        # Under a hard link elsewhere the same names mean other files: then it is another overlay.
-        meaning = (one.identity, one.image, one.backing)
-        if meaning not in self._meanings:
-            self._meanings.add(meaning)
+        if one.meaning not in self._meanings:
+            self._meanings.add(one.meaning)
             self._overlays.setdefault(one.identity, one)
             for file in filter(None, {one.image, one.backing}):
                 self._users[file].append(one)

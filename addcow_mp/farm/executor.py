@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from addcow_mp.device import faults
+from addcow_mp.device.discovery import Identity
 from addcow_mp.device.files import free_bytes, sync_directory
 from addcow_mp.device.syscalls import die_with_parent
 from addcow_mp.engine.done_map import DoneMap
@@ -35,7 +36,6 @@ from addcow_mp.errors import AddcowError
 from addcow_mp.farm.image_job import ImageJob
 from addcow_mp.farm.plan import Plan, State, Step
 from addcow_mp.farm.tally import Tally
-from addcow_mp.jobs.dependants import Identity
 from addcow_mp.jobs.options import Hooks, RunOptions
 from addcow_mp.jobs.report import Reach, Report
 from addcow_mp.units import KiB, MiB

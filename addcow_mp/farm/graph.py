@@ -40,7 +40,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import is_gone
+from addcow_mp.device.discovery import Identity, Named, is_gone
 from addcow_mp.device.files import File, identity_of
 from addcow_mp.device.headers import peek_header, read_name
 from addcow_mp.device.manifest_file import described_by
@@ -56,7 +56,6 @@ from addcow_mp.format.header import (
     format_name,
 )
 from addcow_mp.format.names import path_combine, path_has_protocol
-from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.info import Info, info
 
 Key = Identity | str

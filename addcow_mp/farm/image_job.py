@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from addcow_mp.device.discovery import NearbyOverlays
 from addcow_mp.engine.pool import Pool
 from addcow_mp.jobs import commit, flatten
-from addcow_mp.jobs.dependants import NearbyOverlays
 from addcow_mp.jobs.options import Hooks, RunOptions, Shared
 from addcow_mp.jobs.report import Estimate, Report
 

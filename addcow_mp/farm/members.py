@@ -15,10 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import ABSENT
+from addcow_mp.device.discovery import ABSENT, Identity, Named
 from addcow_mp.errors import AddcowError, FileError, FormatError
 from addcow_mp.farm.places import Found, files_of, overlays_of
-from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.info import Info, info
 
 

@@ -21,15 +21,17 @@ from functools import lru_cache
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import (
-    Exclusions,
+    BACKUP,
+    Identity,
+    Named,
     Unexamined,
-    exclusions,
-    fitting,
+    examined,
     listings,
+    matching_paths,
 )
+from addcow_mp.device.exclusions import Exclusions, exclusions
 from addcow_mp.device.files import identity_at, kind_of
 from addcow_mp.errors import ImageError
-from addcow_mp.jobs.dependants import BACKUP, Identity, Named, examined
 
 #: Files that are told by their names, where there are more.
 EXAMPLES = 3
@@ -91,7 +93,7 @@ class _Looking:
 
     def _look_for_pattern(self, pattern: str) -> None:
         hidden: list[Unexamined] = []
-        paths = fitting(pattern, hidden)
+        paths = matching_paths(pattern, hidden)
         self._add(hidden)
         for path in paths:
             self._look_at(path)

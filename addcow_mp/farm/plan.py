@@ -24,7 +24,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import Unexamined
+from addcow_mp.device.discovery import Identity, Named, Unexamined
 from addcow_mp.device.files import free_bytes
 from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, ScanOptions, scan
@@ -34,7 +34,6 @@ from addcow_mp.errors import AddcowError, DependantsError, FileError, SpaceError
 from addcow_mp.farm.dependency_index import DependencyIndex
 from addcow_mp.farm.image_job import ImageJob, Operation
 from addcow_mp.farm.places import Found, files_of, in_order
-from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.jobs.report import Estimate, Report
 

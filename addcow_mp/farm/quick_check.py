@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 from bitarray import bitarray
 
 from addcow_mp.device.access import Access, pseudo_devices
+from addcow_mp.device.discovery import Identity
 from addcow_mp.device.files import identity_of
 from addcow_mp.device.headers import MAX_DEPTH
 from addcow_mp.device.holes import data_runs, next_data
@@ -32,7 +33,6 @@ from addcow_mp.format.bits import Run, runs
 from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import ADD_COW, FIXED_SIZE, MAGIC, RAW, Header, format_name, violations
 from addcow_mp.format.names import path_has_protocol
-from addcow_mp.jobs.dependants import Identity
 from addcow_mp.units import KiB
 
 #: What is read of a file at once: a plainly laid out header has its names in it.

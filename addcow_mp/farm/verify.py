@@ -15,13 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import Unexamined
+from addcow_mp.device.discovery import Identity, Named, Unexamined
 from addcow_mp.device.manifest_file import SUFFIX, described_by, manifest_of
 from addcow_mp.errors import ManifestError
 from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import read_head
-from addcow_mp.jobs.dependants import Identity, Named
 from addcow_mp.jobs.layer_report import Grade, LayerReport
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.jobs.verify import chain_of, verifiers, was_met

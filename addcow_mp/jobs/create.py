@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import depth_of, open_layer, readers_of_chain
+from addcow_mp.device.discovery import overlays_near
 from addcow_mp.device.files import (
     COW,
     IMAGE,
@@ -48,7 +49,7 @@ from addcow_mp.format.header import (
     Header,
     header_size,
 )
-from addcow_mp.jobs.dependants import overlays_near, refuse_shared_image, refuse_unexamined
+from addcow_mp.jobs.dependants import refuse_shared_image, refuse_unexamined
 from addcow_mp.jobs.naming import Located, beside, home_of, locate, plain
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, round_up
 

@@ -18,8 +18,8 @@ from addcow_mp.engine.scan import ScanOptions
 from addcow_mp.engine.transfer_run import Progress, no_progress
 
 if TYPE_CHECKING:
+    from addcow_mp.device.discovery import NearbyOverlays
     from addcow_mp.engine.pool import Pool
-    from addcow_mp.jobs.dependants import NearbyOverlays
 
 
 def never() -> bool:

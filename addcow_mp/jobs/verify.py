@@ -19,6 +19,7 @@ from functools import partial
 from itertools import count
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.discovery import Identity
 from addcow_mp.device.files import identity_at
 from addcow_mp.device.headers import load_header, load_names, resolve
 from addcow_mp.device.manifest_file import manifest_of
@@ -28,7 +29,6 @@ from addcow_mp.engine.scan import scan_pool
 from addcow_mp.errors import AddcowError, BeginsAnewError
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import weight_of_length
-from addcow_mp.jobs.dependants import Identity
 from addcow_mp.jobs.layer_report import Grade, LayerReport
 from addcow_mp.jobs.leaf_compare import Sample
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
