@@ -1,9 +1,8 @@
 """addcow-mp: a memory-mapped, multiprocess batch tool for add-cow disk images.
 
-The public interface. Offsets, lengths and sizes are in bytes, ranges are half-open, and
-every error that a user can cause is an :class:`AddcowError` whose text names the file and
-the mend. Modules are loaded when a name is first used, so that importing this package
-costs nothing.
+This is the public interface. Offsets, lengths and sizes are in bytes, ranges are half-open. Errors
+that a user can cause are subclasses of :class:`AddcowError`; the message names the file and what to
+do. A module is imported when one of its names is first used, so ``import addcow_mp`` is cheap.
 
 >>> import addcow_mp
 >>> with addcow_mp.open("disk.add-cow", writable=True) as disk:  # doctest: +SKIP
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
         extents,
         flatten,
         info,
-        open,  # noqa: A004 - addcow_mp.open() is the name that people try
+        open,  # noqa: A004 - the name that users expect
     )
     from addcow_mp.device.access import Access
     from addcow_mp.device.extent import Extent
     from addcow_mp.device.overlay import Overlay
     from addcow_mp.errors import (
         AddcowError,
-        BeginsAnewError,
+        CleanupError,
         CpuLimitJobError,
         DependantsError,
         FileError,
@@ -52,12 +51,12 @@ if TYPE_CHECKING:
         RangeError,
         ReadBackError,
         ResourceError,
+        RestartsError,
         SpaceError,
         StoppedError,
         SyncError,
         TerminatedJobError,
         TimeLimitError,
-        UnendedError,
         UnfinishedError,
         UnsupportedError,
         UnverifiedError,
@@ -67,28 +66,19 @@ if TYPE_CHECKING:
     from addcow_mp.format.names import path_combine, path_has_protocol, read_string
 
 _HOMES = {
-    "addcow_mp.api": (
-        *("check", "commit", "convert", "create", "extents", "flatten", "info", "open"),
+    **dict.fromkeys(
+        ("check", "commit", "convert", "create", "extents", "flatten", "info", "open"), "api"
     ),
-    "addcow_mp.device.access": ("Access",),
-    "addcow_mp.device.extent": ("Extent",),
-    "addcow_mp.device.overlay": ("Overlay",),
-    "addcow_mp.errors": (
-        *("AddcowError", "DependantsError", "FileError", "FormatError", "ImageError"),
-        *("HardLinksError", "HeldError", "LockedError", "NoLocksError", "NotAddcowError"),
-        *("OutsideError", "RangeError", "SpaceError"),
-        *("StoppedError", "SyncError", "UnfinishedError", "UnsupportedError", "UsageError"),
-        *("CpuLimitJobError", "HangupJobError", "ResourceError", "UnendedError"),
-        *("BeginsAnewError", "InterruptedJobError", "TerminatedJobError", "TimeLimitError"),
-        *("ManifestError", "NotReadBackError", "ReadBackError", "UnverifiedError", "WorkerError"),
-    ),
-    "addcow_mp.format.names": ("path_combine", "path_has_protocol", "read_string"),
+    "Access": "device.access",
+    "Extent": "device.extent",
+    "Overlay": "device.overlay",
+    **dict.fromkeys(("path_combine", "path_has_protocol", "read_string"), "format.names"),
 }
 
 __all__ = [
     "Access",
     "AddcowError",
-    "BeginsAnewError",
+    "CleanupError",
     "CpuLimitJobError",
     "DependantsError",
     "Extent",
@@ -109,12 +99,12 @@ __all__ = [
     "RangeError",
     "ReadBackError",
     "ResourceError",
+    "RestartsError",
     "SpaceError",
     "StoppedError",
     "SyncError",
     "TerminatedJobError",
     "TimeLimitError",
-    "UnendedError",
     "UnfinishedError",
     "UnsupportedError",
     "UnverifiedError",
@@ -137,7 +127,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(home), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES.get(name, "errors")
+    return getattr(import_module(f"addcow_mp.{home}"), name)

@@ -1,7 +1,7 @@
 """``python -m addcow_mp`` and the ``addcow`` command.
 
-Kept free of imports on purpose: a spawned worker runs this module again under another
-name, and must not load the command line for it.
+A spawned worker runs this module again under another name. It imports nothing of the package at
+the top, so that a worker does not load the command line.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    _settle()
-    # What is imported stays: looking for garbage among it takes a tenth of the start-up and
-    # finds none. This many objects are made by the imports; later ones are looked at as ever.
+    _prepare_process()
+    # Imported objects live until the end: collecting garbage among them takes a tenth of the
+    # start-up time and finds nothing. The imports make fewer objects than this.
     gc.set_threshold(50_000)
     from addcow_mp.cli.main import run
 
     status = run(sys.argv[1:])
-    # Nor is there any at the end: the system takes the memory back faster.
+    # The system frees the memory faster than a last collection would.
     gc.freeze()
     sys.exit(status)
 
 
-def _settle() -> None:
-    """Make of the process what the imports that follow can rely on.
+def _prepare_process() -> None:
+    """Open closed standard streams and set the signals that would act during the imports.
 
-    Streams that the caller has closed lead nowhere: an image must not be opened as number 2,
-    into which the system writes its complaints. Until a job can be stopped in good order,
-    Ctrl-C ends the process without a word, and a question about progress has no answer yet.
+    A standard stream that the caller has closed is opened on /dev/null: otherwise an image could
+    get descriptor 2, to which the interpreter writes its errors. Until a job can be stopped in
+    order, Ctrl-C ends the process silently and SIGUSR1 is ignored.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:

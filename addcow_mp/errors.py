@@ -1,9 +1,7 @@
-"""What can go wrong, in words a person can act on.
+"""Errors that a user can cause, each with fields, a message template and an exit status.
 
-Every error that a user can cause is one of these classes. An error carries
-fields, a template that names the file and the mend, and the exit status of the
-command that meets it; the message is built from the fields, so that an error
-survives being sent from a worker to its parent and means the same there.
+The message is built from the fields and says what happened, where, and what to do. An error can be
+pickled: a worker sends it to its parent with class, fields and report.
 """
 
 from __future__ import annotations
@@ -13,29 +11,29 @@ from typing import Any, ClassVar, Self
 
 
 class AddcowError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base class of all errors of this package.
 
-    ``template`` is filled from the keyword arguments given to the class;
-    ``exit_code`` is the exit status of a command that ends with this error.
+    ``template`` is filled with the keyword arguments of the constructor; ``exit_code`` is the exit
+    status of a command that ends with this error.
     """
 
     template: ClassVar[str] = "{message}"
     exit_code: ClassVar[int] = 1
 
-    #: What the job that ends with this error had done until then; it says so itself.
+    #: The report of the job that ended with this error, if the job made one.
     report: Any = None
 
     def __init__(self, **fields: Any) -> None:
         self.fields = fields
         super().__init__(self.template.format(**fields))
 
-    def kept(self) -> Self:
-        """The same without the way that it came: with it live the files that were open there."""
+    def without_traceback(self) -> Self:
+        """This error without its traceback and causes, whose frames refer to open files."""
         self.__traceback__ = self.__cause__ = self.__context__ = None
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuild from class and fields: keyword arguments survive pickling."""
+        """Rebuild from class and fields: pickle alone would lose the keyword arguments."""
         state = None if self.report is None else {"report": self.report}
         return (_rebuild, (type(self), self.fields), state)
 
@@ -45,13 +43,13 @@ def _rebuild(kind: type[AddcowError], fields: dict[str, Any]) -> AddcowError:
 
 
 class UsageError(AddcowError):
-    """The command line or the arguments of a call cannot mean anything."""
+    """The command line, or the arguments of a call, are invalid."""
 
     exit_code = 64
 
 
 class ImageError(AddcowError):
-    """A file is not fit for what was asked of it; nothing was changed."""
+    """A file cannot be used for the operation; nothing was changed."""
 
     template = "{path}: {problem}"
 
@@ -63,19 +61,19 @@ class NotAddcowError(ImageError):
 
 
 class FormatError(ImageError):
-    """The header breaks a rule of the format; ``rule`` names it."""
+    """The header breaks a rule of the format; ``rule`` is its name."""
 
     template = "{path}: {problem} ({rule}); run 'addcow check' for every finding"
 
 
 class ManifestError(ImageError):
-    """A manifest that cannot be used as one."""
+    """A manifest cannot be used."""
 
-    template = "{path}: {problem}; it cannot be used, make it anew with --replace"
+    template = "{path}: {problem}; it cannot be used, replace it with --replace"
 
 
 class UnsupportedError(ImageError):
-    """A legal image that this tool does not handle in this operation."""
+    """The image is valid, but the operation does not support it."""
 
 
 class FileError(AddcowError):
@@ -85,15 +83,15 @@ class FileError(AddcowError):
 
     @classmethod
     def of(cls, path: str, action: str, error: OSError) -> FileError:
-        """Describe ``error``, met while trying to ``action`` the file at ``path``."""
+        """The error for ``error``, which stopped ``action`` on the file at ``path``."""
         return cls(path=path, action=action, reason=error.strerror or str(error), errno=error.errno)
 
 
 class SyncError(FileError):
     """Data could not be made durable; nothing that depends on it was published.
 
-    After one failed sync the kernel forgets which pages failed, so the same
-    sync must never be tried again: the next one would succeed and prove nothing.
+    A failed sync must not be repeated: the kernel forgets which pages failed, so the next sync
+    would succeed although the data is lost.
     """
 
     template = (
@@ -103,19 +101,19 @@ class SyncError(FileError):
 
 
 class ResourceError(AddcowError):
-    """The system has no room for what every job needs, whatever file it is about."""
+    """The system lacks memory, processes or open files; no particular file is the cause."""
 
-    template = "cannot {action}: {reason}; {mend}"
+    template = "cannot {action}: {reason}; {remedy}"
 
     @classmethod
     def of(cls, action: str, error: OSError) -> ResourceError:
-        """Describe ``error``, met while trying to ``action``."""
-        mend = _MENDS.get(error.errno or 0, "give it more, or use fewer --jobs")
-        return cls(action=action, reason=error.strerror or str(error), mend=mend)
+        """The error for ``error``, which stopped ``action``."""
+        remedy = _REMEDIES.get(error.errno or 0, "give it more, or use fewer --jobs")
+        return cls(action=action, reason=error.strerror or str(error), remedy=remedy)
 
 
-#: What to do when the system has no more of something.
-_MENDS = {
+#: What to do when a resource is used up.
+_REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n), or use fewer --jobs",
     errno.ENFILE: "close other programs' files, or raise fs.file-max",
     errno.EAGAIN: "raise the limit of processes (ulimit -u), or use --jobs 0",
@@ -124,33 +122,33 @@ _MENDS = {
 
 
 def is_shortage(error: OSError) -> bool:
-    """Whether ``error`` says that the system has no room, and nothing of any file."""
-    return error.errno in _MENDS
+    """Whether ``error`` reports a lack of resources, and no problem of a file."""
+    return error.errno in _REMEDIES
 
 
 class OutsideError(ImageError):
-    """A name inside an image leads to where nobody allowed it to lead."""
+    """A name inside an image leads outside the allowed directories."""
 
-    template = "{path}: it lies outside {roots}; if it is meant, allow it with --root {directory}"
+    template = "{path}: it lies outside {roots}; to allow it, use --root {directory}"
 
 
 class LockedError(ImageError):
-    """Another process uses the file in a way that this operation does not get along with."""
+    """Another process holds a lock on the file that conflicts with the operation."""
 
     template = "{path}: in use: {holder} {verb} the permission '{permission}'; try again later"
 
 
 class HeldError(ImageError):
-    """A mount, swap, a mapping or another program has the storage of a file to be written."""
+    """A mount, swap, a mapping or another program uses the storage of a file to be written."""
 
     template = "{path}: in use: {holder}; release it first, --force does not override this"
 
 
 class NoLocksError(ImageError):
-    """The file system, or a sandbox, has no locks: nothing would tell whether the file is used."""
+    """The file system or a sandbox does not support locks, so other users cannot be detected."""
 
     template = (
-        "{path}: cannot lock it: {reason}; where no other program uses the file, "
+        "{path}: cannot lock it: {reason}; if no other program uses the file, "
         "--locking off works without locks"
     )
 
@@ -158,20 +156,20 @@ class NoLocksError(ImageError):
 class DependantsError(ImageError):
     """Other overlays need a file that the job would change."""
 
-    template = "{path}: other overlays depend on it: {dependants}; {mend}"
+    template = "{path}: other overlays depend on it: {dependants}; {remedy}"
 
 
 class HardLinksError(ImageError):
     """A file that would be written has several names."""
 
     template = (
-        "{path}: it has {links} hard links, and beside another one it may be part of another "
+        "{path}: it has {links} hard links, and through another one it may be part of another "
         "image; remove the others ('find DIR -samefile FILE' lists them), or use --force"
     )
 
 
 class SpaceError(ImageError):
-    """The file system has not enough room for what the job would write."""
+    """The file system has too little free space for the job."""
 
     template = (
         "{path}: {needed} bytes of free space are needed and {free} are free; make room first"
@@ -185,23 +183,23 @@ class RangeError(AddcowError):
 
 
 class WorkerError(AddcowError):
-    """A task failed, or its worker died twice; what other tasks finished is kept."""
+    """A task failed, or its worker died twice; finished work of other tasks is kept."""
 
     template = "{path}: clusters {first} to {last}: {cause}"
 
 
 class ReadBackError(AddcowError):
-    """What a job wrote is not what is read back from the disk."""
+    """The disk returns other data than the job wrote."""
 
     template = (
-        "{path}: what was read back differs from what was seen before, first in the {length} "
+        "{path}: what was read back differs from the data before the job, first in the {length} "
         "bytes at {start}; the job is done, but the disk or its driver cannot be trusted: "
-        "go back to a copy"
+        "restore from a backup"
     )
 
 
-class UnendedError(AddcowError):
-    """A job has done its work, and failed at what comes after it."""
+class CleanupError(AddcowError):
+    """A job has done its work, and a step after it failed."""
 
     template = "{path}: {done}; {left}: {cause}"
 
@@ -213,21 +211,21 @@ class UnverifiedError(AddcowError):
 
 
 class StoppedError(AddcowError):
-    """The job was asked to stop before its end."""
+    """The job was stopped before its end."""
 
-    template = "{path}: stopped; what was finished is kept, the same command goes on from there"
+    template = "{path}: stopped; finished work is kept, the same command continues from there"
 
 
 class UnfinishedError(StoppedError):
-    """A job whose result is a new file was stopped; the file is gone again."""
+    """A job that creates a new file was stopped; the file was removed."""
 
     template = "{path}: stopped; the unfinished file was removed, run the command again"
 
 
-class BeginsAnewError(StoppedError):
-    """A job was stopped that keeps no record of what it has done."""
+class RestartsError(StoppedError):
+    """A job that does not record its progress was stopped."""
 
-    template = "{path}: stopped; nothing was lost by it, the same command begins anew"
+    template = "{path}: stopped; nothing was lost, the same command starts again"
 
 
 class NotReadBackError(StoppedError):
@@ -237,35 +235,35 @@ class NotReadBackError(StoppedError):
 
 
 class InterruptedJobError(StoppedError):
-    """A job that SIGINT stopped; ``message`` says what became of its work."""
+    """SIGINT stopped the job; ``message`` says what was kept."""
 
     template = "{message}"
     exit_code = 130
 
 
 class TerminatedJobError(StoppedError):
-    """A job that SIGTERM stopped; ``message`` says what became of its work."""
+    """SIGTERM stopped the job; ``message`` says what was kept."""
 
     template = "{message}"
     exit_code = 143
 
 
 class HangupJobError(StoppedError):
-    """A job that SIGHUP stopped; ``message`` says what became of its work."""
+    """SIGHUP stopped the job; ``message`` says what was kept."""
 
     template = "{message}"
     exit_code = 129
 
 
 class CpuLimitJobError(StoppedError):
-    """A job that SIGXCPU stopped; ``message`` says what became of its work."""
+    """SIGXCPU stopped the job; ``message`` says what was kept."""
 
     template = "{message}"
     exit_code = 152
 
 
 class TimeLimitError(StoppedError):
-    """A job that reached its time limit; the status is sysexits' "try again later"."""
+    """A job reached its time limit; the exit status is EX_TEMPFAIL, "try again later"."""
 
     template = "{message}"
     exit_code = 75

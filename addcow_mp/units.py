@@ -1,4 +1,4 @@
-"""Sizes as people write and read them: ``64 * KiB``, ``10G``, ``1.5 MiB``."""
+"""Sizes, times and shares as users write and read them: ``10G``, ``1.5 MiB``, ``90s``, ``5%``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GiB = 1024 * MiB
 TiB = 1024 * GiB
 EiB = 1024 * 1024 * TiB
 
-#: The unit of every virtual size: a guest's disk is made of whole sectors.
+#: The unit of every virtual size: a guest's disk consists of whole sectors.
 SECTOR = 512
 
 #: Offsets are signed 64-bit numbers in every system call.
 MAX_SIZE = 8 * EiB - 1
 
-#: Numbers from here on have their three digits before the point.
+#: Numbers from here on have three digits before the decimal point.
 THREE_DIGITS = 100
 
 _UNITS = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1024 * TiB, "e": EiB}
@@ -31,62 +31,63 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str, what: str = "size") -> int:
-    """Read a size in bytes with qemu-img's suffixes (``k``, ``M``, ... powers of 1024).
+    """Parse a size in bytes with qemu-img's suffixes (``k``, ``M``, ... powers of 1024).
 
-    Fractions are allowed before a suffix ("1.5G"). Raises :class:`UsageError`,
-    which calls the number ``what``.
+    A fraction needs a suffix ("1.5G"). Raises :class:`UsageError`, which calls the value ``what``.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise UsageError(
-            message=f"invalid {what} '{text}': give bytes, or a number with k, M, G, T, P or E"
-        )
+        raise _invalid(what, text, "give bytes, or a number with k, M, G, T, P or E")
     number, suffix = match.groups()
     size = _scale(number, _UNITS[suffix.lower()])
     if size > MAX_SIZE:
-        raise UsageError(message=f"invalid {what} '{text}': more than 8 EiB")
+        raise _invalid(what, text, "more than 8 EiB")
     return size
 
 
 def parse_duration(text: str, what: str) -> float:
-    """Read a time in seconds, or a number with s, m, h or d ("90s", "1.5h").
+    """Parse a time in seconds, or with a suffix s, m, h or d ("90s", "1.5h").
 
-    Raises :class:`UsageError`, which calls it ``what``.
+    Raises :class:`UsageError`, which calls the value ``what``.
     """
     match = _DURATION.fullmatch(text.strip())
     if match is None:
-        told = "give seconds, or a number with s, m, h or d"
-        raise UsageError(message=f"invalid {what} '{text}': {told}")
+        raise _invalid(what, text, "give seconds, or a number with s, m, h or d")
     return float(match[1]) * _SECONDS[match[2].lower()]
 
 
 def parse_share(text: str, what: str) -> float:
-    """Read a share as a percentage ("5%", "0.5%"): more than 0, at most 1.
+    """Parse a percentage ("5%", "0.5%"); returns a share above 0 and up to 1.
 
-    Raises :class:`UsageError`, which calls it ``what``.
+    Raises :class:`UsageError`, which calls the value ``what``.
     """
     match = _PERCENT.fullmatch(text.strip())
     share = float(match[1]) / 100 if match is not None else 0.0
     if not 0 < share <= 1:
-        raise UsageError(message=f"invalid {what} '{text}': give a percentage up to 100%, as in 5%")
+        raise _invalid(what, text, "give a percentage up to 100%, as in 5%")
     return share
 
 
+def _invalid(what: str, text: str, problem: str) -> UsageError:
+    return UsageError(message=f"invalid {what} '{text}': {problem}")
+
+
 def _scale(number: str, unit: int) -> int:
+    """``number`` times ``unit``, in integers: a float would lose digits of a large size."""
     if number.lower().startswith("0x"):
         return int(number, 16) * unit
     whole, _, fraction = number.partition(".")
-    tenths = int(10 ** len(fraction))
-    return int(whole) * unit + int(fraction or 0) * unit // tenths
+    return int(whole) * unit + int(fraction or 0) * unit // int(10 ** len(fraction))
 
 
 def human_size(size: float) -> str:
-    """Write a size as qemu-img does: three digits that count, and a binary unit."""
-    for power, unit in reversed(list(enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")))):
-        if size >= 1024**power or power == 0:
-            number = size / 1024**power
-            return f"{number:.0f} {unit}" if number >= THREE_DIGITS else f"{number:.3g} {unit}"
-    raise AssertionError("unreachable: power 0 always matches")
+    """Write a size as qemu-img does: three significant digits and a binary unit."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    power = max((one for one in range(len(units)) if size >= 1024**one), default=0)
+    number = size / 1024**power
+    return (
+        f"{number:.0f} {units[power]}" if number >= THREE_DIGITS else f"{number:.3g} {units[power]}"
+    )
 
 
 def round_down(value: int, unit: int) -> int:

@@ -182,7 +182,7 @@ def test_the_whole_agrees_with_a_list_of_bools(case: Case) -> None:
 def test_outside_of_what_is_inhabited_every_bit_is_0(case: Case) -> None:
     local = case.local
     with opened(case) as (bitmap, _):
-        parts = list(bitmap.inhabited())
+        parts = list(bitmap.data_runs())
     assert all(0 <= first <= stop <= case.clusters for first, stop in parts)
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(parts))
     for first, stop in parts:
@@ -196,7 +196,7 @@ def test_what_is_inhabited_can_be_asked_of_a_part(case: Case, data: st.DataObjec
     start, stop = data.draw(ranges(case.clusters))
     local = case.local
     with opened(case) as (bitmap, _):
-        parts = list(bitmap.inhabited(start, stop))
+        parts = list(bitmap.data_runs(start, stop))
         assert sum(bitmap.count(*part) for part in parts) == sum(local[start:stop])
     assert all(start <= first <= last <= stop for first, last in parts)
 
@@ -206,7 +206,7 @@ def test_holes_of_the_bitmap_are_not_inhabited(tmp_path: Path) -> None:
     with (tmp_path / "sparse").open("wb+", buffering=0) as file:
         file.truncate(OFFSET + geometry.bitmap_length)
         os.pwrite(file.fileno(), b"\1", OFFSET + MiB)
-        parts = list(CowBitmap(file.fileno(), OFFSET, geometry).inhabited())
+        parts = list(CowBitmap(file.fileno(), OFFSET, geometry).data_runs())
         if os.fstat(file.fileno()).st_blocks * 512 > MiB:
             pytest.skip("this file system stores no holes")
     assert any(first <= 8 * MiB < stop for first, stop in parts)
@@ -217,7 +217,7 @@ def test_a_file_that_ends_before_its_bitmap_has_no_local_cluster() -> None:
     case = Case(100, {1, 2}, 4096)
     with opened(case) as (bitmap, _):
         assert bitmap.short
-        assert list(bitmap.inhabited()) == []
+        assert list(bitmap.data_runs()) == []
         assert list(bitmap.runs(0, 0, 100)) == [(0, 100)]
         assert bitmap.slice(90, 100).tolist() == [False] * 10
 

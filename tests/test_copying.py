@@ -781,7 +781,7 @@ def test_the_smallest_limit_is_one_and_an_interrupt_ends_the_wait(
         job.signal(signal.SIGTERM)
         ended = job.end()
     assert ended.status == 143
-    assert "the same command goes on from there" in ended.stderr
+    assert "the same command continues from there" in ended.stderr
     assert "A" in look(base)
 
 

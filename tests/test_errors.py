@@ -419,8 +419,8 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "RangeError": range_error,
     "WorkerError": worker_error,
     "StoppedError": stopped_error,
-    "BeginsAnewError": begins_anew_error,
-    "UnendedError": unended_error,
+    "RestartsError": begins_anew_error,
+    "CleanupError": unended_error,
     "ResourceError": resource_error,
     "UnfinishedError": unfinished_error,
     "InterruptedJobError": interrupted_error,
@@ -585,7 +585,7 @@ def test_nothing_stays_open_when_opening_fails(tmp_path: Path) -> None:
 
 
 def test_an_overlay_that_was_replaced_meanwhile_is_not_removed(tmp_path: Path) -> None:
-    with pytest.raises(addcow_mp.UnendedError, match="replaced meanwhile, and is not removed"):
+    with pytest.raises(addcow_mp.CleanupError, match="replaced meanwhile, and is not removed"):
         unended_error(tmp_path)
     assert (tmp_path / "top.add-cow").read_bytes() == b"the file of another program"
     assert look(tmp_path / "top.raw") == "AXC"
@@ -1161,7 +1161,7 @@ def test_a_file_system_that_has_died_is_told_of_its_file(
     with pytest.raises(addcow_mp.FileError, match=r"top\.raw: cannot look at it"):
         _ = top.image.file.length
     with pytest.raises(addcow_mp.FileError, match=r"top\.add-cow: cannot look at its bitmap"):
-        list(top.bitmap.inhabited())
+        list(top.bitmap.data_runs())
     monkeypatch.undo()
     top.close()
 
@@ -1228,5 +1228,5 @@ def test_what_keeps_no_record_says_so_when_it_is_stopped(
     tmp_path: Path, job: Callable[[Path], None]
 ) -> None:
     pair(tmp_path, "ABC", "XXX")
-    with pytest.raises(addcow_mp.StoppedError, match="the same command begins anew"):
+    with pytest.raises(addcow_mp.StoppedError, match="the same command starts again"):
         job(tmp_path)

@@ -415,8 +415,8 @@ def is_told_to_stop(ended: Ended, number: signal.Signals) -> dict[str, dict[str,
     left = len(in_state(told, "stopped", "not-begun"))
     assert left > 0
     assert ended.stderr == (
-        f"addcow: {left} of {len(told)} images left: stopped; what was finished is kept, "
-        "the same command goes on from there\n"
+        f"addcow: {left} of {len(told)} images left: stopped; finished work is kept, "
+        "the same command continues from there\n"
     )
     return told
 

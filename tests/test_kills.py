@@ -328,8 +328,8 @@ def test_a_job_that_is_asked_to_stop_keeps_what_it_has_done(
         command.all_gone()
     assert ended.status == 128 + asking
     assert ended.stderr == (
-        "addcow: top.add-cow: stopped; what was finished is kept, "
-        "the same command goes on from there\n"
+        "addcow: top.add-cow: stopped; finished work is kept, "
+        "the same command continues from there\n"
     )
     wide.holds()
     # Of the two tasks that each worker was given it did what it had begun, or less; not the fifth.

@@ -467,7 +467,7 @@ def test_a_create_that_waits_can_be_stopped(here: Path) -> None:
         ended = second.end()
         assert ended.status == 128 + signal.SIGINT
         assert ended.stderr.splitlines()[1:] == [
-            "addcow: base.img: stopped; nothing was lost by it, the same command begins anew"
+            "addcow: base.img: stopped; nothing was lost, the same command starts again"
         ]
         first.signal(signal.SIGCONT, stopped)
         assert first.end().status == 0

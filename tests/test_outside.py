@@ -343,7 +343,7 @@ def test_the_first_signal_stops_a_commit_which_keeps_its_work(
         job.signal(number, job.pid)
         ended = job.end()
     assert ended.status == 128 + number
-    assert "what was finished is kept" in ended.stderr
+    assert "finished work is kept" in ended.stderr
     goes_on(tmp_path)
 
 
@@ -380,7 +380,7 @@ def test_a_worker_at_its_limit_of_processor_time_stops_the_job(tmp_path: Path) -
                 job.signal(signal.SIGXCPU, *job.workers())
         ended = job.end()
     assert ended.status == 152
-    assert "what was finished is kept" in ended.stderr
+    assert "finished work is kept" in ended.stderr
     goes_on(tmp_path)
 
 

@@ -846,7 +846,7 @@ def test_a_job_that_is_stopped_publishes_what_it_finished(overlay: addcow_mp.Ove
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Marks(board, fatal=-1)
     job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
-    with pytest.raises(AddcowError, match="stopped; what was finished is kept"):
+    with pytest.raises(AddcowError, match="stopped; finished work is kept"):
         run_transfer(job, 0, stopping=lambda: board.total >= 32)
     board.close()
     assert local_clusters(Path(overlay.path)) == list(range(32))

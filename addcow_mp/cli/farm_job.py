@@ -149,9 +149,9 @@ def _what_stopped_it(made: Plan, hooks: Hooks, limit: Limit) -> AddcowError | No
     named = f"{left - done} of {len(made.steps)} images left"
     named += f", {done} done and not verified" if done else ""
     if hooks.stopping():
-        return signals.as_met(StoppedError(path=named))
+        return signals.by_signal(StoppedError(path=named))
     if limit.is_reached:
-        told = "the time limit was reached; what was finished is kept, the same command goes on"
+        told = "the time limit was reached; finished work is kept, the same command continues"
         return TimeLimitError(message=f"{named}: {told} from there")
     return None
 

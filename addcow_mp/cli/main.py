@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from addcow_mp.cli import messages, results, signals
-from addcow_mp.cli.messages import complain, lead_nowhere
+from addcow_mp.cli.messages import lead_nowhere, report_failure
 from addcow_mp.errors import AddcowError, ResourceError, UsageError, is_shortage
 
 INTERRUPTED = 130
@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
         return status
     failure = results.failure()
     status = status or results.UNTOLD
-    return status if failure is None else complain(failure, status)
+    return status if failure is None else report_failure(failure, status)
 
 
 def _finished(arguments: Sequence[str]) -> int:
@@ -59,7 +59,7 @@ def _failed(arguments: Sequence[str], message: str, status: int, path: str | Non
     from addcow_mp.cli.jsontext import form_of, print_failure
 
     print_failure(form_of(arguments), message, status, path)
-    return complain(message, status)
+    return report_failure(message, status)
 
 
 def _carried_out(arguments: Sequence[str]) -> int:

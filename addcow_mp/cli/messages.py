@@ -61,7 +61,7 @@ def tell_the_rest() -> None:
         tell(line)
 
 
-def complain(message: str, status: int) -> int:
+def report_failure(message: str, status: int) -> int:
     """Say what went wrong, in one line, and pass the exit status on."""
     sys.stdout.flush()
     tell_the_rest()
@@ -109,7 +109,7 @@ def tell(line: str) -> None:
         lead_nowhere(sys.stderr)
 
 
-def tell_progress(line: str) -> None:
+def write_progress(line: str) -> None:
     """Print a line on stderr that may be missed: progress."""
     if _Manner.background is not None:
         _Manner.background.offer(f"{line}\n")

@@ -16,7 +16,7 @@ from typing import IO, cast
 
 from addcow_mp.cli.background import Background
 from addcow_mp.cli.jsontext import as_line
-from addcow_mp.cli.messages import on_screen, tell_progress
+from addcow_mp.cli.messages import on_screen, write_progress
 from addcow_mp.errors import UsageError
 from addcow_mp.farm.tally import Tally
 from addcow_mp.units import human_size
@@ -54,7 +54,7 @@ def shown(form: str | None, fd: int | None) -> Iterator[Show]:
 def _stream(fd: int | None) -> Iterator[Callable[[str], None]]:
     """What writes a line to the descriptor, by default to stderr."""
     if fd is None:
-        yield tell_progress
+        yield write_progress
         return
     try:
         own = os.dup(fd)

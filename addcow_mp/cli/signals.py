@@ -67,7 +67,7 @@ def status() -> int:
     return 128 + (_met[0] if _met else signal.SIGINT)
 
 
-def as_met(error: StoppedError) -> StoppedError:
+def by_signal(error: StoppedError) -> StoppedError:
     """The same error, with the meaning of the signal that was met, if one was."""
     kind = _MEANINGS.get(_met[0]) if _met else None
     return error if kind is None else kind(message=str(error))

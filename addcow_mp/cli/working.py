@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from addcow_mp.cli import results, signals
-from addcow_mp.cli.messages import in_background, note, tell_progress
+from addcow_mp.cli.messages import in_background, note, write_progress
 from addcow_mp.cli.progress import Show, bytes_line, shown
 from addcow_mp.engine.throttle import use_idle_priority
 from addcow_mp.errors import StoppedError
@@ -43,7 +43,7 @@ def working(
                 signals.interrupting,
             )
         except StoppedError as error:
-            raise signals.as_met(error) from error
+            raise signals.by_signal(error) from error
     results.job_is_done()
 
 
@@ -77,7 +77,7 @@ def _asked(show: Show) -> Iterator[Show]:
         show(tally)
         if asked:
             asked.clear()
-            tell_progress(_answer(tally))
+            write_progress(_answer(tally))
 
     try:
         yield tell

@@ -98,7 +98,7 @@ def lock(file: File, claim: Claim) -> None:
     )
 
 
-def stands_free(fd: int, claim: Claim) -> bool:
+def is_available(fd: int, claim: Claim) -> bool:
     """Whether nobody stands against ``claim`` at this moment; nothing is taken.
 
     For a look so short that holding the locks meanwhile would say no more than this.

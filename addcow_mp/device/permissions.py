@@ -67,7 +67,7 @@ def settle(fd: int, readers: Readers) -> None:
         os.fchmod(fd, mode)
 
 
-def narrower(fd: int, readers: Readers) -> int | None:
+def narrowed_mode(fd: int, readers: Readers) -> int | None:
     """The mode with which only ``readers`` may read the file ``fd``; None when it is so already."""
     if readers.everybody:
         return None
@@ -82,7 +82,7 @@ def narrower(fd: int, readers: Readers) -> int | None:
 
 def narrow(fd: int, readers: Readers) -> bool:
     """Take the file ``fd`` away from users who are no ``readers``; whether there were any."""
-    wanted = narrower(fd, readers)
+    wanted = narrowed_mode(fd, readers)
     if wanted is not None:
         os.fchmod(fd, wanted)
     return wanted is not None

@@ -130,7 +130,7 @@ def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
     try:
         return Done(task, work(task, slot))
     except AddcowError as error:
-        return Failed(task, error.kept())
+        return Failed(task, error.without_traceback())
     except Exception as error:
         return Failed(task, _explained(error))
 

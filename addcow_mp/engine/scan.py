@@ -8,7 +8,7 @@ looks at and in how answers are folded. What they share is decided here, once:
 - *The parent* takes part, and starts others when its first tasks take long enough. It keeps out
   where a limit holds, which it would exceed, and where tasks map files: a bad sector under a
   mapping kills the process that looks at it.
-- *Stopping*: no task is begun any more, and the scan raises :class:`BeginsAnewError`, since a scan
+- *Stopping*: no task is begun any more, and the scan raises :class:`RestartsError`, since a scan
   keeps no record of what it has done.
 - *Counting*: progress by the weight of tasks that are done.
 - *Failing*: a task that failed is handed to ``failed``, which raises or gives an answer instead.
@@ -24,7 +24,7 @@ from addcow_mp.engine.fd_passing import Work
 from addcow_mp.engine.pool import Failed, ParentRole, Pool, usable_cpus
 from addcow_mp.engine.tasks import TASK_BYTES, Task
 from addcow_mp.engine.transfer_run import Progress, no_progress
-from addcow_mp.errors import BeginsAnewError
+from addcow_mp.errors import RestartsError
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def scan(
 ) -> Iterator[tuple[Task, Any]]:
     """Do all tasks; each with its answer, in the order in which they end.
 
-    Raises :class:`BeginsAnewError` when it is stopped before all are done.
+    Raises :class:`RestartsError` when it is stopped before all are done.
     """
     done, left, total = 0, len(tasks), sum(task.weight for task in tasks)
     with scan_pool(work, tasks, options) as pool:
@@ -101,4 +101,4 @@ def scan(
             yield result.task, answer
             hooks.progress(done, total)
     if left and not hooks.enough():
-        raise BeginsAnewError(path=hooks.name)
+        raise RestartsError(path=hooks.name)

@@ -136,7 +136,7 @@ def farm_check(
 ) -> FarmReport:
     """Check every overlay in ``places``. Raises :class:`ImageError` when none of them is there.
 
-    Raises :class:`BeginsAnewError` when ``hooks`` stops it: a list of some is no answer.
+    Raises :class:`RestartsError` when ``hooks`` stops it: a list of some is no answer.
     """
     with hooks.looking():
         there = files_of(places, options.access)

@@ -333,7 +333,7 @@ class _Farm:
         except UnstartedError:
             raise
         except AddcowError as error:
-            return error.kept()
+            return error.without_traceback()
 
     # What has become of a step
 
@@ -390,7 +390,7 @@ def _finished_discard(step: Step) -> Report | AddcowError:
     try:
         sync_directory(os.path.realpath(step.path))
     except AddcowError as error:
-        return error.kept()
+        return error.without_traceback()
     return Report(step.image_job.operation, step.path)
 
 

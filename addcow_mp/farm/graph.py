@@ -339,7 +339,7 @@ class _Building:
         try:
             about, problem = info(there.path, access, named=False), None
         except AddcowError as error:
-            about, problem = None, error.kept()
+            about, problem = None, error.without_traceback()
         said = _said(there.path, about, access, named=False)
         node = self._overlay(NodeKind.BACKING, Member(named, about, problem), said)
         self.waiting.append((node, access))

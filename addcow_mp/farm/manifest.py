@@ -93,7 +93,7 @@ def _of_image(path: str, options: RunOptions, hooks: Hooks, *, replaces: bool) -
     except StoppedError:
         raise
     except AddcowError as error:
-        return ImageManifests(path, problem=error.kept())
+        return ImageManifests(path, problem=error.without_traceback())
 
 
 def farm_manifest(
@@ -106,7 +106,7 @@ def farm_manifest(
     """Make the manifests of all overlays in ``places`` and of what they stand on.
 
     ``replaces`` existing ones that do not match. Raises :class:`ImageError` when none of the places
-    is there, and :class:`BeginsAnewError` when ``hooks`` stops it.
+    is there, and :class:`RestartsError` when ``hooks`` stops it.
     """
     with hooks.looking():
         there = files_of(places, options.access)

@@ -99,7 +99,7 @@ def _member(named: Named, depth: int | None, access: Access) -> Member:
     try:
         return Member(named, info(named.path, access), _hidden_backing(named), depth)
     except AddcowError as error:
-        return Member(named, None, error.kept(), depth)
+        return Member(named, None, error.without_traceback(), depth)
 
 
 def _hidden_backing(named: Named) -> FileError | None:

@@ -130,7 +130,7 @@ def plan(
 ) -> Plan:
     """What ``operation`` on all overlays in ``places`` would do, and whether it ``verifies``.
 
-    Raises :class:`ImageError` when none of the places is there, :class:`BeginsAnewError` when
+    Raises :class:`ImageError` when none of the places is there, :class:`RestartsError` when
     ``hooks`` stops it.
     """
     found = files_of(places, options.access)
@@ -217,7 +217,7 @@ def estimate_of(image_job: ImageJob, options: RunOptions) -> Estimate | AddcowEr
     try:
         return image_job.estimate(options)
     except AddcowError as error:
-        return error.kept()
+        return error.without_traceback()
 
 
 def _foreseen(
@@ -273,9 +273,9 @@ class _Accounts:
         """An overlay is not discarded while one stands on it that will not be."""
         needing = self._staying.get(step.named.identity)
         if needing and step.state is State.READY and not self._options.access.force:
-            mend = "mend or remove them first, or leave --discard out"
+            remedy = "repair or remove them first, or leave --discard out"
             names = ", ".join(sorted(needing))
-            step.refuse(DependantsError(path=step.path, dependants=names, mend=mend))
+            step.refuse(DependantsError(path=step.path, dependants=names, remedy=remedy))
 
     def _leave(self, step: Step) -> None:
         """Take note of an overlay that stays, for the one that it stands on."""

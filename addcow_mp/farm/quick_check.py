@@ -27,7 +27,7 @@ from addcow_mp.device.discovery import Identity
 from addcow_mp.device.files import identity_of
 from addcow_mp.device.headers import MAX_DEPTH
 from addcow_mp.device.holes import data_runs, next_data
-from addcow_mp.device.locks import READING, stands_free
+from addcow_mp.device.locks import READING, is_available
 from addcow_mp.device.magic import LONGEST_MAGIC, magic_of
 from addcow_mp.format.bits import Run, runs
 from addcow_mp.format.geometry import Geometry, virtual_size
@@ -225,7 +225,7 @@ class QuickCheck:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_dev in pseudo_devices():
             raise NeedsFullCheckError
-        if self._heeds_locks and not stands_free(fd, READING):
+        if self._heeds_locks and not is_available(fd, READING):
             raise NeedsFullCheckError
         return status
 

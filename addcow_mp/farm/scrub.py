@@ -230,7 +230,7 @@ class _Round:
             ending = INTERRUPTED
             raise
         except AddcowError as error:  # what was found is told all the same
-            self._result.problem = error.kept()
+            self._result.problem = error.without_traceback()
         finally:
             self._result.left = len(self._outstanding.layers)
             self._result.layer_reports += self._unfinished()
@@ -242,7 +242,7 @@ class _Round:
         try:
             self._write()
         except AddcowError as error:
-            self._result.problem = self._result.problem or error.kept()
+            self._result.problem = self._result.problem or error.without_traceback()
 
     def _unfinished(self) -> list[LayerReport]:
         """What this run has found of layers in which it found damage, and not their ends."""

@@ -49,7 +49,7 @@ def farm_verify(
 ) -> FarmLayerReports:
     """Verify every layer in ``places``. Raises :class:`ImageError` when none of them is there.
 
-    Raises :class:`BeginsAnewError` when ``hooks`` stops it.
+    Raises :class:`RestartsError` when ``hooks`` stops it.
     """
     with hooks.looking():
         files = FarmFiles(places, options.access)

@@ -90,12 +90,12 @@ class CowBitmap:
         """The multiples of ``step`` clusters with local ones, and how many each has."""
         return self._bits.counts(0, self.known, step)
 
-    def inhabited(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
+    def data_runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
         """The parts of ``[start, stop)`` that are not holes in the file, as runs of clusters.
 
         Outside these runs every bit is 0.
         """
-        return self._bits.inhabited(start, self.known if stop is None else min(stop, self.known))
+        return self._bits.data_runs(start, self.known if stop is None else min(stop, self.known))
 
     def slice(self, start: int, stop: int) -> bitarray:
         """A private copy of the bits ``[start, stop)``, read from the file."""
@@ -113,7 +113,7 @@ class CowBitmap:
 
     def hole_bytes(self) -> int:
         """Bytes of the used part of the bitmap that take no space yet."""
-        held = -(-sum(stop - first for first, stop in self.inhabited()) // BITS_PER_BYTE)
+        held = -(-sum(stop - first for first, stop in self.data_runs()) // BITS_PER_BYTE)
         return max(0, self.geometry.bitmap_used - held)
 
     def publish(self, start: int, stop: int, change: Callable[[bitarray, int], None]) -> None:
@@ -153,7 +153,7 @@ class CowBitmap:
 
         Clearing costs what is set: holes of the bitmap are 0 already.
         """
-        parts = [(start, stop)] if value else self.inhabited(start, stop)
+        parts = [(start, stop)] if value else self.data_runs(start, stop)
         for first, last in parts:
             self.publish(first, last, lambda bits, _: bits.setall(value))
 
@@ -188,7 +188,7 @@ class SparseBits:
         """A copy of what is set in ``marks`` within ``ranges`` at this moment."""
         copied = cls()
         for start, stop in ranges:
-            for first, last in marks.inhabited(start, stop):
+            for first, last in marks.data_runs(start, stop):
                 copied._copy(marks, first, last)
         return copied
 

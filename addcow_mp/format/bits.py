@@ -146,7 +146,7 @@ class MappedBits:
 
     # Looking
 
-    def inhabited(self, start: int, stop: int) -> Iterator[Run]:
+    def data_runs(self, start: int, stop: int) -> Iterator[Run]:
         """The parts of ``[start, stop)`` that are not holes of the file; all else is 0."""
         position = self._offset + start // BITS_PER_BYTE
         end = self._offset + -(-stop // BITS_PER_BYTE)
@@ -160,7 +160,7 @@ class MappedBits:
         """The runs of ones in ``[start, stop)``."""
         return merged(
             (base + here, base + there)
-            for part in self.inhabited(start, stop)
+            for part in self.data_runs(start, stop)
             for bits, base, first, last in self._parts(*part)
             for here, there in runs(bits, 1, first, last)
         )
@@ -171,7 +171,7 @@ class MappedBits:
 
     def count(self, start: int, stop: int) -> int:
         """How many bits in ``[start, stop)`` are 1; costs what is not a hole."""
-        return sum(self._counted(*part) for part in self.inhabited(start, stop))
+        return sum(self._counted(*part) for part in self.data_runs(start, stop))
 
     def _counted(self, start: int, stop: int) -> int:
         return sum(bits.count(1, first, last) for bits, _, first, last in self._parts(start, stop))
@@ -179,7 +179,7 @@ class MappedBits:
     def counts(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         """The multiples of ``step`` with ones in ``[start, stop)``, and how many each has."""
         current, total = start, 0
-        for part in self.inhabited(start, stop):
+        for part in self.data_runs(start, stop):
             for first, last in self._steps_with_ones(*part, step):
                 number = round_down(first, step)
                 if number != current and total:
@@ -199,7 +199,7 @@ class MappedBits:
 
     def add_to(self, bits: bitarray, start: int) -> None:
         """Set in ``bits``, which are those from ``start`` on, what is 1 here."""
-        for part in self.inhabited(start, start + len(bits)):
+        for part in self.data_runs(start, start + len(bits)):
             for window, base, first, last in self._parts(*part):
                 bits[base + first - start : base + last - start] |= window[first:last]
 

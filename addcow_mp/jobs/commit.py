@@ -26,7 +26,7 @@ from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.allocation import alignment, allocated_stretches
 from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
-from addcow_mp.errors import BeginsAnewError, ImageError, StoppedError
+from addcow_mp.errors import ImageError, RestartsError, StoppedError
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
@@ -151,7 +151,7 @@ def _saying_what_is_kept(path: str, *, keep: bool) -> Iterator[None]:
     try:
         yield
     except StoppedError as error:
-        raise (BeginsAnewError(path=path) if keep else error) from None
+        raise (RestartsError(path=path) if keep else error) from None
 
 
 def _accepted_backing(overlay: Overlay) -> Layer:
@@ -184,7 +184,7 @@ def _refuse_overlay_as_raw(backing: Layer) -> None:
         raise ImageError(
             path=backing.path,
             problem="it is declared raw, but is an add-cow file, which a commit would destroy; "
-            "mend the overlay's header, or use --force if its guest's data looks like that",
+            "repair the overlay's header, or use --force if its guest's data looks like that",
         )
 
 

@@ -60,7 +60,7 @@ def refuse_dependants(
         dependants = [one for one in others if file.identity in (one.backing, one.image)]
         if dependants and not access.force:
             listed = _listed(dependants, around.more)
-            raise DependantsError(path=file.path, dependants=listed, mend=remedy)
+            raise DependantsError(path=file.path, dependants=listed, remedy=remedy)
     if not access.force:
         own = overlay.image.file.identity
         only_image = all(file.identity == own for file in changed)
@@ -86,7 +86,7 @@ def refuse_shared_image(image: File, others: list[Named]) -> None:
     """Raise when ``others`` use ``image`` as their image file too."""
     if others:
         remedy = "two overlays cannot share an image file; give one of them a copy"
-        raise DependantsError(path=image.path, dependants=_listed(others), mend=remedy)
+        raise DependantsError(path=image.path, dependants=_listed(others), remedy=remedy)
 
 
 def _listed(overlays: list[Named], more: int = 0) -> str:

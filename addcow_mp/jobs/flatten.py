@@ -15,7 +15,7 @@ import stat
 from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain, readers_of_chain
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.overlay import Overlay, refuse_short
-from addcow_mp.device.permissions import narrow, narrower
+from addcow_mp.device.permissions import narrow, narrowed_mode
 from addcow_mp.engine.allocation import alignment, unallocated_stretches
 from addcow_mp.engine.space import SpaceNeeded
 from addcow_mp.engine.tasks import cut
@@ -112,7 +112,7 @@ def _refuse_unnarrowable(overlay: Overlay) -> None:
     """Raise when :func:`_narrow` would have to change the mode of another user's file."""
     image = overlay.image.file
     with image.doing(_NARROWING):
-        wanted = narrower(image.fd, readers_of_chain(overlay.backing))
+        wanted = narrowed_mode(image.fd, readers_of_chain(overlay.backing))
         if wanted is not None and os.geteuid() not in (0, image.status.st_uid):
             raise PermissionError(errno.EPERM, "it belongs to another user")
 

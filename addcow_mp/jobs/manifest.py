@@ -32,7 +32,7 @@ from addcow_mp.engine.layer_digest import LeafHasher, cow_digests, file_of, is_f
 from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, cut
-from addcow_mp.errors import BeginsAnewError, FileError, ImageError, ManifestError
+from addcow_mp.errors import FileError, ImageError, ManifestError, RestartsError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.manifest import (
@@ -222,7 +222,7 @@ def _claimed(path: str, part: str, readers: Readers, hooks: Hooks, *, locking: b
     patience = _Patience(part)
     while fd is None:
         if hooks.stopping():
-            raise BeginsAnewError(path=path.removesuffix(SUFFIX))
+            raise RestartsError(path=path.removesuffix(SUFFIX))
         if patience.is_over:
             problem = (
                 "another process is writing it and does not get on; try again when it has ended"

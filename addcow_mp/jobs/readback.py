@@ -31,11 +31,11 @@ from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.engine.view_digest import View
 from addcow_mp.errors import (
     AddcowError,
-    BeginsAnewError,
     FileError,
     ImageError,
     NotReadBackError,
     ReadBackError,
+    RestartsError,
     StoppedError,
     UnverifiedError,
 )
@@ -70,7 +70,7 @@ class ViewDigests:
 
 
 def digest_view(layer: Layer, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
-    """See the first ``size`` bytes of ``layer``. Raises :class:`BeginsAnewError` when stopped."""
+    """See the first ``size`` bytes of ``layer``. Raises :class:`RestartsError` when stopped."""
     tasks = _tasks(layer, size)
     scan_options = options.scan_options
     nodes = dict[int, bytes]()
@@ -96,7 +96,7 @@ def _tasks(layer: Layer, size: int) -> list[Task]:
 
 def _told(layer: Layer, result: Failed) -> AddcowError:
     if isinstance(result.error, StoppedError):
-        return BeginsAnewError(path=layer.path)
+        return RestartsError(path=layer.path)
     start, stop = result.task.first * GROUP, min(result.task.stop * GROUP, layer.size)
     action = f"look at what is seen from {start} to {stop}"
     return FileError(path=layer.path, action=action, reason=str(result.error))

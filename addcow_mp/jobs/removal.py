@@ -41,7 +41,7 @@ def remove(overlay: Overlay, report: Report) -> None:
     """Remove the ``.add-cow`` file itself, also when it was named by a symbolic link.
 
     All clusters are allocated. Its image file is open for resizing, and has what it needs.
-    Raises :class:`UnendedError`, which says what is done.
+    Raises :class:`CleanupError`, which says what is done.
     """
     with ending(overlay.path, "flattened", "the .add-cow file was not removed"):
         _remove(overlay, report)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from addcow_mp.device.copying import CopyMethod
 from addcow_mp.engine.transfer import Totals
-from addcow_mp.errors import AddcowError, StoppedError, UnendedError
+from addcow_mp.errors import AddcowError, CleanupError, StoppedError
 
 if TYPE_CHECKING:
     from addcow_mp.engine.space import SpaceNeeded
@@ -101,4 +101,4 @@ def ending(path: str, done: str, left: str) -> Iterator[None]:
     try:
         yield
     except AddcowError as error:
-        raise UnendedError(path=path, done=done, left=left, cause=str(error)) from error
+        raise CleanupError(path=path, done=done, left=left, cause=str(error)) from error

@@ -26,7 +26,7 @@ from addcow_mp.device.manifest_file import manifest_of
 from addcow_mp.engine.done_map import DoneMap
 from addcow_mp.engine.pool import Done, Failed, Pool
 from addcow_mp.engine.scan import scan_pool
-from addcow_mp.errors import AddcowError, BeginsAnewError
+from addcow_mp.errors import AddcowError, RestartsError
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import weight_of_length
 from addcow_mp.jobs.layer_report import Grade, LayerReport
@@ -61,7 +61,7 @@ def verify(
 ) -> list[LayerReport]:
     """Verify every layer of the chain of ``path``, from the top down.
 
-    Raises :class:`AddcowError` when that file cannot be opened, and :class:`BeginsAnewError` when
+    Raises :class:`AddcowError` when that file cannot be opened, and :class:`RestartsError` when
     ``hooks`` stops it.
     """
     with closing(options.access.open_named(path)) as file:
@@ -212,7 +212,7 @@ class Verifiers:
     def verify(self, targets: list[LayerRef]) -> list[LayerReport]:
         """Verify ``targets``; verdicts are in their order.
 
-        Raises :class:`BeginsAnewError` when it is stopped.
+        Raises :class:`RestartsError` when it is stopped.
         """
         layer_reports = [LayerReport(target.path) for target in targets]
         outstanding = RemainingLeaves(LeafRange(index) for index in range(len(targets)))
@@ -222,7 +222,7 @@ class Verifiers:
             read.take(verified, is_last=outstanding.take(verified))
             read.tell(self._hooks)
         if outstanding.layers:
-            raise BeginsAnewError(path=f"{len(targets)} layers")
+            raise RestartsError(path=f"{len(targets)} layers")
         return layer_reports
 
     def look(self, targets: list[LayerRef], parts: Sequence[LeafRange]) -> Iterator[Verified]:

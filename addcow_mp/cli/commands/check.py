@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.jsontext import print_document
-from addcow_mp.cli.messages import complain, one_line, warn
+from addcow_mp.cli.messages import one_line, report_failure, warn
 from addcow_mp.cli.options import (
     Exclude,
     Force,
@@ -63,7 +63,7 @@ def _show(report: CheckReport, *, as_json: bool, quiet: bool) -> int:
     if as_json:
         print_document(report.as_json())
     elif not report.is_addcow:
-        return complain(report.findings[0].message, report.exit_code)
+        return report_failure(report.findings[0].message, report.exit_code)
     else:
         for line in [] if quiet else report.repairs:
             print(f"REPAIRED {one_line(line)}")

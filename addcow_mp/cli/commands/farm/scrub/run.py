@@ -86,8 +86,8 @@ def _what_stopped_it(found: Scrubbed, hooks: Hooks) -> AddcowError | None:
         return None
     named = f"{found.left} layers left"
     if hooks.stopping():
-        return signals.as_met(StoppedError(path=named))
-    told = f"{named}: the time limit was reached; the same command goes on from there"
+        return signals.by_signal(StoppedError(path=named))
+    told = f"{named}: the time limit was reached; the same command continues from there"
     return TimeLimitError(message=told)
 
 
