@@ -1,8 +1,20 @@
-"""What holds for every test: how the processes that they start meet signals."""
+"""Fixtures that several modules share, and what holds for every test: signals, and one seed."""
 
 from __future__ import annotations
 
+import random
 import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support import seed
+from support.call_trace import Trace, watch_syncs, watch_the_kernel, watch_writes
+from support.command import KiB
+from support.file_systems import clear, made_disk
+from support.warm import Warm
 
 # Whoever starts the suite in the background, or under nohup, has it ignore these, and whatever
 # it starts inherits that: what the tests say of signals would be of that shell.
@@ -10,3 +22,82 @@ for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         ending = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
         signal.signal(_number, ending)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which seed gives the same random tests again."""
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"ADDCOW_SEED={seed.SEED} draws the same random tests again")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers of its own for each test, from the seed of the run."""
+    return seed.random_for(request.node.name)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A server that forks for every command."""
+    server = Warm(tmp_path_factory.mktemp("outputs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def asking(request: pytest.FixtureRequest) -> signal.Signals:
+    """A signal that asks a job to stop."""
+    number: signal.Signals = request.param
+    return number
+
+
+@pytest.fixture
+def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
+    """What this process does to files from now on."""
+    seen = Trace()
+    watch_writes(seen, monkeypatch)
+    watch_the_kernel(seen, monkeypatch)
+    watch_syncs(seen, monkeypatch)
+    return seen
+
+
+# ---- file systems ----
+
+
+@pytest.fixture(scope="module")
+def xfs_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    for disk in _mounted("xfs", tmp_path_factory):
+        (disk / "one").write_bytes(b"1" * 4 * KiB)
+        words = ["cp", "--reflink=always", "one", "two"]
+        if subprocess.run(words, cwd=disk, capture_output=True, check=False).returncode:
+            pytest.skip("this XFS cannot share blocks")
+        yield disk
+
+
+@pytest.fixture
+def xfs(xfs_disk: Path) -> Iterator[Path]:
+    yield from fresh(xfs_disk)
+
+
+@pytest.fixture(scope="module")
+def ext4_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from _mounted("ext4", tmp_path_factory)
+
+
+@pytest.fixture
+def ext4(ext4_disk: Path, tmp_path: Path) -> Iterator[Path]:
+    yield from fresh(ext4_disk)
+
+
+def fresh(disk: Path) -> Iterator[Path]:
+    """A directory for one test: it is gone afterwards, and its space is free again."""
+    here = disk / "here"
+    here.mkdir()
+    yield here
+    clear(here)
+    here.rmdir()
+
+
+def _mounted(kind: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
+    for disk in made_disk(kind, factory.mktemp("disk")):
+        yield disk.mountpoint

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import PATIENCE, pair
 
 import addcow_mp
 from addcow_mp.device.access import Access
 from addcow_mp.device.copying import CopyOptions
 from addcow_mp.jobs.options import RunOptions
+from support.command import PATIENCE, pair
 
 
 class _BytesPath:

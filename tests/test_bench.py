@@ -18,15 +18,13 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from command import PATIENCE, tool
-from golden import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
 
 from bench_cases import STAGES
 from bench_chart import chart
 from bench_report import Result, Timing, told_ratio
 from bench_runs import Case, Measure
+from support.command import PATIENCE, tool
+from support.golden import ROOT
 
 XFS = ["xfs-commit", "xfs-flatten", "sparse-16t"]
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from model import Files, KiB, MiB, disk_usage, pack_header, read_header
 
 import addcow_mp
+from support.model import Files, KiB, MiB, disk_usage, pack_header, read_header
 
 GiB = 1024 * MiB
 TiB = 1024 * GiB

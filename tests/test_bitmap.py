@@ -23,7 +23,6 @@ from tempfile import TemporaryFile
 
 import pytest
 from bitarray import bitarray
-from command import GiB, KiB, MiB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +31,7 @@ from addcow_mp.format import bits as bits_module
 from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
 from addcow_mp.format.bits import WINDOW, WINDOW_BITS, MappedBits, Run, merged, runs
 from addcow_mp.format.geometry import Geometry
+from support.command import GiB, KiB, MiB
 
 OFFSET = 4 * KiB
 CLUSTER = 4 * KiB

@@ -14,7 +14,8 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from command import PATIENCE, addcow, draw, draw_raw, refused, succeed
+
+from support.command import PATIENCE, addcow, draw, draw_raw, refused, succeed
 
 BYTES = b"b\xff\xfe"
 BASE, TOP = os.fsdecode(BYTES + b".img"), os.fsdecode(BYTES + b".add-cow")

@@ -18,14 +18,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from command import CLUSTER, PATIENCE, KiB, MiB, local_clusters, overlay_bytes, succeed
-from faulty import Rules, rule, running
-from test_manifest import view_of
-from test_order import Trace, broken, judge, trace  # noqa: F401 - a fixture
 
 import addcow_mp
 from addcow_mp.engine import transfer
 from addcow_mp.engine import transfer_run as run_module
+from support.call_trace import Trace, broken, judge
+from support.command import CLUSTER, PATIENCE, KiB, MiB, local_clusters, overlay_bytes, succeed
+from support.fault_rules import Rules, rule
+from support.manifests import view_of
+from support.processes import running
 
 SIZE = 40 * MiB
 RATE = 4 * MiB
@@ -148,7 +149,7 @@ def test_a_worker_that_dies_in_its_task_has_its_marks_kept_and_not_moved_again(
 class SlowDisk:
     """A disk on which writes take a while, and a sync of ``file`` longer than two of them."""
 
-    def __init__(self, trace: Trace, file: str) -> None:  # noqa: F811
+    def __init__(self, trace: Trace, file: str) -> None:
         self._trace, self._file = trace, file
         self._fdatasync, self._pwrite = os.fdatasync, os.pwrite
         self.waited = 0
@@ -178,7 +179,7 @@ class SlowDisk:
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 def test_marks_that_appear_during_a_sync_are_not_published(
     tmp_path: Path,
-    trace: Trace,  # noqa: F811
+    trace: Trace,
     monkeypatch: pytest.MonkeyPatch,
     job: str,
     short: bool,
@@ -214,7 +215,7 @@ def test_marks_that_appear_during_a_sync_are_not_published(
 
 def test_only_what_is_done_of_a_task_is_published_in_it(
     tmp_path: Path,
-    trace: Trace,  # noqa: F811
+    trace: Trace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Several checkpoints in one task, in clusters of a backing that are larger than the pieces."""

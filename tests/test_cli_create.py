@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 import pytest
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     USAGE,

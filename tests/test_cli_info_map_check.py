@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     USAGE,

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     KiB,

@@ -18,14 +18,17 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from command import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.command import (
     CLUSTER,
+    PATIENCE,
     GiB,
     KiB,
     MiB,
@@ -37,25 +40,19 @@ from command import (
     snapshot,
     tool,
 )
-from faulty import PATIENCE, Ended, Rules, Warm, rule, running
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from model import SECTOR, Layer, build, overlay, raw, read_view
-from powercut import Disk, ToolMissingError, UnavailableError, loop_disk
-from test_copying import resident, uncache, was_read
+from support.fault_rules import Rules, rule
+from support.file_systems import disks
+from support.model import SECTOR, Layer, build, overlay, raw, read_view
+from support.page_cache import resident, uncache, was_read
+from support.powercut import Disk
+from support.processes import Ended, running
+from support.warm import Warm
 
 SAME = "Images are identical.\n"
 SIZES = "Warning: Image size mismatch!\n"
 BLOCK = 4 * KiB
 
 Extents = list[tuple[int, int]]
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
 
 
 def formats(*names: str) -> list[str]:
@@ -706,30 +703,6 @@ def test_a_disk_in_use_is_not_compared(warm: Warm, tmp_path: Path, order: int) -
 
 
 # ---- disks that no longer answer ----
-
-
-@contextmanager
-def disks(directory: Path, *kinds: str) -> Iterator[list[Disk]]:
-    """File systems, each in a file on the one before; any of them may die."""
-    made: list[Disk] = []
-    with ExitStack() as stack:
-        try:
-            for kind in kinds:
-                manager = loop_disk(kind, made[-1].mountpoint if made else directory)
-                made.append(manager.__enter__())
-                stack.callback(leave, manager)
-        except ToolMissingError as error:
-            if os.environ.get("CI") == "true":
-                pytest.fail(str(error))
-            pytest.skip(str(error))
-        except UnavailableError as error:
-            pytest.skip(str(error))
-        yield made
-
-
-def leave(manager: AbstractContextManager[Disk]) -> None:
-    with suppress(OSError):  # what is on a dead file system cannot be removed from it
-        manager.__exit__(None, None, None)
 
 
 def let_die(here: Path, dying: Disk, place: Path, *words: str) -> Ended:

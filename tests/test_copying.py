@@ -16,23 +16,24 @@ time to pass, and nothing is said about speed.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
 import random
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import can_commit, wild_chain
-from command import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addcow_mp.engine import throttle
+from support.chains import can_commit, wild_chain
+from support.command import (
     CLUSTER,
     KiB,
     MiB,
@@ -49,14 +50,13 @@ from command import (
     succeed,
     tool,
 )
-from faulty import PATIENCE, Ended, Rules, Warm, rule, running
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from model import Overlay, build, overlay, raw
-from powercut import ToolMissingError, UnavailableError, loop_disk
-from promises import KINDS
-
-from addcow_mp.engine import throttle
+from support.fault_rules import Rules, rule
+from support.file_systems import clear
+from support.model import Overlay, build, overlay, raw
+from support.page_cache import resident, uncache, was_read
+from support.processes import Ended, running
+from support.promises import KINDS
+from support.warm import Warm
 
 #: A run of this length is cloned where nothing is pinned; shorter ones are copied.
 LONG = 512 * KiB // CLUSTER
@@ -73,65 +73,6 @@ JOBS = ["commit", "flatten", "convert"]
 
 
 # ---- file systems, and a server that runs commands on them ----
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
-
-
-def mounted(kind: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with ExitStack() as stack:
-        try:
-            made = stack.enter_context(loop_disk(kind, factory.mktemp("disk")))
-        except ToolMissingError as error:
-            if os.environ.get("CI") == "true":
-                pytest.fail(str(error))
-            pytest.skip(str(error))
-        except UnavailableError as error:
-            pytest.skip(str(error))
-        yield made.mountpoint
-
-
-@pytest.fixture(scope="module")
-def ext4_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from mounted("ext4", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def xfs_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    for disk in mounted("xfs", tmp_path_factory):
-        (disk / "one").write_bytes(b"1" * 4 * KiB)
-        words = ["cp", "--reflink=always", "one", "two"]
-        if subprocess.run(words, cwd=disk, capture_output=True, check=False).returncode:
-            pytest.skip("this XFS cannot share blocks")
-        yield disk
-
-
-@pytest.fixture
-def ext4(ext4_disk: Path, tmp_path: Path) -> Iterator[Path]:
-    yield from fresh(ext4_disk)
-
-
-@pytest.fixture
-def xfs(xfs_disk: Path) -> Iterator[Path]:
-    yield from fresh(xfs_disk)
-
-
-def fresh(disk: Path) -> Iterator[Path]:
-    """A directory for one test: it is gone afterwards, and its space is free again."""
-    here = disk / "here"
-    here.mkdir()
-    yield here
-    clear(here)
-    here.rmdir()
-
-
-def clear(here: Path) -> None:
-    for path in here.iterdir():
-        path.unlink()
 
 
 @pytest.fixture(params=["ext4", "xfs"])
@@ -456,41 +397,6 @@ def shared_blocks(here: Path, name: str) -> range:
 
 
 # ---- holes and zeros ----
-
-
-WHOLE = slice(0, None)
-
-
-def resident(path: Path, start: int = 0, stop: int | None = None) -> int:
-    """Return how many bytes of ``[start, stop)`` of a file are in the page cache."""
-    length = (path.stat().st_size if stop is None else stop) - start
-    with path.open("rb") as file:
-        # Private and never stored to; ctypes asks for a writable one.
-        window = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-    view = (ctypes.c_char * length).from_buffer(window)
-    pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
-    libc = ctypes.CDLL(None, use_errno=True)
-    failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(length), pages)
-    del view
-    assert failed == 0, os.strerror(ctypes.get_errno())
-    return sum(page & 1 for page in pages) * mmap.PAGESIZE
-
-
-def was_read(*paths: Path, size: int, within: slice = WHOLE) -> bool:
-    """Whether ``size`` bytes came into the page cache, which may drop some at any moment."""
-    return sum(resident(path, within.start, within.stop) for path in paths) > size // 2
-
-
-def uncache(*paths: Path) -> None:
-    """Let the page cache forget files; pages that are busy just then need another try."""
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        deadline = time.monotonic() + PATIENCE
-        while resident(path):
-            assert time.monotonic() < deadline, path
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
 
 
 #: Clusters of a hole, and those in its midst that no reading ahead gets to.

@@ -18,17 +18,16 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from command import CLUSTER, PATIENCE, GiB, KiB, MiB, Result, TiB, pair, succeed
-from model import bitmap_length, disk_usage, pack_header
-from powercut import ToolMissingError, UnavailableError, loop_disk
 
 import addcow_mp
 from addcow_mp.cli.main import run
+from support.command import CLUSTER, PATIENCE, GiB, KiB, MiB, Result, TiB, pair, succeed
+from support.file_systems import made_disk
+from support.model import bitmap_length, disk_usage, pack_header
 
 SMALL, HUGE = 4 * GiB, 16 * TiB
 PIECE = 4 * KiB
@@ -44,16 +43,8 @@ PRIVATE, MAPPED = 64 * MiB, 256 * MiB
 
 @pytest.fixture(scope="module")
 def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with ExitStack() as stack:
-        try:
-            made = stack.enter_context(loop_disk("xfs", tmp_path_factory.mktemp("disk")))
-        except ToolMissingError as error:
-            if os.environ.get("CI") == "true":
-                pytest.fail(str(error))
-            pytest.skip(str(error))
-        except UnavailableError as error:
-            pytest.skip(str(error))
-        yield made.mountpoint
+    for disk in made_disk("xfs", tmp_path_factory.mktemp("disk")):
+        yield disk.mountpoint
 
 
 def sparse(path: Path, size: int, pieces: dict[int, bytes]) -> None:

@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     PATIENCE,
@@ -40,6 +41,7 @@ from command import (
     snapshot,
     succeed,
 )
+from support.file_systems import nest, unnest
 
 TOP, BASE, OTHER = "top.add-cow", "base.img", "other.add-cow"
 DEEP = 1200
@@ -484,17 +486,6 @@ def test_a_dependant_is_found_among_rubbish(here: Path, monkeypatch: pytest.Monk
 def test_a_damaged_overlay_still_needs_what_it_names(here: Path, at: int, data: bytes) -> None:
     damaged(here, OTHER, at, data)
     assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
-
-
-def nest(place: Path, depth: int) -> None:
-    """Make directories inside each other, from within: their path may be of any length."""
-    script = "import os, sys\nfor _ in range(int(sys.argv[1])): os.mkdir('d'); os.chdir('d')"
-    subprocess.run([sys.executable, "-c", script, str(depth)], cwd=place, check=True)
-
-
-def unnest(place: Path) -> None:
-    """Remove them again: what cleans up after tests may not be able to."""
-    subprocess.run(["rm", "-rf", "d"], cwd=place, check=True, timeout=PATIENCE)
 
 
 def test_a_root_of_deeply_nested_directories(here: Path) -> None:

@@ -20,9 +20,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from model import Content, Files, KiB, MiB, Overlay, Raw, build, read_bits, read_view, view
 
 import addcow_mp
+from support.model import Content, Files, KiB, MiB, Overlay, Raw, build, read_bits, read_view, view
 
 THREADS = 4
 

@@ -30,7 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+
+import addcow_mp
+from addcow_mp import AddcowError
+from addcow_mp.cli.main import run
+from addcow_mp.device import holders, holes
+from addcow_mp.device.files import File
+from addcow_mp.engine import transfer_run as run_module
+from addcow_mp.engine.fd_passing import Work
+from addcow_mp.engine.pool import Failed, Pool
+from addcow_mp.engine.tasks import Task
+from addcow_mp.jobs.commit import commit as commit_job
+from addcow_mp.jobs.compare import compare as compare_job
+from addcow_mp.jobs.options import Hooks, RunOptions
+from support.command import (
     CLUSTER,
     PATIENCE,
     KiB,
@@ -47,21 +60,9 @@ from command import (
     snapshot,
     succeed,
 )
-from faulty import Rules, rule, running
-from loops import loops
-
-import addcow_mp
-from addcow_mp import AddcowError
-from addcow_mp.cli.main import run
-from addcow_mp.device import holders, holes
-from addcow_mp.device.files import File
-from addcow_mp.engine import transfer_run as run_module
-from addcow_mp.engine.fd_passing import Work
-from addcow_mp.engine.pool import Failed, Pool
-from addcow_mp.engine.tasks import Task
-from addcow_mp.jobs.commit import commit as commit_job
-from addcow_mp.jobs.compare import compare as compare_job
-from addcow_mp.jobs.options import Hooks, RunOptions
+from support.fault_rules import Rules, rule
+from support.loops import loops
+from support.processes import running
 
 #: A job in this process alone, and hooks that stop it at once.
 ALONE, STOPPING = RunOptions(0), Hooks(stopping=lambda: True)

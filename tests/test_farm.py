@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+
+from support.command import (
     CLUSTER,
     addcow,
     draw,

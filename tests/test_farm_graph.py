@@ -20,7 +20,8 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     PATIENCE,

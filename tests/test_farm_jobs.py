@@ -30,7 +30,8 @@ from threading import Timer
 from typing import Any
 
 import pytest
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     PATIENCE,
@@ -55,9 +56,9 @@ from command import (
     succeed,
     tool,
 )
-from faulty import Rules, rule, running
-
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
+from support.fault_rules import Rules, rule
+from support.processes import running
+from support.seed import SEED
 
 LIMIT_REACHED = 75
 TERMINATED = 143
@@ -429,7 +430,6 @@ def test_a_chain_as_deep_as_chains_may_be_is_committed(here: Path) -> None:
 
 @pytest.mark.parametrize("turn", range(4))
 def test_trees_of_any_shape_are_committed(here: Path, turn: int) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     grown = grow(here, f"{SEED}-{turn}")
     before, files = grown.views(), snapshot(here)
     refusals = {name for name in grown.stands if grown.is_refused(name)}
@@ -513,7 +513,6 @@ def test_what_was_moved_and_zeroed_is_told_of_each(here: Path) -> None:
 def test_nothing_begins_before_what_stands_on_it_has_ended(
     here: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     grown = grow(here, SEED)
     log = tmp_path / "log"
     addcow("farm", *words, "--jobs", "2", "--log", str(log), ".", cwd=here)
@@ -716,7 +715,6 @@ def test_an_empty_farm_is_done(here: Path, words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("turn", range(2))
 def test_trees_of_any_shape_are_flattened(here: Path, turn: int) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     grown = grow(here, f"{SEED}-{turn}")
     before, flat = grown.views(), {name for name in grown.stands if is_flat(here / name)}
     report = worked("flatten", ".", cwd=here)
@@ -730,7 +728,6 @@ def test_trees_of_any_shape_are_flattened(here: Path, turn: int) -> None:
 
 
 def test_discard_leaves_the_raw_files_of_a_whole_subtree(here: Path, tmp_path: Path) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     grown = grow(here, SEED)
     before, bases = grown.views(), {name: snapshot(here)[name] for name in grown.bases}
     (tmp_path / "view.raw").touch()
@@ -839,7 +836,6 @@ def without_free(report: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("words", PLANS, ids=" ".join)
 def test_the_plan_is_the_dry_run_and_then_comes_true(here: Path, words: tuple[str, ...]) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     grown = grow(here, SEED)
     plan = planned(*words, ".", cwd=here)
     with untouched(here):
@@ -1377,7 +1373,6 @@ def test_two_of_them_on_one_farm_do_no_harm(here: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", PLANS, ids=" ".join)
 def test_the_number_of_processes_changes_no_byte(tmp_path: Path, words: tuple[str, ...]) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     outcomes = []
     for number in ("0", "1", "2", "5", ""):
         here = tmp_path / f"farm{number}"

@@ -22,19 +22,19 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from command import (
+
+import oracle
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     KiB,
@@ -49,25 +49,19 @@ from command import (
     stored_bytes,
     tool,
 )
-from faulty import Ended, Job, Rules, Wide, rule, running
-from model import Files
-from powercut import (
+from support.fault_rules import Rules, rule
+from support.file_systems import free, made_disk, mounted
+from support.guests import talking
+from support.model import Files
+from support.powercut import (
     Disk,
     Moment,
-    ToolMissingError,
-    UnavailableError,
-    loop_disk,
     lose_power,
     make_durable,
 )
-from promises import Promise
-from test_locks import shared_memory, talking
-from test_space import free
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import oracle
-
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
+from support.processes import Ended, Job, memory_of, running
+from support.promises import Promise
+from support.wide import Wide
 
 WORDS = {"commit": ("commit",), "flatten": ("flatten",), "discard": ("flatten", "--discard")}
 EACH = pytest.mark.parametrize("job", list(WORDS))
@@ -81,13 +75,6 @@ SOON = 2.0
 
 CHECKPOINT = 512 * MiB
 TASK = 64 * MiB
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    """Chance of its own for each test, from the one seed."""
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
-    return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture
@@ -313,15 +300,6 @@ def opened_by(pid: int) -> list[str]:
         for fd in os.listdir(f"/proc/{pid}/fd"):
             with suppress(OSError):
                 found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
-    return found
-
-
-def memory_of(job: Job) -> set[str]:
-    """Return the named files in memory that processes of a job have mapped."""
-    found: set[str] = set()
-    for one in job.members():
-        with suppress(OSError):
-            found |= shared_memory(one.pid)
     return found
 
 
@@ -660,13 +638,6 @@ def test_a_place_in_a_large_image_that_kills_each_worker_fails_that_image(
 # ---- asked to stop ----
 
 
-@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
-def asking(request: pytest.FixtureRequest) -> signal.Signals:
-    """A signal that asks a job to stop."""
-    number: signal.Signals = request.param
-    return number
-
-
 def stopping_both(event: str, after: int) -> tuple[str, str]:
     """Return rules that stop both workers: the second can only come to its next time."""
     return (
@@ -813,28 +784,10 @@ def test_a_farm_that_is_asked_while_it_is_planned_begins_anew(
 @pytest.fixture(params=["tmpfs", "ext4"])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB, or a little more, for files of the test alone."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    place = tmp_path / "disk"
-    place.mkdir()
-    if request.param == "tmpfs":
-        words = ["-t", "tmpfs", "-o", "size=24m", "tmpfs"]
-    else:
-        with (tmp_path / "device").open("wb") as device:
-            device.truncate(28 * MiB)
-        tool("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", "device", cwd=tmp_path)
-        words = ["-t", "ext4", "-o", "loop,noatime", str(tmp_path / "device")]
-    done = subprocess.run(
-        ["mount", *words, str(place)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"cannot mount a {request.param} here: {done.stderr.strip()}")
-    try:
+    for place in mounted(request.param, tmp_path, 24 * MiB, 4 * MiB):
         if request.param == "ext4":
             keep_nothing(place)
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def keep_nothing(place: Path) -> None:
@@ -1213,16 +1166,7 @@ def mains(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Disk]:
     """A file system whose power can be cut."""
-    with ExitStack() as stack:
-        try:
-            made = stack.enter_context(loop_disk(request.param, tmp_path_factory.mktemp("mains")))
-        except ToolMissingError as error:
-            if os.environ.get("CI") == "true":
-                pytest.fail(str(error))
-            pytest.skip(str(error))
-        except UnavailableError as error:
-            pytest.skip(str(error))
-        yield made
+    yield from made_disk(request.param, tmp_path_factory.mktemp("mains"))
 
 
 @EACH

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import CLUSTER, addcow, draw, draw_raw, put, refused, succeed
+
+from support.command import CLUSTER, addcow, draw, draw_raw, put, refused, succeed
 
 CREATE = ("farm", "manifest", "create")
 COUNT = 6

@@ -24,13 +24,15 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from command import (
+
+import oracle
+from addcow_mp.device.fault_rules import EVENTS
+from support.command import (
     ALL_ALLOCATED,
     USAGE,
     KiB,
@@ -46,12 +48,9 @@ from command import (
     snapshot,
     stored_bytes,
 )
-from faulty import Ended, Rules, Warm, rule
-
-from addcow_mp.device.fault_rules import EVENTS
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import oracle
+from support.fault_rules import Rules, rule
+from support.processes import Ended
+from support.warm import Warm
 
 CLUSTER = 4 * KiB
 BIG = 16 * KiB
@@ -412,13 +411,6 @@ def between(before: bytes, now: bytes, after: bytes) -> None:
         if now[sector] not in (before[sector], after[sector]):
             rows = zip(before[sector], now[sector], after[sector], strict=True)
             assert all(is_ in (old, new) for old, is_, new in rows), f"at {at}: neither old nor new"
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -12,7 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import addcow_mp
+from addcow_mp.format.geometry import Geometry, virtual_size
+from addcow_mp.format.header import (
+    FIELDS,
+    FIXED_SIZE,
+    KNOWN_FORMATS,
+    Header,
+    format_name,
+    header_size,
+    violations,
+)
+from addcow_mp.units import GiB
+from support.command import (
     ALL_ALLOCATED,
     KiB,
     MiB,
@@ -29,21 +44,6 @@ from command import (
     refused,
     succeed,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import addcow_mp
-from addcow_mp.format.geometry import Geometry, virtual_size
-from addcow_mp.format.header import (
-    FIELDS,
-    FIXED_SIZE,
-    KNOWN_FORMATS,
-    Header,
-    format_name,
-    header_size,
-    violations,
-)
-from addcow_mp.units import GiB
 
 # The same examples every time, or so many times as many new ones; a failure prints the
 # line that brings its example back.

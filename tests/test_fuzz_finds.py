@@ -17,11 +17,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden import ROOT
 
-sys.path.insert(0, str(ROOT / "tools"))
 import fuzz
 import oracle
+from support.golden import ROOT
 
 # Nothing takes longer than what the examination itself allows.
 PATIENCE = 120.0

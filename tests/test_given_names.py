@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from command import MiB, addcow, draw, draw_raw, pair, refused, succeed
+
+from support.command import MiB, addcow, draw, draw_raw, pair, refused, succeed
 
 MAGICS = {"qcow2": b"QFI\xfb\0\0\0\3", "luks": b"LUKS\xba\xbe\0\1", "add-cow": b"ACOW"}
 

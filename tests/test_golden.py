@@ -16,7 +16,6 @@ an old file time, so that a write of the same bytes shows, too.
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -24,12 +23,14 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from golden import (
+
+import addcow_mp
+import oracle
+from support.golden import (
     ARCHIVE,
     CASES,
     FACTS,
     INVALID,
-    ROOT,
     Facts,
     Replayed,
     Result,
@@ -47,11 +48,6 @@ from golden import (
     top,
     unpack,
 )
-
-import addcow_mp
-
-sys.path.insert(0, str(ROOT / "tools"))
-import oracle
 
 KiB = 1024
 ALL_ALLOCATED = 1

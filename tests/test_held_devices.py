@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command import CLUSTER, MiB, addcow, draw_raw, overlay_bytes, refused, succeed
-from loops import Loops, loops, missing, run
+
+from support.availability import missing
+from support.command import CLUSTER, MiB, addcow, draw_raw, overlay_bytes, refused, succeed
+from support.loops import Loops, loops, run
 
 SIZE = 16 * MiB
 ALLOWED = "--allow-device"

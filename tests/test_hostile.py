@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command import (
+
+from support.command import (
     CLUSTER,
     PATIENCE,
     GiB,
@@ -48,9 +49,7 @@ from command import (
     succeed,
     tool,
 )
-from golden import ROOT, addcow_here
-
-sys.path.insert(0, str(ROOT / "tools"))
+from support.golden import addcow_here
 from watch import Watch
 
 TOP, BASE, IMAGE = "top.add-cow", "base.img", "top.raw"

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from command import CLUSTER, PATIENCE, MiB, draw, draw_raw, overlay_bytes, succeed
+
+from support.command import CLUSTER, PATIENCE, MiB, draw, draw_raw, overlay_bytes, succeed
 
 _IOPRIO_GET = {"x86_64": 252, "aarch64": 31}
 _IDLE = 3

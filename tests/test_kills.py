@@ -14,23 +14,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
-from command import addcow, draw, draw_raw, refused, tool
-from faulty import (
-    IMAGE_DATA,
-    ODD,
-    TASK_CLUSTERS,
-    WIDE_CLUSTER,
-    Ended,
-    Rules,
-    Wide,
-    rule,
-    running,
-    view,
-)
+
+from support.command import addcow, draw, draw_raw, refused, tool
+from support.fault_rules import Rules, rule
+from support.guests import opened_for_writing
+from support.processes import Ended, running
+from support.wide import IMAGE_DATA, ODD, TASK_CLUSTERS, WIDE_CLUSTER, Wide, view
 
 JOBS = ("--jobs", "2")
 EACH = pytest.mark.parametrize("job", ["commit", "flatten"])
@@ -185,18 +177,6 @@ def test_no_lock_is_free_while_an_orphan_could_write(here: Path, job: str) -> No
     wide.again()
 
 
-def opened_for_writing(path: Path) -> str:
-    """Let QEMU open a file for writing; return what it complains of."""
-    done = subprocess.run(
-        ["qemu-io", "-f", "raw", "-c", "length", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode != 0) == bool(done.stderr), done
-    return done.stderr
-
-
 @EACH
 def test_an_orphan_at_the_end_of_its_task_says_nothing(here: Path, job: str) -> None:
     """It finds nobody to tell that it is done; that is no news for a terminal."""
@@ -305,13 +285,6 @@ def test_a_bitmap_that_shrinks_ends_the_job_before_it_does_harm(here: Path, job:
 
 
 # ---- signals ----
-
-
-@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
-def asking(request: pytest.FixtureRequest) -> signal.Signals:
-    """A signal that asks a job to stop."""
-    number: signal.Signals = request.param
-    return number
 
 
 @EACH

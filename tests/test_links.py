@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import (
+
+import addcow_mp
+from support.command import (
     CLUSTER,
     addcow,
     bits,
@@ -28,8 +30,6 @@ from command import (
     snapshot,
     succeed,
 )
-
-import addcow_mp
 
 TOP = "top.add-cow"
 

@@ -12,9 +12,11 @@ import os
 from pathlib import Path
 
 import pytest
-from command import addcow, draw, draw_raw, picture, refused, succeed
-from seccomp import F_GETLK, F_OFD_GETLK, F_OFD_SETLK, F_SETLK, refusing
-from test_locks import holding
+
+from support.command import addcow, draw, draw_raw, picture, refused, succeed
+from support.guests import holding
+from support.seccomp import refusing
+from support.seccomp_filter import F_GETLK, F_OFD_GETLK, F_OFD_SETLK, F_SETLK
 
 ERRORS = ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL")
 OFF = ("--locking", "off")

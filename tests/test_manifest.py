@@ -15,13 +15,12 @@ import random
 import shutil
 import signal
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from blake3 import blake3
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     KiB,
@@ -37,48 +36,20 @@ from command import (
     refused,
     snapshot,
     succeed,
-    virtual_size,
 )
-from faulty import Rules, rule, running
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import oracle
-
-LEAF = 64 * KiB
-FAN = 256
-
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
-    return random.Random(f"{SEED} {request.node.name}")
-
-
-def digest(data: bytes) -> bytes:
-    return blake3(data).digest()
-
-
-def guest_digest(view: bytes) -> str:
-    """The digest of a view, put together without any shortcut."""
-    zero = digest(bytes(LEAF))
-    level = [digest(view[at : at + LEAF].ljust(LEAF, b"\0")) for at in range(0, len(view), LEAF)]
-    while True:
-        nodes = -(-len(level) // FAN) or 1
-        level += [zero] * (nodes * FAN - len(level))
-        level = [digest(b"".join(level[at : at + FAN])) for at in range(0, nodes * FAN, FAN)]
-        zero = digest(zero * FAN)
-        if nodes == 1:
-            break
-    return digest(b"add-cow guest 1\0" + struct.pack("<Q", len(view)) + level[0]).hex()
-
-
-def view_of(path: Path) -> bytes:
-    if path.suffix == ".add-cow":
-        return oracle.guest_bytes(str(path))
-    return path.read_bytes().ljust(virtual_size(path, "raw"), b"\0")
-
+from support.fault_rules import Rules, rule
+from support.manifests import (
+    FAN,
+    LEAF,
+    digest,
+    guest_digest,
+    made,
+    some_content,
+    verified,
+    view_of,
+    write_sparse,
+)
+from support.processes import running
 
 # ---- random chains ----
 
@@ -87,25 +58,6 @@ def some_size(rng: random.Random) -> int:
     common = [0, 512, 4096, LEAF, 3 * LEAF, 300 * LEAF]
     odd = [512 * rng.randrange(1, 3000), 512 * rng.randrange(30000, 70000)]
     return rng.choice([*common, *odd])
-
-
-def some_content(rng: random.Random, size: int) -> bytes:
-    content = bytearray(size)
-    for _ in range(rng.randrange(6)):
-        at, length = rng.randrange(max(1, size)), rng.randrange(1, 200 * KiB)
-        length = len(content[at : at + length])
-        content[at : at + length] = rng.choice([bytes(length), rng.randbytes(length)])
-    return bytes(content)
-
-
-def write_sparse(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        for at in range(0, len(content), 4 * KiB):
-            block = content[at : at + 4 * KiB]
-            if block.strip(b"\0"):
-                file.seek(at)
-                file.write(block)
-        file.truncate(len(content))
 
 
 def some_chain(here: Path, rng: random.Random) -> Path:
@@ -130,18 +82,6 @@ def some_chain(here: Path, rng: random.Random) -> Path:
         backing, kind = f"o{number}.add-cow", "add-cow"
         (here / backing).write_bytes(content)
     return here / backing
-
-
-def made(here: Path, *words: str, name: str = "top.add-cow") -> dict[str, Any]:
-    told = succeed("manifest", "create", "--output", "json", *words, name, cwd=here).json
-    return {one["filename"]: one for one in told["manifests"]}
-
-
-def verified(here: Path, *words: str, name: str = "top.add-cow", status: int = 0) -> dict[str, Any]:
-    result = addcow("verify", "--output", "json", *words, name, cwd=here)
-    assert result.status == status, result
-    told: dict[str, Any] = result.json
-    return told
 
 
 @pytest.mark.parametrize("turn", range(12))

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     KiB,
     MiB,
-    Result,
     addcow,
     draw,
     draw_raw,
@@ -43,26 +43,27 @@ from command import (
     succeed,
     virtual_size,
 )
-from faulty import Ended, Job, Rules, Warm, rule, running
-from test_compare import disks
-from test_copying import uncache
-from test_farm_kills import memory_of
-from test_manifest import guest_digest, made, some_content, verified, write_sparse
-from test_space import disk, fill, mounted
+from support.fault_rules import Rules, rule
+from support.file_systems import disks, fill, mounted, remount
+from support.manifests import (
+    Layers,
+    form,
+    kind,
+    made,
+    one_line,
+    verified,
+    write_sparse,
+)
+from support.page_cache import uncache
+from support.processes import Ended, Job, memory_of, running
+from support.warm import Warm
+from test_space import disk
 
 __all__ = ["disk"]  # a fixture
-
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
 
 BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
 
 CREATE = ("manifest", "create")
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
-    return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture
@@ -76,13 +77,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     left = list(temporary.iterdir())
     shutil.rmtree(tmp_path / "here")
     assert left == []
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("warm"))
-    yield server
-    server.close()
 
 
 # ---- chains whose manifests are known ----
@@ -161,10 +155,6 @@ def state_of(here: Path) -> dict[str, str]:
         found = ((path.name, path.stat()) for path in here.iterdir())
         return {n: f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for n, s in found}
     return snapshot(here)
-
-
-def kind(name: str) -> tuple[str, ...]:
-    return () if name.endswith(".add-cow") else ("-f", "raw")
 
 
 def three(here: Path) -> Chain:
@@ -520,14 +510,6 @@ def test_the_old_manifest_stands_until_the_new_one_is_whole(
 # ---- errors ----
 
 
-def one_line(ended: Ended | Result) -> str:
-    assert ended.status == 1, ended
-    told = ended.stderr.splitlines()
-    (line,) = (one for one in told if not one.startswith("addcow: warning: "))
-    assert line.startswith("addcow: "), line
-    return line
-
-
 ERRORS = ["header_read", "bitmap_load", "image_read", "backing_read"]
 
 
@@ -686,10 +668,6 @@ def test_a_file_system_for_reading_alone_is_named(tmp_path: Path) -> None:
         assert verified(place)["findings"] == []
 
 
-def remount(place: Path, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True)
-
-
 def test_a_directory_without_the_right_to_write_is_named(here: Path) -> None:
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed, and root writes everywhere")
@@ -829,91 +807,6 @@ def test_a_farm_is_committed_and_flattened_with_its_manifests(here: Path) -> Non
 
 # ---- what guests see, by another way ----
 
-LENGTHS = [0, 512, 4096, 65536, 1 << 20]
-
-
-def some_length(rng: random.Random) -> int:
-    return rng.choice([*LENGTHS, *(512 * rng.randrange(1, 9000) for _ in LENGTHS)])
-
-
-@dataclass(frozen=True)
-class Layers:
-    """A random chain: its layers from the base up, and the lengths of their views."""
-
-    here: Path
-    names: tuple[str, ...]
-
-    @classmethod
-    def some(cls, here: Path, rng: random.Random, *, longer: bool = False) -> Layers:
-        """Draw one, whose base is ``longer`` than all others on demand."""
-        count = rng.randrange(2 if longer else 1, 5)
-        lengths = [some_length(rng) for _ in range(count)]
-        if longer:
-            lengths.sort(reverse=True)
-            lengths[0] = lengths[1] + 512 * rng.randrange(1, 3000)
-        names = ["base.img"]
-        tail = bytes(rng.choice([0, 0, 100, 511]))
-        write_sparse(here / "base.img", some_content(rng, lengths[0]) + tail)
-        for number, size in enumerate(lengths[1:], 1):
-            cluster = 4 * KiB << rng.randrange(10)
-            share = rng.choice([0, 0.1, 0.5, 0.9, 1])
-            local = [at for at in range(-(-size // cluster)) if rng.random() < share]
-            write_sparse(here / f"o{number}.raw", some_content(rng, size))
-            name = f"o{number}.add-cow"
-            (here / name).write_bytes(
-                overlay_bytes(
-                    image=f"o{number}.raw",
-                    size=size,
-                    backing=names[-1],
-                    backing_format="add-cow" if number > 1 else "raw",
-                    cluster=cluster,
-                    local=local,
-                    compatible=ALL_ALLOCATED * (rng.random() < 0.1),
-                )
-            )
-            names.append(name)
-        return cls(here, tuple(names))
-
-    @property
-    def top(self) -> str:
-        """The uppermost."""
-        return self.names[-1]
-
-    def twin(self) -> Layers:
-        """The same once more, in a place of its own, without manifests."""
-        place = self.here.parent / f"twin {len(list(self.here.parent.iterdir()))}"
-        place.mkdir()
-        for path in self.here.iterdir():
-            if ".manifest" not in path.name:
-                subprocess.run(["cp", "--sparse=always", path, place / path.name], check=True)
-        return Layers(place, self.names)
-
-    def digest(self, name: str, jobs: str) -> str:
-        """What `manifest create` says of a layer; the manifests hold."""
-        words = ("--jobs", jobs, *kind(name))
-        told = made(self.here, *words, "--replace", name=name)
-        assert verified(self.here, *words, name=name)["findings"] == []
-        found: str = told[f"{name}.manifest"]["guest-digest"]
-        assert json.loads(head(self.here / f"{name}.manifest"))["guest-digest"] == found
-        return found
-
-    def converted(self, name: str) -> str:
-        """The digest of the raw file that `convert` makes of a layer, computed here."""
-        output = self.here.parent / "converted.raw"
-        output.unlink(missing_ok=True)
-        words = ("convert", *kind(name), "-O", "raw", name, str(output))
-        succeed(*words, cwd=self.here)
-        return guest_digest(output.read_bytes())
-
-
-def head(path: Path) -> bytes:
-    """The JSON object of a manifest."""
-    with path.open("rb") as file:
-        content = file.read(4096)
-    assert content[:8] == b"ADDCOWMF"
-    return content[16 : 16 + int.from_bytes(content[12:16], "little")]
-
-
 TURNS = pytest.mark.parametrize("turn", range(5))
 
 
@@ -976,10 +869,6 @@ def test_the_digest_of_a_guest_survives_commit(
     if sizes[below] <= sizes[laid.top]:
         assert laid.digest(below, jobs) == seen
     assert laid.converted(laid.top) == seen
-
-
-def form(name: str) -> str:
-    return "add-cow" if name.endswith(".add-cow") else "raw"
 
 
 @TURNS

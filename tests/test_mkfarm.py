@@ -11,7 +11,6 @@ The seed is printed with every failure; ADDCOW_SEED=... builds the same farms ag
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ALL_ALLOCATED, KiB, addcow, read_header, snapshot
+
+from support.command import ALL_ALLOCATED, KiB, addcow, read_header, snapshot
+from support.seed import SEED
 
 MKFARM = Path(__file__).parent.parent / "tools" / "mkfarm.py"
-
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
 
 # A farm that was looked at: what must not depend on chance is tested with this one.
 KNOWN_SEED = "1"
@@ -64,7 +63,6 @@ def mkfarm(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def built(place: Path, *words: str, seed: str = SEED) -> Farm:
-    print(f"ADDCOW_SEED={seed}")  # noqa: T201 - shown with a failure
     done = mkfarm(place, "--seed", seed, *words)
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
@@ -149,7 +147,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Farm:
 
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
 def test_all_that_was_planted_is_found_and_nothing_else(farm: Farm, way: tuple[str, ...]) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     before = snapshot(farm.place), stamps(farm.place)
     expect_all_and_only_what_is_wrong(farm, *way)
     assert (snapshot(farm.place), stamps(farm.place)) == before

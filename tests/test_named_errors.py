@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 
 import pytest
-from command import draw, draw_raw, succeed
-from seccomp import refusing
+
+from support.command import draw, draw_raw, succeed
+from support.seccomp import refusing
 
 NAMED = re.compile(r"\.(add-cow|raw|img|db|manifest)\b|get memory to share with other processes: ")
 

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command import draw, draw_raw, guest_picture, overlay_bytes, refused, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from addcow_mp import ImageError, path_combine, path_has_protocol, read_string
+from support.command import draw, draw_raw, guest_picture, overlay_bytes, refused, succeed
 
 # The same examples every time, or so many times as many new ones; a failure prints the
 # line that brings its example back.

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import KiB, MiB, addcow, draw_raw, refused, same_content, succeed, tool
 
 from addcow_mp.format.bits import READ_BYTES, MappedBits
 from addcow_mp.format.manifest import FileBytes, content_of
+from support.command import KiB, MiB, addcow, draw_raw, refused, same_content, succeed, tool
 
 
 def _unavailable(reason: str) -> None:

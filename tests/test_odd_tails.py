@@ -12,15 +12,16 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
-from command import overlay_bytes, tool
-from faulty import Ended, Rules, Warm, rule
-from test_copying import xfs, xfs_disk  # noqa: F401 - fixtures
+
+from support.command import overlay_bytes, tool
+from support.fault_rules import Rules, rule
+from support.processes import Ended
+from support.warm import Warm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import oracle
@@ -43,13 +44,6 @@ WAYS = {
     "unsafe": ("-t", "unsafe"),
     "slow": ("-r", "1G"),
 }
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
 
 
 def noise(length: int, seed: int = 1) -> bytes:
@@ -140,7 +134,7 @@ def test_a_commit_never_cuts_a_longer_base(
 @pytest.mark.parametrize("job", ["commit", "commit -d", "flatten", "convert"])
 def test_whatever_way_bytes_go_none_is_lost(
     warm: Warm,
-    xfs: Path,  # noqa: F811
+    xfs: Path,
     job: str,
     way: str,
 ) -> None:

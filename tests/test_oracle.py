@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from golden import (
+
+import oracle
+from support.golden import (
     ARCHIVE,
     CASES,
     INVALID,
@@ -34,9 +36,6 @@ from golden import (
     unpack,
     usual_header,
 )
-
-sys.path.insert(0, str(ROOT / "tools"))
-import oracle
 
 KiB = 1024
 CLUSTER = 4 * KiB

@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     GiB,
@@ -41,11 +42,11 @@ from command import (
     succeed,
     virtual_size,
 )
+from support.seed import SEED
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import oracle
 
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
 CHAINS = 24
 
 LEAF = 64 * KiB
@@ -96,7 +97,6 @@ def assert_agreed(top: Path, layers: set[Path], *options: str) -> None:
 
 @pytest.mark.parametrize("number", range(CHAINS))
 def test_random_chains_have_no_fault(number: int, tmp_path: Path) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     rng = random.Random(f"{SEED}/{number}")
     layers = random_chain(rng, tmp_path)
     assert_agreed(layers[0], set(layers), "--jobs", str(rng.choice([0, 2])))
@@ -264,7 +264,6 @@ def beyond_identities(found: list[str]) -> list[str]:
 
 
 def test_any_byte_of_a_manifest_counts(top: Path) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     rng = random.Random(SEED)
     for layer in (top, top.with_name("base.img")):
         right = manifest(layer).read_bytes()
@@ -275,7 +274,6 @@ def test_any_byte_of_a_manifest_counts(top: Path) -> None:
 
 
 def test_any_byte_of_a_manifest_counts_under_a_right_digest(top: Path) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     rng = random.Random(SEED)
     for layer in (top, top.with_name("base.img")):
         right = manifest(layer).read_bytes()
@@ -332,7 +330,6 @@ def test_a_byte_of_data_is_found_where_it_counts(
 
 
 def test_any_byte_counts_but_those_under_a_clear_bit(own_top: Path) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     rng = random.Random(SEED)
     local = local_clusters(own_top)
     for name in ("top.raw", "base.img"):
@@ -356,7 +353,6 @@ def test_any_byte_of_a_raw_file_counts_its_ragged_end_included(tmp_path: Path) -
 
 
 def test_any_byte_of_the_header_counts(own_top: Path) -> None:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
     rng = random.Random(SEED)
     right = own_top.read_bytes()
     for at in [*range(100), *rng.sample(range(100, LEAF // 2), 40)]:

@@ -8,8 +8,19 @@ import signal
 from pathlib import Path
 
 import pytest
-from command import CLUSTER, addcow, bits, guest_picture, pair, read_header, stored_bytes, succeed
-from faulty import Rules, rule, running
+
+from support.command import (
+    CLUSTER,
+    addcow,
+    bits,
+    guest_picture,
+    pair,
+    read_header,
+    stored_bytes,
+    succeed,
+)
+from support.fault_rules import Rules, rule
+from support.processes import running
 
 #: Where a job fails, and what a single command then says beside the cause.
 LATE = [

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command import CLUSTER, PATIENCE, addcow, local_clusters, pair, picture, refused
-from faulty import LOOK_AGAIN, running
 
 import addcow_mp
+from support.command import CLUSTER, PATIENCE, addcow, local_clusters, pair, picture, refused
+from support.processes import LOOK_AGAIN, running
 
 ADDCOW = [sys.executable, "-m", "addcow_mp"]
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import CLUSTER, draw, draw_raw
-from faulty import Ended, Warm
+
+from support.command import CLUSTER, draw, draw_raw
+from support.processes import Ended
+from support.warm import Warm
 
 GROUP = 4321  # nobody's, so that a test run by root can give files to it
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command import ALL_ALLOCATED, GiB, KiB, MiB, overlay_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +32,7 @@ from addcow_mp.engine.allocation import (
 from addcow_mp.engine.tasks import TASK_BYTES, Stretch, Task, cut
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.options import Hooks, RunOptions
+from support.command import ALL_ALLOCATED, GiB, KiB, MiB, overlay_bytes
 
 # The same examples every time, or so many times as many new ones; a failure prints the
 # line that brings its example back.

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command import CLUSTER, MiB, addcow, draw, draw_raw, overlay_bytes, snapshot, succeed
-from loops import Loops, loops, missing, run
+
+from support.availability import missing
+from support.command import CLUSTER, MiB, addcow, draw, draw_raw, overlay_bytes, snapshot, succeed
+from support.loops import Loops, loops, run
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 

@@ -27,7 +27,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from command import PATIENCE, local_clusters
 
 import addcow_mp
 from addcow_mp import AddcowError, FileError, SyncError, WorkerError
@@ -48,6 +47,8 @@ from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.tasks import Task
 from addcow_mp.engine.transfer import TOP, Totals
 from addcow_mp.engine.transfer_run import Assignment, run_transfer
+from support.command import PATIENCE, local_clusters
+from support.pool_work import Bad, DiesOnce, Marks, Plain, Waits, log_of, refuse, tasks_of, tries
 
 JOBS = [0, 1, 3]
 PROCESSES = [1, 3]
@@ -61,117 +62,6 @@ Result = Done | Failed
 def marked(board: DoneMap) -> list[int]:
     """The clusters that are marked on a board of 64."""
     return [at for first, stop in board.marks(TOP).runs(0, 64) for at in range(first, stop)]
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Writes a line for the try, with task and process, and reports the weight as moved."""
-
-    directory: Path
-
-    def __call__(self, task: Task, slot: int) -> Totals:  # noqa: ARG002 - slot is for boards
-        with (self.directory / "log").open("a") as log:
-            log.write(f"{task.number} {os.getpid()}\n")
-        self.act(task)
-        return Totals(bytes_moved=task.weight, clusters_moved=task.stop - task.first)
-
-    def act(self, task: Task) -> None:
-        """What else there is to do."""
-
-
-@dataclass(frozen=True)
-class Bad(Plain):
-    """Does something bad at the tasks ``at``; ``how`` says what."""
-
-    at: frozenset[int]
-    how: str
-
-    def act(self, task: Task) -> None:
-        if task.number in self.at:
-            BADNESS[self.how]()
-
-
-def refuse() -> None:
-    raise FileError(path="base.img", action="read it", reason="Input/output error", errno=5)
-
-
-def divide() -> None:
-    raise ZeroDivisionError("division\nby zero")
-
-
-def kill_myself() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def end_myself() -> None:
-    os.kill(os.getpid(), signal.SIGUSR2)
-
-
-def leave() -> None:
-    os._exit(3)
-
-
-BADNESS: dict[str, Callable[[], None]] = {
-    "refuse": refuse,
-    "divide": divide,
-    "kill": kill_myself,
-    "end": end_myself,
-    "leave": leave,
-}
-
-
-@dataclass(frozen=True)
-class DiesOnce(Plain):
-    """Is killed at the first try of each of the tasks ``at``."""
-
-    at: frozenset[int]
-
-    def act(self, task: Task) -> None:
-        if task.number in self.at:
-            try:
-                (self.directory / f"dead-{task.number}").touch(exist_ok=False)
-            except FileExistsError:
-                return
-            kill_myself()
-
-
-@dataclass(frozen=True)
-class Waits(Plain):
-    """Waits at the FIFO ``gate`` at the tasks ``at``, and then does ``how``, if anything."""
-
-    at: frozenset[int]
-    how: str = ""
-
-    @property
-    def gate(self) -> Path:
-        return self.directory / "gate"
-
-    def act(self, task: Task) -> None:
-        if task.number in self.at:
-            self.gate.read_bytes()
-            BADNESS.get(self.how, lambda: None)()
-
-
-@dataclass(frozen=True)
-class Marks:
-    """Marks the first half of a task on the board and counts it; at ``fatal`` then dies."""
-
-    board: DoneMap
-    fatal: int
-
-    def __call__(self, task: Task, slot: int) -> Totals:
-        half = (task.first + task.stop) // 2
-        self.board.marks(TOP).set(task.first, half)
-        self.board.count(slot, half - task.first)
-        if task.number == self.fatal:
-            kill_myself()
-        self.board.marks(TOP).set(half, task.stop)
-        self.board.count(slot, task.stop - half)
-        return Totals()
-
-
-def tasks_of(count: int) -> list[Task]:
-    return [Task(number, 16 * number, 16 * number + 16, 100 + number) for number in range(count)]
 
 
 # ---- watching ----
@@ -211,21 +101,6 @@ def own_children() -> set[int]:
             continue  # it has ended meanwhile
         if int(fields["PPid"]) == os.getpid() and b"resource_tracker" not in command:
             found.add(int(fields["Pid"]))
-    return found
-
-
-def log_of(directory: Path) -> list[tuple[int, int]]:
-    """Every try so far: task and process."""
-    log = directory / "log"
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [(int(number), int(process)) for number, process in map(str.split, lines)]
-
-
-def tries(directory: Path) -> dict[int, list[int]]:
-    """The processes that tried each task."""
-    found: dict[int, list[int]] = {}
-    for number, process in log_of(directory):
-        found.setdefault(number, []).append(process)
     return found
 
 
@@ -612,7 +487,7 @@ def test_an_interrupt_of_the_whole_group_is_the_parent_s_to_judge(tmp_path: Path
 PARENT = """
     import sys
     from pathlib import Path
-    from test_pool import Plain, tasks_of, tries
+    from support.pool_work import Plain, tasks_of, tries
     from addcow_mp.engine.pool import Pool
 
     if __name__ == "__main__":

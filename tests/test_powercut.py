@@ -22,30 +22,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from chains import even_chain
-from command import addcow, succeed, tool
-from model import Files, MiB, build, raw, view
-from powercut import (
+
+import oracle
+from support.chains import even_chain
+from support.command import addcow, succeed, tool
+from support.file_systems import made_disk
+from support.model import Files, MiB, build, raw, view
+from support.powercut import (
     SIZE_OF_EVENTS,
     Disk,
     Moment,
-    ToolMissingError,
-    UnavailableError,
-    loop_disk,
     lose_power,
     make_durable,
 )
-from promises import VIEW, Commit, Flatten, Promise, promise_of
-from victim import PATIENCE, Victim
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import oracle
-
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
+from support.promises import VIEW, Commit, Flatten, Promise, promise_of
+from support.victim import PATIENCE, Victim
 
 # Enough for about fifteen checkpoints, with a few holes punched at each.
 SIZE = 8 * MiB
@@ -63,23 +57,7 @@ RANDOM_JOBS = ["commit", "commit", "commit -d", "flatten", "flatten", "flatten -
 def disk(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Disk]:
-    with ExitStack() as stack:
-        try:
-            made = stack.enter_context(loop_disk(request.param, tmp_path_factory.mktemp("disk")))
-        except ToolMissingError as error:
-            if os.environ.get("CI") == "true":
-                pytest.fail(str(error))
-            pytest.skip(str(error))
-        except UnavailableError as error:
-            pytest.skip(str(error))
-        yield made
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    """Chance of its own for each test, from the one seed."""
-    tell(f"ADDCOW_SEED={SEED}")
-    return random.Random(f"{SEED} {request.node.name}")
+    yield from made_disk(request.param, tmp_path_factory.mktemp("disk"))
 
 
 def tell(story: str) -> None:
@@ -215,7 +193,7 @@ def test_what_was_done_stays_done(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from powercut import loop_disk
+from support.powercut import loop_disk
 
 with loop_disk(sys.argv[1], Path(sys.argv[2])) as disk:
     assert os.path.ismount(disk.mountpoint)

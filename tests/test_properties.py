@@ -23,7 +23,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model import (
+
+import addcow_mp
+from support.model import (
     LONG_AGO,
     SECTOR,
     Content,
@@ -51,8 +53,6 @@ from model import (
     touched,
     view,
 )
-
-import addcow_mp
 
 SEARCH = int(os.environ.get("ADDCOW_SEARCH", "0"))
 CLUSTER_SIZES = [4 * KiB, 8 * KiB, 16 * KiB, 2 * MiB, 32 * KiB, 64 * KiB]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from command import (
+
+from support.command import (
     GiB,
     KiB,
     MiB,

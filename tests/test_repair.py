@@ -14,13 +14,14 @@ import fcntl
 import os
 import random
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+
+import oracle
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     KiB,
@@ -39,10 +40,7 @@ from command import (
     stored_bytes,
     succeed,
 )
-from golden import LONG_AGO_NS, ROOT, addcow_here, snapshot
-
-sys.path.insert(0, str(ROOT / "tools"))
-import oracle
+from support.golden import LONG_AGO_NS, addcow_here, snapshot
 from watch import CHANGED, CLOSED, CREATED, Watch
 
 TOP, IMAGE, BASE, BACKUP = "top.add-cow", "top.raw", "base.img", "top.add-cow.backup-1"

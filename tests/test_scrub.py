@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+
+from support.command import (
     CLUSTER,
     KiB,
     MiB,
@@ -42,31 +43,19 @@ from command import (
     snapshot,
     tool,
 )
-from faulty import Ended, Job, Rules, Warm, rule, running
-from test_locks import talking
-from test_manifest_kills import WIDE, kind, one_line, remount
-from test_space import fill, mounted
-
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
+from support.fault_rules import Rules, rule
+from support.file_systems import fill, mounted, remount
+from support.guests import talking
+from support.manifests import kind, one_line
+from support.processes import Ended, Job, running
+from support.warm import Warm
+from test_manifest_kills import WIDE
 
 LEAF = 64 * KiB
 
 BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
 
 Told = dict[str, Any]
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
-    return random.Random(f"{SEED} {request.node.name}")
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("warm"))
-    yield server
-    server.close()
 
 
 @dataclass(frozen=True)

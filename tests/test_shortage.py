@@ -14,8 +14,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from command import CLUSTER, PATIENCE, MiB, overlay_bytes, read_header, same_content
-from seccomp import CALLS, refusing, skip_without_filters
+
+from support.command import CLUSTER, PATIENCE, MiB, overlay_bytes, read_header, same_content
+from support.seccomp import FILTER, refusing, skip_without_filters
+from support.seccomp_filter import CALLS
 
 NO_PROCESS = ["clone:EAGAIN", "clone3:EAGAIN", "fork:EAGAIN", "vfork:EAGAIN"]
 SIZE = 160 * MiB  # three tasks
@@ -72,7 +74,6 @@ def test_without_room_for_any_process_or_thread_the_work_is_done(
 
 ONCE = """
     import sys, threading
-    sys.path.insert(0, {tests!r})
     from multiprocessing import util
     import _posixsubprocess
     real, left = util.spawnv_passfds, [{allowed}]
@@ -94,9 +95,7 @@ ONCE = """
 def test_with_room_for_some_processes_these_do_the_work(here: Path, allowed: int) -> None:
     """The first one is multiprocessing's own helper."""
     script = here.parent / f"once-{allowed}.py"
-    script.write_text(
-        textwrap.dedent(ONCE).format(tests=str(Path(__file__).parent), allowed=allowed)
-    )
+    script.write_text(textwrap.dedent(ONCE).format(allowed=allowed))
     words = ["flatten", "--jobs", "3", "top.add-cow"]
     done = subprocess.run(
         [sys.executable, str(script), *words],
@@ -168,10 +167,9 @@ COUNTING = """
 @pytest.mark.parametrize("answer", ["ENOSYS", "EPERM"])
 def test_no_descriptor_is_left_where_openat2_is_missing(here: Path, answer: str) -> None:
     skip_without_filters()
-    seccomp = str(Path(__file__).with_name("seccomp.py"))
 
     def counted(*rules: str) -> list[int]:
-        prefix = [sys.executable, seccomp, *rules, "--"] if rules else []
+        prefix = [sys.executable, str(FILTER), *rules, "--"] if rules else []
         done = subprocess.run(
             [*prefix, sys.executable, "-c", textwrap.dedent(COUNTING)],
             cwd=here,

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from powercut import UnavailableError, loop_disk
+
+from support.powercut import UnavailableError, loop_disk
 
 SOAK = Path(__file__).parent.parent / "tools" / "soak.py"
 

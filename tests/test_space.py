@@ -17,16 +17,15 @@ import os
 import random
 import re
 import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from command import (
+
+from addcow_mp.engine.space import peak
+from support.command import (
     CLUSTER,
     KiB,
-    MiB,
     addcow,
     bits,
     draw,
@@ -40,11 +39,11 @@ from command import (
     snapshot,
     stored_bytes,
     succeed,
-    tool,
 )
-from faulty import TASK_CLUSTERS, Rules, Warm, Wide, rule
-
-from addcow_mp.engine.space import peak
+from support.fault_rules import Rules, rule
+from support.file_systems import fill, free, mounted
+from support.warm import Warm
+from support.wide import TASK_CLUSTERS, Wide
 
 BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
 DATA = 40 * "A"
@@ -64,45 +63,6 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 def memory(tmp_path: Path) -> Iterator[Path]:
     """The same as a tmpfs, whose space can be used to the last page."""
     yield from mounted("tmpfs", tmp_path)
-
-
-def mounted(kind: str, tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    here = tmp_path / "disk"
-    here.mkdir()
-    if kind == "tmpfs":
-        words = ["-t", "tmpfs", "-o", "size=4m", "tmpfs"]
-    else:
-        with (tmp_path / "device").open("wb") as device:
-            device.truncate(5 * MiB)
-        tool("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", "device", cwd=tmp_path)
-        words = ["-t", "ext4", "-o", "loop,noatime", str(tmp_path / "device")]
-    done = subprocess.run(["mount", *words, str(here)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount a {kind} here: {done.stderr.strip()}")
-    try:
-        yield here
-    finally:
-        subprocess.run(["umount", str(here)], check=True)
-
-
-def free(here: Path) -> int:
-    """Return the bytes that are free on the file system."""
-    os.sync()  # what is not placed yet is not counted yet
-    state = os.statvfs(here)
-    return state.f_bfree * state.f_frsize
-
-
-def fill(here: Path, *, leave: int = 0) -> Path:
-    """Take all of the free space but `leave` bytes with a file of its own."""
-    path = here / "filler"
-    with path.open("wb", buffering=0) as file:
-        for size in (CLUSTER, 4 * KiB):
-            with suppress(OSError):  # what a file system says is free may be needed by itself
-                while free(here) >= leave + size:
-                    file.write(b"f" * size)
-    return path
 
 
 def states(here: Path) -> tuple[dict[str, str], dict[str, int], int]:
@@ -245,13 +205,6 @@ def plain_peak(steps: list[tuple[int, int, int]], lag: int) -> int:
 
 
 # ---- full in mid-run ----
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    server = Warm(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(

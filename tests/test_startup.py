@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from command import PATIENCE, addcow, pair, refused, succeed
+
+from support.command import PATIENCE, addcow, pair, refused, succeed
 
 Loads = Callable[..., set[str]]
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+
+from support.command import (
     PATIENCE,
     Result,
     addcow,
@@ -32,7 +33,7 @@ from command import (
     refused,
     succeed,
 )
-from test_dependants import nest, unnest
+from support.file_systems import nest, unnest
 
 NOBODY = 65534
 DENIED, DEAD = "Permission denied", "not connected"

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import (
+
+from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
     KiB,
@@ -50,13 +51,12 @@ from command import (
     tool,
     virtual_size,
 )
-from faulty import WIDE_CLUSTER, Ended, Process, Rules, Wide, rule, running
-from test_kills import opened_for_writing
-from test_manifest import guest_digest, made, view_of
-from test_manifest_kills import Layers, form, one_line
-from test_space import mounted
-
-SEED = os.environ.get("ADDCOW_SEED") or str(random.SystemRandom().randrange(10**9))
+from support.fault_rules import Rules, rule
+from support.file_systems import mounted
+from support.guests import opened_for_writing
+from support.manifests import Layers, form, guest_digest, made, one_line, view_of
+from support.processes import Ended, Process, running
+from support.wide import WIDE_CLUSTER, Wide
 
 WORDS = {
     "commit": ("commit",),
@@ -67,12 +67,6 @@ WORDS = {
 EACH = pytest.mark.parametrize("job", list(WORDS))
 BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
 CACHES = pytest.mark.parametrize("cache", ["writeback", "none", "unsafe"])
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    print(f"ADDCOW_SEED={SEED}")  # noqa: T201 - shown with a failure
-    return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 
+from addcow_mp.units import GiB, human_size
 from bench_cases import STAGES
 from bench_files import BenchError, CannotError, filesystem_of, free_space, warm_only, xfs
 from bench_report import (
@@ -44,8 +45,6 @@ from bench_report import (
     write_all,
 )
 from bench_runs import ADDCOW, Case, Contender, Disk, Stage
-
-from addcow_mp.units import GiB, human_size
 
 #: Guest data at full scale: what the targets were set for.
 FULL = 4 * GiB

@@ -23,6 +23,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import addcow_mp
+from addcow_mp.jobs.manifest import create
+from addcow_mp.jobs.options import RunOptions
+from addcow_mp.units import GiB, KiB, MiB, TiB
 from bench_files import (
     CLUSTER,
     NEW,
@@ -52,11 +56,6 @@ from bench_runs import (
     command,
     reported,
 )
-
-import addcow_mp
-from addcow_mp.jobs.manifest import create
-from addcow_mp.jobs.options import RunOptions
-from addcow_mp.units import GiB, KiB, MiB, TiB
 
 Build = Callable[[Path, int], None]
 Contenders = Callable[[Path, int], list[Contender]]

@@ -18,10 +18,9 @@ from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
+from addcow_mp.units import human_size
 from bench_chart import Bar, chart
 from bench_runs import Case, Measure
-
-from addcow_mp.units import human_size
 
 
 @dataclass

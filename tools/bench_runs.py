@@ -25,9 +25,8 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from bench_files import BenchError, Run
-
 from addcow_mp.units import MiB
+from bench_files import BenchError, Run
 
 ADDCOW = str(Path(sys.executable).with_name("addcow"))
 

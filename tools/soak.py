@@ -3,11 +3,11 @@
 
     soak.py --minutes N [--seed S] [--case NUMBER] [--keep DIR] [--order ORDER]
 
-A case is a random chain (`tests/chains.py`), a random job on it, and one to three accidents
+A case is a random chain (`tests/support/chains.py`), a random job on it, and one to three accidents
 to that job: its parent or a worker is killed, it is told to stop, also at a low rate, a fault
 rule lets some step fail, or, for root on a machine with loop devices, the power of its file
-system is cut (`tests/powercut.py`). After each accident what the job promises is looked at
-(`tests/promises.py`), by a reader that knows nothing of the package. In the end the same
+system is cut (`tests/support/powercut.py`). After each accident what the job promises is looked at
+(`tests/support/promises.py`), by a reader that knows nothing of the package. In the end the same
 command is run without any accident and must complete.
 
 Every other chain is reached through links: a symbolic link in another directory leads to its
@@ -17,8 +17,8 @@ files with the names of the chain's files; nothing may change them.
 At the first promise that is not kept this ends with status 1, tells seed, case and steps, and
 keeps the files of the case. `--seed S --case NUMBER` runs that case again: the same chain,
 job and accidents. What the processes do in between is theirs, so a rare find may take several
-tries. `--order` puts the job's syncs into a wrong order (`tests/small_steps.py`), to see that
-this would be noticed.
+tries. `--order` puts the job's syncs into a wrong order (`tests/support/small_steps.py`), to see
+that this would be noticed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import oracle
-from chains import can_commit, wild_chain
-from model import Files, MiB, Overlay, build, contents, view
-from powercut import (
+from support.chains import can_commit, wild_chain
+from support.model import Files, MiB, Overlay, build, contents, view
+from support.powercut import (
     EVENTS,
     SIZE_OF_EVENTS,
     Cut,
@@ -53,8 +53,8 @@ from powercut import (
     lose_power,
     make_durable,
 )
-from promises import Commit, Promise, promise_of
-from victim import PATIENCE, Hang, Victim
+from support.promises import Commit, Promise, promise_of
+from support.victim import PATIENCE, Hang, Victim
 
 #: Small enough for a case a second, big enough for several tasks and checkpoints.
 LARGEST = 6 * MiB

@@ -1,11 +1,11 @@
-"""Run a command for which the kernel refuses system calls: a real seccomp filter, no pretending.
+"""A program that runs a command for which the kernel refuses system calls: a real filter.
 
-    python seccomp.py RULE... -- COMMAND...
+    python seccomp_filter.py RULE... -- COMMAND...
 
 A rule is ``CALL:ERROR``, or ``CALL/N=VALUE:ERROR`` for calls whose argument N, counted from 0, has
-this value: ``fcntl/1=37:ENOLCK``. What the command starts is bound by the same filter. In a test,
-:func:`refusing` runs addcow like that. Calls without which no program starts are refused from
-then on when the modules are loaded: with ``addcow`` for the command, and in that process alone.
+this value: ``fcntl/1=37:ENOLCK``. What the command starts is bound by the same filter. Calls
+without which no program starts are refused from then on when the modules are loaded: with
+``addcow`` for the command, and in that process alone.
 """
 
 import ctypes
@@ -13,13 +13,7 @@ import errno
 import os
 import platform
 import struct
-import subprocess
 import sys
-from functools import cache
-from pathlib import Path
-
-import pytest
-from command import PATIENCE, Result
 
 #: The numbers of system calls, by the machine.
 CALLS = {
@@ -94,12 +88,20 @@ CALLS = {
     },
 }
 
+
 #: Commands of fcntl, the same on both machines.
 F_GETLK, F_SETLK, F_OFD_GETLK, F_OFD_SETLK = 5, 6, 36, 37
 
+
 _LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+
+
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
+
+
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER = 38, 22, 2
+
+
 _NUMBER_AT, _ARGUMENTS_AT = 0, 16
 
 
@@ -137,47 +139,6 @@ def bind(rules: list[str]) -> None:
         if libc.prctl(*words):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-
-
-def refusing(
-    rules: list[str], *arguments: str, cwd: Path, stdin: str = "", loaded: bool = False
-) -> Result:
-    """Run addcow bound to the rules, and insist on nothing but that it ends without a traceback.
-
-    ``loaded``: from then on when its modules are loaded.
-    """
-    skip_without_filters()
-    command = ["addcow"] if loaded else [sys.executable, "-m", "addcow_mp"]
-    words = [*rules, "--", *command, *arguments]
-    done = subprocess.run(
-        [sys.executable, __file__, *words],
-        cwd=cwd,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-@cache
-def _why_not() -> str:
-    if platform.machine() not in CALLS:
-        return f"no numbers of system calls are known for {platform.machine()}"
-    words = [sys.executable, __file__, "flock:ENOLCK", "--", "true"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return "" if done.returncode == 0 else "seccomp filters cannot be set: " + done.stderr[-200:]
-
-
-def skip_without_filters() -> None:
-    """Skip the test, or fail where nothing may be missing, when filters cannot be had."""
-    reason = _why_not()
-    if reason and os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    if reason:
-        pytest.skip(reason)
 
 
 def _run_here(rules: list[str], arguments: list[str]) -> int:

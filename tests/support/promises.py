@@ -26,13 +26,12 @@ from __future__ import annotations
 import errno
 import os
 import random
-import sys
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from model import (
+import oracle
+from support.model import (
     ALL_ALLOCATED,
     SECTOR,
     Files,
@@ -43,9 +42,6 @@ from model import (
     span,
     stray_bits,
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import oracle
 
 VIEW = "the guest's view"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
+from support.availability import missing
 
 _BLKPG, _ADD_PARTITION, _DELETE_PARTITION = 0x1269, 1, 2
 
@@ -20,13 +20,6 @@ def run(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done
     return done.stdout
-
-
-def missing(reason: str) -> None:
-    """Skip the test, or fail where nothing may be missing."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 class Loops:

@@ -35,8 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from promises import Promise
-from victim import PATIENCE, Victim
+from support.promises import Promise
+from support.victim import PATIENCE, Victim
 
 MiB = 1024 * 1024
 

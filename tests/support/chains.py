@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from model import SECTOR, KiB, MiB, Overlay, Raw, overlay, raw
+from support.model import SECTOR, KiB, MiB, Overlay, Raw, overlay, raw
 
 CLUSTER_SIZES = [4 * KiB, 8 * KiB, 16 * KiB, 32 * KiB, 64 * KiB, 128 * KiB, 512 * KiB, 2 * MiB]
 

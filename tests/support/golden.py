@@ -33,7 +33,7 @@ from typing import Any
 
 KiB = 1024
 SECTOR = 512
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 ARCHIVE = ROOT.parent / "shared" / "golden" / "golden.tar.xz"
 LONG_AGO_NS = 1_000_000_000 * 10**9
 """A file time in 2001: whatever is written during a test gets another one."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
+from support.availability import missing
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -105,9 +105,7 @@ def io(name: str, *commands: str, cwd: Path) -> Result:
 def tool(name: str, *arguments: str, cwd: Path) -> str:
     """Run a tool of the system, insisting on success; skip where it is not installed."""
     if shutil.which(name) is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{name} is not installed")
-        pytest.skip(f"{name} is not installed")
+        missing(f"{name} is not installed")
     done = subprocess.run(
         [name, *arguments], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, check=False
     )

@@ -1,0 +1,1 @@
+"""What the tests share: images, commands, processes, file systems. No test is in here."""
