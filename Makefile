@@ -1,5 +1,5 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
-# Both first run tools/setup.sh, which makes .venv and installs what is missing.
+# `make demo`, `make test` and `make test-all` do everything on a fresh machine.
+# They first run tools/setup.sh, which makes .venv and installs what is missing.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +11,15 @@ TESTERS ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
 MINUTES ?= 10
 SECONDS ?= 60
 
-.PHONY: help demo test test-failed test-slow lint format soak fuzz bench bench-quick clean
+.PHONY: help demo test test-all test-failed test-slow lint format soak fuzz bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the main job on real input: commit and flatten an ext4 disk"
-	@echo "make test    all tests"
-	@echo "make test-failed  what failed in the last run, once more and alone"
+	@echo "make test    at least one test of each promise of the README, under 5 minutes"
+	@echo "make test-all     all tests, with the long walks: every fault at every step"
+	@echo "make test-failed  the tests that failed in the last run, once more and alone"
+	@echo "make test-slow    tests that take minutes each: 300 power cuts, the bench in full"
 	@echo "make lint    ruff, mypy --strict, import contract"
 	@echo "make soak    MINUTES=10: random kills, faults and power cuts on random chains"
 	@echo "make fuzz    SECONDS=60: damaged headers, bitmaps and chains through every reader"
@@ -32,15 +34,20 @@ $(READY): pyproject.toml tools/setup.sh
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
 
-test: $(READY)
-	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest
 
-# What failed in the last run, alone: under the load of the others a limit of time may be missed.
+test: $(READY)
+	@$(PYTEST) -n $(TESTERS) --dist loadfile
+
+test-all: $(READY)
+	@$(PYTEST) -n $(TESTERS) --dist loadfile -m "not slow"
+
+# One after the other: under the load of other tests a test may miss a limit of time.
 test-failed: $(READY)
-	@$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+	@$(PYTEST) -m "not slow" --last-failed --last-failed-no-failures none
 
 test-slow: $(READY)
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support import seed
 from support.call_trace import Trace, watch_syncs, watch_the_kernel, watch_writes
@@ -22,6 +23,27 @@ for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         ending = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
         signal.signal(_number, ending)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try properties with few examples where the long walks are left out."""
+    for name in ("quick", "full"):
+        settings.register_profile(name)
+    settings.load_profile("quick" if "not long" in config.option.markexpr else "full")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases outside of the sample of their test as long."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        if sample := cases[0].get_closest_marker("sample"):
+            (count,) = sample.args
+            kept = {number * len(cases) // count for number in range(count)}
+            for number in set(range(len(cases))) - kept:
+                cases[number].add_marker(pytest.mark.long)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -23,7 +23,7 @@ from tempfile import TemporaryFile
 
 import pytest
 from bitarray import bitarray
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from addcow_mp.format import bitmap as bitmap_module
@@ -32,21 +32,13 @@ from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
 from addcow_mp.format.bits import WINDOW, WINDOW_BITS, MappedBits, Run, merged, runs
 from addcow_mp.format.geometry import Geometry
 from support.command import GiB, KiB, MiB
+from support.properties import tried
 
 OFFSET = 4 * KiB
 CLUSTER = 4 * KiB
 FILL = 0xA5
 
-# The same examples every time, or so many times as many new ones; a failure prints the
-# line that brings its example back.
-SEARCH = int(os.environ.get("ADDCOW_SEARCH", "0"))
-PROPERTY = settings(
-    max_examples=50 * max(1, SEARCH),
-    deadline=None,
-    print_blob=True,
-    derandomize=not SEARCH,
-    database=None,
-)
+PROPERTY = tried(50)
 
 # Below, at and above the borders of bytes, of words and of the bitmap's own clusters.
 COUNTS = st.sampled_from([0, 1, 7, 8, 9, 63, 64, 65, 100, 1000, 32767, 32768, 32769, 40000])

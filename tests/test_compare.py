@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from support.command import (
@@ -46,6 +46,7 @@ from support.model import SECTOR, Layer, build, overlay, raw, read_view
 from support.page_cache import resident, uncache, was_read
 from support.powercut import Disk
 from support.processes import Ended, running
+from support.properties import tried
 from support.warm import Warm
 
 SAME = "Images are identical.\n"
@@ -194,7 +195,7 @@ def poke(path: str, offset: int, value: int) -> None:
 
 
 @given(layers(), layers(), POKES, st.sampled_from(["first", "second", "copy"]))
-@settings(deadline=None, max_examples=80, derandomize=True, database=None)
+@tried(80)
 def test_extents_are_those_of_the_bytes(
     warm: Warm, one: Layer, other: Layer, pokes: list[tuple[int, int]], how: str
 ) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from addcow_mp.engine import throttle
@@ -56,6 +56,7 @@ from support.model import Overlay, build, overlay, raw
 from support.page_cache import resident, uncache, was_read
 from support.processes import Ended, running
 from support.promises import KINDS
+from support.properties import tried
 from support.warm import Warm
 
 #: A run of this length is cloned where nothing is pinned; shorter ones are copied.
@@ -635,7 +636,7 @@ PAUSES = st.sampled_from([0.0, 0.0, 0.0, 0.001, 0.03, 0.12, 0.2, 0.9, 5.0])
 
 
 @given(RATES, st.lists(st.tuples(PAUSES, st.floats(0.001, 1)), min_size=1, max_size=80))
-@settings(deadline=None, max_examples=150, derandomize=True, database=None)
+@tried(150)
 def test_no_second_sees_more_than_nine_eighths_of_the_rate_and_a_step(
     rate: int, steps: list[tuple[float, float]]
 ) -> None:

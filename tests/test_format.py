@@ -6,13 +6,12 @@ made in the bytes of a file, and a user opens it. What is legal at its very limi
 well, so that a rule is neither missing nor too strict.
 """
 
-import os
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import addcow_mp
@@ -44,17 +43,9 @@ from support.command import (
     refused,
     succeed,
 )
+from support.properties import tried
 
-# The same examples every time, or so many times as many new ones; a failure prints the
-# line that brings its example back.
-SEARCH = int(os.environ.get("ADDCOW_SEARCH", "0"))
-PROPERTY = settings(
-    max_examples=100 * max(1, SEARCH),
-    deadline=None,
-    print_blob=True,
-    derandomize=not SEARCH,
-    database=None,
-)
+PROPERTY = tried(100)
 
 # docs/format.md: first byte, length. A header whose every byte is another one shows each.
 PLACES = {

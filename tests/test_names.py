@@ -11,22 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from addcow_mp import ImageError, path_combine, path_has_protocol, read_string
 from support.command import draw, draw_raw, guest_picture, overlay_bytes, refused, succeed
+from support.properties import tried
 
-# The same examples every time, or so many times as many new ones; a failure prints the
-# line that brings its example back.
-SEARCH = int(os.environ.get("ADDCOW_SEARCH", "0"))
-PROPERTY = settings(
-    max_examples=100 * max(1, SEARCH),
-    deadline=None,
-    print_blob=True,
-    derandomize=not SEARCH,
-    database=None,
-)
+PROPERTY = tried(100)
 
 # No NUL and no slash: what may stand between two slashes of a path.
 PARTS = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=9)

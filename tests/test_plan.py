@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import addcow_mp
@@ -33,17 +33,9 @@ from addcow_mp.engine.tasks import TASK_BYTES, Stretch, Task, cut
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.jobs.options import Hooks, RunOptions
 from support.command import ALL_ALLOCATED, GiB, KiB, MiB, overlay_bytes
+from support.properties import tried
 
-# The same examples every time, or so many times as many new ones; a failure prints the
-# line that brings its example back.
-SEARCH = int(os.environ.get("ADDCOW_SEARCH", "0"))
-PROPERTY = settings(
-    max_examples=100 * max(1, SEARCH),
-    deadline=None,
-    print_blob=True,
-    derandomize=not SEARCH,
-    database=None,
-)
+PROPERTY = tried(100)
 
 LIMIT = 1000
 BLOCK = 4 * KiB

@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import addcow_mp
@@ -53,23 +53,11 @@ from support.model import (
     touched,
     view,
 )
+from support.properties import tried
 
-SEARCH = int(os.environ.get("ADDCOW_SEARCH", "0"))
 CLUSTER_SIZES = [4 * KiB, 8 * KiB, 16 * KiB, 2 * MiB, 32 * KiB, 64 * KiB]
 # Letters by depth, so that no layer's bytes can pass for those of another.
 LETTERS = ("ABc", "PQr", "XYz")
-
-
-def examples(count: int) -> settings:
-    """Return the settings of a property that is tried `count` times in a usual run."""
-    return settings(
-        max_examples=count * max(1, SEARCH),
-        deadline=None,
-        print_blob=True,
-        derandomize=not SEARCH,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    )
 
 
 # --- Random chains ------------------------------------------------------------------------
@@ -178,7 +166,7 @@ def files_of(chain: Layer, factory: pytest.TempPathFactory) -> Iterator[Files]:
 # --- The device ---------------------------------------------------------------------------
 
 
-@examples(80)
+@tried(80)
 @given(chain=chains(), data=st.data())
 def test_the_device_reads_what_the_model_holds(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay, data: st.DataObject
@@ -194,7 +182,7 @@ def test_the_device_reads_what_the_model_holds(
         assert snapshot(files.everything) == before
 
 
-@examples(20)
+@tried(20)
 @given(chain=chains())
 def test_no_byte_outside_the_virtual_size(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
@@ -274,7 +262,7 @@ def flat(runs: Iterable[tuple[int, int]]) -> set[int]:
     return {cluster for first, stop in runs for cluster in range(first, stop)}
 
 
-@examples(100)
+@tried(100)
 @given(chain=chains(), data=st.data())
 def test_writes_equal_the_model_and_reach_the_files(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay, data: st.DataObject
@@ -312,7 +300,7 @@ def clusters_of(written: list[Step], chain: Overlay) -> set[int]:
     return set().union(*(touched(step.start, step.stop, chain.cluster_size) for step in written))
 
 
-@examples(60)
+@tried(60)
 @given(chain=chains(), data=st.data())
 def test_extents_cover_the_range_and_tell_the_truth(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay, data: st.DataObject
@@ -490,7 +478,7 @@ def same_but_for_bits(old: bytes, new: bytes) -> bool:
 # --- The jobs on random chains ------------------------------------------------------------
 
 
-@examples(100)
+@tried(100)
 @given(chain=with_something_local())
 def test_commit_moves_the_data_and_the_guest_sees_nothing(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
@@ -499,7 +487,7 @@ def test_commit_moves_the_data_and_the_guest_sees_nothing(
         check_commit(chain, files, 0)
 
 
-@examples(20)
+@tried(20)
 @given(chain=committable())
 def test_commit_of_nothing_is_no_harm(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
@@ -509,7 +497,7 @@ def test_commit_of_nothing_is_no_harm(
         check_commit(chain, files, 0)
 
 
-@examples(50)
+@tried(50)
 @given(chain=with_something_local())
 def test_commit_can_keep_the_overlay(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
@@ -518,7 +506,7 @@ def test_commit_can_keep_the_overlay(
         check_commit_keep(chain, files, 0)
 
 
-@examples(100)
+@tried(100)
 @given(chain=chains())
 def test_flatten_makes_the_image_stand_alone(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
@@ -527,7 +515,7 @@ def test_flatten_makes_the_image_stand_alone(
         check_flatten(chain, files, 0)
 
 
-@examples(30)
+@tried(30)
 @given(chain=chains())
 def test_flatten_can_discard_the_overlay(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
@@ -536,7 +524,7 @@ def test_flatten_can_discard_the_overlay(
         check_discard(chain, files, 0)
 
 
-@examples(60)
+@tried(60)
 @given(chain=chains() | _free("AB", 4 * KiB).map(Raw))
 def test_convert_writes_the_guests_view(
     tmp_path_factory: pytest.TempPathFactory, chain: Layer
@@ -545,7 +533,7 @@ def test_convert_writes_the_guests_view(
         check_convert(chain, files, 0)
 
 
-@examples(30)
+@tried(30)
 @given(chain=chains().filter(lambda chain: bool(chain.local) and _too_short(chain)))
 def test_commit_into_a_shorter_add_cow_backing_is_refused(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
@@ -553,7 +541,7 @@ def test_commit_into_a_shorter_add_cow_backing_is_refused(
     check_commit_is_refused(chain, tmp_path_factory)
 
 
-@examples(15)
+@tried(15)
 @given(chain=chains().filter(lambda chain: chain.backing is None))
 def test_commit_without_a_backing_is_refused(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
@@ -582,7 +570,7 @@ CHECKS: list[Check] = [
 
 @pytest.mark.parametrize("jobs", [1, 4])
 @pytest.mark.parametrize("check", CHECKS)
-@examples(3)
+@tried(3)
 @given(chain=with_something_local())
 def test_worker_processes_do_the_same(
     tmp_path_factory: pytest.TempPathFactory, check: Check, jobs: int, chain: Overlay
