@@ -12,8 +12,7 @@ are proved clean by a glance (:mod:`addcow_mp.farm.quick_check`); the others get
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from addcow_mp.device.discovery import Identity, Named, Unexamined, examined, is
 from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
+from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import Found, files_of, without_backups
 from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
 from addcow_mp.jobs.check import check
@@ -185,44 +185,22 @@ def _checked(paths: list[str], options: RunOptions, hooks: Hooks) -> Iterator[Ch
 
 
 def graph_findings(found: list[Named]) -> Iterator[Finding]:
-    """What is wrong between images: each file at fault once, with all who name it."""
-    images = _by(found, lambda one: one.image)
-    backings = _by(found, lambda one: one.backing)
-    for identity, owners in images.items():
-        names = ", ".join(one.path for one in owners)
+    """What is wrong between images: each file at fault once, with the overlays that name it."""
+    graph = Graph(found)
+    for image, owners in graph.owners.items():
+        names = _listed(owners)
         if len(owners) > 1:
-            told = f"one image file is named by several overlays: {names}"
-            yield Finding("shared-image", Severity.CORRUPTION, told)
-        if identity in backings:
-            users = ", ".join(one.path for one in backings[identity])
-            told = f"the image file of {names} is the backing file of {users}"
-            yield Finding("image-as-backing", Severity.CORRUPTION, told)
-    for cycle in cycles(found):
-        names = ", ".join(one.path for one in cycle)
-        told = f"following their backing files leads in a circle: {names}"
-        yield Finding("chain-cycle", Severity.CORRUPTION, told)
+            message = f"one image file is named by several overlays: {names}"
+            yield Finding("shared-image", Severity.CORRUPTION, message)
+        if image in graph.overlays:
+            users = _listed(graph.overlays[image])
+            message = f"the image file of {names} is the backing file of {users}"
+            yield Finding("image-as-backing", Severity.CORRUPTION, message)
+    for cycle in graph.cycles():
+        names = _listed(sorted(cycle, key=lambda one: one.path))
+        message = f"following their backing files leads in a circle: {names}"
+        yield Finding("chain-cycle", Severity.CORRUPTION, message)
 
 
-def cycles(found: list[Named]) -> Iterator[list[Named]]:
-    """The overlays whose backing files lead back to themselves, each circle once."""
-    by_identity = {one.identity: one for one in found}
-    passed: set[Identity] = set()
-    for one in found:
-        way: dict[Identity, Named] = {}
-        here: Named | None = one
-        while here is not None and here.identity not in passed:
-            passed.add(here.identity)
-            way[here.identity] = here
-            here = by_identity.get(here.backing) if here.backing else None
-        if here is not None and here.identity in way:
-            members = list(way.values())
-            yield sorted(members[list(way).index(here.identity) :], key=lambda one: one.path)
-
-
-def _by(found: list[Named], of: Callable[[Named], Identity | None]) -> dict[Identity, list[Named]]:
-    groups: dict[Identity, list[Named]] = defaultdict(list)
-    for one in found:
-        identity = of(one)
-        if identity is not None:
-            groups[identity].append(one)
-    return groups
+def _listed(overlays: list[Named]) -> str:
+    return ", ".join(one.path for one in overlays)

@@ -1,21 +1,18 @@
-"""Neighbours: the overlays around the files of a farm, kept up to date while the farm is changed.
+"""The dependency index: the overlays around the files of a farm, kept up to date while jobs run.
 
-A job on one image looks through the directories of its files, and beneath the roots, for other
-overlays that need what it will change. For ten thousand images that would be done ten thousand
-times: here it is done once, and each job is handed those overlays that name a file of its own.
-A farm's jobs may take hours. A directory whose time of change is another than when it was looked
-through is looked through again, so that an overlay that somebody creates meanwhile counts.
+A job on one image searches the directories of its files, and beneath the roots, for other overlays
+that need what it changes. For a farm this search is done once, and each job is given the overlays
+that name one of its files. Jobs on a farm may take hours, so a directory whose modification time
+has changed is searched again: an overlay that is created meanwhile counts.
 
-What cannot be read bars the jobs that it would bar alone, and no others: those whose own files lie
-in that directory, and, beneath a root, those that change what other overlays may stand on.
+What cannot be read prevents the same jobs that it prevents for a single image: those whose own
+files are in that directory, and, beneath a root, those that change what other overlays may need.
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from functools import partial
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import (
@@ -28,98 +25,94 @@ from addcow_mp.device.discovery import (
     named_by,
 )
 from addcow_mp.device.exclusions import exclusions
+from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import in_order, without_backups
 
-#: More that name one file are not handed on: one is enough for a refusal, these for its words.
-MOST_TOLD = 8
+#: A job is given no more overlays: one is enough for a refusal, these are for its message.
+MOST_LISTED = 8
 
 
 class DependencyIndex:
-    """All overlays in ``paths``, in the directories of the files they name, and beneath roots."""
+    """All overlays in ``paths``, in the directories of the files they name, and beneath roots.
+
+    ``farm``: the overlays among ``paths``, in that order, each file once. ``unexamined``: those of
+    ``paths`` that could not be examined.
+    """
 
     def __init__(self, paths: Iterable[str], access: Access) -> None:
-        self._roots = tuple(map(os.path.realpath, access.roots))
-        self._users: defaultdict[Identity, list[Named]] = defaultdict(list)
-        self._overlays: dict[Identity, Named] = {}
-        self._meanings: set[tuple[Identity | None, ...]] = set()
-        #: What could not be looked at, by its path without links on the way.
-        self._unread: dict[str, Unexamined] = {}
+        self.graph: Graph[Named] = Graph()
+        self._roots = tuple(f"{os.path.realpath(root).rstrip('/')}/" for root in access.roots)
         self._excluded = exclusions(access.exclude)
+        self._meanings: set[tuple[Identity | None, ...]] = set()
+        #: What could not be read, by its path without links.
+        self._unread: dict[str, Unexamined] = {}
+        #: Files that were examined, by their paths without links in directories.
         self._known: set[str] = set()
-        self._homes: dict[str, str] = {}
-        #: When each directory was changed last, as it was looked through.
+        self._real_directories: dict[str, str] = {}
+        #: The modification time of each directory when it was searched.
         self._changed: dict[str, int] = {}
         self._deep: set[str] = set()
-        hidden = [self._look_at(path) for path in paths]
-        #: The overlays among ``paths``, in that order, each file once.
-        self.farm = without_backups(self._overlays.values())
-        #: Those of ``paths`` that could not be looked at.
-        self.unexamined = in_order(filter(None, hidden))
+        unexamined = [self._examine(path) for path in paths]
+        self.farm = without_backups(self.graph.nodes.values())
+        self.unexamined = in_order(filter(None, unexamined))
         for root in self._roots:
-            self._look_through(root, deep=True)
+            self._search(root.rstrip("/") or "/", deep=True)
         for directory in sorted(set(self._directories())):
-            self._look_through(directory, deep=directory in self._deep)
-
-    def below(self, named: Named) -> Named | None:
-        """The overlay that is the backing file of ``named``, if it is one."""
-        return None if named.backing is None else self._overlays.get(named.backing)
+            self._search(directory, deep=directory in self._deep)
 
     def around(
         self, named: Named, *, as_backing: bool, leaving: Collection[Identity] = ()
     ) -> NearbyOverlays:
         """The overlays that name a file of ``named``: those that a job on it would find.
 
-        ``as_backing`` says that its backing file is changed too, not only its own files.
-        ``leaving`` are overlays that will be gone by then.
+        ``as_backing``: its backing file is changed too, not only its own files. ``leaving``:
+        overlays that are removed before the job begins.
         """
-        below = self.below(named) if as_backing else None
+        below = self.graph.below(named) if as_backing else None
         others = (named.backing, None if below is None else below.image)
         changed = (named.image, *(others if as_backing else (named.identity,)))
         files = {file for file in changed if file is not None}
-        found = {id(one): one for file in files for one in self._users[file] if one is not named}
-        users = {key: one for key, one in found.items() if one.identity not in leaving}
-        # An image file that is shared is refused always: those who share one come first.
-        told = sorted(users.values(), key=lambda one: one.image not in files)[:MOST_TOLD]
-        paths = (named.image_path, *((named.backing_path,) if as_backing else ()))
-        paths += (below.image_path,) if as_backing and below is not None else ()
-        own = {home for path in (named.path, *paths) if path for home in self._homes_of(path)}
-        return NearbyOverlays(tuple(told), len(users) - len(told), *self._unread_around(own))
+        found = {id(one): one for file in files for one in self.graph.users(file)}
+        users = [one for one in found.values() if one is not named and one.identity not in leaving]
+        # A shared image file is always refused: its owners are listed first.
+        listed = sorted(users, key=lambda one: one.image not in files)[:MOST_LISTED]
+        paths = [named.path, named.image_path]
+        paths += [named.backing_path] if as_backing else []
+        paths += [] if below is None else [below.image_path]
+        own = {directory for path in paths if path for directory in self._directories_of(path)}
+        return NearbyOverlays(tuple(listed), len(users) - len(listed), *self._unread_around(own))
 
     def _unread_around(
         self, own: Collection[str]
     ) -> tuple[tuple[Unexamined, ...], tuple[Unexamined, ...]]:
-        """One that could not be looked at in the directories ``own``, and one beneath a root."""
+        """What could not be read: one thing in the directories ``own``, one beneath a root."""
         near: list[Unexamined] = []
         hidden: list[Unexamined] = []
         for path, one in self._unread.items():
             if (path if one.is_directory else os.path.dirname(path)) in own:
                 near = near or [one]
-            elif self._is_beneath_root(path):
+            elif _is_beneath(path, self._roots):
                 hidden = hidden or [one]
         return tuple(near), tuple(hidden)
 
-    def _is_beneath_root(self, path: str) -> bool:
-        return any(f"{path}/".startswith(root.rstrip("/") + "/") for root in self._roots)
+    def remove(self, named: Named) -> None:
+        """Remove an overlay whose file no longer exists."""
+        self.graph.remove_user(named)
 
-    def drop_cached(self, named: Named) -> None:
-        """Take note that an overlay is gone."""
-        for file in filter(None, {named.image, named.backing}):
-            self._users[file] = [one for one in self._users[file] if one is not named]
-
-    def look_again(self) -> None:
-        """Take note of overlays that are new in a directory that was changed."""
+    def refresh(self) -> None:
+        """Search the directories again that have changed."""
         for directory, changed in list(self._changed.items()):
             try:
-                same = os.stat(directory).st_mtime_ns == changed
+                is_same = os.stat(directory).st_mtime_ns == changed
             except OSError:
-                same = True  # it is gone, and what was in it: that can only do less harm
-            if not same:
+                is_same = True  # it no longer exists, nor do the overlays in it
+            if not is_same:
                 del self._changed[directory]
                 self._forget_unread(directory)
-                self._look_through(directory, deep=directory in self._deep)
+                self._search(directory, deep=directory in self._deep)
 
     def _forget_unread(self, directory: str) -> None:
-        """Let the files there be read that could not be."""
+        """Let the files in ``directory`` be examined again that could not be read."""
         for path, one in list(self._unread.items()):
             if os.path.dirname(path) == directory and not one.is_directory:
                 del self._unread[path]
@@ -128,82 +121,79 @@ class DependencyIndex:
     # Directories
 
     def _directories(self) -> Iterator[str]:
-        """Those of all files of the chains, as far down as names may lead."""
-        waiting = [(one, self._home(one.base or one.path)) for one in self.farm]
+        """The directories of all files of the chains, as far as names may lead."""
+        waiting = [(one, self._real(os.path.dirname(one.base or one.path))) for one in self.farm]
         followed = {one.identity for one in self.farm}
         while waiting:
             one, top = waiting.pop()
-            for path in (one.path, one.image_path, one.backing_path):
-                if path is not None:
-                    yield from filter(partial(self._may_lead, top), self._homes_of(path))
+            allowed = (f"{top.rstrip('/')}/", *self._roots)
+            for path in filter(None, (one.path, one.image_path, one.backing_path)):
+                yield from (
+                    each for each in self._directories_of(path) if _is_beneath(each, allowed)
+                )
             below = one.backing_path
             if below is not None and one.backing is not None and one.backing not in followed:
                 followed.add(one.backing)
-                real = os.path.realpath(below)
-                named = named_by(below) if self._may_lead(top, os.path.dirname(real)) else None
-                waiting += [] if named is None else [(named, top)]
+                if _is_beneath(os.path.dirname(os.path.realpath(below)), allowed):
+                    named = named_by(below)
+                    waiting += [] if named is None else [(named, top)]
 
-    def _homes_of(self, path: str) -> list[str]:
-        """The directory of ``path``, and if that is a link also the one of the file itself."""
-        real = [os.path.dirname(os.path.realpath(path))] if os.path.islink(path) else []
-        return [self._home(path), *real]
+    def _directories_of(self, path: str) -> list[str]:
+        """The directory of ``path``, and for a link also the directory of its target."""
+        target = [os.path.dirname(os.path.realpath(path))] if os.path.islink(path) else []
+        return [self._real(os.path.dirname(path)), *target]
 
-    def _may_lead(self, top: str, directory: str) -> bool:
-        """Whether names inside the overlay in ``top``, and below it, may lead to ``directory``."""
-        here = directory.rstrip("/") + "/"
-        return any(here.startswith(root.rstrip("/") + "/") for root in (top, *self._roots))
+    def _real(self, directory: str) -> str:
+        """``directory`` without links."""
+        real = self._real_directories.get(directory)
+        if real is None:
+            real = self._real_directories[directory] = os.path.realpath(directory)
+        return real
 
-    def _home(self, path: str) -> str:
-        """The directory of ``path`` without links on the way."""
-        directory = os.path.dirname(path)
-        home = self._homes.get(directory)
-        if home is None:
-            home = self._homes[directory] = os.path.realpath(directory)
-        return home
-
-    def _look_through(self, directory: str, *, deep: bool) -> None:
+    def _search(self, directory: str, *, deep: bool) -> None:
+        """Examine the files in ``directory``, with ``deep`` also in all directories below."""
         waiting = [directory]
         while waiting:
             here = waiting.pop()
-            if here not in self._changed:
-                waiting += self._look_into(here, deep=deep)
-
-    def _look_into(self, here: str, *, deep: bool) -> list[str]:
-        """Look at the files of one directory; returns those below it if they count."""
-        found = listing(here, self._excluded)
-        if found.changed is not None:
-            self._changed[here] = found.changed
-        for one in found.unexamined:
-            self._take_unread(one.path, one)
-        for path in (*found.files, *found.linked):
-            self._look_at(path)
-        self._deep |= {here} if deep else set()
-        return found.directories if deep else []
-
-    def _take_unread(self, real: str, one: Unexamined) -> None:
-        if one.may_hide_overlay:
-            self._unread[real] = one
+            if here in self._changed:
+                continue
+            found = listing(here, self._excluded)
+            if found.changed is not None:
+                self._changed[here] = found.changed
+            for one in found.unexamined:
+                self._add_unread(one.path, one)
+            for path in (*found.files, *found.linked):
+                self._examine(path)
+            if deep:
+                self._deep.add(here)
+                waiting += found.directories
 
     # Files
 
-    def _look_at(self, path: str) -> Unexamined | None:
-        """Take note of the file at ``path``, once; it is returned if it cannot be looked at."""
-        real = f"{self._home(path)}/{os.path.basename(path)}"
+    def _examine(self, path: str) -> Unexamined | None:
+        """Add the file at ``path``, once, if it is an overlay; returns why it cannot be read."""
+        real = f"{self._real(os.path.dirname(path))}/{os.path.basename(path)}"
         if real in self._known:
             return self._unread.get(real)
         self._known.add(real)
         one = examined(path)
         if isinstance(one, Unexamined):
-            self._take_unread(real, one)
+            self._add_unread(real, one)
             return one
         if one is not None:
-            self._enter(one)
+            self._add(one)
         return None
 
-    def _enter(self, one: Named) -> None:
-        """Take note of an overlay."""
+    def _add_unread(self, real: str, one: Unexamined) -> None:
+        if one.may_hide_overlay:
+            self._unread[real] = one
+
+    def _add(self, one: Named) -> None:
         if one.meaning not in self._meanings:
             self._meanings.add(one.meaning)
-            self._overlays.setdefault(one.identity, one)
-            for file in filter(None, {one.image, one.backing}):
-                self._users[file].append(one)
+            self.graph.add(one)
+
+
+def _is_beneath(path: str, roots: Collection[str]) -> bool:
+    """Whether ``path`` is one of ``roots``, which end with a slash, or beneath one."""
+    return f"{path.rstrip('/')}/".startswith(tuple(roots))

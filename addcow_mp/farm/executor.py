@@ -314,7 +314,7 @@ class _Farm:
 
     def _look_again(self) -> None:
         if time.monotonic() - self._looked >= LOOK_AGAIN:
-            self._plan.dependency_index.look_again()
+            self._plan.dependency_index.refresh()
             self._looked = time.monotonic()
 
     def _split(self, step: Step, pool: Pool) -> Report | AddcowError:
@@ -355,7 +355,7 @@ class _Farm:
         if isinstance(outcome, Report):
             step.state, step.report = State.DONE, outcome
             if step.image_job.discard:
-                self._plan.dependency_index.drop_cached(step.named)
+                self._plan.dependency_index.remove(step.named)
         else:
             step.state, step.problem = _state_after(outcome.report), outcome
             step.report = outcome.report if step.state is not State.REFUSED else None

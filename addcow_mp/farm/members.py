@@ -1,10 +1,7 @@
-"""The members of a farm: every overlay in a set of places, and what each one stands on.
+"""The members of a farm: every overlay in the places, and what it stands on.
 
-What cannot be examined stays in the list with the reason: nothing is left out because nobody
-could look. Headers, bitmaps and lengths are all that is read.
-
-Who backs whom is told by inode, so that a name says nothing. *Depth* counts the overlays below
-an image, down to a raw file or to nothing; a chain that bites its tail has none.
+An overlay that cannot be examined stays in the list with the reason. Only headers, bitmaps and
+lengths are read. Backing files are identified by inode, never by name.
 """
 
 from __future__ import annotations
@@ -15,15 +12,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import ABSENT, Identity, Named
+from addcow_mp.device.discovery import ABSENT, Named
 from addcow_mp.errors import AddcowError, FileError, FormatError
+from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.jobs.info import Info, info
 
 
 @dataclass(frozen=True)
 class Member:
-    """One overlay of the farm. ``about`` is None where ``problem`` says why it is unknown."""
+    """One overlay. ``about`` is None where ``problem`` says why it cannot be examined.
+
+    ``depth``: the number of overlays below it; None in a cycle or above one.
+    """
 
     named: Named
     about: Info | None
@@ -32,12 +33,12 @@ class Member:
 
     @property
     def filename(self) -> str:
-        """The path that it was found under."""
+        """The path under which it was found."""
         return self.named.path
 
     @property
     def state(self) -> str:
-        """In a word, what can be said of it without its content."""
+        """Its state in one word, without reading its content."""
         if self.problem is not None:
             return _state_of(self.problem)
         about = self.about
@@ -49,19 +50,19 @@ class Member:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether the system did not let us look at a file of it."""
+        """Whether the system refused access to one of its files."""
         return self.state == "unexamined" and isinstance(self.problem, FileError)
 
     @property
-    def local_size(self) -> int | None:
-        """Bytes of the guest's disk that are local, the partial last cluster as a whole one."""
+    def allocated_size(self) -> int | None:
+        """Bytes in allocated clusters; a partial last cluster counts as a whole one."""
         if self.about is None or self.about.allocated_clusters is None:
             return None
         return self.about.allocated_clusters * self.about.header.cluster_size
 
     @property
-    def percent_local(self) -> float | None:
-        """The part of its clusters that is local."""
+    def percent_allocated(self) -> float | None:
+        """The share of its clusters that is allocated."""
         about = self.about
         if about is None or about.allocated_clusters is None or not about.total_clusters:
             return None
@@ -76,23 +77,23 @@ def _state_of(problem: AddcowError) -> str:
 
 
 def members(places: Iterable[str], access: Access | None = None) -> tuple[list[Member], Found]:
-    """The overlays in ``places``, in order of their paths, and what else was found there.
+    """The overlays in ``places``, in order of their paths, and all that was found there.
 
-    Names inside images may lead beneath any directory among ``places`` as well. Raises
-    :class:`ImageError` when none of the places is there.
+    Names inside images may also lead beneath the directories among ``places``. Raises
+    :class:`ImageError` when none of the places exists.
     """
     found = files_of(places, access or Access())
     return members_of(found), found
 
 
 def members_of(found: Found) -> list[Member]:
-    """The overlays among the files that were found, in their order; one under two names once.
+    """The overlays among the files that were found, in order; one under two names once.
 
-    Files that cannot be read join what could not be looked at.
+    Files that cannot be read are added to the unexamined ones.
     """
-    access, named = found.access, overlays_of(found.files, found.unexamined)
-    depths = _depths({one.identity: one for one in named})
-    return [_member(one, depths[one.identity], access) for one in named]
+    overlays = overlays_of(found.files, found.unexamined)
+    depths = Graph(overlays).depths()
+    return [_member(one, depths.get(one.identity), found.access) for one in overlays]
 
 
 def _member(named: Named, depth: int | None, access: Access) -> Member:
@@ -103,7 +104,7 @@ def _member(named: Named, depth: int | None, access: Access) -> Member:
 
 
 def _hidden_backing(named: Named) -> FileError | None:
-    """Why the backing file cannot be looked at; None when it can, or is not there."""
+    """Why the backing file cannot be examined; None if it can be, or does not exist."""
     if named.backing is None and named.backing_path is not None:
         try:
             os.stat(named.backing_path)
@@ -113,20 +114,3 @@ def _hidden_backing(named: Named) -> FileError | None:
         except ValueError:
             return None
     return None
-
-
-def _depths(found: dict[Identity, Named]) -> dict[Identity, int | None]:
-    """How many overlays lie below each; None where they come back to one of themselves."""
-    depths: dict[Identity, int | None] = {}
-    for one in found.values():
-        way: dict[Identity, Named] = {}
-        here: Named | None = one
-        # Down to what is known: each overlay is passed once, however long its chain.
-        while here is not None and here.identity not in depths and here.identity not in way:
-            way[here.identity] = here
-            here = found.get(here.backing) if here.backing else None
-        depth = -1 if here is None else depths.get(here.identity)
-        for identity in reversed(way):
-            depth = None if depth is None else depth + 1
-            depths[identity] = depth
-    return depths

@@ -32,6 +32,7 @@ from addcow_mp.engine.space import SpaceNeeded
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.errors import AddcowError, DependantsError, FileError, SpaceError
 from addcow_mp.farm.dependency_index import DependencyIndex
+from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.image_job import ImageJob, Operation
 from addcow_mp.farm.places import Found, files_of, in_order
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
@@ -170,21 +171,17 @@ def _step(named: Named, wanted: _Wanted, dependency_index: DependencyIndex) -> S
         discard=wanted.discard,
         verifies=wanted.verifies,
     )
-    chain = tuple(_chain(named, dependency_index))
+    chain = tuple(_chain(named, dependency_index.graph))
     return Step(named, image_job, len(chain), chain, written=2 if commits else 1)
 
 
-def _chain(named: Named, dependency_index: DependencyIndex) -> Iterator[Identity]:
-    """The files of a chain, each by the one that a name means; a circle is gone round once."""
-    seen: set[Identity] = set()
-    here: Named | None = named
-    last: Identity | None = named.identity
-    while here is not None and here.identity not in seen:
-        seen.add(here.identity)
-        yield here.identity
-        last, here = here.backing, dependency_index.below(here)
-    if here is None and last is not None:
-        yield last
+def _chain(named: Named, graph: Graph[Named]) -> Iterator[Identity]:
+    """The files of a chain, down to a raw file or to where a cycle closes."""
+    chain = list(graph.chain(named))
+    yield from (one.identity for one in chain)
+    base = chain[-1].backing
+    if base is not None and graph.below(chain[-1]) is None:
+        yield base
 
 
 def _enter(step: Step, estimate_of: Estimate | AddcowError | None) -> None:

@@ -58,8 +58,8 @@ def _value(one: Member, key: str) -> object:
         "name": one.filename,
         "depth": one.depth,
         "size": None if one.about is None else one.about.virtual_size,
-        "local": one.local_size,
-        "percent": one.percent_local,
+        "local": one.allocated_size,
+        "percent": one.percent_allocated,
         "state": one.state,
     }
     return values[key]
@@ -74,8 +74,8 @@ def describe(one: Member) -> dict[str, object]:
         "full-backing-filename": None if about is None else about.full_backing,
         "depth": one.depth,
         "virtual-size": None if about is None else about.virtual_size,
-        "local-size": one.local_size,
-        "percent-local": None if one.percent_local is None else round(one.percent_local, 2),
+        "local-size": one.allocated_size,
+        "percent-local": None if one.percent_allocated is None else round(one.percent_allocated, 2),
         "state": one.state,
         **({} if one.problem is None else {"problem": str(one.problem)}),
     }
@@ -121,8 +121,8 @@ def _print_table(found: list[Member], unexamined: list[Unexamined]) -> None:
 
 def _row(one: Member) -> str:
     size = None if one.about is None else one.about.virtual_size
-    shown = ["?" if each is None else human_size(each) for each in (size, one.local_size)]
-    percent = "?" if one.percent_local is None else f"{one.percent_local:.1f}"
+    shown = ["?" if each is None else human_size(each) for each in (size, one.allocated_size)]
+    percent = "?" if one.percent_allocated is None else f"{one.percent_allocated:.1f}"
     depth = "?" if one.depth is None else str(one.depth)
     backing = one.about.names.backing if one.about is not None else None
     over = f" over {backing}" if backing is not None else ""
