@@ -46,7 +46,9 @@ CALLS: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("spelt", SPELLINGS)
-def test_every_spelling_of_a_path_is_taken(tmp_path: Path, spelt: Callable[[Path], Any]) -> None:
+def test_paths_are_accepted_as_str_bytes_and_path_objects(
+    tmp_path: Path, spelt: Callable[[Path], Any]
+) -> None:
     (tmp_path / "base.img").write_bytes(b"A" * 65536)
     top, image = spelt(tmp_path / "top.add-cow"), spelt(tmp_path / "top.img")
     addcow_mp.create(
@@ -67,7 +69,7 @@ def test_every_spelling_of_a_path_is_taken(tmp_path: Path, spelt: Callable[[Path
 
 @pytest.mark.parametrize("wrong", [None, 3, 1.5, ["top.add-cow"], object()])
 @pytest.mark.parametrize("name", CALLS)
-def test_what_is_no_path_is_refused_with_words(
+def test_object_that_is_no_path_is_refused_with_its_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: object
 ) -> None:
     if wrong is None and name.startswith("create,"):
@@ -79,13 +81,13 @@ def test_what_is_no_path_is_refused_with_words(
 
 
 @pytest.mark.parametrize("roots", ["dir", b"dir", Path("dir"), (3,)])
-def test_roots_that_are_no_list_of_paths(tmp_path: Path, roots: Any) -> None:
+def test_roots_must_be_a_list_of_paths(tmp_path: Path, roots: Any) -> None:
     path = pair(tmp_path, "A", "-")
     with pytest.raises(TypeError, match=r"^roots: give a"):
         addcow_mp.info(path, access=addcow_mp.Access(roots=roots))
 
 
-def test_jobs_that_are_no_number_of_processes(tmp_path: Path) -> None:
+def test_jobs_must_be_a_number_of_processes(tmp_path: Path) -> None:
     path = pair(tmp_path, "A", "X")
     with pytest.raises(TypeError, match=r"^jobs: give a number"):
         addcow_mp.commit(path, jobs="2")  # type: ignore[arg-type]
@@ -111,7 +113,7 @@ def _tracked() -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_source_distribution_has_every_file() -> None:
+def test_source_distribution_contains_every_file() -> None:
     import tomllib
 
     settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
@@ -126,12 +128,12 @@ def test_the_source_distribution_has_every_file() -> None:
     assert not missing
 
 
-def test_the_package_says_that_it_has_types() -> None:
+def test_package_ships_py_typed() -> None:
     assert "addcow_mp/py.typed" in _tracked()
     assert (Path(addcow_mp.__file__).parent / "py.typed").is_file()
 
 
-def test_a_type_checker_sees_the_types_of_the_package(tmp_path: Path) -> None:
+def test_mypy_sees_the_types_of_the_package(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import addcow_mp\nreveal_type(addcow_mp.info(b'x'))\n")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "script.py"],

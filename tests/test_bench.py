@@ -68,7 +68,7 @@ def all_cases() -> list[Case]:
 
 
 @pytest.mark.slow
-def test_every_case_without_a_loop_device_is_measured_and_told(here: Path) -> None:
+def test_bench_measures_and_reports_every_case_without_a_loop_device(here: Path) -> None:
     cases = [case.name for case in all_cases() if case.name not in XFS]
     done = bench(here, *cases)
     assert done.returncode == 0, done
@@ -86,7 +86,7 @@ def test_every_case_without_a_loop_device_is_measured_and_told(here: Path) -> No
     assert list((here / "files").iterdir()) == []
 
 
-def test_the_document_says_on_what_and_how_it_was_measured(here: Path) -> None:
+def test_bench_report_names_the_machine_and_the_method(here: Path) -> None:
     assert bench(here, "startup").returncode == 0
     document = json.loads((here / "told" / "bench.json").read_text())
     assert document["runs"] == 1
@@ -99,7 +99,7 @@ def test_the_document_says_on_what_and_how_it_was_measured(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_cases_on_xfs_are_measured_there_or_skipped_with_the_reason(here: Path) -> None:
+def test_bench_skips_xfs_cases_with_the_reason(here: Path) -> None:
     done = bench(here, *XFS)
     assert done.returncode == 0, done
     for one in told(here).values():
@@ -121,14 +121,14 @@ def impostor(here: Path, behaviour: str) -> str:
     return str(directory)
 
 
-def test_a_peer_that_does_nothing_is_found_out(here: Path) -> None:
+def test_bench_detects_a_peer_that_does_nothing(here: Path) -> None:
     done = bench(here, "commit-64k-unsafe", "check", path=impostor(here, "exit 0"))
     assert done.returncode == 1, done
     assert "peer-base.raw" in told(here)["commit-64k-unsafe"]["failed"]
     assert told(here)["check"]["ratio"] > 0
 
 
-def test_a_peer_that_fails_is_told_with_its_words(here: Path) -> None:
+def test_bench_reports_the_error_of_a_failed_peer(here: Path) -> None:
     path = impostor(here, "{ printf 'no commits today\\nnor tomorrow\\n' >&2; exit 3; }")
     done = bench(here, "commit-64k-unsafe", path=path)
     assert done.returncode == 1, done
@@ -137,7 +137,7 @@ def test_a_peer_that_fails_is_told_with_its_words(here: Path) -> None:
     assert "exit status 3: no commits today ... nor tomorrow | " in table
 
 
-def test_interrupted_it_leaves_nothing_behind(here: Path) -> None:
+def test_interrupted_bench_leaves_no_files(here: Path) -> None:
     running = subprocess.Popen(words(here), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + PATIENCE
     while not list((here / "files").glob("*/*/top.add-cow")):
@@ -150,7 +150,7 @@ def test_interrupted_it_leaves_nothing_behind(here: Path) -> None:
     assert list((here / "files").iterdir()) == []
 
 
-def test_an_unknown_case_is_refused_with_the_known_ones(here: Path) -> None:
+def test_unknown_bench_case_is_refused_with_the_known_ones(here: Path) -> None:
     done = bench(here, "commit-17m")
     assert done.returncode == 1
     assert "no such case: commit-17m" in done.stderr
@@ -158,7 +158,7 @@ def test_an_unknown_case_is_refused_with_the_known_ones(here: Path) -> None:
     assert not (here / "told").exists()
 
 
-def test_the_list_names_every_case_with_its_target(here: Path) -> None:
+def test_bench_list_names_every_case_with_its_target(here: Path) -> None:
     done = subprocess.run([*words(here), "--list"], capture_output=True, text=True, check=True)
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         case.name for case in all_cases()
@@ -179,7 +179,7 @@ def result(
     return Result(case, "ext4", timings)
 
 
-def test_the_median_of_the_fastest_counted_peer_is_what_counts() -> None:
+def test_bench_compares_with_the_median_of_the_fastest_peer() -> None:
     peers = ([5.0, 3.0, 90.0], True), ([7.0, 7.0, 1.0], True), ([0.1, 0.1, 0.1], False)
     one = result([2.0, 1.0, 80.0], *peers, measure=Measure.SPEED, target=2.5)
     assert one.ratio == 2.5
@@ -188,13 +188,13 @@ def test_the_median_of_the_fastest_counted_peer_is_what_counts() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "reached"), [(1.2, True), (1.25, True), (1.26, False)])
-def test_a_cost_is_the_other_way_round(seconds: float, reached: bool) -> None:
+def test_bench_cost_ratio_is_inverted(seconds: float, reached: bool) -> None:
     one = result([seconds], ([1.0], True), measure=Measure.COST, target=1.25)
     assert one.ratio == pytest.approx(seconds)
     assert one.reached is reached
 
 
-def test_bars_grow_to_the_right_when_faster_and_to_the_left_when_slower() -> None:
+def test_bench_bars_grow_right_when_faster_and_left_when_slower() -> None:
     fast = result([1.0], ([4.0], True), measure=Measure.SPEED, target=2.0)
     slow = result([4.0], ([1.0], True), measure=Measure.SPEED, target=2.0)
     elements = ET.fromstring(chart([fast.bar(), slow.bar()])).iter()  # noqa: S314

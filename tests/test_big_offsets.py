@@ -98,7 +98,7 @@ def clusters_at(cluster_size: int, *offsets: int) -> list[int]:
 
 
 @pytest.mark.parametrize("cluster_size", SIZES)
-def test_a_write_past_2_tib_sets_its_own_bit_only(tmp_path: Path, cluster_size: int) -> None:
+def test_write_past_2_tib_sets_only_its_own_bit(tmp_path: Path, cluster_size: int) -> None:
     cluster = (2 * TiB + 5 * GiB) // cluster_size + 3
     start = cluster * cluster_size
     files = big(tmp_path, cluster_size, backing={start: b"under"})
@@ -116,7 +116,9 @@ def test_a_write_past_2_tib_sets_its_own_bit_only(tmp_path: Path, cluster_size: 
 
 
 @pytest.mark.parametrize("cluster_size", SIZES)
-def test_the_last_bytes_of_the_image(tmp_path: Path, cluster_size: int) -> None:
+def test_last_bytes_of_a_3_tib_image_are_written_and_read(
+    tmp_path: Path, cluster_size: int
+) -> None:
     files = big(tmp_path, cluster_size)
     with addcow_mp.open(files.path, writable=True) as device:
         device.write(SIZE - 3, b"end")
@@ -128,7 +130,7 @@ def test_the_last_bytes_of_the_image(tmp_path: Path, cluster_size: int) -> None:
 
 
 @pytest.mark.parametrize("cluster_size", SIZES)
-def test_offsets_alike_in_their_low_bits_do_not_meet(tmp_path: Path, cluster_size: int) -> None:
+def test_offsets_with_equal_low_bits_do_not_collide(tmp_path: Path, cluster_size: int) -> None:
     apart = [5 * cluster_size, 4 * GiB, TiB + 4 * GiB, 2 * TiB]
     files = big(tmp_path, cluster_size)
     with addcow_mp.open(files.path, writable=True) as device:

@@ -143,7 +143,7 @@ def content_of(fd: int) -> bytes:
 
 @PROPERTY
 @given(cases(), st.data())
-def test_looking_agrees_with_a_list_of_bools(case: Case, data: st.DataObject) -> None:
+def test_reading_bits_agrees_with_a_list_of_bools(case: Case, data: st.DataObject) -> None:
     local = case.local
     with opened(case) as (bitmap, _):
         for start, stop in data.draw(st.lists(ranges(case.clusters), min_size=1, max_size=4)):
@@ -161,7 +161,7 @@ def test_looking_agrees_with_a_list_of_bools(case: Case, data: st.DataObject) ->
 
 @PROPERTY
 @given(cases())
-def test_the_whole_agrees_with_a_list_of_bools(case: Case) -> None:
+def test_whole_bitmap_agrees_with_a_list_of_bools(case: Case) -> None:
     with opened(case) as (bitmap, _):
         assert bitmap.count() == sum(case.local)
         assert bitmap.stray() == case.stray
@@ -171,7 +171,7 @@ def test_the_whole_agrees_with_a_list_of_bools(case: Case) -> None:
 
 @PROPERTY
 @given(cases())
-def test_outside_of_what_is_inhabited_every_bit_is_0(case: Case) -> None:
+def test_every_bit_outside_the_populated_ranges_is_0(case: Case) -> None:
     local = case.local
     with opened(case) as (bitmap, _):
         parts = list(bitmap.data_runs())
@@ -184,7 +184,7 @@ def test_outside_of_what_is_inhabited_every_bit_is_0(case: Case) -> None:
 
 @PROPERTY
 @given(cases(), st.data())
-def test_what_is_inhabited_can_be_asked_of_a_part(case: Case, data: st.DataObject) -> None:
+def test_populated_ranges_of_a_part_of_the_bitmap(case: Case, data: st.DataObject) -> None:
     start, stop = data.draw(ranges(case.clusters))
     local = case.local
     with opened(case) as (bitmap, _):
@@ -193,7 +193,7 @@ def test_what_is_inhabited_can_be_asked_of_a_part(case: Case, data: st.DataObjec
     assert all(start <= first <= last <= stop for first, last in parts)
 
 
-def test_holes_of_the_bitmap_are_not_inhabited(tmp_path: Path) -> None:
+def test_holes_of_the_bitmap_file_are_not_populated(tmp_path: Path) -> None:
     geometry = Geometry(64 * GiB, CLUSTER)
     with (tmp_path / "sparse").open("wb+", buffering=0) as file:
         file.truncate(OFFSET + geometry.bitmap_length)
@@ -205,7 +205,7 @@ def test_holes_of_the_bitmap_are_not_inhabited(tmp_path: Path) -> None:
     assert sum(stop - first for first, stop in parts) <= 8 * 64 * KiB
 
 
-def test_a_file_that_ends_before_its_bitmap_has_no_local_cluster() -> None:
+def test_file_that_ends_before_its_bitmap_has_no_allocated_cluster() -> None:
     case = Case(100, {1, 2}, 4096)
     with opened(case) as (bitmap, _):
         assert bitmap.short
@@ -261,7 +261,7 @@ def assert_changed(case: Case, after: bytes, wanted: bytes) -> None:
 
 @PROPERTY
 @given(cases(short=False), st.data())
-def test_filling_changes_its_bits_and_no_others(case: Case, data: st.DataObject) -> None:
+def test_setting_a_range_changes_no_other_bits(case: Case, data: st.DataObject) -> None:
     start, stop = data.draw(ranges(case.clusters))
     value = data.draw(st.integers(0, 1))
     with opened(case) as (bitmap, fd), pytest.MonkeyPatch.context() as monkeypatch:
@@ -278,7 +278,7 @@ def test_filling_changes_its_bits_and_no_others(case: Case, data: st.DataObject)
 
 @PROPERTY
 @given(cases(short=False), st.data())
-def test_publishing_any_change_agrees_with_a_list_of_bools(case: Case, data: st.DataObject) -> None:
+def test_publishing_agrees_with_a_list_of_bools(case: Case, data: st.DataObject) -> None:
     start, stop = data.draw(ranges(case.clusters))
     flipped = data.draw(st.sets(st.integers(start, max(start, stop - 1)), max_size=20))
     seen: list[Run] = []
@@ -314,13 +314,13 @@ def test_clearing_stray_bits_changes_no_cluster(case: Case) -> None:
         assert bitmap.count() == sum(case.local)
 
 
-def test_another_process_s_change_is_seen() -> None:
+def test_bitmap_shows_the_changes_of_another_process() -> None:
     with opened(Case(100, {3}, 0)) as (bitmap, fd):
         os.pwrite(fd, b"\xff", OFFSET + 5)
         assert list(bitmap.runs(1, 0, 100)) == [(3, 4), (40, 48)]
 
 
-def test_pages_that_stay_as_they_are_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_pages_of_the_bitmap_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     page = 8 * 4 * KiB
     case = Case(6 * page, set(range(page - 5, 5 * page + 5)), 0)
     with opened(case) as (bitmap, fd):
@@ -332,7 +332,7 @@ def test_pages_that_stay_as_they_are_are_not_written(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("value", [0, 1])
-def test_a_change_larger_than_one_write_is_made_in_pieces(
+def test_large_bitmap_change_is_written_in_pieces(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: int
 ) -> None:
     monkeypatch.setattr(bitmap_module, "PUBLISH_BYTES", 16)
@@ -355,7 +355,7 @@ def test_a_change_larger_than_one_write_is_made_in_pieces(
 
 @PROPERTY
 @given(st.lists(st.booleans(), max_size=200), st.integers(0, 1), st.data())
-def test_runs_are_found_as_by_eye(bits: list[bool], value: int, data: st.DataObject) -> None:
+def test_runs_agree_with_a_plain_search(bits: list[bool], value: int, data: st.DataObject) -> None:
     start, stop = data.draw(ranges(len(bits)))
     found = list(runs(bitarray(bits, endian="little"), value, start, stop))
     assert found == runs_of(bits, value, start, stop)
@@ -363,7 +363,7 @@ def test_runs_are_found_as_by_eye(bits: list[bool], value: int, data: st.DataObj
 
 @PROPERTY
 @given(st.lists(ranges(200), max_size=20).map(sorted))
-def test_merging_keeps_the_members_and_leaves_no_seam(parts: list[Run]) -> None:
+def test_merged_ranges_keep_all_members_and_do_not_touch(parts: list[Run]) -> None:
     parts = [(first, stop) for first, stop in parts if first < stop]
     joined = list(merged(parts))
     members = set(itertools.chain.from_iterable(range(*part) for part in parts))
@@ -409,7 +409,7 @@ def test_sparse_bits_agree_with_a_set(spans: list[Run]) -> None:
 
 @PROPERTY
 @given(st.lists(SPANS, max_size=4), st.lists(SPANS, max_size=4))
-def test_a_copy_and_its_origin_go_separate_ways(spans: list[Run], later: list[Run]) -> None:
+def test_copy_of_sparse_bits_is_independent(spans: list[Run], later: list[Run]) -> None:
     bits, model = of(spans)
     copy = bits.copy()
     for span in later:
@@ -420,7 +420,7 @@ def test_a_copy_and_its_origin_go_separate_ways(spans: list[Run], later: list[Ru
 
 @PROPERTY
 @given(st.lists(SPANS, max_size=4), st.lists(SPANS, max_size=4))
-def test_dropping_is_the_difference_of_sets(spans: list[Run], dropped: list[Run]) -> None:
+def test_removing_bits_is_the_difference_of_sets(spans: list[Run], dropped: list[Run]) -> None:
     bits, model = of(spans)
     other, gone = of(dropped)
     bits.drop(other)
@@ -474,7 +474,7 @@ def small_windows() -> Iterator[None]:
     st.tuples(PLACES, PLACES).map(sorted),
     st.sampled_from([1000, 1024, PANE, 2 * PANE]),
 )
-def test_bits_are_the_same_through_any_window(
+def test_bits_are_equal_through_windows_of_any_size(
     ones: list[list[int]], asked: list[int], step: int
 ) -> None:
     size, (start, stop) = 5 * PANE, asked
@@ -495,7 +495,7 @@ def test_bits_are_the_same_through_any_window(
         assert added == wanted[start:stop]
 
 
-def test_no_more_than_a_window_is_mapped(tmp_path: Path) -> None:
+def test_at_most_one_window_of_the_bitmap_is_mapped(tmp_path: Path) -> None:
     """A bit in each of 64 windows, of a file whose bits would take a gigabyte."""
     size = 64 * WINDOW_BITS
     with (tmp_path / "sparse").open("wb+", buffering=0) as file:

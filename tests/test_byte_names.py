@@ -84,11 +84,11 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words).replace(TOP, "TOP"))
-def test_json_carries_the_bytes_beside_the_name(farm: Path, words: tuple[str, ...]) -> None:
+def test_json_has_the_bytes_of_a_name_that_is_not_utf8(farm: Path, words: tuple[str, ...]) -> None:
     assert_bytes_beside(addcow(*words, cwd=farm).stdout)
 
 
-def test_a_scrub_remembers_names_as_bytes(farm: Path) -> None:
+def test_scrub_stores_names_as_bytes(farm: Path) -> None:
     succeed("manifest", "create", "-q", TOP, cwd=farm)
     addcow("farm", "scrub", "run", "--state", "state", ".", cwd=farm)
     said = addcow("farm", "scrub", "status", "--state", "state", "--output", "json", cwd=farm)
@@ -96,12 +96,12 @@ def test_a_scrub_remembers_names_as_bytes(farm: Path) -> None:
     assert_bytes_beside(said.stdout)
 
 
-def test_a_log_carries_the_bytes_beside_the_name(farm: Path) -> None:
+def test_log_has_the_bytes_of_a_name_that_is_not_utf8(farm: Path) -> None:
     succeed("farm", "flatten", "--log", "log", ".", cwd=farm)
     assert_bytes_beside((farm / "log").read_text())
 
 
-def test_a_name_that_is_text_has_no_bytes_beside_it(farm: Path) -> None:
+def test_json_has_no_bytes_for_a_name_that_is_utf8(farm: Path) -> None:
     (farm / "größe.add-cow").write_bytes((farm / "plain.add-cow").read_bytes())
     said = succeed("farm", "ls", "--output", "json", "größe.add-cow", cwd=farm)
     (one,) = said.json["images"]
@@ -117,7 +117,7 @@ TAKING_PLACES += ["scrub run --state state"]
 
 
 @pytest.mark.parametrize("words", TAKING_PLACES)
-def test_lists_of_names_may_end_with_nul(farm: Path, words: str) -> None:
+def test_list_of_names_may_be_separated_by_nul(farm: Path, words: str) -> None:
     line_break = "two\nlines.add-cow"
     draw(farm / line_break, "X---", BASE)
     (farm / "list").write_bytes(b"\0".join(map(os.fsencode, (TOP, line_break, ""))))
@@ -129,7 +129,7 @@ def test_lists_of_names_may_end_with_nul(farm: Path, words: str) -> None:
     assert '"plain.add-cow"' not in said
 
 
-def test_lists_that_end_with_nul_come_from_stdin(farm: Path) -> None:
+def test_nul_separated_list_is_read_from_stdin(farm: Path) -> None:
     words = ("farm", "ls", "--output", "jsonl", "--null", "--from-file", "-")
     done = subprocess.run(
         [sys.executable, "-m", "addcow_mp", *words],
@@ -143,7 +143,7 @@ def test_lists_that_end_with_nul_come_from_stdin(farm: Path) -> None:
     assert names == [TOP, "plain.add-cow"]
 
 
-def test_what_separates_names_needs_a_list_of_them(farm: Path) -> None:
+def test_option_0_needs_a_list_of_names(farm: Path) -> None:
     assert "--from-file" in refused("farm", "ls", "-0", ".", cwd=farm, status=64)
 
 
@@ -152,7 +152,7 @@ def test_what_separates_names_needs_a_list_of_them(farm: Path) -> None:
 SVG, XML = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/XML/1998/namespace}"
 
 
-def test_labels_keep_their_blanks(farm: Path) -> None:
+def test_graph_labels_keep_blanks(farm: Path) -> None:
     name = "  two  blanks .add-cow  "
     draw(farm / name, "X---", BASE)
     page = ET.fromstring(  # noqa: S314 - our own
@@ -167,7 +167,7 @@ def test_labels_keep_their_blanks(farm: Path) -> None:
 # ---- roots ----
 
 
-def test_roots_may_have_any_name(farm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_directory_may_have_any_name(farm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = farm / "overlays"
     here.mkdir()
     draw(here / "top.add-cow", "X---", f"../{BASE}")

@@ -82,7 +82,7 @@ def finishes(top: Path, job: str, view: bytes) -> None:
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 @pytest.mark.parametrize("jobs", [(), ("--jobs", "0"), ("--jobs", "2")], ids=" ".join)
-def test_a_stop_in_the_middle_of_a_task_keeps_what_was_done(
+def test_stop_within_a_task_keeps_finished_clusters(
     tmp_path: Path, job: str, jobs: tuple[str, ...]
 ) -> None:
     top = lay(tmp_path, job)
@@ -99,9 +99,7 @@ def test_a_stop_in_the_middle_of_a_task_keeps_what_was_done(
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 @pytest.mark.parametrize("jobs", ["0", "1"])
-def test_a_kill_in_the_middle_of_a_task_costs_five_seconds(
-    tmp_path: Path, job: str, jobs: str
-) -> None:
+def test_kill_within_a_task_costs_at_most_five_seconds(tmp_path: Path, job: str, jobs: str) -> None:
     top = lay(tmp_path, job)
     view = view_of(top)
     with under_way(tmp_path, 7, job, "--jobs", jobs) as process:
@@ -111,7 +109,7 @@ def test_a_kill_in_the_middle_of_a_task_costs_five_seconds(
     finishes(top, job, view)
 
 
-def test_a_farm_that_is_stopped_keeps_what_was_done_of_an_image(tmp_path: Path) -> None:
+def test_stopped_farm_keeps_finished_clusters_of_an_image(tmp_path: Path) -> None:
     top = lay(tmp_path, "flatten")
     view = view_of(top)
     words = ("farm", "flatten", "--time-limit", "4s", "-r", str(RATE), ".")
@@ -125,9 +123,7 @@ def test_a_farm_that_is_stopped_keeps_what_was_done_of_an_image(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_a_worker_that_dies_in_its_task_has_its_marks_kept_and_not_moved_again(
-    tmp_path: Path, job: str
-) -> None:
+def test_clusters_that_a_dead_worker_finished_are_not_moved_again(tmp_path: Path, job: str) -> None:
     """What it has done may be published, and freed, before another one takes its place."""
     here = tmp_path / "here"
     here.mkdir()
@@ -177,7 +173,7 @@ class SlowDisk:
 
 @pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_marks_that_appear_during_a_sync_are_not_published(
+def test_clusters_finished_during_a_sync_are_not_published_by_it(
     tmp_path: Path,
     trace: Trace,
     monkeypatch: pytest.MonkeyPatch,
@@ -213,7 +209,7 @@ def test_marks_that_appear_during_a_sync_are_not_published(
     assert view_of(top) == view
 
 
-def test_only_what_is_done_of_a_task_is_published_in_it(
+def test_checkpoint_within_a_task_publishes_only_finished_clusters(
     tmp_path: Path,
     trace: Trace,
     monkeypatch: pytest.MonkeyPatch,
@@ -250,7 +246,7 @@ def test_only_what_is_done_of_a_task_is_published_in_it(
     assert view_of(mid) == view
 
 
-def test_holes_longer_than_a_task_cost_no_marks(tmp_path: Path) -> None:
+def test_holes_longer_than_a_task_need_no_marks(tmp_path: Path) -> None:
     """A disk of 4 TiB with data at both ends is flattened in no time and in little memory."""
     size = 4 << 40
     with (tmp_path / "base.img").open("wb") as base:
@@ -270,7 +266,7 @@ def test_holes_longer_than_a_task_cost_no_marks(tmp_path: Path) -> None:
 # ---- space of what an earlier run has cleared ----
 
 
-def test_a_commit_frees_what_another_one_cleared_and_was_cut_off_before_it_freed(
+def test_commit_frees_clusters_that_an_interrupted_commit_cleared(
     tmp_path: Path,
 ) -> None:
     top = lay(tmp_path, "commit")
@@ -283,7 +279,7 @@ def test_a_commit_frees_what_another_one_cleared_and_was_cut_off_before_it_freed
     assert view_of(top) == content
 
 
-def test_a_commit_of_nothing_frees_what_lies_in_no_cluster_of_the_guest(tmp_path: Path) -> None:
+def test_commit_of_nothing_frees_garbage_in_the_image(tmp_path: Path) -> None:
     top = lay(tmp_path, "commit")
     base = (tmp_path / "base.img").read_bytes()
     top.write_bytes(overlay_bytes(image="top.raw", size=SIZE, backing="base.img"))
@@ -292,7 +288,7 @@ def test_a_commit_of_nothing_frees_what_lies_in_no_cluster_of_the_guest(tmp_path
     assert view_of(top) == base
 
 
-def test_space_that_comes_back_late_is_asked_for(tmp_path: Path) -> None:
+def test_space_check_counts_space_that_is_freed_late(tmp_path: Path) -> None:
     """Four tasks of 20 pieces each: none of their space is back before the last one begins."""
     size = 256 * MiB
     (tmp_path / "base.img").touch()

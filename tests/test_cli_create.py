@@ -66,7 +66,9 @@ def refused_untouched(*arguments: str, cwd: Path, status: tuple[int, ...] = (1,)
         ("-o", "image_file=top.raw,image_fmt=raw,cluster_size=64K", "-b", "base.img", "-F", "raw"),
     ],
 )
-def test_both_spellings_make_the_same_file_and_say_so(here: Path, options: tuple[str, ...]) -> None:
+def test_create_options_and_o_option_make_the_same_file(
+    here: Path, options: tuple[str, ...]
+) -> None:
     before = (here / "base.img").stat()
     result = succeed("create", *options, "top.add-cow", "1M", cwd=here)
     assert result.stdout == (
@@ -82,13 +84,13 @@ def test_both_spellings_make_the_same_file_and_say_so(here: Path, options: tuple
     assert (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
 
 
-def test_options_may_follow_the_file(here: Path) -> None:
+def test_create_options_may_follow_the_file(here: Path) -> None:
     first = succeed("create", "top.add-cow", "1M", *BASE, cwd=here)
     assert "backing_file='base.img'" in first.stdout
     assert (here / "top.raw").stat().st_size == MiB
 
 
-def test_without_a_backing_everything_is_allocated(tmp_path: Path) -> None:
+def test_create_without_a_backing_sets_all_allocated(tmp_path: Path) -> None:
     result = succeed("create", "top.add-cow", "1M", cwd=tmp_path)
     assert result.stdout == (
         "Formatting 'top.add-cow', fmt=add-cow size=1048576 image_file='top.raw'"
@@ -99,14 +101,16 @@ def test_without_a_backing_everything_is_allocated(tmp_path: Path) -> None:
     )
 
 
-def test_quiet_prints_nothing(here: Path) -> None:
+def test_create_quiet_prints_nothing(here: Path) -> None:
     result = succeed("create", "-q", *BASE, "top.add-cow", "1M", cwd=here)
     assert result.said == ""
     assert (here / "top.add-cow").exists()
 
 
 @pytest.mark.parametrize("file", [(), ("top.add-cow", "1M")])
-def test_help_lists_the_options_and_creates_nothing(tmp_path: Path, file: tuple[str, ...]) -> None:
+def test_create_help_lists_the_options_and_creates_nothing(
+    tmp_path: Path, file: tuple[str, ...]
+) -> None:
     listed = succeed("create", "-o", "help", *file, cwd=tmp_path).stdout
     for option in ("backing_file", "backing_fmt", "image_file", "image_fmt", "cluster_size"):
         assert option in listed
@@ -126,7 +130,7 @@ def test_help_lists_the_options_and_creates_nothing(tmp_path: Path, file: tuple[
         (2 * MiB, TiB, 4194304),
     ],
 )
-def test_length_of_the_file_is_header_and_bitmap(
+def test_created_file_has_the_length_of_header_and_bitmap(
     tmp_path: Path, cluster: int, size: int, length: int
 ) -> None:
     result = succeed(
@@ -221,7 +225,7 @@ def test_size_takes_suffixes(tmp_path: Path, said: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("said", ["12x", "1.5.5M", "abc", "", "-1"])
-def test_size_that_is_none_is_a_usage_error(tmp_path: Path, said: str) -> None:
+def test_create_with_an_invalid_size_is_a_usage_error(tmp_path: Path, said: str) -> None:
     refused_untouched("top.add-cow", said, cwd=tmp_path, status=(USAGE,))
 
 
@@ -246,7 +250,7 @@ def test_size_defaults_to_the_images_first(here: Path) -> None:
     assert guest_picture(here / "top.add-cow") == "ABCD00"
 
 
-def test_no_size_at_all_is_refused(tmp_path: Path) -> None:
+def test_create_without_any_size_is_refused(tmp_path: Path) -> None:
     message = refused_untouched("top.add-cow", cwd=tmp_path, status=(1, USAGE))
     assert "size" in message.lower()
 
@@ -254,7 +258,7 @@ def test_no_size_at_all_is_refused(tmp_path: Path) -> None:
 # ---- what was there before ----
 
 
-def test_existing_image_becomes_the_disk(tmp_path: Path) -> None:
+def test_create_uses_an_existing_image_as_the_disk(tmp_path: Path) -> None:
     draw_raw(tmp_path / "disk.img", "AB-D")
     succeed("create", "-o", "image_file=disk.img", "disk.add-cow", cwd=tmp_path)
     assert look(tmp_path / "disk.img") == "AB0D"
@@ -262,7 +266,9 @@ def test_existing_image_becomes_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(), ("256K",), ("128K",), ("0",)])
-def test_existing_image_is_never_shrunk_nor_overwritten(here: Path, size: tuple[str, ...]) -> None:
+def test_create_never_shrinks_or_overwrites_an_existing_image(
+    here: Path, size: tuple[str, ...]
+) -> None:
     draw_raw(here / "top.raw", "WXYZ")
     addcow("create", *BASE, "top.add-cow", *size, cwd=here)
     assert look(here / "top.raw") == "WXYZ"
@@ -275,7 +281,7 @@ def test_existing_file_is_refused(here: Path) -> None:
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
-def test_image_and_backing_are_told_apart_by_inode(here: Path, link: object) -> None:
+def test_create_compares_image_and_backing_by_inode(here: Path, link: object) -> None:
     assert callable(link)
     link(here / "base.img", here / "other.img")
     refused_untouched(*BASE, "-o", "image_file=other.img", "top.add-cow", cwd=here)
@@ -291,9 +297,7 @@ def test_image_and_backing_are_told_apart_by_inode(here: Path, link: object) -> 
         ("-b", "top.add-cow", "-F", "raw", "top.add-cow", "1M"),
     ],
 )
-def test_the_file_is_neither_its_image_nor_its_backing(
-    here: Path, arguments: tuple[str, ...]
-) -> None:
+def test_create_refuses_one_file_in_two_roles(here: Path, arguments: tuple[str, ...]) -> None:
     refused_untouched(*arguments, cwd=here)
 
 
@@ -301,7 +305,7 @@ def test_the_file_is_neither_its_image_nor_its_backing(
 
 
 @pytest.mark.parametrize("name", ["nbd:localhost:10809", "json:{}", "file:base.img"])
-def test_names_with_a_protocol_are_no_paths(here: Path, name: str) -> None:
+def test_create_refuses_names_with_a_protocol(here: Path, name: str) -> None:
     draw_raw(here / name, "PQ")
     backing = refused_untouched("-b", name, "-F", "raw", "top.add-cow", "1M", cwd=here)
     image = refused_untouched("-o", f"image_file={name}", "top.add-cow", "1M", cwd=here)
@@ -332,7 +336,7 @@ def test_cluster_size_is_a_size(here: Path, size: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["bogus=1", "backing_file", "=x", "preallocation=full"])
-def test_unknown_option_is_a_usage_error(here: Path, option: str) -> None:
+def test_create_with_an_unknown_option_is_a_usage_error(here: Path, option: str) -> None:
     refused_untouched(*BASE, "-o", option, "top.add-cow", cwd=here, status=(USAGE,))
 
 
@@ -348,7 +352,7 @@ def test_unknown_option_is_a_usage_error(here: Path, option: str) -> None:
         ((*BASE, "-o", "image_fmt=qcow2"), "qcow2"),
     ],
 )
-def test_failure_names_the_cause_and_leaves_nothing(
+def test_failed_create_names_the_cause_and_leaves_nothing(
     here: Path, options: tuple[str, ...], named: str
 ) -> None:
     (here / "folder").mkdir()
@@ -403,7 +407,7 @@ def test_size_beyond_the_file_system_leaves_nothing(tmp_path: Path) -> None:
 # ---- create -f raw ----
 
 
-def test_raw_is_a_plain_sparse_file(tmp_path: Path) -> None:
+def test_create_raw_makes_a_sparse_file(tmp_path: Path) -> None:
     result = succeed("create", "-f", "raw", "x.raw", "1M", cwd=tmp_path)
     assert result.stdout == "Formatting 'x.raw', fmt=raw size=1048576\n"
     assert (tmp_path / "x.raw").read_bytes() == bytes(MiB)
@@ -411,12 +415,12 @@ def test_raw_is_a_plain_sparse_file(tmp_path: Path) -> None:
     assert '"format": "raw"' in tool("qemu-img", "info", "--output=json", "x.raw", cwd=tmp_path)
 
 
-def test_raw_refuses_what_a_raw_file_cannot_have(here: Path) -> None:
+def test_create_raw_refuses_options_of_an_overlay(here: Path) -> None:
     refused_untouched("-f", "raw", "base.img", "1M", cwd=here)
     refused_untouched("-f", "raw", *BASE, "x.raw", "1M", cwd=here, status=(1, USAGE))
     refused_untouched("-f", "raw", "x.raw", cwd=here, status=(1, USAGE))
 
 
-def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
+def test_create_refuses_other_formats_by_name(tmp_path: Path) -> None:
     assert "qcow2" in refused("create", "-f", "qcow2", "x.qcow2", "1M", cwd=tmp_path, status=USAGE)
     assert snapshot(tmp_path) == {}

@@ -127,7 +127,7 @@ def test_info_resolves_names_beside_the_file(tmp_path: Path) -> None:
     assert (tmp_path / image).samefile(tmp_path / "below" / "top.raw")
 
 
-def test_info_says_what_has_no_backing(tmp_path: Path) -> None:
+def test_info_of_an_overlay_without_backing(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "AB-", "", compatible=ALL_ALLOCATED)
     info = succeed("info", "--output", "json", "top.add-cow", cwd=tmp_path).json
     for key in ("backing-filename", "full-backing-filename", "backing-filename-format"):
@@ -171,7 +171,7 @@ def test_info_backing_chain_human_shows_each(tmp_path: Path) -> None:
     assert "file format: raw" in lines
 
 
-def test_an_image_of_another_format_is_described(tmp_path: Path) -> None:
+def test_info_describes_an_image_of_another_format(tmp_path: Path) -> None:
     put(pair(tmp_path, "AB", "-X"), 60, b"qcow2")
     tool("qemu-img", "create", "-q", "-f", "qcow2", "top.raw", "128K", cwd=tmp_path)
     before = snapshot(tmp_path)
@@ -182,7 +182,7 @@ def test_an_image_of_another_format_is_described(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_an_image_that_is_not_of_its_format_is_refused(tmp_path: Path) -> None:
+def test_info_refuses_an_image_that_is_not_of_its_format(tmp_path: Path) -> None:
     put(pair(tmp_path, "AB", "-X"), 60, b"qcow2")
     assert "qcow2" in refused("info", "top.add-cow", cwd=tmp_path)
 
@@ -393,12 +393,12 @@ def test_check_finds_a_missing_file(tmp_path: Path, gone: str) -> None:
     assert any(gone in each["message"] for each in report["findings"])
 
 
-def test_check_does_not_miss_the_backing_when_all_is_allocated(tmp_path: Path) -> None:
+def test_check_ignores_a_missing_backing_with_all_allocated(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "AB", "gone.img", compatible=ALL_ALLOCATED)
     succeed("check", "top.add-cow", cwd=tmp_path)
 
 
-def test_check_finds_a_chain_that_bites_its_tail(tmp_path: Path) -> None:
+def test_check_finds_a_cycle_in_the_chain(tmp_path: Path) -> None:
     draw(tmp_path / "one.add-cow", "-X", "two.add-cow", backing_format="add-cow")
     draw(tmp_path / "two.add-cow", "Y-", "one.add-cow", backing_format="add-cow")
     draw(tmp_path / "self.add-cow", "Y-", "self.add-cow", backing_format="add-cow")
@@ -443,7 +443,7 @@ def test_check_could_not_look_at_a_fifo(tmp_path: Path, name: str) -> None:
     assert {severity for _, severity in found} == {"check-error"}
 
 
-def test_check_says_when_a_file_is_no_add_cow_file(tmp_path: Path) -> None:
+def test_check_of_a_file_that_is_not_add_cow_exits_with_63(tmp_path: Path) -> None:
     draw_raw(tmp_path / "some.raw", "AB")
     (tmp_path / "empty").touch()
     for name in ("some.raw", "empty"):
@@ -453,7 +453,7 @@ def test_check_says_when_a_file_is_no_add_cow_file(tmp_path: Path) -> None:
 # ---- what all commands have in common ----
 
 
-def test_readers_accept_the_format(tmp_path: Path) -> None:
+def test_readers_accept_option_f(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "-X--")
     for command in READERS:
         plain = succeed(command, "top.add-cow", cwd=tmp_path)
@@ -461,7 +461,7 @@ def test_readers_accept_the_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_unusable_files_are_named_in_one_line(tmp_path: Path, command: str) -> None:
+def test_unusable_file_is_named_in_one_line(tmp_path: Path, command: str) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
     before = snapshot(tmp_path)
@@ -471,7 +471,7 @@ def test_unusable_files_are_named_in_one_line(tmp_path: Path, command: str) -> N
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_raw_file_is_no_add_cow_file(tmp_path: Path, command: str) -> None:
+def test_raw_file_is_refused_as_not_add_cow(tmp_path: Path, command: str) -> None:
     draw_raw(tmp_path / "some.raw", "AB")
     before = snapshot(tmp_path)
     status = 63 if command == "check" else 1
@@ -480,7 +480,7 @@ def test_a_raw_file_is_no_add_cow_file(tmp_path: Path, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["map", "convert", "commit", "flatten", "io"])
-def test_images_of_other_formats_are_refused_by_name(tmp_path: Path, command: str) -> None:
+def test_image_of_another_format_is_refused_by_name(tmp_path: Path, command: str) -> None:
     put(pair(tmp_path, "ABCD", "-X--"), 60, b"qcow2")
     before = snapshot(tmp_path)
     assert "qcow2" in refused(*on(command, "top.add-cow"), cwd=tmp_path)
@@ -488,9 +488,7 @@ def test_images_of_other_formats_are_refused_by_name(tmp_path: Path, command: st
 
 
 @pytest.mark.parametrize("command", ["map", "convert", "commit", "flatten", "io"])
-def test_a_backing_that_is_a_fifo_is_refused_and_does_not_hang(
-    tmp_path: Path, command: str
-) -> None:
+def test_fifo_as_backing_is_refused_without_waiting(tmp_path: Path, command: str) -> None:
     pair(tmp_path, "ABCD", "-X--")
     (tmp_path / "base.img").unlink()
     os.mkfifo(tmp_path / "base.img")
@@ -501,7 +499,7 @@ def test_a_backing_that_is_a_fifo_is_refused_and_does_not_hang(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_files_without_permission_are_named(tmp_path: Path, command: str) -> None:
+def test_unreadable_file_is_named(tmp_path: Path, command: str) -> None:
     pair(tmp_path, "ABCD", "-X--").chmod(0)
     assert "top.add-cow" in refused(*on(command, "top.add-cow"), cwd=tmp_path)
 
@@ -533,14 +531,14 @@ def test_usage_errors_exit_64_in_one_line(tmp_path: Path, words: tuple[str, ...]
     assert snapshot(tmp_path) == before
 
 
-def test_help_names_the_commands(tmp_path: Path) -> None:
+def test_help_lists_the_commands(tmp_path: Path) -> None:
     said = succeed("--help", cwd=tmp_path).stdout
     for command in (*COMMANDS, "create"):
         assert command in said
         assert succeed(command, "--help", cwd=tmp_path).stdout
 
 
-def test_the_installed_command_is_the_same(tmp_path: Path) -> None:
+def test_installed_command_prints_the_same_help(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "-X--")
     installed = str(Path(sys.executable).with_name("addcow"))
     said = tool(installed, "info", "--output", "json", "top.add-cow", cwd=tmp_path)

@@ -90,7 +90,7 @@ def test_write_copies_up_the_rest_of_its_clusters(here: Path) -> None:
     assert bits(here / TOP) == ".111............"
 
 
-def test_default_pattern_is_cd(here: Path) -> None:
+def test_write_default_pattern_is_0xcd(here: Path) -> None:
     io(TOP, "write 0 64k", "read -P 0xcd 0 64k", cwd=here)
     assert guest(here / TOP, 0, CLUSTER) == b"\xcd" * CLUSTER
 
@@ -107,20 +107,20 @@ def test_writes_last_from_one_command_to_the_next(here: Path) -> None:
     io(TOP, "read -P 8 640k 512", "read -P 7 655872 130560", cwd=here)
 
 
-def test_numbers_take_hex_and_suffixes(here: Path) -> None:
+def test_io_numbers_take_hex_and_suffixes(here: Path) -> None:
     result = io(TOP, "write -P 0xff 0x10000 0x200", "read -P 255 64k 0.5k", cwd=here)
     assert result.lines[0] == "wrote 512/512 bytes at offset 65536"
     assert result.lines[2] == "read 512/512 bytes at offset 65536"
 
 
-def test_the_format_may_be_said(here: Path) -> None:
+def test_io_accepts_option_f(here: Path) -> None:
     assert succeed("io", "-f", "add-cow", "-c", "length", TOP, cwd=here).lines == ["1 MiB"]
 
 
 # ---- vectors ----
 
 
-def test_vectors_of_several_lengths(here: Path) -> None:
+def test_readv_and_writev_take_several_lengths(here: Path) -> None:
     result = io(TOP, "writev -P 3 4k 4k 8k 512", "readv -P 3 4k 512 12k", cwd=here)
     reports(
         result.lines,
@@ -157,7 +157,7 @@ def test_aio_reports_when_it_is_done(here: Path) -> None:
     assert guest(here / TOP, 0, 128 * KiB) == b"\5" * CLUSTER + b"\6" * CLUSTER
 
 
-def test_aio_is_finished_at_the_end_without_being_asked(here: Path) -> None:
+def test_aio_requests_are_finished_at_exit(here: Path) -> None:
     io(TOP, *(f"aio_write -P {at + 1} {at * 64}k 64k" for at in range(16)), cwd=here)
     for at in range(16):
         assert guest(here / TOP, at * CLUSTER, CLUSTER) == bytes([at + 1]) * CLUSTER
@@ -178,7 +178,7 @@ def test_aio_pattern_failure(here: Path) -> None:
 # ---- options of reading ----
 
 
-def test_pattern_failure_is_said_and_is_the_exit_status(here: Path) -> None:
+def test_failed_pattern_is_reported_and_sets_the_exit_status(here: Path) -> None:
     result = addcow("io", "-c", "read -P 9 8k 4k", "-c", "length", TOP, cwd=here)
     assert result.status == 1
     assert result.lines[0] == "Pattern verification failed at offset 8192, 4096 bytes"
@@ -186,7 +186,7 @@ def test_pattern_failure_is_said_and_is_the_exit_status(here: Path) -> None:
     assert result.lines[-1] == "1 MiB"
 
 
-def test_pattern_failure_in_the_last_byte_is_seen(here: Path) -> None:
+def test_failed_pattern_in_the_last_byte_is_detected(here: Path) -> None:
     io(TOP, "write -P 1 0 64k", cwd=here)
     put(here / "top.raw", CLUSTER - 1, b"\2")
     for command in ("read -P 1 0 64k", "readv -P 1 0 4k 60k", "read -q -P 1 65024 512"):
@@ -195,7 +195,7 @@ def test_pattern_failure_in_the_last_byte_is_seen(here: Path) -> None:
         assert "Pattern verification failed" in result.said
 
 
-def test_pattern_of_a_part_of_what_is_read(here: Path) -> None:
+def test_pattern_of_a_part_of_the_read_range(here: Path) -> None:
     io(TOP, "write -P 1 512 512", cwd=here)
     part = "read -P 1 -s 512 -l 512 0 4k"
     assert io(TOP, part, cwd=here).lines[0] == "read 4096/4096 bytes at offset 0"
@@ -209,7 +209,7 @@ def test_pattern_from_an_offset_to_the_end(here: Path) -> None:
     assert addcow("io", "-c", "read -P 1 -s 2k 0 8k", TOP, cwd=here).status == 1
 
 
-def test_verbose_dumps_bytes(here: Path) -> None:
+def test_read_v_dumps_bytes(here: Path) -> None:
     io(TOP, "write -P 1 4k 512", "write -P 126 4608 256", "write -P 57 4864 256", cwd=here)
     lines = io(TOP, "read -v 4k 1k", cwd=here).lines
     assert len(lines) == 64 + 2
@@ -221,7 +221,7 @@ def test_verbose_dumps_bytes(here: Path) -> None:
     assert lines[64] == "read 1024/1024 bytes at offset 4096"
 
 
-def test_quiet_says_nothing_but_failures(here: Path) -> None:
+def test_io_quiet_prints_only_failures(here: Path) -> None:
     assert io(TOP, "write -q -P 1 0 4k", "read -q -P 1 0 4k", cwd=here).lines == []
     result = addcow("io", "-c", "read -q -P 2 0 4k", TOP, cwd=here)
     assert result.status == 1
@@ -229,7 +229,7 @@ def test_quiet_says_nothing_but_failures(here: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["write", "read", "writev", "readv", "aio_read", "aio_write"])
-def test_machine_readable_report(here: Path, command: str) -> None:
+def test_io_report_is_machine_readable_with_option_c(here: Path, command: str) -> None:
     lines = io(TOP, f"{command} -C 0 64k", "aio_flush", cwd=here).lines
     assert len(lines) == 1
     assert re.fullmatch(r"65536,1,\d+:\d\d:\d\d\.\d\d,\d+\.\d{3},\d+\.\d{3}", lines[0])
@@ -238,7 +238,7 @@ def test_machine_readable_report(here: Path, command: str) -> None:
 # ---- asking ----
 
 
-def test_length_is_the_virtual_size(tmp_path: Path) -> None:
+def test_io_length_prints_the_virtual_size(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "---")
     with (tmp_path / "top.raw").open("ab") as file:
         file.write(b"x" * 700)
@@ -246,7 +246,7 @@ def test_length_is_the_virtual_size(tmp_path: Path) -> None:
     assert io(TOP, "length", cwd=tmp_path).lines == ["192.500 KiB"]
 
 
-def test_alloc_counts_sectors(here: Path) -> None:
+def test_io_alloc_counts_sectors(here: Path) -> None:
     result = io(
         TOP, "alloc 0", "alloc 64k", "alloc 64k 128", "alloc 64k 256", "alloc 0 2048", cwd=here
     )
@@ -259,7 +259,7 @@ def test_alloc_counts_sectors(here: Path) -> None:
     ]
 
 
-def test_map_lists_runs_by_sectors(here: Path) -> None:
+def test_io_map_lists_runs_by_sectors(here: Path) -> None:
     lines = io(TOP, "write -q 896k 64k", "map", cwd=here).lines
     assert lines == [
         f"[{0:24d}] {128:8d}/{2048:8d} sectors not allocated at offset 0 bytes (0)",
@@ -270,7 +270,7 @@ def test_map_lists_runs_by_sectors(here: Path) -> None:
     ]
 
 
-def test_map_of_an_all_allocated_image_is_one_run(tmp_path: Path) -> None:
+def test_io_map_of_an_all_allocated_image_is_one_run(tmp_path: Path) -> None:
     draw(tmp_path / TOP, "AB--", "", compatible=ALL_ALLOCATED)
     assert io(TOP, "map", "alloc 0 512", cwd=tmp_path).lines == [
         f"[{0:24d}] {512:8d}/{512:8d} sectors     allocated at offset 0 bytes (1)",
@@ -278,7 +278,7 @@ def test_map_of_an_all_allocated_image_is_one_run(tmp_path: Path) -> None:
     ]
 
 
-def test_flush_publishes_and_says_nothing(here: Path) -> None:
+def test_io_flush_publishes_bits_and_prints_nothing(here: Path) -> None:
     assert io(TOP, "write -q 0 64k", "flush", "aio_flush", cwd=here).lines == []
     assert local_clusters(here / TOP) == [0, 1]
 
@@ -286,7 +286,7 @@ def test_flush_publishes_and_says_nothing(here: Path) -> None:
 # ---- sources of commands ----
 
 
-def test_commands_come_from_standard_input(here: Path) -> None:
+def test_io_reads_commands_from_standard_input(here: Path) -> None:
     script = "write -P 4 0 64k\n\nread -P 4 0 64k\nlength\n"
     lines = succeed("io", TOP, cwd=here, stdin=script).lines
     reports(
@@ -298,19 +298,19 @@ def test_commands_come_from_standard_input(here: Path) -> None:
     assert guest_picture(here / TOP)[:2] == "\4X"
 
 
-def test_failure_on_standard_input_is_the_exit_status(here: Path) -> None:
+def test_failed_command_on_standard_input_sets_the_exit_status(here: Path) -> None:
     result = addcow("io", TOP, cwd=here, stdin="read -P 9 0 512\nread -P 65 0 512\n")
     assert result.status == 1
     assert result.lines[0] == "Pattern verification failed at offset 0, 512 bytes"
 
 
-def test_given_commands_leave_standard_input_alone(here: Path) -> None:
+def test_io_with_c_does_not_read_standard_input(here: Path) -> None:
     before = snapshot(here)
     assert succeed("io", "-c", "length", TOP, cwd=here, stdin="write 0 64k\n").lines == ["1 MiB"]
     assert snapshot(here) == before
 
 
-def test_quit_ends_it(here: Path) -> None:
+def test_io_quit_ends_the_session(here: Path) -> None:
     assert io(TOP, "length", "quit", "length", cwd=here).lines == ["1 MiB"]
     lines = succeed("io", TOP, cwd=here, stdin="length\nquit\nlength\n").lines
     assert lines == ["1 MiB"]
@@ -319,7 +319,7 @@ def test_quit_ends_it(here: Path) -> None:
 # ---- refusals ----
 
 
-def test_read_only_refuses_writes(here: Path) -> None:
+def test_io_read_only_refuses_writes(here: Path) -> None:
     before = snapshot(here)
     for command in ("write 0 64k", "writev 0 64k", "write -z 0 64k", "aio_write 0 64k"):
         result = addcow("io", "-r", "-c", command, "-c", "aio_flush", TOP, cwd=here)
@@ -334,7 +334,7 @@ def test_read_only_refuses_writes(here: Path) -> None:
 
 @pytest.mark.parametrize("command", ["read", "write", "readv", "writev", "aio_read", "aio_write"])
 @pytest.mark.parametrize("where", ["1M 512", "1048064 1k", "7E 512"])
-def test_out_of_range_is_an_io_error(here: Path, command: str, where: str) -> None:
+def test_io_out_of_range_is_an_input_output_error(here: Path, command: str, where: str) -> None:
     before = snapshot(here)
     result = addcow("io", "-c", f"{command} {where}", "-c", "aio_flush", TOP, cwd=here)
     assert result.status == 1
@@ -342,14 +342,14 @@ def test_out_of_range_is_an_io_error(here: Path, command: str, where: str) -> No
     assert snapshot(here) == before
 
 
-def test_unknown_command_is_said(here: Path) -> None:
+def test_io_reports_an_unknown_command(here: Path) -> None:
     result = addcow("io", "-c", "bogus", "-c", "length", TOP, cwd=here)
     assert 'command "bogus" not found' in result.said
     assert result.lines[-1] == "1 MiB"
     assert result.status == 1
 
 
-def test_too_few_words_are_said(here: Path) -> None:
+def test_io_reports_missing_arguments(here: Path) -> None:
     result = addcow("io", "-c", "read", "-c", "write 0", TOP, cwd=here)
     assert result.status == 1
     for command, count in (("read", 0), ("write", 1)):
@@ -373,7 +373,7 @@ def test_too_few_words_are_said(here: Path) -> None:
         "alloc",
     ],
 )
-def test_wrong_words_are_explained_and_do_nothing(here: Path, command: str) -> None:
+def test_io_reports_invalid_arguments_and_changes_nothing(here: Path, command: str) -> None:
     before = snapshot(here)
     result = addcow("io", "-c", command, TOP, cwd=here)
     assert result.status == 1
@@ -382,7 +382,7 @@ def test_wrong_words_are_explained_and_do_nothing(here: Path, command: str) -> N
     assert snapshot(here) == before
 
 
-def test_a_missing_backing_is_refused_before_the_first_command(tmp_path: Path) -> None:
+def test_io_refuses_a_missing_backing_before_the_first_command(tmp_path: Path) -> None:
     draw(tmp_path / TOP, "-X", "gone.img")
     before = snapshot(tmp_path)
     message = refused("io", "-c", "write 0 512", TOP, cwd=tmp_path)
@@ -390,7 +390,7 @@ def test_a_missing_backing_is_refused_before_the_first_command(tmp_path: Path) -
     assert snapshot(tmp_path) == before
 
 
-def test_a_raw_file_named_as_such_is_not_an_add_cow_file(tmp_path: Path) -> None:
+def test_io_refuses_a_raw_file(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "AB")
     before = snapshot(tmp_path)
     refused("io", "-f", "add-cow", "-c", "write 0 512", "base.img", cwd=tmp_path)

@@ -67,7 +67,9 @@ def convert(here: Path, *options: str, file: str = "top.add-cow") -> Result:
 
 
 @pytest.mark.parametrize("jobs", JOBS)
-def test_commit_moves_local_clusters_down(tmp_path: Path, jobs: tuple[str, ...]) -> None:
+def test_commit_moves_allocated_clusters_into_the_backing(
+    tmp_path: Path, jobs: tuple[str, ...]
+) -> None:
     top = pair(tmp_path, "ABCDEFGH-J", "-X-0Y---Z-")
     assert guest_picture(top) == "AXC0YFGHZJ"
     assert commit(tmp_path, *jobs).lines[-1] == "Image committed."
@@ -96,7 +98,7 @@ def test_commit_frees_the_images_space_and_keeps_its_length(tmp_path: Path) -> N
     assert top.read_bytes() == header.ljust(2 * CLUSTER, b"\0")
 
 
-def test_commit_frees_what_an_interrupted_commit_left(tmp_path: Path) -> None:
+def test_commit_frees_space_that_an_interrupted_commit_left(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABCD", "-x-Y")
     commit(tmp_path)
     assert look(tmp_path / "base.img") == "ABCY"
@@ -115,7 +117,7 @@ def test_commit_keep_leaves_overlay_and_image_as_they_were(tmp_path: Path) -> No
     assert (after["top.add-cow"], after["top.raw"]) == (before["top.add-cow"], before["top.raw"])
 
 
-def test_commit_writes_nothing_beside_the_local_clusters(tmp_path: Path) -> None:
+def test_commit_writes_only_allocated_clusters(tmp_path: Path) -> None:
     pair(tmp_path, "-----", "--X--")
     commit(tmp_path)
     assert look(tmp_path / "base.img") == "00X00"
@@ -201,7 +203,7 @@ def test_commit_twice_is_commit_once(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == once
 
 
-def test_commit_of_a_large_sparse_image_is_its_data(tmp_path: Path) -> None:
+def test_commit_of_a_large_sparse_image_moves_only_its_data(tmp_path: Path) -> None:
     with (tmp_path / "base.img").open("wb") as file:
         file.truncate(256 * GiB)
     succeed("create", "-q", "-b", "base.img", "-F", "raw", "top.add-cow", cwd=tmp_path)
@@ -330,7 +332,7 @@ def unknown_feature(top: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_jobs_refuse_a_damaged_image_and_touch_nothing(
+def test_jobs_refuse_a_damaged_image_and_change_nothing(
     tmp_path: Path, job: str, damage: Callable[[Path], None]
 ) -> None:
     damage(pair(tmp_path, "ABCD", "-X--"))
@@ -340,7 +342,7 @@ def test_jobs_refuse_a_damaged_image_and_touch_nothing(
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten", "convert"])
-def test_a_cycle_is_refused(tmp_path: Path, job: str) -> None:
+def test_jobs_refuse_a_cycle(tmp_path: Path, job: str) -> None:
     draw(tmp_path / "one.add-cow", "-X", "two.add-cow", backing_format="add-cow")
     draw(tmp_path / "two.add-cow", "Y-", "one.add-cow", backing_format="add-cow")
     before = snapshot(tmp_path)
@@ -353,7 +355,7 @@ def test_a_cycle_is_refused(tmp_path: Path, job: str) -> None:
 
 
 @pytest.mark.parametrize("jobs", JOBS)
-def test_flatten_makes_every_cluster_local(tmp_path: Path, jobs: tuple[str, ...]) -> None:
+def test_flatten_allocates_every_cluster(tmp_path: Path, jobs: tuple[str, ...]) -> None:
     top = pair(tmp_path, "ABCDEFGH-J" * 4, "-X-0Y---Z-" * 4)
     base = (tmp_path / "base.img").read_bytes()
     flatten(tmp_path, *jobs)
@@ -365,7 +367,7 @@ def test_flatten_makes_every_cluster_local(tmp_path: Path, jobs: tuple[str, ...]
     assert (header.backing, header.backing_format, header.image) == ("base.img", "raw", "top.raw")
 
 
-def test_flatten_does_not_need_the_backing_any_more(tmp_path: Path) -> None:
+def test_flattened_image_does_not_need_the_backing(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABCD", "-X--")
     flatten(tmp_path)
     (tmp_path / "base.img").unlink()
@@ -501,7 +503,7 @@ def test_convert_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_quiet_prints_nothing(tmp_path: Path, job: str) -> None:
+def test_jobs_with_quiet_print_nothing(tmp_path: Path, job: str) -> None:
     top = pair(tmp_path, "ABCD", "-X--")
     assert succeed(job, "-q", "top.add-cow", cwd=tmp_path).said == ""
     assert guest_picture(top) == "AXCD"
@@ -579,19 +581,19 @@ def test_flatten_reports_what_it_moved(tmp_path: Path) -> None:
     assert report["seconds"] >= 0
 
 
-def test_json_of_a_job_with_nothing_to_do(tmp_path: Path) -> None:
+def test_json_report_of_a_job_with_nothing_to_do(tmp_path: Path) -> None:
     pair(tmp_path, "ABC", "---")
     assert commit(tmp_path, "--output", "json").json["bytes-moved"] == 0
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_jobs_accept_the_format(tmp_path: Path, job: str) -> None:
+def test_jobs_accept_option_f(tmp_path: Path, job: str) -> None:
     top = pair(tmp_path, "ABCD", "-X--")
     succeed(job, "-f", "add-cow", "top.add-cow", cwd=tmp_path)
     assert guest_picture(top) == "AXCD"
 
 
-def test_a_failure_is_json_as_well_where_json_is_asked_for(tmp_path: Path) -> None:
+def test_failed_job_with_output_json_prints_json(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "AB", "", compatible=ALL_ALLOCATED)
     result = addcow("commit", "--output", "json", "top.add-cow", cwd=tmp_path)
     assert result.status == 1
@@ -614,7 +616,7 @@ def test_a_failure_is_json_as_well_where_json_is_asked_for(tmp_path: Path) -> No
     ],
     ids=lambda one: " ".join(one) if isinstance(one, tuple) else str(one),
 )
-def test_every_command_reports_its_failure_as_json(
+def test_every_command_with_output_json_reports_its_failure_as_json(
     words: tuple[str, ...], status: int, tmp_path: Path
 ) -> None:
     result = addcow(*words, "--output", "json", cwd=tmp_path)
@@ -638,7 +640,7 @@ def test_commit_and_flatten_agree_with_qemu_img(tmp_path: Path, jobs: str) -> No
     same_content("new.raw", "base.img", cwd=tmp_path)
 
 
-def test_jobs_do_not_change_the_outcome(tmp_path: Path) -> None:
+def test_number_of_processes_does_not_change_the_result(tmp_path: Path) -> None:
     outcomes = []
     for number in ("0", "1", "2", "3"):
         here = tmp_path / number
@@ -697,7 +699,9 @@ def test_interrupt_exits_130(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("commit",), ("commit", "-d"), ("farm", "commit")])
-def test_no_overlay_is_destroyed_as_if_it_were_raw(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_commit_refuses_an_overlay_declared_as_raw_backing(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
     pair(tmp_path, "AB", "-X")
     draw(tmp_path / "wrong.add-cow", "YZ", "top.add-cow")
     before = (tmp_path / "top.add-cow").read_bytes()

@@ -129,7 +129,9 @@ PICTURE = "ABC0-DEF--GH"
 
 
 @pytest.mark.parametrize(("one", "other"), ANY_TWO)
-def test_the_same_disk_in_any_two_forms(warm: Warm, tmp_path: Path, one: str, other: str) -> None:
+def test_equal_disks_in_any_two_forms_are_identical(
+    warm: Warm, tmp_path: Path, one: str, other: str
+) -> None:
     names = FORMS[one](tmp_path, "a", PICTURE), FORMS[other](tmp_path, "b", PICTURE)
     files = Pair(warm, tmp_path, *names)
     files.says(SAME)
@@ -138,7 +140,7 @@ def test_the_same_disk_in_any_two_forms(warm: Warm, tmp_path: Path, one: str, ot
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
 @pytest.mark.parametrize(("one", "other"), ANY_TWO)
-def test_different_disks_in_any_two_forms(
+def test_different_disks_in_any_two_forms_differ(
     warm: Warm, tmp_path: Path, one: str, other: str, jobs: str
 ) -> None:
     """Data against data, zeros against data, data against a hole, and the last cluster."""
@@ -196,7 +198,7 @@ def poke(path: str, offset: int, value: int) -> None:
 
 @given(layers(), layers(), POKES, st.sampled_from(["first", "second", "copy"]))
 @tried(80)
-def test_extents_are_those_of_the_bytes(
+def test_listed_extents_agree_with_a_comparison_of_bytes(
     warm: Warm, one: Layer, other: Layer, pokes: list[tuple[int, int]], how: str
 ) -> None:
     with TemporaryDirectory() as directory:
@@ -263,13 +265,13 @@ def thin(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Pair:
 
 
 @pytest.mark.parametrize("jobs", ["0", "1", "2", "3"])
-def test_the_first_difference_is_the_first_one_whoever_finds_it(thin: Pair, jobs: str) -> None:
+def test_first_difference_is_reported_whichever_worker_finds_one(thin: Pair, jobs: str) -> None:
     first = TASK + 3 * GRAIN + SECTOR
     thin.says(f"Content mismatch at offset {first}!\n", jobs=jobs)
 
 
 @pytest.mark.parametrize("jobs", ["0", "1", "2", "3"])
-def test_extents_of_all_tasks_are_one_list_in_order(thin: Pair, jobs: str) -> None:
+def test_extents_of_all_tasks_form_one_ordered_list(thin: Pair, jobs: str) -> None:
     places = [TASK + 3 * GRAIN + SECTOR, 2 * TASK + SECTOR, 5 * TASK - GRAIN + SECTOR]
     expected = [(at, SECTOR) for at in places]
     assert thin.extents(jobs=jobs) == sorted([*expected, (4 * TASK - SECTOR, 2 * SECTOR)])
@@ -286,7 +288,7 @@ def spots(here: Path, count: int) -> Extents:
     return places
 
 
-def test_a_list_that_is_cut_short_says_so(warm: Warm, tmp_path: Path) -> None:
+def test_limited_list_says_that_it_is_incomplete(warm: Warm, tmp_path: Path) -> None:
     expected = spots(tmp_path, 1500)
     files = Pair(warm, tmp_path, "a.img", "b.img")
     report = json.loads(files.compare("--output", "json").stdout)
@@ -297,7 +299,7 @@ def test_a_list_that_is_cut_short_says_so(warm: Warm, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000])
-def test_a_long_list_is_complete(warm: Warm, tmp_path: Path, count: int) -> None:
+def test_long_list_is_complete(warm: Warm, tmp_path: Path, count: int) -> None:
     expected = spots(tmp_path, count)
     assert Pair(warm, tmp_path, "a.img", "b.img").extents() == expected
 
@@ -349,33 +351,33 @@ def raw_pair(warm: Warm, here: Path, pictures: tuple[str, str]) -> Pair:
 
 @pytest.mark.parametrize("flags", [(), ("-s",), ("-q",), ("-q", "-s")], ids=" ".join)
 @pytest.mark.parametrize("pictures", ALIKE.values(), ids=ALIKE)
-def test_raw_files_are_told_as_qemu_img_tells(
+def test_compare_of_raw_files_prints_what_qemu_img_prints(
     warm: Warm, tmp_path: Path, pictures: tuple[str, str], flags: tuple[str, ...]
 ) -> None:
     as_qemu_img_does(raw_pair(warm, tmp_path, pictures), *flags)
 
 
 @pytest.mark.parametrize("pictures", BOTH.values(), ids=BOTH)
-def test_a_difference_before_the_end_is_told_alone(
+def test_content_difference_is_reported_before_a_size_difference(
     warm: Warm, tmp_path: Path, pictures: tuple[str, str]
 ) -> None:
     as_qemu_img_does(raw_pair(warm, tmp_path, pictures))
 
 
 @pytest.mark.parametrize("pictures", UNLIKE.values(), ids=UNLIKE)
-def test_where_the_data_is_makes_no_difference(
+def test_allocation_does_not_matter_without_strict(
     warm: Warm, tmp_path: Path, pictures: tuple[str, str]
 ) -> None:
     as_qemu_img_does(raw_pair(warm, tmp_path, pictures))
 
 
 @pytest.mark.parametrize("pictures", UNLIKE.values(), ids=UNLIKE)
-def test_strictly_it_does(warm: Warm, tmp_path: Path, pictures: tuple[str, str]) -> None:
+def test_strict_compares_allocation(warm: Warm, tmp_path: Path, pictures: tuple[str, str]) -> None:
     as_qemu_img_does(raw_pair(warm, tmp_path, pictures), "-s")
 
 
 @pytest.mark.parametrize("flags", [(), ("-s",)], ids=" ".join)
-def test_a_difference_is_told_by_its_sector(
+def test_strict_reports_a_difference_by_its_sector(
     warm: Warm, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
     for offset in (0, 511, 512, CLUSTER - 1, 3 * CLUSTER + 1000, 5 * CLUSTER - 1):
@@ -397,7 +399,7 @@ def strictly(files: Pair) -> tuple[int, int | None, bool]:
 
 
 @pytest.mark.parametrize("pictures", UNLIKE.values(), ids=UNLIKE)
-def test_the_first_unequal_allocation_is_named(
+def test_strict_names_the_first_unequal_allocation(
     warm: Warm, tmp_path: Path, pictures: tuple[str, str]
 ) -> None:
     files = raw_pair(warm, tmp_path, pictures)
@@ -406,14 +408,14 @@ def test_the_first_unequal_allocation_is_named(
     assert strictly(files) == (1, place * CLUSTER, False)
 
 
-def test_strictly_the_size_counts(warm: Warm, tmp_path: Path) -> None:
+def test_strict_compares_sizes(warm: Warm, tmp_path: Path) -> None:
     files = raw_pair(warm, tmp_path, ("AB", "AB-"))
     assert strictly(files) == (1, None, False)
     assert files.extents() == []
 
 
 @pytest.mark.parametrize(("one", "other"), ANY_TWO)
-def test_strictly_the_file_that_holds_it_does_not_count(
+def test_strict_ignores_which_file_of_the_chain_holds_data(
     warm: Warm, tmp_path: Path, one: str, other: str
 ) -> None:
     """A copy of the guest's view takes the same places, in whatever files they are."""
@@ -423,7 +425,7 @@ def test_strictly_the_file_that_holds_it_does_not_count(
     files.says(SAME, "-s")
 
 
-def test_a_strict_list_has_all_that_differs(warm: Warm, tmp_path: Path) -> None:
+def test_strict_list_contains_every_difference(warm: Warm, tmp_path: Path) -> None:
     files = raw_pair(warm, tmp_path, ("ABC-EF", "AXC0EY"))
     report = json.loads(files.compare("-s", "--output", "json").stdout)
     assert report["allocation-differs-at"] == 3 * CLUSTER
@@ -449,7 +451,7 @@ def siblings(here: Path, below: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_what_is_of_one_file_is_not_read(warm: Warm, tmp_path: Path, jobs: str) -> None:
+def test_data_from_one_shared_file_is_not_read(warm: Warm, tmp_path: Path, jobs: str) -> None:
     bases = siblings(tmp_path, "base.img")
     files = Pair(warm, tmp_path, "a.add-cow", "b.add-cow")
     assert files.extents(jobs=jobs) == [(127 * CLUSTER, CLUSTER)]
@@ -457,7 +459,7 @@ def test_what_is_of_one_file_is_not_read(warm: Warm, tmp_path: Path, jobs: str) 
 
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_what_is_of_two_files_is_read(warm: Warm, tmp_path: Path, jobs: str) -> None:
+def test_data_from_two_files_is_read(warm: Warm, tmp_path: Path, jobs: str) -> None:
     bases = siblings(tmp_path, "other.img")
     files = Pair(warm, tmp_path, "a.add-cow", "b.add-cow")
     assert files.extents(jobs=jobs) == [(127 * CLUSTER, CLUSTER)]
@@ -465,7 +467,7 @@ def test_what_is_of_two_files_is_read(warm: Warm, tmp_path: Path, jobs: str) -> 
 
 
 @pytest.mark.parametrize("name", ["base.img", "a link", "another name"])
-def test_one_file_is_one_file_by_any_name(warm: Warm, tmp_path: Path, name: str) -> None:
+def test_file_is_shared_by_whatever_name(warm: Warm, tmp_path: Path, name: str) -> None:
     base, _ = siblings(tmp_path, "base.img")
     if name == "a link":
         (tmp_path / name).symlink_to("base.img")
@@ -476,14 +478,14 @@ def test_one_file_is_one_file_by_any_name(warm: Warm, tmp_path: Path, name: str)
     assert resident(base) == 0
 
 
-def test_an_overlay_is_itself_unread(warm: Warm, tmp_path: Path) -> None:
+def test_overlay_compared_with_itself_is_not_read(warm: Warm, tmp_path: Path) -> None:
     pair(tmp_path, "A" * 64, "X" * 30 + "-" * 34)
     uncache(tmp_path / "base.img", tmp_path / "top.raw")
     Pair(warm, tmp_path, "top.add-cow", "top.add-cow").says(SAME)
     assert resident(tmp_path / "base.img") + resident(tmp_path / "top.raw") == 0
 
 
-def test_a_hole_is_not_read_for_being_compared_with_data(warm: Warm, tmp_path: Path) -> None:
+def test_hole_compared_with_data_is_not_read(warm: Warm, tmp_path: Path) -> None:
     files = raw_pair(warm, tmp_path, ("-" * 250, "0" * 250))
     uncache(tmp_path / "a.img", tmp_path / "b.img")
     files.says(SAME)
@@ -491,7 +493,7 @@ def test_a_hole_is_not_read_for_being_compared_with_data(warm: Warm, tmp_path: P
     assert was_read(tmp_path / "b.img", size=250 * CLUSTER)
 
 
-def test_looking_changes_nothing(warm: Warm, tmp_path: Path) -> None:
+def test_compare_changes_nothing(warm: Warm, tmp_path: Path) -> None:
     names = as_chain(tmp_path, "a", PICTURE), as_overlay(tmp_path, "b", PICTURE.lower())
     before = snapshot(tmp_path), {each: each.stat().st_mtime_ns for each in tmp_path.iterdir()}
     files = Pair(warm, tmp_path, *names)
@@ -501,7 +503,7 @@ def test_looking_changes_nothing(warm: Warm, tmp_path: Path) -> None:
     assert after == before
 
 
-def test_large_holes_cost_nothing(warm: Warm, tmp_path: Path) -> None:
+def test_large_holes_cost_compare_nothing(warm: Warm, tmp_path: Path) -> None:
     """Were they looked at, this would take minutes, and a list would have no end."""
     for name in ("a.img", "b.img"):
         with (tmp_path / name).open("wb") as file:
@@ -514,19 +516,19 @@ def test_large_holes_cost_nothing(warm: Warm, tmp_path: Path) -> None:
 # ---- what else it says ----
 
 
-def test_quiet_leaves_the_status(warm: Warm, tmp_path: Path) -> None:
+def test_compare_quiet_keeps_the_exit_status(warm: Warm, tmp_path: Path) -> None:
     for pictures, status in ((("AB", "AB-"), 0), (("AB", "AX-"), 1)):
         assert raw_pair(warm, tmp_path, pictures).compare("-q") == Ended(status, "", "")
 
 
-def test_progress_is_for_stderr(warm: Warm, tmp_path: Path) -> None:
+def test_compare_prints_progress_on_stderr(warm: Warm, tmp_path: Path) -> None:
     ended = raw_pair(warm, tmp_path, ("AB" * 40, "AB" * 40)).compare("-p", jobs="2")
     assert (ended.status, ended.stdout) == (0, SAME)
     assert "100" in ended.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("short", [("a",), ("b",), ("a", "b")])
-def test_short_bitmaps_are_warned_of(warm: Warm, tmp_path: Path, short: tuple[str, ...]) -> None:
+def test_compare_warns_of_short_bitmaps(warm: Warm, tmp_path: Path, short: tuple[str, ...]) -> None:
     """What is missing of a bitmap is 0: nothing is local there."""
     draw_raw(tmp_path / "low.img", "AB")
     for name in "ab":
@@ -546,7 +548,7 @@ def test_short_bitmaps_are_warned_of(warm: Warm, tmp_path: Path, short: tuple[st
 
 @pytest.mark.parametrize("flags", [(), ("-s",)], ids=" ".join)
 @pytest.mark.parametrize("other", [b"A" * 899 + b"B", b"A" * 900, b"A" * 899, b"A" * 512, b""])
-def test_bytes_behind_the_last_sector_count(
+def test_bytes_after_the_last_whole_sector_are_compared(
     warm: Warm, tmp_path: Path, other: bytes, flags: tuple[str, ...]
 ) -> None:
     """In a chain they are in nobody's view; of two files by themselves they are content."""
@@ -637,7 +639,7 @@ def cannot(ended: Ended, name: str) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_a_file_that_cannot_be_looked_at_is_named(
+def test_compare_names_the_file_that_it_cannot_open(
     warm: Warm, tmp_path: Path, name: str, damage: Callable[[Path, str], str]
 ) -> None:
     here = tmp_path / "here"
@@ -652,13 +654,13 @@ def test_a_file_that_cannot_be_looked_at_is_named(
 
 
 @pytest.mark.parametrize("name", ["a.img", "b.img"])
-def test_a_raw_file_that_is_not_there(warm: Warm, tmp_path: Path, name: str) -> None:
+def test_compare_names_a_missing_raw_file(warm: Warm, tmp_path: Path, name: str) -> None:
     files = raw_pair(warm, tmp_path, ("AB", "AB"))
     (tmp_path / name).unlink()
     cannot(files.compare(), name)
 
 
-def test_a_format_is_never_guessed(warm: Warm, tmp_path: Path) -> None:
+def test_compare_never_guesses_a_format(warm: Warm, tmp_path: Path) -> None:
     pair(tmp_path, "AB", "--")
     words = ["compare", "top.add-cow", "base.img"]
     cannot(warm.run(*words, cwd=tmp_path), "base.img")
@@ -680,7 +682,7 @@ def test_a_format_is_never_guessed(warm: Warm, tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_what_cannot_be_meant_is_a_usage_error(
+def test_invalid_compare_options_are_usage_errors(
     warm: Warm, tmp_path: Path, words: list[str]
 ) -> None:
     raw_pair(warm, tmp_path, ("AB", "AB"))
@@ -690,7 +692,7 @@ def test_what_cannot_be_meant_is_a_usage_error(
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_disk_in_use_is_not_compared(warm: Warm, tmp_path: Path, order: int) -> None:
+def test_compare_refuses_a_disk_in_use(warm: Warm, tmp_path: Path, order: int) -> None:
     pair(tmp_path, "AB", "-X")
     draw_raw(tmp_path / "copy.img", "AX")
     files = Pair(warm, tmp_path, *["top.add-cow", "copy.img"][::order])
@@ -734,7 +736,7 @@ FIRST, SECOND = ("raw", "add-cow"), ("add-cow", "raw")
         (SECOND, "0"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(
+def test_compare_names_the_file_with_a_read_error(
     tmp_path: Path, order: tuple[str, str], jobs: str
 ) -> None:
     pair(tmp_path, "ABCD" * 8, "-" * 32)
@@ -747,7 +749,7 @@ def test_a_file_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_a_disk_that_is_gone_is_an_error_and_no_difference(tmp_path: Path, jobs: str) -> None:
+def test_dead_disk_is_an_error_and_not_a_difference(tmp_path: Path, jobs: str) -> None:
     pair(tmp_path, "ABCD" * 8, "-" * 32)
     with disks(tmp_path, "xfs") as (disk,):
         bad = disk.mountpoint / "bad.img"

@@ -93,7 +93,7 @@ def assert_alone(here: Path, *words: str) -> None:
 # ---- what is asked for ----
 
 
-def test_commit_asks_for_its_raw_backing(here: Path) -> None:
+def test_commit_checks_for_dependants_of_its_raw_backing(here: Path) -> None:
     (here / OTHER).write_bytes(named())
     line = assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
     assert "--force" in line
@@ -102,50 +102,50 @@ def test_commit_asks_for_its_raw_backing(here: Path) -> None:
     assert bits(here / TOP) == "..."
 
 
-def test_commit_that_keeps_the_overlay_asks_all_the_same(here: Path) -> None:
+def test_commit_d_checks_for_dependants_too(here: Path) -> None:
     (here / OTHER).write_bytes(named())
     assert_refused(here, "commit", "-d", TOP, of=BASE, dependants=(OTHER,))
 
 
-def test_commit_asks_for_its_add_cow_backing(chain: Path) -> None:
+def test_commit_checks_for_dependants_of_its_add_cow_backing(chain: Path) -> None:
     (chain / OTHER).write_bytes(named(backing="mid.add-cow", backing_format="add-cow"))
     assert_refused(chain, "commit", TOP, of="mid.add-cow", dependants=(OTHER,))
     succeed("commit", "--force", TOP, cwd=chain)
     assert guest_picture(chain / "mid.add-cow") == "MXC"
 
 
-def test_commit_asks_for_the_backings_own_image(chain: Path) -> None:
+def test_commit_checks_for_dependants_of_the_backings_image(chain: Path) -> None:
     (chain / OTHER).write_bytes(named(backing="mid.raw"))
     assert_refused(chain, "commit", TOP, of="mid.raw", dependants=(OTHER,))
     succeed("commit", "--force", TOP, cwd=chain)
 
 
-def test_commit_asks_for_the_overlays_image(here: Path) -> None:
+def test_commit_checks_for_dependants_of_the_overlays_image(here: Path) -> None:
     (here / OTHER).write_bytes(named(backing="top.raw"))
     assert_refused(here, "commit", TOP, of="top.raw", dependants=(OTHER,))
     succeed("commit", "--force", TOP, cwd=here)
 
 
-def test_commit_does_not_ask_for_what_lies_below_its_backing(chain: Path) -> None:
+def test_commit_ignores_dependants_of_files_below_its_backing(chain: Path) -> None:
     (chain / OTHER).write_bytes(named(backing=BASE))
     assert_alone(chain, "commit", TOP)
     assert guest_picture(chain / "mid.add-cow") == "MXC"
 
 
-def test_flatten_asks_for_its_image(here: Path) -> None:
+def test_flatten_checks_for_dependants_of_its_image(here: Path) -> None:
     (here / OTHER).write_bytes(named(backing="top.raw"))
     assert_refused(here, "flatten", TOP, of="top.raw", dependants=(OTHER,))
     succeed("flatten", "--force", TOP, cwd=here)
     assert look(here / "top.raw") == "AXC"
 
 
-def test_flatten_changes_nothing_for_those_above_and_beside(here: Path) -> None:
+def test_flatten_ignores_overlays_above_and_siblings(here: Path) -> None:
     (here / OTHER).write_bytes(named())
     (here / "above.add-cow").write_bytes(named(backing=TOP, backing_format="add-cow"))
     assert_alone(here, "flatten", TOP)
 
 
-def test_discard_asks_for_the_add_cow_file(here: Path) -> None:
+def test_discard_checks_for_dependants_of_the_add_cow_file(here: Path) -> None:
     (here / "above.add-cow").write_bytes(named(backing=TOP, backing_format="add-cow"))
     assert_refused(here, "flatten", "--discard", TOP, of=TOP, dependants=("above.add-cow",))
     succeed("flatten", TOP, cwd=here)
@@ -154,7 +154,7 @@ def test_discard_asks_for_the_add_cow_file(here: Path) -> None:
     assert not (here / TOP).exists()
 
 
-def test_readers_ask_nobody(here: Path) -> None:
+def test_reading_commands_do_not_check_for_dependants(here: Path) -> None:
     (here / OTHER).write_bytes(named(image="top.raw"))
     for words in (("info",), ("map",), ("io", "-r", "-c", "map")):
         succeed(*words, TOP, cwd=here)
@@ -171,7 +171,7 @@ def test_readers_ask_nobody(here: Path) -> None:
         "top.add-cow.backup-1",  # what repair calls its backups, but this one has its own image
     ],
 )
-def test_an_overlay_is_found_under_any_name(here: Path, name: str) -> None:
+def test_dependant_is_found_whatever_its_name(here: Path, name: str) -> None:
     (here / name).write_bytes(named())
     before = snapshot(here)
     line = refused("commit", TOP, cwd=here)
@@ -179,19 +179,19 @@ def test_an_overlay_is_found_under_any_name(here: Path, name: str) -> None:
     assert snapshot(here) == before
 
 
-def test_all_dependants_are_listed(here: Path) -> None:
+def test_refusal_lists_all_dependants(here: Path) -> None:
     names = tuple(f"vm{number}.add-cow" for number in range(12))
     for name in names:
         (here / name).write_bytes(named())
     assert_refused(here, "commit", TOP, of=BASE, dependants=names)
 
 
-def test_a_name_alone_makes_no_overlay(here: Path) -> None:
+def test_file_with_the_suffix_only_is_no_dependant(here: Path) -> None:
     (here / OTHER).write_bytes(b"QFI\xfb" + named()[4:])
     assert_alone(here, "commit", TOP)
 
 
-def test_an_overlay_that_needs_another_file_is_no_dependant(here: Path) -> None:
+def test_overlay_of_another_base_is_no_dependant(here: Path) -> None:
     draw_raw(here / "other-base.img", "ABC")
     (here / OTHER).write_bytes(named(backing="other-base.img"))
     (here / "lone.add-cow").write_bytes(named(image="lone.raw", backing=""))
@@ -234,7 +234,7 @@ SPELLINGS = (hard_link, symbolic_link, linked_directory, way_round, absolute, do
 
 
 @pytest.mark.parametrize("spell", SPELLINGS)
-def test_a_dependant_is_found_however_it_spells_the_name(
+def test_dependant_is_found_however_it_spells_the_name(
     here: Path, spell: Callable[[Path], str]
 ) -> None:
     (here / OTHER).write_bytes(named(backing=spell(here)))
@@ -242,7 +242,7 @@ def test_a_dependant_is_found_however_it_spells_the_name(
 
 
 @pytest.mark.parametrize("spell", SPELLINGS)
-def test_a_dependant_is_found_however_the_chain_spells_the_name(
+def test_dependant_is_found_however_the_chain_spells_the_name(
     here: Path, spell: Callable[[Path], str]
 ) -> None:
     (here / OTHER).write_bytes(named())
@@ -269,7 +269,7 @@ ROOTS = ("--root", "bases", "--root", "images")
 
 @pytest.mark.parametrize("place", ["bases", "overlays", "images"])
 @pytest.mark.parametrize("keep", [(), ("-d",)])
-def test_every_directory_of_the_files_concerned_is_looked_in(
+def test_dependants_are_searched_in_every_directory_of_the_chain(
     tmp_path: Path, place: str, keep: tuple[str, ...]
 ) -> None:
     farm(tmp_path)
@@ -279,7 +279,7 @@ def test_every_directory_of_the_files_concerned_is_looked_in(
     assert_refused(tmp_path, *words, of=BASE, dependants=(other,))
 
 
-def test_flatten_looks_beside_the_overlay_for_others_of_its_image(tmp_path: Path) -> None:
+def test_flatten_searches_beside_the_overlay(tmp_path: Path) -> None:
     farm(tmp_path)
     other = Path("overlays", OTHER)
     (tmp_path / other).write_bytes(named(backing="../images/top.raw"))
@@ -301,14 +301,14 @@ def test_roots_are_searched_to_the_bottom(
     assert_refused(tmp_path, "commit", f"overlays/{TOP}", of=BASE, dependants=(other,))
 
 
-def test_what_lies_elsewhere_is_not_looked_for(tmp_path: Path) -> None:
+def test_dependants_outside_the_searched_directories_are_not_found(tmp_path: Path) -> None:
     farm(tmp_path)
     path = tmp_path / "elsewhere" / OTHER
     path.write_bytes(named(backing=str(tmp_path / "bases" / BASE)))
     assert_alone(tmp_path, "commit", *ROOTS, f"overlays/{TOP}")
 
 
-def test_an_overlay_met_in_two_places_is_listed_once(here: Path) -> None:
+def test_dependant_found_twice_is_listed_once(here: Path) -> None:
     (here / OTHER).write_bytes(named())
     words = ("commit", "--root", ".", "--root", str(here), TOP)
     assert_refused(here, *words, of=BASE, dependants=(OTHER,))
@@ -317,20 +317,20 @@ def test_an_overlay_met_in_two_places_is_listed_once(here: Path) -> None:
 # ---- members of the own chain ----
 
 
-def test_the_own_chain_is_no_dependant(chain: Path) -> None:
+def test_overlays_of_the_chain_are_no_dependants(chain: Path) -> None:
     (chain / "same.add-cow").symlink_to(TOP)
     assert_alone(chain, "commit", "--root", ".", TOP)
     assert_alone(chain, "flatten", "--root", ".", TOP)
 
 
-def test_who_stands_above_is_no_member(chain: Path) -> None:
+def test_commit_within_a_chain_finds_other_dependants(chain: Path) -> None:
     assert_alone(chain, "flatten", "mid.add-cow")
     draw(chain / "mid.add-cow", "M--")
     draw(chain / OTHER, "---")
     assert_refused(chain, "commit", "mid.add-cow", of=BASE, dependants=(OTHER,))
 
 
-def test_backups_of_a_repair_are_no_dependants(here: Path) -> None:
+def test_backup_of_a_repair_is_no_dependant(here: Path) -> None:
     patch(here / TOP, 300, b"junk")
     succeed("check", "-r", "all", TOP, cwd=here)
     assert_alone(here, "commit", TOP)
@@ -338,7 +338,7 @@ def test_backups_of_a_repair_are_no_dependants(here: Path) -> None:
     assert look(here / BASE) == "AXC"
 
 
-def test_an_overlay_may_be_called_like_a_backup(here: Path) -> None:
+def test_overlay_named_like_a_backup_is_a_dependant(here: Path) -> None:
     (here / TOP).rename(here / "vm.backup-3")
     assert_alone(here, "commit", "vm.backup-3")
     assert_alone(here, "flatten", "vm.backup-3")
@@ -352,7 +352,7 @@ SHARED = "two overlays cannot share an image file"
 
 @pytest.mark.parametrize("force", [(), ("--force",)])
 @pytest.mark.parametrize("job", [("commit",), ("flatten",), ("flatten", "--discard")])
-def test_a_shared_image_is_refused_always(
+def test_shared_image_is_refused_even_with_force(
     here: Path, job: tuple[str, ...], force: tuple[str, ...]
 ) -> None:
     (here / "same.raw").hardlink_to(here / "top.raw")
@@ -365,7 +365,7 @@ def test_a_shared_image_is_refused_always(
     assert snapshot(here) == before
 
 
-def test_a_repair_does_not_free_what_another_overlay_holds(here: Path) -> None:
+def test_repair_does_not_free_clusters_of_another_overlay(here: Path) -> None:
     (here / OTHER).write_bytes(named(image="top.raw"))
     view, before = guest_picture(here / TOP), snapshot(here)
     done = addcow("check", "-r", "leaks", OTHER, cwd=here)
@@ -375,7 +375,7 @@ def test_a_repair_does_not_free_what_another_overlay_holds(here: Path) -> None:
     assert snapshot(here) == before
 
 
-def test_what_a_repair_advises_can_be_followed(here: Path) -> None:
+def test_advice_of_a_repair_can_be_followed(here: Path) -> None:
     """An overlay over the image file itself: whether its bytes are garbage is not for us to say."""
     draw(here / TOP, "-Xy")
     (here / OTHER).write_bytes(named(backing="top.raw"))
@@ -401,7 +401,7 @@ def test_create_refuses_the_image_of_another_overlay(here: Path, spell: str) -> 
     assert snapshot(here) == before
 
 
-def test_create_looks_for_the_image_beneath_the_roots(here: Path) -> None:
+def test_create_searches_the_roots_for_users_of_the_image(here: Path) -> None:
     (here / "sub").mkdir()
     (here / "sub" / OTHER).write_bytes(named(image="../free.raw", backing=""))
     draw_raw(here / "free.raw", "Q")
@@ -413,7 +413,7 @@ def test_create_looks_for_the_image_beneath_the_roots(here: Path) -> None:
     succeed(*words, cwd=here)
 
 
-def test_a_backing_that_is_anothers_image_gives_way_to_force(here: Path) -> None:
+def test_backing_that_is_an_image_of_another_overlay_needs_force(here: Path) -> None:
     (here / OTHER).write_bytes(named(image=BASE, backing=""))
     assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
     succeed("commit", "--force", TOP, cwd=here)
@@ -463,7 +463,7 @@ def fill_with_rubbish(place: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--root", ".")])
-def test_rubbish_does_no_harm(
+def test_files_that_are_no_overlays_do_not_stop_the_search(
     here: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(here)  # the path of a socket is short
@@ -474,7 +474,7 @@ def test_rubbish_does_no_harm(
     assert look(here / BASE) == "AXC"
 
 
-def test_a_dependant_is_found_among_rubbish(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dependant_is_found_among_other_files(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here)
     fill_with_rubbish(here)
     (here / OTHER).write_bytes(named())
@@ -483,12 +483,12 @@ def test_a_dependant_is_found_among_rubbish(here: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("at", "data"), [(20, b"\xff"), (24, b"\1"), (40, b"\0"), (60, b"\0")])
-def test_a_damaged_overlay_still_needs_what_it_names(here: Path, at: int, data: bytes) -> None:
+def test_damaged_overlay_is_a_dependant(here: Path, at: int, data: bytes) -> None:
     damaged(here, OTHER, at, data)
     assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
 
 
-def test_a_root_of_deeply_nested_directories(here: Path) -> None:
+def test_search_of_a_root_with_deeply_nested_directories(here: Path) -> None:
     nest(here, DEEP)
     try:
         assert_alone(here, "commit", "--root", ".", TOP)
@@ -507,7 +507,7 @@ def without_override() -> list[str]:
 
 
 @pytest.mark.parametrize("size", [100, 64 * KiB])
-def test_what_may_not_be_read_may_be_an_overlay(here: Path, size: int) -> None:
+def test_unreadable_file_counts_as_a_possible_dependant(here: Path, size: int) -> None:
     """Only force goes past it, unless it is too small for an overlay."""
     (here / OTHER).write_bytes(named()[:size])
     (here / OTHER).chmod(0)
@@ -533,7 +533,7 @@ def test_what_may_not_be_read_may_be_an_overlay(here: Path, size: int) -> None:
 # ---- other names for files ----
 
 
-def test_a_dependant_behind_a_link_is_one(tmp_path: Path) -> None:
+def test_dependant_behind_a_link_is_found(tmp_path: Path) -> None:
     """Names inside are relative to where the file lies, and not to where the link is."""
     pair(tmp_path, "ABC", "X--")
     (tmp_path / "store").mkdir()
@@ -547,7 +547,7 @@ def test_a_dependant_behind_a_link_is_one(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_one_file_in_two_directories_names_two_files(tmp_path: Path) -> None:
+def test_hard_linked_overlay_is_a_dependant_in_each_directory(tmp_path: Path) -> None:
     """A hard link elsewhere has the same names in it, which mean other files there."""
     here, there = tmp_path / "here", tmp_path / "there"
     for directory in (here, there):
@@ -561,7 +561,7 @@ def test_one_file_in_two_directories_names_two_files(tmp_path: Path) -> None:
     assert look(there / "base.img") == "ABC"
 
 
-def test_a_link_to_a_member_of_the_chain_is_no_other_overlay(tmp_path: Path) -> None:
+def test_link_to_an_overlay_of_the_chain_is_no_dependant(tmp_path: Path) -> None:
     pair(tmp_path, "ABC", "X--")
     os.link(tmp_path / "top.add-cow", tmp_path / "hard.add-cow")
     (tmp_path / "soft.add-cow").symlink_to("top.add-cow")
@@ -570,7 +570,7 @@ def test_a_link_to_a_member_of_the_chain_is_no_other_overlay(tmp_path: Path) -> 
     assert look(tmp_path / "base.img") == "XBC"
 
 
-def test_an_image_of_two_overlays_is_not_written(tmp_path: Path) -> None:
+def test_image_of_two_overlays_is_not_written(tmp_path: Path) -> None:
     pair(tmp_path, "ABC", "X--")
     shutil.copy(tmp_path / "top.add-cow", tmp_path / "copy.add-cow")
     before = snapshot(tmp_path)

@@ -77,7 +77,7 @@ def cut_apart(rng: random.Random, size: int, pieces: int) -> list[tuple[int, int
 @pytest.mark.parametrize(
     ("cluster_size", "pieces"), [(2 * MiB, 60), (2 * MiB, 600), (4 * KiB, 600)]
 )
-def test_no_copy_up_lands_on_the_data_of_another_thread(
+def test_copy_up_never_overwrites_the_data_of_another_thread(
     tmp_path: Path, cluster_size: int, pieces: int, seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -98,7 +98,7 @@ def test_no_copy_up_lands_on_the_data_of_another_thread(
     assert read_view(files.path) == guest
 
 
-def test_two_threads_begin_one_cluster_together(tmp_path: Path) -> None:
+def test_two_threads_write_a_new_cluster_at_once(tmp_path: Path) -> None:
     """The first and the last bytes of each cluster, written at the same moment."""
     cluster = 2 * MiB
     chain = garbage_over_data(cluster, 8 * MiB, 8 * MiB)
@@ -119,7 +119,7 @@ def test_two_threads_begin_one_cluster_together(tmp_path: Path) -> None:
 # --- Flush while others write ---------------------------------------------------------------
 
 
-def test_flush_returns_when_all_that_was_pending_is_in_the_file(tmp_path: Path) -> None:
+def test_flush_returns_after_all_pending_bits_are_written(tmp_path: Path) -> None:
     chain = garbage_over_data(4 * KiB, 8 * MiB, 8 * MiB)
     files = built(chain, tmp_path)
     begun: list[int] = []
@@ -158,7 +158,7 @@ OLD, NEW, GARBAGE = b"o", b"n", b"g"
 
 
 @pytest.mark.parametrize("cluster_size", [4 * KiB, 2 * MiB])
-def test_a_reader_sees_old_or_new_and_never_garbage(tmp_path: Path, cluster_size: int) -> None:
+def test_reader_sees_old_or_new_data_and_never_garbage(tmp_path: Path, cluster_size: int) -> None:
     size = 4 * MiB
     path = plain_files(tmp_path, cluster_size, size)
     todo = cut_apart(random.Random(3), size, 400)

@@ -113,7 +113,7 @@ def fields_of(kind: type[AddcowError]) -> dict[str, str]:
 
 
 @each_error
-def test_an_error_is_built_from_its_fields_and_shows_them(kind: type[AddcowError]) -> None:
+def test_error_message_shows_its_fields(kind: type[AddcowError]) -> None:
     fields = fields_of(kind)
     error = kind(**fields)
     assert error.fields == fields
@@ -122,29 +122,29 @@ def test_an_error_is_built_from_its_fields_and_shows_them(kind: type[AddcowError
 
 
 @each_error
-def test_an_error_keeps_what_its_template_does_not_show(kind: type[AddcowError]) -> None:
+def test_error_keeps_fields_that_its_message_does_not_show(kind: type[AddcowError]) -> None:
     error = kind(**fields_of(kind), errno=5, extra=("any", b"thing"))
     assert error.fields["errno"] == 5
     assert_sound(error)
 
 
 @each_error
-def test_braces_in_a_name_are_nothing_special(kind: type[AddcowError]) -> None:
+def test_error_message_may_contain_braces(kind: type[AddcowError]) -> None:
     fields = dict.fromkeys(fields_of(kind), "{0}{path}{")
     assert "{0}{path}{" in str(kind(**fields))
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=by_name)
-def test_an_error_says_in_its_docstring_what_it_means(kind: type[AddcowError]) -> None:
+def test_error_class_has_a_docstring(kind: type[AddcowError]) -> None:
     assert (kind.__doc__ or "").strip()
 
 
-def test_the_public_errors_are_those_of_the_errors_module() -> None:
+def test_public_errors_are_those_of_the_errors_module() -> None:
     public = {name for name in addcow_mp.__all__ if name.endswith("Error")}
     assert public == {each.__name__ for each in ERRORS if each.__module__ == "addcow_mp.errors"}
 
 
-def test_a_system_error_is_told_with_its_own_words() -> None:
+def test_system_error_keeps_its_text() -> None:
     error = addcow_mp.FileError.of("a.img", "read it", OSError(errno.EIO, "Input/output error"))
     assert str(error) == "a.img: cannot read it: Input/output error"
     assert error.fields["errno"] == errno.EIO
@@ -479,7 +479,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", [each for each in ERRORS if each is not AddcowError], ids=by_name)
-def test_a_user_can_meet_it(tmp_path: Path, kind: type[AddcowError]) -> None:
+def test_every_error_can_be_caused_by_a_user(tmp_path: Path, kind: type[AddcowError]) -> None:
     scenario = SCENARIOS.get(kind.__name__)
     assert scenario is not None, f"{kind.__name__} needs a scenario in this module"
     with pytest.raises(AddcowError) as caught:
@@ -491,7 +491,7 @@ def test_a_user_can_meet_it(tmp_path: Path, kind: type[AddcowError]) -> None:
     assert_sound(error)
 
 
-def test_an_error_in_a_worker_is_told_with_its_clusters(tmp_path: Path) -> None:
+def test_worker_error_names_its_clusters(tmp_path: Path) -> None:
     with pytest.raises(addcow_mp.WorkerError) as caught:
         worker_error(tmp_path)
     text = str(caught.value)
@@ -500,7 +500,7 @@ def test_an_error_in_a_worker_is_told_with_its_clusters(tmp_path: Path) -> None:
     assert guest_picture(tmp_path / "top.add-cow") == "ABX"
 
 
-def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
+def test_refused_command_changes_nothing(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "-X")
     put(top, 24, b"\1")
     before = snapshot(tmp_path)
@@ -513,7 +513,7 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
 # ---- other ways to fail ----
 
 
-def test_a_file_cut_short_under_a_reader_is_told(tmp_path: Path) -> None:
+def test_file_truncated_while_it_is_read_is_reported(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABC", "-XY")
     with addcow_mp.open(top) as disk:
         os.truncate(tmp_path / "top.raw", CLUSTER)
@@ -521,7 +521,7 @@ def test_a_file_cut_short_under_a_reader_is_told(tmp_path: Path) -> None:
             disk.read(2 * CLUSTER, 1)
 
 
-def test_a_backing_cut_short_under_a_reader_is_told(tmp_path: Path) -> None:
+def test_backing_truncated_while_it_is_read_is_reported(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABC", "---")
     with addcow_mp.open(top) as disk:
         os.truncate(tmp_path / "base.img", CLUSTER)
@@ -530,7 +530,7 @@ def test_a_backing_cut_short_under_a_reader_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [1, CLUSTER, 3 * CLUSTER - 1])
-def test_a_write_that_does_not_fit_on_the_disk_is_told(tmp_path: Path, length: int) -> None:
+def test_write_that_does_not_fit_is_reported(tmp_path: Path, length: int) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     with addcow_mp.open(top, writable=True) as disk:
         with largest_file(length), pytest.raises(addcow_mp.FileError, match="File too large"):
@@ -539,7 +539,7 @@ def test_a_write_that_does_not_fit_on_the_disk_is_told(tmp_path: Path, length: i
     assert bits(top) == ".1."
 
 
-def test_a_bitmap_that_does_not_fit_on_the_disk_is_told(tmp_path: Path) -> None:
+def test_bitmap_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     with addcow_mp.open(top, writable=True) as disk:
         disk.write(0, b"y")
@@ -550,7 +550,7 @@ def test_a_bitmap_that_does_not_fit_on_the_disk_is_told(tmp_path: Path) -> None:
     assert bits(top) == ".1."
 
 
-def test_a_reader_may_not_write(tmp_path: Path) -> None:
+def test_device_opened_for_reading_refuses_writes(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     with addcow_mp.open(top) as disk:
         with pytest.raises(addcow_mp.ImageError, match="it is open for reading only"):
@@ -559,7 +559,7 @@ def test_a_reader_may_not_write(tmp_path: Path) -> None:
             disk.write_zeroes(0, 1)
 
 
-def test_an_exception_while_it_is_open_publishes_nothing(tmp_path: Path) -> None:
+def test_exception_in_the_with_block_publishes_nothing(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABC", "---")
 
     def fail() -> None:
@@ -572,7 +572,7 @@ def test_an_exception_while_it_is_open_publishes_nothing(tmp_path: Path) -> None
     assert bits(top) == "..."
 
 
-def test_nothing_stays_open_when_opening_fails(tmp_path: Path) -> None:
+def test_failed_open_leaks_no_descriptor(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     (tmp_path / "base.img").unlink()
     before = os.listdir("/proc/self/fd")
@@ -585,7 +585,7 @@ def test_nothing_stays_open_when_opening_fails(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
-def test_an_overlay_that_was_replaced_meanwhile_is_not_removed(tmp_path: Path) -> None:
+def test_discard_does_not_remove_a_replaced_overlay(tmp_path: Path) -> None:
     with pytest.raises(addcow_mp.CleanupError, match="replaced meanwhile, and is not removed"):
         unended_error(tmp_path)
     assert (tmp_path / "top.add-cow").read_bytes() == b"the file of another program"
@@ -605,7 +605,7 @@ def deep(here: Path, count: int) -> Path:
     return here / below
 
 
-def test_a_chain_may_be_deep_but_not_endless(tmp_path: Path) -> None:
+def test_chain_deeper_than_the_limit_is_refused(tmp_path: Path) -> None:
     top = deep(tmp_path, 30)
     with addcow_mp.open(top) as disk:
         assert disk.read(0, 1) == b"A"
@@ -621,13 +621,13 @@ COMMANDS = ["map", "commit", "flatten"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_chain_that_comes_back_is_refused(tmp_path: Path, command: str) -> None:
+def test_cycle_in_the_chain_is_refused(tmp_path: Path, command: str) -> None:
     draw(tmp_path / "one.add-cow", "-", "two.add-cow", backing_format="add-cow")
     draw(tmp_path / "two.add-cow", "-", "one.add-cow", backing_format="add-cow")
     assert "in the chain already" in refused(command, "one.add-cow", cwd=tmp_path)
 
 
-def test_a_chain_that_comes_back_is_described_and_checked(tmp_path: Path) -> None:
+def test_info_and_check_report_a_cycle(tmp_path: Path) -> None:
     draw(tmp_path / "one.add-cow", "-", "two.add-cow", backing_format="add-cow")
     draw(tmp_path / "two.add-cow", "-", "one.add-cow", backing_format="add-cow")
     said = refused("info", "--backing-chain", "one.add-cow", cwd=tmp_path)
@@ -637,7 +637,7 @@ def test_a_chain_that_comes_back_is_described_and_checked(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("command", ["info", *COMMANDS])
-def test_a_file_that_is_its_own_backing_is_refused(tmp_path: Path, command: str) -> None:
+def test_file_as_its_own_backing_is_refused(tmp_path: Path, command: str) -> None:
     draw(tmp_path / "top.add-cow", "-", "alias")
     os.link(tmp_path / "top.raw", tmp_path / "alias")
     assert "different files" in refused(command, "top.add-cow", cwd=tmp_path)
@@ -645,7 +645,7 @@ def test_a_file_that_is_its_own_backing_is_refused(tmp_path: Path, command: str)
 
 
 @pytest.mark.parametrize("format_", ["qcow2", "vmdk", "luks"])
-def test_a_backing_of_another_format_is_refused_by_name(tmp_path: Path, format_: str) -> None:
+def test_backing_of_another_format_is_refused_by_name(tmp_path: Path, format_: str) -> None:
     draw_raw(tmp_path / "base.img", "A")
     draw(tmp_path / "top.add-cow", "-", backing_format=format_)
     for command in ("map", "commit", "flatten"):
@@ -653,7 +653,7 @@ def test_a_backing_of_another_format_is_refused_by_name(tmp_path: Path, format_:
     assert addcow("info", "top.add-cow", cwd=tmp_path).status == 0
 
 
-def test_a_damaged_backing_is_a_corruption_of_the_chain(tmp_path: Path) -> None:
+def test_check_reports_a_damaged_backing(tmp_path: Path) -> None:
     top = deep(tmp_path, 2)
     put(tmp_path / "0.add-cow", 20, b"\1")
     findings = addcow_mp.check(top).findings
@@ -662,13 +662,13 @@ def test_a_damaged_backing_is_a_corruption_of_the_chain(tmp_path: Path) -> None:
     assert "cluster_bits is 1" in refused("map", top.name, cwd=tmp_path)
 
 
-def test_a_backing_that_is_no_overlay_is_a_corruption_of_the_chain(tmp_path: Path) -> None:
+def test_check_reports_a_backing_that_is_no_overlay(tmp_path: Path) -> None:
     top = deep(tmp_path, 2)
     put(tmp_path / "0.add-cow", 0, b"XCOW")
     assert [one.name for one in addcow_mp.check(top).findings] == ["backing-file"]
 
 
-def test_a_missing_backing_is_still_described(tmp_path: Path) -> None:
+def test_info_describes_an_overlay_without_its_backing(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "-X", backing="missing.img")
     assert addcow_mp.info(tmp_path / "top.add-cow").names.backing == "missing.img"
     refused("info", "--backing-chain", "top.add-cow", cwd=tmp_path)
@@ -695,9 +695,7 @@ def test_a_missing_backing_is_still_described(tmp_path: Path) -> None:
         ({"backing": "base.img", "backing_format": "raw", "image": "base.img"}, "same file"),
     ],
 )
-def test_what_create_cannot_make_is_refused_and_leaves_nothing(
-    tmp_path: Path, options: dict[str, Any], told: str
-) -> None:
+def test_refused_create_leaves_nothing(tmp_path: Path, options: dict[str, Any], told: str) -> None:
     draw_raw(tmp_path / "base.img", "A")
     before = snapshot(tmp_path)
     with pytest.raises(AddcowError) as caught:
@@ -707,7 +705,7 @@ def test_what_create_cannot_make_is_refused_and_leaves_nothing(
     assert snapshot(tmp_path) == before
 
 
-def test_an_image_that_the_backing_chain_uses_is_refused(tmp_path: Path) -> None:
+def test_create_refuses_an_image_of_the_backing_chain(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "-X")
     for image in ("top.raw", "base.img"):
         with pytest.raises(addcow_mp.ImageError, match="the backing chain uses this file"):
@@ -716,7 +714,7 @@ def test_an_image_that_the_backing_chain_uses_is_refused(tmp_path: Path) -> None
             )
 
 
-def test_a_name_with_a_colon_is_stored_as_a_path(tmp_path: Path) -> None:
+def test_create_stores_a_path_with_a_colon(tmp_path: Path) -> None:
     draw_raw(tmp_path / "a:b.img", "A")
     addcow_mp.create(
         tmp_path / "top.add-cow", backing="./a:b.img", backing_format="raw", image="./c:d.raw"
@@ -738,7 +736,7 @@ def test_a_name_with_a_colon_is_stored_as_a_path(tmp_path: Path) -> None:
         (["create"], "Missing argument 'FILE'"),
     ],
 )
-def test_a_command_line_without_a_meaning_is_told_with_64(
+def test_invalid_command_line_exits_with_64(
     tmp_path: Path, arguments: list[str], told: str
 ) -> None:
     assert told in refused(*arguments, cwd=tmp_path, status=64)
@@ -760,7 +758,7 @@ def test_a_command_line_without_a_meaning_is_told_with_64(
         ("nonsense", 'command "nonsense" not found'),
     ],
 )
-def test_an_io_command_without_a_meaning_is_told_and_the_next_one_runs(
+def test_invalid_io_command_is_reported_and_the_next_one_runs(
     tmp_path: Path, command: str, told: str
 ) -> None:
     pair(tmp_path, "AB", "-X")
@@ -770,14 +768,14 @@ def test_an_io_command_without_a_meaning_is_told_and_the_next_one_runs(
     assert result.lines == ["128 KiB"]
 
 
-def test_io_names_its_commands(tmp_path: Path) -> None:
+def test_io_help_lists_its_commands(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "-X")
     said = addcow("io", "-c", "help", "-c", "?", "top.add-cow", cwd=tmp_path).stdout
     for word in ("read", "write", "aio_flush", "alloc", "map", "quit"):
         assert word in said
 
 
-def test_a_file_that_ends_inside_its_bitmap_is_read_with_a_warning(tmp_path: Path) -> None:
+def test_short_bitmap_is_read_with_a_warning_and_not_written(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "-X")
     os.truncate(top, CLUSTER)
     for command in (["info"], ["map"], ["io", "-r", "-c", "read -P 0x42 64k 64k"]):
@@ -794,7 +792,7 @@ def test_a_file_that_ends_inside_its_bitmap_is_read_with_a_warning(tmp_path: Pat
 # ---- file systems that can do less ----
 
 
-def test_the_extents_say_what_they_are(tmp_path: Path) -> None:
+def test_extents_have_a_readable_repr(tmp_path: Path) -> None:
     pair(tmp_path, "A-C", "X--")
     os.truncate(tmp_path / "top.raw", 4 * CLUSTER)
     top = tmp_path / "top.add-cow"
@@ -822,7 +820,7 @@ def plain_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("plain_files")
 @pytest.mark.parametrize("top", ["-X0-", "bX-b", "----", "XXXX"])
-def test_without_holes_every_job_does_the_same(tmp_path: Path, top: str) -> None:
+def test_jobs_give_the_same_result_without_support_for_holes(tmp_path: Path, top: str) -> None:
     path = pair(tmp_path, "AB-D", top)
     wanted = guest_picture(path)
     local = addcow_mp.info(path).allocated_clusters
@@ -848,7 +846,7 @@ def test_without_holes_every_job_does_the_same(tmp_path: Path, top: str) -> None
         ("convert", "top.raw"),
     ],
 )
-def test_a_disk_that_fails_to_say_where_data_is_is_named(
+def test_failed_seek_for_data_names_the_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -879,7 +877,7 @@ def test_a_disk_that_fails_to_say_where_data_is_is_named(
         (errno.EAGAIN, addcow_mp.LockedError, "in use"),
     ],
 )
-def test_a_file_that_cannot_be_locked_is_not_opened(
+def test_file_that_cannot_be_locked_is_not_opened(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
@@ -903,7 +901,7 @@ def test_a_file_that_cannot_be_locked_is_not_opened(
     assert snapshot(tmp_path) == before
 
 
-def test_a_file_that_cannot_be_closed_is_named(tmp_path: Path) -> None:
+def test_failed_close_names_the_file(tmp_path: Path) -> None:
     file = File.create(str(tmp_path / "new"))
     os.close(file.fd)  # a file system that had kept a failed write back would answer like this
     with pytest.raises(addcow_mp.FileError, match="new: cannot close it: Bad file descriptor"):
@@ -911,7 +909,7 @@ def test_a_file_that_cannot_be_closed_is_named(tmp_path: Path) -> None:
     file.close()
 
 
-def test_what_is_no_file_cannot_be_punched(tmp_path: Path) -> None:
+def test_punch_of_a_device_or_read_only_file(tmp_path: Path) -> None:
     with open("/dev/null", "r+b") as null:
         assert holes.punch(null.fileno(), 0, 4096) is False
     (tmp_path / "file").write_bytes(b"x" * 4096)
@@ -920,7 +918,7 @@ def test_what_is_no_file_cannot_be_punched(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"x" * 4096
 
 
-def test_a_punch_that_fails_is_told_and_harms_nothing(
+def test_failed_punch_is_reported_and_harmless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> bool:
@@ -936,15 +934,13 @@ def test_a_punch_that_fails_is_told_and_harms_nothing(
     assert look(tmp_path / "top.raw") == "000"
 
 
-def test_a_package_has_no_other_names() -> None:
+def test_package_has_only_its_public_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = addcow_mp.nonsense
     assert all(hasattr(addcow_mp, name) for name in addcow_mp.__all__)
 
 
-def test_a_job_that_is_broken_off_leaves_no_thread_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_aborted_job_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from addcow_mp.jobs.commit import commit
 
     fdatasync, gone = os.fdatasync, threading.Event()
@@ -983,16 +979,16 @@ def test_a_job_that_is_broken_off_leaves_no_thread_behind(
 # ---- in one line, whatever happens ----
 
 
-def test_a_name_of_two_lines_is_told_in_one(tmp_path: Path) -> None:
+def test_file_name_with_a_newline_is_reported_in_one_line(tmp_path: Path) -> None:
     assert "two lines" in refused("info", "two\nlines", cwd=tmp_path)
 
 
-def test_a_backing_of_two_lines_is_told_in_one(tmp_path: Path) -> None:
+def test_backing_name_with_a_newline_is_reported_in_one_line(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "-X", backing="two\nlines")
     assert "two lines" in refused("map", "top.add-cow", cwd=tmp_path)
 
 
-def test_a_finding_about_a_name_of_two_lines_is_one_line(tmp_path: Path) -> None:
+def test_finding_with_a_newline_in_a_name_is_one_line(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "-X", backing="two\nlines")
     result = addcow("check", "-q", "top.add-cow", cwd=tmp_path)
     assert result.status == 2
@@ -1010,7 +1006,7 @@ STRICT = ["utf-8:strict", "ascii:strict", "latin-1:strict"]
 @pytest.mark.parametrize("encoding", STRICT)
 @pytest.mark.parametrize("name", STRANGE.values(), ids=STRANGE)
 @pytest.mark.parametrize("command", ["info", "map", "check"])
-def test_a_name_that_the_terminal_cannot_show_is_no_reason_to_fail(
+def test_name_that_the_encoding_lacks_is_printed_with_escapes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, encoding: str
 ) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
@@ -1030,7 +1026,7 @@ def test_a_name_that_the_terminal_cannot_show_is_no_reason_to_fail(
 
 
 @pytest.mark.parametrize("command", ["info", "map", "check", "--help"])
-def test_a_full_disk_under_stdout_is_told_in_one_line(tmp_path: Path, command: str) -> None:
+def test_full_disk_behind_stdout_is_reported_in_one_line(tmp_path: Path, command: str) -> None:
     pair(tmp_path, "AB", "-X")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -1047,7 +1043,7 @@ def test_a_full_disk_under_stdout_is_told_in_one_line(tmp_path: Path, command: s
     assert done.stderr == told
 
 
-def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path) -> None:
+def test_closed_pipe_ends_map_without_a_message(tmp_path: Path) -> None:
     pair(tmp_path, "AB" * 2000, "-X" * 2000)
     reader, writer = os.pipe()
     os.close(reader)
@@ -1063,7 +1059,7 @@ def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_an_interrupt_at_any_time_is_told_in_one_line(
+def test_interrupt_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -1074,7 +1070,7 @@ def test_an_interrupt_at_any_time_is_told_in_one_line(
     assert capsys.readouterr().err == "addcow: interrupted\n"
 
 
-def test_no_memory_left_is_told_in_one_line(
+def test_lack_of_memory_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: object) -> None:
@@ -1087,7 +1083,7 @@ def test_no_memory_left_is_told_in_one_line(
     assert told.count("\n") == 1
 
 
-def test_the_kernel_may_take_and_give_less_than_was_asked_for(
+def test_short_reads_and_writes_are_completed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pwrite, preadv = os.pwrite, os.preadv
@@ -1109,7 +1105,7 @@ def test_the_kernel_may_take_and_give_less_than_was_asked_for(
 
 
 @pytest.mark.parametrize("command", ["info", "map", "check", "flatten", "commit", "convert"])
-def test_a_name_cannot_steer_the_terminal(tmp_path: Path, command: str) -> None:
+def test_control_characters_in_a_name_are_escaped(tmp_path: Path, command: str) -> None:
     """Whatever is said of files, in whichever stream, has no control character in it."""
     image, backing = "disk\x1b[31m\x07.raw", "gone\x9b31m\x7f.img"
     draw_raw(tmp_path / image, "X-")
@@ -1122,7 +1118,7 @@ def test_a_name_cannot_steer_the_terminal(tmp_path: Path, command: str) -> None:
         assert r"gone\x9b31m\x7f.img" in told.said
 
 
-def test_a_removal_that_may_come_back_is_told_as_one(tmp_path: Path) -> None:
+def test_removal_without_a_durable_directory_is_reported(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "-X")
     rules = Rules.write(tmp_path / "rules", rule("directory_sync", "error"))
     with running("flatten", "--discard", "top.add-cow", cwd=tmp_path, rules=rules) as job:
@@ -1134,7 +1130,7 @@ def test_a_removal_that_may_come_back_is_told_as_one(tmp_path: Path) -> None:
     assert look(tmp_path / "top.raw") == "AX"
 
 
-def test_an_empty_image_has_no_size_to_take(tmp_path: Path) -> None:
+def test_create_with_an_empty_image_takes_the_size_of_the_backing(tmp_path: Path) -> None:
     """A create that was killed in its first moments leaves one; the next one makes it whole."""
     draw_raw(tmp_path / "base.img", "ABC")
     (tmp_path / "top.raw").touch()
@@ -1143,13 +1139,13 @@ def test_an_empty_image_has_no_size_to_take(tmp_path: Path) -> None:
     assert guest_picture(tmp_path / "top.add-cow") == "ABC"
 
 
-def test_an_empty_image_without_backing_needs_a_size(tmp_path: Path) -> None:
+def test_create_with_an_empty_image_and_no_backing_needs_a_size(tmp_path: Path) -> None:
     (tmp_path / "top.raw").touch()
     assert "give a size" in refused("create", "top.add-cow", cwd=tmp_path, status=64)
     assert not (tmp_path / "top.add-cow").exists()
 
 
-def test_a_file_system_that_has_died_is_told_of_its_file(
+def test_dead_file_system_is_reported_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """XFS, shut down, answers even a look at an open file with an error."""
@@ -1172,7 +1168,7 @@ def test_a_file_system_that_has_died_is_told_of_its_file(
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
 @pytest.mark.parametrize("command", ["info top", "flatten -p top", "commit -q top", "info gone"])
-def test_what_is_closed_is_no_reason_to_fail(tmp_path: Path, command: str, closed: str) -> None:
+def test_closed_standard_streams_are_no_failure(tmp_path: Path, command: str, closed: str) -> None:
     """Least of all for an image to be opened as the stream that complaints go to."""
     pair(tmp_path, "ABC", "-X-")
     words = f'"$0" -m addcow_mp {command}.add-cow {closed}'
@@ -1191,7 +1187,7 @@ def test_what_is_closed_is_no_reason_to_fail(tmp_path: Path, command: str, close
     assert (guest_picture(tmp_path / "top.add-cow"), bits(tmp_path / "top.add-cow")) == shown
 
 
-def test_a_name_cannot_forge_a_line_of_info(tmp_path: Path) -> None:
+def test_name_in_an_image_cannot_forge_a_line_of_info(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "-X", backing="base\nvirtual size: 9 TiB")
     lines = addcow("info", "top.add-cow", cwd=tmp_path).lines
     assert [line for line in lines if line.startswith("virtual size")] == [
@@ -1199,12 +1195,12 @@ def test_a_name_cannot_forge_a_line_of_info(tmp_path: Path) -> None:
     ]
 
 
-def test_a_root_without_a_name_is_none(tmp_path: Path) -> None:
+def test_empty_root_is_refused(tmp_path: Path) -> None:
     pair(tmp_path, "ABC", "-X-")
     assert "--root ''" in refused("info", "--root", "", "top.add-cow", cwd=tmp_path, status=64)
 
 
-def test_what_cannot_be_removed_in_the_end_is_refused_in_the_beginning(
+def test_discard_that_cannot_remove_is_refused_before_any_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = pair(tmp_path, "ABC", "-X-")
@@ -1225,7 +1221,7 @@ def stopped_compare(here: Path) -> None:
 
 
 @pytest.mark.parametrize("job", [stopped_commit, stopped_compare])
-def test_what_keeps_no_record_says_so_when_it_is_stopped(
+def test_stopped_command_without_checkpoints_says_so(
     tmp_path: Path, job: Callable[[Path], None]
 ) -> None:
     pair(tmp_path, "ABC", "XXX")

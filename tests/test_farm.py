@@ -47,7 +47,7 @@ def images(*words: str, cwd: Path) -> dict[str, dict[str, Any]]:
     return {one["filename"]: one for one in listed}
 
 
-def test_all_are_found_with_what_they_stand_on(farm: Path) -> None:
+def test_farm_ls_lists_every_overlay_with_its_backing(farm: Path) -> None:
     before = snapshot(farm)
     found = images(".", cwd=farm)
     assert {name: (one["depth"], one["state"]) for name, one in found.items()} == {
@@ -68,7 +68,7 @@ def test_all_are_found_with_what_they_stand_on(farm: Path) -> None:
     assert snapshot(farm) == before
 
 
-def test_content_decides_and_not_the_suffix(farm: Path) -> None:
+def test_farm_ls_finds_overlays_by_content(farm: Path) -> None:
     (farm / "one.add-cow").rename(farm / "one.txt")
     (farm / "base.add-cow").write_bytes(b"not one")
     assert set(images(".", cwd=farm)) == {
@@ -78,7 +78,7 @@ def test_content_decides_and_not_the_suffix(farm: Path) -> None:
     }
 
 
-def test_a_file_under_two_names_is_one(farm: Path) -> None:
+def test_farm_ls_lists_a_hard_linked_overlay_once(farm: Path) -> None:
     os.link(farm / "one.add-cow", farm / "also.add-cow")
     (farm / "link.add-cow").symlink_to("one.add-cow")
     assert set(images(".", "two.add-cow", str(farm), cwd=farm)) == {
@@ -89,11 +89,11 @@ def test_a_file_under_two_names_is_one(farm: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("*.add-cow",), ("one.add-cow", "two.add-cow")])
-def test_files_and_patterns_are_places(farm: Path, words: tuple[str, ...]) -> None:
+def test_farm_accepts_files_and_patterns(farm: Path, words: tuple[str, ...]) -> None:
     assert set(images(*words, cwd=farm)) == {"one.add-cow", "two.add-cow"}
 
 
-def test_places_come_from_a_file_or_from_stdin(farm: Path) -> None:
+def test_farm_reads_names_from_a_file_or_stdin(farm: Path) -> None:
     (farm / "list").write_text("one.add-cow\ntwo.add-cow\n")
     assert set(images("--from-file", "list", cwd=farm)) == {"one.add-cow", "two.add-cow"}
     words = ("farm", "ls", "--output", "jsonl", "--from-file", "-", "two.add-cow")
@@ -143,7 +143,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_what_is_wrong_is_in_the_list(farm: Path, state: str) -> None:
+def test_farm_ls_shows_the_problem_of_an_overlay(farm: Path, state: str) -> None:
     STATES[state](farm)
     found = images(".", cwd=farm)
     assert found["./bad.add-cow"]["state"] == state
@@ -155,7 +155,7 @@ def test_what_is_wrong_is_in_the_list(farm: Path, state: str) -> None:
     assert known != line.lstrip().startswith("?")
 
 
-def test_what_lies_outside_is_examined_with_a_root(farm: Path) -> None:
+def test_farm_ls_examines_outside_files_with_root(farm: Path) -> None:
     lead_out(farm)
     assert images("--root", "..", ".", cwd=farm)["./bad.add-cow"]["state"] == "overlay"
 
@@ -169,7 +169,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_lists_are_sorted(farm: Path, key: str) -> None:
+def test_farm_ls_sorts(farm: Path, key: str) -> None:
     lose_image(farm)
     wanted = [f"./{name}.add-cow" for name in KEYS[key]]
     there = [name for name in images(".", "--sort", key, cwd=farm) if "bad" not in name]
@@ -189,17 +189,17 @@ def test_lists_are_sorted(farm: Path, key: str) -> None:
         (("--sort", "colour", "."), 64, "--sort"),
     ],
 )
-def test_what_cannot_be_listed_is_told(
+def test_farm_ls_reports_a_directory_that_it_cannot_list(
     farm: Path, words: tuple[str, ...], status: int, told: str
 ) -> None:
     assert told in refused("farm", "ls", *words, cwd=farm, status=status)
 
 
-def test_an_empty_farm_is_an_empty_list(tmp_path: Path) -> None:
+def test_farm_ls_of_an_empty_farm_is_empty(tmp_path: Path) -> None:
     assert images(".", cwd=tmp_path) == {}
 
 
-def test_a_name_cannot_forge_a_line(farm: Path) -> None:
+def test_file_name_cannot_forge_a_line_of_farm_ls(farm: Path) -> None:
     (farm / "one.add-cow").rename(farm / "o\nn\x1be.add-cow")
     lines = succeed("farm", "ls", ".", cwd=farm).stdout.splitlines()
     assert len(lines) == 4
@@ -220,7 +220,7 @@ JOBS = pytest.mark.parametrize("jobs", [(), ("--jobs", "0"), ("--jobs", "2")])
 
 
 @JOBS
-def test_a_clean_farm_is_clean(farm: Path, jobs: tuple[str, ...]) -> None:
+def test_farm_check_of_a_clean_farm(farm: Path, jobs: tuple[str, ...]) -> None:
     before = snapshot(farm)
     report = checked(*jobs, ".", cwd=farm, status=0)
     assert [(one["filename"], one["exit"], one["findings"]) for one in report["images"]] == [
@@ -241,7 +241,7 @@ def test_a_clean_farm_is_clean(farm: Path, jobs: tuple[str, ...]) -> None:
 
 
 @JOBS
-def test_each_image_is_told_as_if_it_were_checked_alone(farm: Path, jobs: tuple[str, ...]) -> None:
+def test_farm_check_reports_each_image_as_check_does(farm: Path, jobs: tuple[str, ...]) -> None:
     """Three parcels of images, of which some leak, some are corrupt, some cannot be looked at."""
     for number in range(90):
         name = f"more-{number:02}"
@@ -269,7 +269,9 @@ def test_each_image_is_told_as_if_it_were_checked_alone(farm: Path, jobs: tuple[
     ("pictures", "status"),
     [(["X---", "X-y-"], 3), (["X-y-", "?"], 1), (["?", "!"], 2), (["X-y-", "!"], 2)],
 )
-def test_the_exit_status_is_that_of_the_worst(farm: Path, pictures: list[str], status: int) -> None:
+def test_farm_check_exits_with_the_status_of_the_worst_image(
+    farm: Path, pictures: list[str], status: int
+) -> None:
     for number, picture in enumerate(pictures):
         path = farm / f"more-{number}.add-cow"
         draw(path, "X---" if picture in "?!" else picture, "base.img")
@@ -281,7 +283,7 @@ def test_the_exit_status_is_that_of_the_worst(farm: Path, pictures: list[str], s
     assert checked(".", cwd=farm, status=status)["summary"]["images"] == 5
 
 
-def test_an_image_of_two_overlays_is_a_finding_of_the_farm(farm: Path) -> None:
+def test_farm_check_finds_an_image_of_two_overlays(farm: Path) -> None:
     content = overlay_bytes(image="one.raw", size=4 * CLUSTER, backing="base.img")
     (farm / "thief.add-cow").write_bytes(content)
     report = checked(".", cwd=farm, status=2)
@@ -292,7 +294,7 @@ def test_an_image_of_two_overlays_is_a_finding_of_the_farm(farm: Path) -> None:
     assert [report["summary"][key] for key in ("clean", "leaking")] == [3, 1]
 
 
-def test_an_image_that_is_a_backing_file_besides_is_a_finding(farm: Path) -> None:
+def test_farm_check_finds_an_image_used_as_a_backing_file(farm: Path) -> None:
     draw(farm / "wrong.add-cow", "X---", "one.raw")
     report = checked(".", cwd=farm, status=2)
     (finding,) = report["graph"]
@@ -301,7 +303,7 @@ def test_an_image_that_is_a_backing_file_besides_is_a_finding(farm: Path) -> Non
     assert "./wrong.add-cow" in finding["message"]
 
 
-def test_a_circle_is_one_finding_of_the_farm(farm: Path) -> None:
+def test_farm_check_reports_a_cycle_once(farm: Path) -> None:
     bite_tail(farm)
     draw(farm / "above.add-cow", "X---", "bad.add-cow", backing_format="add-cow")
     draw(farm / "own.add-cow", "X---", "own.add-cow", backing_format="add-cow")
@@ -313,7 +315,7 @@ def test_a_circle_is_one_finding_of_the_farm(farm: Path) -> None:
     assert guilty == {"./above.add-cow", "./bad.add-cow", "./own.add-cow", "./tail.add-cow"}
 
 
-def test_a_header_cut_short_is_not_overlooked(farm: Path) -> None:
+def test_farm_check_finds_a_truncated_header(farm: Path) -> None:
     os.truncate(farm / "one.add-cow", 50)
     report = checked(".", cwd=farm, status=2)
     (one,) = (one for one in report["images"] if one["filename"] == "./one.add-cow")
@@ -321,7 +323,7 @@ def test_a_header_cut_short_is_not_overlooked(farm: Path) -> None:
     assert images(".", cwd=farm)["./one.add-cow"]["state"] == "damaged"
 
 
-def test_what_a_repair_kept_is_no_image_of_the_farm(farm: Path) -> None:
+def test_farm_ignores_backups_of_a_repair(farm: Path) -> None:
     put(farm / "one.add-cow", CLUSTER, b"\xff")
     assert addcow("check", "-r", "all", "one.add-cow", cwd=farm).status == 0
     assert (farm / "one.add-cow.backup-1").exists()
@@ -331,7 +333,7 @@ def test_what_a_repair_kept_is_no_image_of_the_farm(farm: Path) -> None:
     assert "./one.add-cow.backup-1" in images(".", cwd=farm)
 
 
-def test_findings_are_lines_with_the_name_of_the_image(farm: Path) -> None:
+def test_farm_check_prints_findings_with_the_image(farm: Path) -> None:
     draw(farm / "leaky.add-cow", "X-y-", "base.img")
     result = addcow("farm", "check", ".", cwd=farm)
     assert result.status == 3
@@ -341,7 +343,7 @@ def test_findings_are_lines_with_the_name_of_the_image(farm: Path) -> None:
     assert addcow("farm", "check", "-q", ".", cwd=farm).lines == [finding]
 
 
-def test_progress_does_not_end_where_no_image_has_been_met_yet(farm: Path) -> None:
+def test_farm_check_progress_ends_with_all_images(farm: Path) -> None:
     """Many files come before the first image."""
     (farm / "a").mkdir()
     for number in range(300):
@@ -351,5 +353,5 @@ def test_progress_does_not_end_where_no_image_has_been_met_yet(farm: Path) -> No
     assert (last["images-done"], last["images"]) == (3, 3)
 
 
-def test_an_empty_farm_is_clean(tmp_path: Path) -> None:
+def test_farm_check_of_an_empty_farm_is_clean(tmp_path: Path) -> None:
     assert checked(".", cwd=tmp_path, status=0)["images"] == []

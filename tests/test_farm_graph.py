@@ -109,7 +109,7 @@ def digraph(*words: str, cwd: Path) -> str:
 # ---- the tree ----
 
 
-def test_the_tree_grows_from_what_nothing_backs(farm: Path) -> None:
+def test_tree_starts_at_files_without_backing(farm: Path) -> None:
     before = snapshot(farm)
     assert tree(".", cwd=farm) == [
         "./base.img  256 KiB  raw",
@@ -120,7 +120,7 @@ def test_the_tree_grows_from_what_nothing_backs(farm: Path) -> None:
     assert snapshot(farm) == before
 
 
-def test_lines_go_down_past_the_overlays_of_overlays(farm: Path) -> None:
+def test_tree_lines_pass_nested_overlays(farm: Path) -> None:
     draw(farm / "over.add-cow", "----", "one.add-cow", backing_format="add-cow")
     assert tree(".", cwd=farm)[1:4] == [
         "├── ./one.add-cow  256 KiB  25.0% local",
@@ -129,7 +129,7 @@ def test_lines_go_down_past_the_overlays_of_overlays(farm: Path) -> None:
     ]
 
 
-def test_json_says_it_with_the_keys_of_ls(farm: Path) -> None:
+def test_graph_json_has_the_keys_of_ls(farm: Path) -> None:
     document = graph(".", cwd=farm)
     images = {one["filename"]: one for one in document["images"]}
     assert list(images) == ["./one.add-cow", "./three.add-cow", "./two.add-cow"]
@@ -191,7 +191,7 @@ def test_svg_has_a_row_for_each_file(farm: Path) -> None:
 # ---- who is who ----
 
 
-def test_files_are_told_by_inode_and_never_by_spelling(farm: Path) -> None:
+def test_graph_identifies_files_by_inode(farm: Path) -> None:
     (farm / "deep").mkdir()
     os.link(farm / "base.img", farm / "deep" / "golden.img")
     (farm / "deep" / "link.img").symlink_to("../base.img")
@@ -211,7 +211,7 @@ def test_files_are_told_by_inode_and_never_by_spelling(farm: Path) -> None:
     assert len(tree(".", str(farm), "one.add-cow", cwd=farm)) == 7
 
 
-def test_a_place_may_be_a_file_and_what_it_stands_on_is_followed(farm: Path) -> None:
+def test_graph_of_one_file_shows_its_chain(farm: Path) -> None:
     (farm / "list").write_text("three.add-cow\n")
     assert tree("--from-file", "list", cwd=farm) == [
         "base.img  256 KiB  raw",
@@ -226,7 +226,7 @@ def test_a_place_may_be_a_file_and_what_it_stands_on_is_followed(farm: Path) -> 
     ]
 
 
-def test_what_lies_outside_is_a_root_until_it_may_be_opened(farm: Path) -> None:
+def test_outside_file_is_not_opened_without_root(farm: Path) -> None:
     outside = farm.parent / "outside"
     outside.mkdir()
     draw_raw(outside / "far.img", "ABCD")
@@ -248,13 +248,13 @@ def test_what_lies_outside_is_a_root_until_it_may_be_opened(farm: Path) -> None:
     ]
 
 
-def test_other_formats_are_files_with_their_format(farm: Path) -> None:
+def test_files_of_other_formats_are_shown_with_their_format(farm: Path) -> None:
     (farm / "disk.qcow2").write_bytes(b"QFI\xfb\0\0\0\3")
     draw(farm / "one.add-cow", "X---", "disk.qcow2", backing_format="qcow2")
     assert tree(".", cwd=farm)[3] == "./disk.qcow2  ?  qcow2"
 
 
-def test_with_all_allocated_an_overlay_stands_alone(farm: Path) -> None:
+def test_all_allocated_overlay_has_no_backing_in_the_graph(farm: Path) -> None:
     """Its backing file may be gone; while it is there, it is not unnamed."""
     draw_raw(farm / "old.img", "ABCD")
     draw(farm / "one.add-cow", "XXXX", "old.img", compatible=ALL_ALLOCATED)
@@ -269,7 +269,7 @@ def test_with_all_allocated_an_overlay_stands_alone(farm: Path) -> None:
 # ---- marks ----
 
 
-def test_a_missing_backing_is_a_root_of_its_own(farm: Path) -> None:
+def test_missing_backing_is_shown_as_a_root(farm: Path) -> None:
     draw(farm / "lost.add-cow", "X---", "gone.img")
     draw(farm / "lost-too.add-cow", "X---", f"{farm}/./gone.img")
     lines = tree(".", cwd=farm)
@@ -288,7 +288,7 @@ def test_a_missing_backing_is_a_root_of_its_own(farm: Path) -> None:
     assert [text.endswith(" [missing-backing]") for text in rows] == [False] * 4 + [True] * 3
 
 
-def test_a_protocol_leads_to_no_file(farm: Path) -> None:
+def test_name_with_a_protocol_is_shown_and_not_followed(farm: Path) -> None:
     draw(farm / "net.add-cow", "X---", "nbd:host:10809")
     assert tree(".", cwd=farm)[-2:] == [
         "nbd:host:10809  ?  raw  [missing-backing]",
@@ -296,7 +296,7 @@ def test_a_protocol_leads_to_no_file(farm: Path) -> None:
     ]
 
 
-def test_a_missing_image_leaves_the_overlay_where_it_stands(farm: Path) -> None:
+def test_overlay_with_a_missing_image_keeps_its_position(farm: Path) -> None:
     (farm / "two.raw").unlink()
     assert tree(".", cwd=farm)[2:] == [
         "└── ./two.add-cow  ?  ? local  [missing-image]",
@@ -306,7 +306,7 @@ def test_a_missing_image_leaves_the_overlay_where_it_stands(farm: Path) -> None:
     assert (two["image"], two["full-backing-filename"]) == ("two.raw", "./base.img")
 
 
-def test_damage_and_what_may_not_be_examined_is_told(farm: Path) -> None:
+def test_damaged_and_unexamined_overlays_are_marked(farm: Path) -> None:
     put(farm / "one.add-cow", 24, b"\xff")
     (farm / "two.raw").unlink()
     (farm / "two.raw").symlink_to("/etc/passwd")
@@ -317,12 +317,12 @@ def test_damage_and_what_may_not_be_examined_is_told(farm: Path) -> None:
     ]
 
 
-def test_a_header_cut_short_is_damage(farm: Path) -> None:
+def test_truncated_header_is_marked_as_damage(farm: Path) -> None:
     os.truncate(farm / "three.add-cow", 50)
     assert marks(".", cwd=farm) == {"three.add-cow": ["damaged"], "three.raw": ["unnamed"]}
 
 
-def test_two_overlays_with_one_image_are_marked(farm: Path) -> None:
+def test_shared_image_is_marked(farm: Path) -> None:
     content = overlay_bytes(image="./one.raw", size=4 * CLUSTER, backing="base.img")
     (farm / "thief.add-cow").write_bytes(content)
     document = graph(".", cwd=farm)
@@ -330,7 +330,7 @@ def test_two_overlays_with_one_image_are_marked(farm: Path) -> None:
     assert counted(document)["shared-image"] == 2
 
 
-def test_what_nobody_names_is_told_last(farm: Path) -> None:
+def test_unnamed_files_are_listed_last(farm: Path) -> None:
     draw_raw(farm / "a-rest.img", "AB")
     (farm / "notes.txt").write_text("x")
     os.link(farm / "notes.txt", farm / "notes-too.txt")
@@ -349,7 +349,7 @@ def test_what_nobody_names_is_told_last(farm: Path) -> None:
     ]
 
 
-def test_a_circle_is_shown_once_and_where_it_comes_back(farm: Path) -> None:
+def test_cycle_is_shown_once_with_its_return(farm: Path) -> None:
     draw(farm / "bad.add-cow", "X---", "tail.add-cow", backing_format="add-cow")
     draw(farm / "tail.add-cow", "X---", "bad.add-cow", backing_format="add-cow")
     draw(farm / "above.add-cow", "X---", "tail.add-cow", backing_format="add-cow")
@@ -377,7 +377,7 @@ def test_a_circle_is_shown_once_and_where_it_comes_back(farm: Path) -> None:
 # ---- base-changed ----
 
 
-def test_a_base_written_after_its_overlays_has_changed(farm: Path) -> None:
+def test_base_written_after_its_overlays_is_marked_as_changed(farm: Path) -> None:
     assert marks(".", cwd=farm) == {}
     written(farm, "base.img", 9)
     # What stands on an overlay is told by the overlay: the change came in there.
@@ -389,28 +389,26 @@ def test_a_base_written_after_its_overlays_has_changed(farm: Path) -> None:
 
 
 @pytest.mark.parametrize("newer", ["one.add-cow", "one.raw"])
-def test_the_newest_of_the_overlays_own_files_counts(farm: Path, newer: str) -> None:
+def test_base_changed_compares_with_the_newest_file_of_the_overlay(farm: Path, newer: str) -> None:
     written(farm, "base.img", 9)
     written(farm, newer, 9)
     assert marks(".", cwd=farm) == {"two.add-cow": ["base-changed"]}
 
 
 @pytest.mark.parametrize("newer", ["two.add-cow", "two.raw"])
-def test_an_overlay_as_backing_changes_with_its_local_clusters(farm: Path, newer: str) -> None:
+def test_base_changed_of_an_overlay_as_backing(farm: Path, newer: str) -> None:
     written(farm, newer, 9)
     assert marks(".", cwd=farm) == {"three.add-cow": ["base-changed"]}
 
 
 @pytest.mark.parametrize(("picture_", "flag"), [("----", 0), ("XYZW", ALL_ALLOCATED)])
-def test_a_backing_just_committed_or_flattened_is_no_change(
-    farm: Path, picture_: str, flag: int
-) -> None:
+def test_base_changed_ignores_commit_and_flatten(farm: Path, picture_: str, flag: int) -> None:
     draw(farm / "two.add-cow", picture_, "base.img", compatible=flag)
     written(farm, "two", 9)
     assert marks(".", cwd=farm) == {}
 
 
-def test_with_all_allocated_nothing_changes_below(farm: Path) -> None:
+def test_base_changed_ignores_all_allocated_overlays(farm: Path) -> None:
     draw(farm / "one.add-cow", "XYZW", "base.img", compatible=ALL_ALLOCATED)
     written(farm, "one", 1)
     written(farm, "base.img", 9)
@@ -418,7 +416,7 @@ def test_with_all_allocated_nothing_changes_below(farm: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_a_job_below_changes_nothing_above(farm: Path, job: str) -> None:
+def test_job_below_leaves_no_base_changed_mark(farm: Path, job: str) -> None:
     """The views over it stay what they were, by whichever file they are served."""
     succeed(job, "--force", "two.add-cow", cwd=farm)
     found = marks(".", cwd=farm)
@@ -432,14 +430,14 @@ def test_a_job_below_changes_nothing_above(farm: Path, job: str) -> None:
 AWKWARD = os.fsdecode(b'q"u\\n\n[\x1b]<&>\xff\xe2\x80\xa8.add-cow')
 
 
-def test_a_name_cannot_forge_a_line(farm: Path) -> None:
+def test_file_name_cannot_forge_a_line_of_the_graph(farm: Path) -> None:
     draw(farm / AWKWARD, "X---")
     lines = tree(".", cwd=farm)
     assert len(lines) == 5
     assert r'├── ./q"u\n [\x1b]<&>\udcff .add-cow  256 KiB  25.0% local' in lines
 
 
-def test_a_name_cannot_break_out_of_its_quotes(farm: Path) -> None:
+def test_file_name_cannot_break_out_of_dot_quotes(farm: Path) -> None:
     draw(farm / AWKWARD, "X---")
     (farm / "ends in \\").write_text("x")
     text = digraph(".", cwd=farm)
@@ -455,7 +453,7 @@ def test_a_name_cannot_break_out_of_its_quotes(farm: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed")
-def test_graphviz_accepts_it(farm: Path) -> None:
+def test_graphviz_accepts_the_dot_output(farm: Path) -> None:
     draw(farm / AWKWARD, "X---")
     draw(farm / "lost.add-cow", "X---", "gone.img")
     (farm / "graph.dot").write_text(digraph(".", cwd=farm))
@@ -473,14 +471,14 @@ def test_svg_is_xml_whatever_the_names(farm: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["dot", "svg"])
-def test_marks_have_a_colour(farm: Path, form: str) -> None:
+def test_marks_are_coloured(farm: Path, form: str) -> None:
     plain = succeed("farm", "graph", "--output", form, ".", cwd=farm).stdout
     written(farm, "base.img", 9)
     assert "#c06000" not in plain
     assert "#c06000" in succeed("farm", "graph", "--output", form, ".", cwd=farm).stdout
 
 
-def test_the_locale_does_not_spoil_the_picture(farm: Path) -> None:
+def test_graph_svg_is_utf8_in_any_locale(farm: Path) -> None:
     (farm / "größe.img").write_text("x")
     done = subprocess.run(
         [sys.executable, "-m", "addcow_mp", "farm", "graph", "--output", "svg", "."],
@@ -498,7 +496,7 @@ def test_the_locale_does_not_spoil_the_picture(farm: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_chain_of_any_length_is_drawn(farm: Path, form: str) -> None:
+def test_graph_draws_a_chain_of_any_length(farm: Path, form: str) -> None:
     """Far longer than could be opened, and than Python could recurse."""
     below = "base.img"
     for number in range(1500):
@@ -518,7 +516,7 @@ def test_a_chain_of_any_length_is_drawn(farm: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_empty_farm_is_an_empty_graph(tmp_path: Path, form: str) -> None:
+def test_graph_of_an_empty_farm_is_empty(tmp_path: Path, form: str) -> None:
     said = succeed("farm", "graph", "--output", form, ".", cwd=tmp_path).stdout
     if form in ("human", "jsonl"):
         assert said == ""
@@ -532,7 +530,7 @@ def test_an_empty_farm_is_an_empty_graph(tmp_path: Path, form: str) -> None:
         assert picture(".", cwd=tmp_path) == []
 
 
-def test_an_overlay_in_use_is_drawn_where_it_stands(farm: Path) -> None:
+def test_overlay_in_use_keeps_its_position_in_the_graph(farm: Path) -> None:
     with (farm / "two.add-cow").open("rb") as file:
         # A guest that writes: byte 100 + i says "I use permission i", and 1 is write.
         lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 101, 1, 0)
@@ -553,7 +551,7 @@ def test_an_overlay_in_use_is_drawn_where_it_stands(farm: Path) -> None:
         (("--output", "png", "."), 64, "--output"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(
+def test_invalid_graph_arguments_are_refused(
     farm: Path, words: tuple[str, ...], status: int, told: str
 ) -> None:
     assert told in refused("farm", "graph", *words, cwd=farm, status=status)

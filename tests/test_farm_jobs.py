@@ -381,7 +381,7 @@ def assert_nothing_is_left(operation: str, *words: str, cwd: Path) -> None:
 # ---- commit ----
 
 
-def test_a_chain_is_committed_down_to_its_base_in_one_command(here: Path) -> None:
+def test_farm_commit_commits_a_chain_down_to_its_base(here: Path) -> None:
     chain(here)
     report = worked("commit", ".", cwd=here)
     assert states(report) == {"vm-top": "done", "vm-mid": "done"}
@@ -393,7 +393,7 @@ def test_a_chain_is_committed_down_to_its_base_in_one_command(here: Path) -> Non
 
 
 @pytest.mark.parametrize("sizes", [CLUSTERS, CLUSTERS[::-1]], ids=["larger", "smaller"])
-def test_a_chain_of_all_cluster_sizes_is_committed(here: Path, sizes: list[int]) -> None:
+def test_farm_commit_handles_all_cluster_sizes_in_one_chain(here: Path, sizes: list[int]) -> None:
     draw_raw(here / "base.img", "Z" * 64)
     grown = Grown(here, ["base.img"])
     below = "base.img"
@@ -412,7 +412,7 @@ def test_a_chain_of_all_cluster_sizes_is_committed(here: Path, sizes: list[int])
     assert all(is_committed(here / name) for name in grown.stands)
 
 
-def test_a_chain_as_deep_as_chains_may_be_is_committed(here: Path) -> None:
+def test_farm_commit_handles_the_deepest_chain(here: Path) -> None:
     depth = 30
     draw_raw(here / "base.img", "-" * depth, cluster=4 * KiB)
     marks = "".join(chr(ord("A") + number % 26) for number in range(depth))
@@ -429,7 +429,7 @@ def test_a_chain_as_deep_as_chains_may_be_is_committed(here: Path) -> None:
 
 
 @pytest.mark.parametrize("turn", range(4))
-def test_trees_of_any_shape_are_committed(here: Path, turn: int) -> None:
+def test_farm_commit_handles_random_trees(here: Path, turn: int) -> None:
     grown = grow(here, f"{SEED}-{turn}")
     before, files = grown.views(), snapshot(here)
     refusals = {name for name in grown.stands if grown.is_refused(name)}
@@ -451,7 +451,7 @@ def test_trees_of_any_shape_are_committed(here: Path, turn: int) -> None:
         assert_nothing_is_left("commit", ".", cwd=here)
 
 
-def test_what_is_there_in_several_directories_is_committed_across_them(here: Path) -> None:
+def test_farm_commit_works_across_directories(here: Path) -> None:
     for name in ("bases", "mids", "tops"):
         (here / name).mkdir()
     draw_raw(here / "bases" / "base.img", "ABC")
@@ -463,7 +463,7 @@ def test_what_is_there_in_several_directories_is_committed_across_them(here: Pat
     assert look(here / "bases" / "base.img") == guest_picture(top) == "APX"
 
 
-def test_an_overlay_that_only_receives_is_committed_too(here: Path) -> None:
+def test_farm_commit_commits_an_overlay_that_only_receives_data(here: Path) -> None:
     """Nothing is local in mid before top has come down into it."""
     draw_raw(here / "base.img", "ABC")
     draw(here / "mid.add-cow", "---", "base.img")
@@ -474,13 +474,13 @@ def test_an_overlay_that_only_receives_is_committed_too(here: Path) -> None:
     assert is_committed(here / "mid.add-cow")
 
 
-def test_a_shorter_base_grows(here: Path) -> None:
+def test_farm_commit_grows_a_shorter_base(here: Path) -> None:
     single(here, "vm", "AB", "-X-Y--")
     worked("commit", ".", cwd=here)
     assert look(here / "vm.img") == "AX0Y00"
 
 
-def test_a_longer_top_is_refused_and_what_it_stands_on_is_done(here: Path) -> None:
+def test_farm_commit_refuses_a_longer_top_and_commits_its_backing(here: Path) -> None:
     single(here, "low", "ABC", "-P-")
     over(here, "high", "low", "X---")
     before = snapshot(here)
@@ -495,7 +495,7 @@ def test_a_longer_top_is_refused_and_what_it_stands_on_is_done(here: Path) -> No
     ]
 
 
-def test_what_was_moved_and_zeroed_is_told_of_each(here: Path) -> None:
+def test_farm_commit_reports_moved_and_zeroed_bytes_of_each_image(here: Path) -> None:
     single(here, "one", "ABCDEF", "-XY0--")
     # A local cluster that is a hole in the image file: the backing's data has to go.
     draw_raw(here / "one.raw", "-XY---")
@@ -510,7 +510,7 @@ def test_what_was_moved_and_zeroed_is_told_of_each(here: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("commit",), ("flatten", "--discard")], ids=" ".join)
-def test_nothing_begins_before_what_stands_on_it_has_ended(
+def test_farm_job_starts_an_image_after_the_overlays_above_it(
     here: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     grown = grow(here, SEED)
@@ -530,7 +530,7 @@ WAYS = [
 
 @BOTH
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
-def test_all_ways_to_move_data_lead_to_the_same(
+def test_farm_job_result_is_equal_with_every_copy_method(
     here: Path, operation: str, way: tuple[str, ...]
 ) -> None:
     chain(here)
@@ -543,7 +543,7 @@ def test_all_ways_to_move_data_lead_to_the_same(
 # ---- siblings ----
 
 
-def test_siblings_are_refused_and_nothing_of_them_changes(here: Path) -> None:
+def test_farm_commit_refuses_siblings(here: Path) -> None:
     draw_raw(here / "base.img", "ABCD")
     draw(here / "one.add-cow", "P---", "base.img")
     draw(here / "two.add-cow", "-Q--", "base.img")
@@ -555,7 +555,7 @@ def test_siblings_are_refused_and_nothing_of_them_changes(here: Path) -> None:
         assert f"{other}.add-cow" in problem(report, name)
 
 
-def test_what_stands_on_a_sibling_is_committed_into_it(here: Path) -> None:
+def test_farm_commit_commits_an_overlay_above_a_refused_sibling(here: Path) -> None:
     siblings(here)
     before = snapshot(here)
     report = worked("commit", ".", cwd=here, status=1)
@@ -568,7 +568,7 @@ def test_what_stands_on_a_sibling_is_committed_into_it(here: Path) -> None:
         assert after[name] == before[name]
 
 
-def test_dependants_beside_the_files_count_though_nobody_named_them(here: Path) -> None:
+def test_farm_commit_finds_dependants_that_are_not_named(here: Path) -> None:
     for name in ("bases", "vms"):
         (here / name).mkdir()
     draw_raw(here / "bases" / "base.img", "ABC")
@@ -586,7 +586,7 @@ def test_dependants_beside_the_files_count_though_nobody_named_them(here: Path) 
 
 
 @pytest.mark.parametrize("below", ["base.img", "mid.add-cow"])
-def test_siblings_are_committed_one_after_the_other_by_force(
+def test_farm_commit_force_commits_siblings_one_after_the_other(
     here: Path, tmp_path: Path, below: str
 ) -> None:
     """Each has a small cluster in the same large ones of mid: two at a time would lose some."""
@@ -611,7 +611,7 @@ def test_siblings_are_committed_one_after_the_other_by_force(
             at_work.remove(one["filename"])
 
 
-def test_a_shared_image_is_refused_even_by_force(here: Path) -> None:
+def test_farm_job_refuses_a_shared_image_even_with_force(here: Path) -> None:
     single(here, "one")
     single(here, "fine")
     shutil.copy(here / "one.add-cow", here / "thief.add-cow")
@@ -624,7 +624,7 @@ def test_a_shared_image_is_refused_even_by_force(here: Path) -> None:
 
 
 @pytest.mark.parametrize("spell", [Path.hardlink_to, Path.symlink_to])
-def test_siblings_are_known_by_their_file_and_not_by_its_name(
+def test_farm_commit_identifies_siblings_by_inode(
     here: Path, spell: Callable[[Path, Path], None]
 ) -> None:
     draw_raw(here / "base.img", "ABCD")
@@ -640,7 +640,7 @@ def test_siblings_are_known_by_their_file_and_not_by_its_name(
 
 @pytest.mark.parametrize("spell", [Path.hardlink_to, Path.symlink_to])
 @pytest.mark.parametrize("words", [("commit",), ("flatten", "--discard")], ids=" ".join)
-def test_a_chain_is_known_by_its_files_and_not_by_their_names(
+def test_farm_commit_identifies_a_chain_by_inode(
     here: Path, words: tuple[str, ...], spell: Callable[[Path, Path], None]
 ) -> None:
     draw_raw(here / "base.img", "ABCD")
@@ -660,7 +660,7 @@ def test_a_chain_is_known_by_its_files_and_not_by_their_names(
 # ---- nothing to do ----
 
 
-def test_an_overlay_without_a_backing_has_nothing_to_commit(here: Path) -> None:
+def test_farm_commit_has_nothing_to_do_without_a_backing(here: Path) -> None:
     draw(here / "lone.add-cow", "XY-", "")
     draw(here / "flat.add-cow", "XY-", "", compatible=ALL_ALLOCATED)
     single(here, "empty", "ABC", "---")
@@ -670,7 +670,7 @@ def test_an_overlay_without_a_backing_has_nothing_to_commit(here: Path) -> None:
     assert set(states(planned("commit", ".", cwd=here)).values()) == {"nothing-to-do"}
 
 
-def test_what_is_flat_has_nothing_to_flatten(here: Path) -> None:
+def test_farm_flatten_has_nothing_to_do_for_a_flat_image(here: Path) -> None:
     single(here, "vm")
     draw(here / "flat.add-cow", "XY-", "vm.img", compatible=ALL_ALLOCATED)
     before = snapshot(here)
@@ -681,7 +681,7 @@ def test_what_is_flat_has_nothing_to_flatten(here: Path) -> None:
 
 
 @BOTH
-def test_only_what_is_left_is_done(here: Path, operation: str) -> None:
+def test_farm_job_again_does_only_the_remaining_images(here: Path, operation: str) -> None:
     chain(here, "old")
     worked(operation, ".", cwd=here)
     files, times = snapshot(here), stamps(here)
@@ -693,7 +693,7 @@ def test_only_what_is_left_is_done(here: Path, operation: str) -> None:
 
 
 @BOTH
-def test_an_image_whose_last_block_is_not_whole_is_done_once(here: Path, operation: str) -> None:
+def test_farm_job_is_done_once_with_a_partial_last_block(here: Path, operation: str) -> None:
     """A file system keeps a part of a block that was freed: no work is left because of that."""
     single(here, "vm", "ABCD", "-XYZ")
     os.truncate(here / "vm.raw", 4 * CLUSTER - 512)
@@ -702,7 +702,7 @@ def test_an_image_whose_last_block_is_not_whole_is_done_once(here: Path, operati
 
 
 @pytest.mark.parametrize("words", [("commit",), ("flatten",), ("flatten", "--discard")])
-def test_an_empty_farm_is_done(here: Path, words: tuple[str, ...]) -> None:
+def test_farm_job_on_an_empty_farm_succeeds(here: Path, words: tuple[str, ...]) -> None:
     (here / "notes.txt").write_text("no overlay")
     with untouched(here):
         assert worked(*words, ".", cwd=here)["images"] == []
@@ -714,7 +714,7 @@ def test_an_empty_farm_is_done(here: Path, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("turn", range(2))
-def test_trees_of_any_shape_are_flattened(here: Path, turn: int) -> None:
+def test_farm_flatten_handles_random_trees(here: Path, turn: int) -> None:
     grown = grow(here, f"{SEED}-{turn}")
     before, flat = grown.views(), {name for name in grown.stands if is_flat(here / name)}
     report = worked("flatten", ".", cwd=here)
@@ -727,7 +727,7 @@ def test_trees_of_any_shape_are_flattened(here: Path, turn: int) -> None:
     assert_nothing_is_left("flatten", ".", cwd=here)
 
 
-def test_discard_leaves_the_raw_files_of_a_whole_subtree(here: Path, tmp_path: Path) -> None:
+def test_farm_discard_leaves_only_raw_files(here: Path, tmp_path: Path) -> None:
     grown = grow(here, SEED)
     before, bases = grown.views(), {name: snapshot(here)[name] for name in grown.bases}
     (tmp_path / "view.raw").touch()
@@ -744,7 +744,7 @@ def test_discard_leaves_the_raw_files_of_a_whole_subtree(here: Path, tmp_path: P
         assert worked("flatten", "--discard", ".", cwd=here)["images"] == []
 
 
-def test_discard_of_what_is_flat_already_removes_it(here: Path) -> None:
+def test_farm_discard_removes_overlays_that_are_flat(here: Path) -> None:
     chain(here)
     worked("flatten", ".", cwd=here)
     assert set(states(planned("flatten", "--discard", ".", cwd=here)).values()) == {"ready"}
@@ -762,7 +762,7 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [miss_image, damage])
-def test_discard_keeps_what_a_child_that_is_not_flat_needs(
+def test_farm_discard_keeps_the_backing_of_an_unflattened_child(
     here: Path, harm: Callable[[Path], None]
 ) -> None:
     chain(here)
@@ -783,7 +783,7 @@ def test_discard_keeps_what_a_child_that_is_not_flat_needs(
     assert look(here / "other-top.raw") == "APX0"
 
 
-def test_what_cannot_be_flattened_does_not_keep_its_backing_from_it(here: Path) -> None:
+def test_farm_flatten_flattens_the_backing_of_a_refused_overlay(here: Path) -> None:
     chain(here)
     miss_image(here / "vm-top.add-cow")
     report = worked("flatten", ".", cwd=here, status=1)
@@ -791,7 +791,7 @@ def test_what_cannot_be_flattened_does_not_keep_its_backing_from_it(here: Path) 
     assert look(here / "vm-mid.raw") == "APCD"
 
 
-def test_discard_keeps_what_others_outside_of_the_places_need(here: Path) -> None:
+def test_farm_discard_keeps_files_that_unnamed_overlays_need(here: Path) -> None:
     chain(here)
     with untouched(here):
         report = worked("flatten", "--discard", "vm-mid.add-cow", cwd=here, status=1)
@@ -799,7 +799,7 @@ def test_discard_keeps_what_others_outside_of_the_places_need(here: Path) -> Non
     assert "vm-top.add-cow" in problem(report, "vm-mid")
 
 
-def test_discard_keeps_what_a_child_that_fails_needs(
+def test_farm_discard_keeps_the_backing_of_a_failed_child(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw_raw(here / "base.img", "A" * 64)
@@ -835,7 +835,9 @@ def without_free(report: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("words", PLANS, ids=" ".join)
-def test_the_plan_is_the_dry_run_and_then_comes_true(here: Path, words: tuple[str, ...]) -> None:
+def test_farm_plan_equals_dry_run_and_the_job_follows_it(
+    here: Path, words: tuple[str, ...]
+) -> None:
     grown = grow(here, SEED)
     plan = planned(*words, ".", cwd=here)
     with untouched(here):
@@ -850,7 +852,7 @@ def test_the_plan_is_the_dry_run_and_then_comes_true(here: Path, words: tuple[st
     assert states(worked(*words, ".", cwd=here, status=status)) == ready
 
 
-def test_a_plan_with_refusals_is_no_failure(here: Path) -> None:
+def test_farm_plan_with_refusals_exits_with_0(here: Path) -> None:
     siblings(here)
     single(here, "bad")
     (here / "bad.img").unlink()
@@ -876,7 +878,7 @@ def test_a_plan_with_refusals_is_no_failure(here: Path) -> None:
         ("flatten", "----", "X---", 0, 0),
     ],
 )
-def test_the_space_that_one_overlay_takes_is_told_exactly(
+def test_farm_plan_states_the_exact_space_of_one_overlay(
     here: Path, operation: str, base: str, top: str, needed: int, freed: int
 ) -> None:
     path = single(here, "vm", base, top)
@@ -898,7 +900,7 @@ def test_the_space_that_one_overlay_takes_is_told_exactly(
     assert taken == needed * CLUSTER
 
 
-def test_the_space_that_a_chain_takes_is_at_most_what_is_told(here: Path) -> None:
+def test_farm_plan_states_an_upper_bound_for_a_chain(here: Path) -> None:
     draw_raw(here / "base.img", "A---")
     draw(here / "mid.add-cow", "-P--", "base.img")
     over(here, "top", "mid", "--X-")
@@ -912,7 +914,7 @@ def test_the_space_that_a_chain_takes_is_at_most_what_is_told(here: Path) -> Non
     assert plan["summary"]["bytes"] >= 2 * CLUSTER
 
 
-def test_what_is_moved_is_planned_in_bytes(here: Path) -> None:
+def test_farm_plan_states_the_bytes_to_move(here: Path) -> None:
     for name in many(here, 3):
         assert (here / f"{name}.add-cow").exists()
     plan = planned("commit", ".", cwd=here)
@@ -923,7 +925,7 @@ def test_what_is_moved_is_planned_in_bytes(here: Path) -> None:
 # ---- what they print ----
 
 
-def test_json_lines_are_one_an_image_and_a_summary(here: Path) -> None:
+def test_farm_jsonl_has_a_line_for_each_image_and_a_summary(here: Path) -> None:
     siblings(here)
     single(here, "idle", "AB", "--")
     result = addcow("farm", "commit", "--output", "jsonl", ".", cwd=here)
@@ -940,7 +942,7 @@ def test_json_lines_are_one_an_image_and_a_summary(here: Path) -> None:
 
 
 @BOTH
-def test_each_image_is_a_line(here: Path, operation: str) -> None:
+def test_farm_job_prints_a_line_for_each_image(here: Path, operation: str) -> None:
     names = many(here, 3)
     draw(here / "idle.add-cow", "XY", "", compatible=ALL_ALLOCATED)
     single(here, "bad")
@@ -954,7 +956,7 @@ def test_each_image_is_a_line(here: Path, operation: str) -> None:
     assert "bad.raw" in line
 
 
-def test_a_failure_is_a_line_of_its_own(
+def test_farm_job_prints_a_line_for_a_failure(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide(here)
@@ -968,7 +970,7 @@ def test_a_failure_is_a_line_of_its_own(
 
 
 @BOTH
-def test_quiet_prints_only_errors(here: Path, operation: str) -> None:
+def test_farm_job_with_quiet_prints_only_errors(here: Path, operation: str) -> None:
     single(here, "fine")
     single(here, "bad")
     (here / "bad.raw").unlink()
@@ -1005,9 +1007,7 @@ def many_called(here: Path, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "words", [("plan", "commit"), ("commit", "-p"), ("flatten",)], ids=" ".join
 )
-def test_names_cannot_forge_lines_nor_steer_the_terminal(
-    tmp_path: Path, words: tuple[str, ...]
-) -> None:
+def test_file_name_cannot_forge_lines_of_a_farm_job(tmp_path: Path, words: tuple[str, ...]) -> None:
     lines = []
     for number, names in enumerate((("one", "two", "three", "four", "five"), EVIL)):
         many_called(tmp_path / f"farm{number}", names)
@@ -1021,7 +1021,7 @@ def test_names_cannot_forge_lines_nor_steer_the_terminal(
     assert lines[0] == lines[1]
 
 
-def test_a_name_inside_an_image_cannot_forge_a_line(here: Path) -> None:
+def test_name_inside_an_image_cannot_forge_a_line_of_a_farm_job(here: Path) -> None:
     content = overlay_bytes(image="gone\naddcow: failed: me\x1b[2J", size=CLUSTER, backing="vm.img")
     single(here, "vm")
     (here / "bad.add-cow").write_bytes(content)
@@ -1031,7 +1031,7 @@ def test_a_name_inside_an_image_cannot_forge_a_line(here: Path) -> None:
     assert CONTROL.search(result.said) is None
 
 
-def test_unsafe_is_warned_of_once(here: Path) -> None:
+def test_farm_job_warns_of_unsafe_once(here: Path) -> None:
     many(here, 5)
     result = succeed("farm", "commit", "-t", "unsafe", "--jobs", "2", ".", cwd=here)
     (line,) = result.stderr.splitlines()
@@ -1076,7 +1076,7 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @BOTH
 @pytest.mark.parametrize("harm", HARMS)
-def test_what_is_damaged_is_refused_and_all_others_are_done(
+def test_farm_job_refuses_a_damaged_image_and_does_the_others(
     here: Path, operation: str, harm: str
 ) -> None:
     many(here, 3)
@@ -1095,7 +1095,7 @@ def test_what_is_damaged_is_refused_and_all_others_are_done(
     }
 
 
-def test_what_lies_outside_is_done_with_a_root(here: Path) -> None:
+def test_farm_job_needs_root_for_an_outside_image(here: Path) -> None:
     path = single(here, "vm")
     lead_out(path)
     assert states(worked("commit", ".", cwd=here, status=1)) == {"vm": "refused"}
@@ -1103,7 +1103,7 @@ def test_what_lies_outside_is_done_with_a_root(here: Path) -> None:
     assert look(here.parent / "outside.img") == "AXY0"
 
 
-def test_what_stands_on_something_damaged_is_refused_too(here: Path) -> None:
+def test_farm_commit_refuses_overlays_of_a_damaged_backing(here: Path) -> None:
     chain(here)
     chain(here, "other")
     damage(here / "vm-mid.add-cow")
@@ -1116,7 +1116,7 @@ def test_what_stands_on_something_damaged_is_refused_too(here: Path) -> None:
 
 @BOTH
 @IN_OTHERS_AND_HERE
-def test_an_image_in_use_is_refused_and_all_others_are_done(
+def test_farm_job_refuses_an_image_in_use_and_does_the_others(
     here: Path, operation: str, jobs: str
 ) -> None:
     names = many(here, 3)
@@ -1134,7 +1134,7 @@ def test_an_image_in_use_is_refused_and_all_others_are_done(
     assert guest_picture(path) == "AXY0"
 
 
-def test_what_stands_on_a_base_that_a_guest_reads_is_done_as_far_as_may_be(here: Path) -> None:
+def test_farm_commit_does_what_a_guest_on_the_base_allows(here: Path) -> None:
     chain(here)
     with held(here / "vm.img", "-r"):
         report = worked("commit", ".", cwd=here, status=1)
@@ -1146,7 +1146,7 @@ def test_what_stands_on_a_base_that_a_guest_reads_is_done_as_far_as_may_be(here:
     assert look(here / "vm.img") == "APX0"
 
 
-def test_stop_begins_nothing_when_something_is_refused(here: Path) -> None:
+def test_on_error_stop_begins_nothing_after_a_refusal(here: Path) -> None:
     names = many(here, 4)
     miss_image(single(here, "bad"))
     with untouched(here):
@@ -1156,7 +1156,7 @@ def test_stop_begins_nothing_when_something_is_refused(here: Path) -> None:
     assert states(report) == {**dict.fromkeys(names, "done"), "bad": "refused"}
 
 
-def test_stop_with_nothing_wrong_does_all(here: Path) -> None:
+def test_on_error_stop_does_all_images_without_errors(here: Path) -> None:
     names = many(here, 4)
     report = worked("commit", "--on-error", "stop", ".", cwd=here)
     assert states(report) == dict.fromkeys(names, "done")
@@ -1177,7 +1177,7 @@ WIDE_VIEW = "AX" * 32
 
 @BOTH
 @IN_OTHERS_AND_HERE
-def test_an_error_in_the_middle_is_that_of_one_image(
+def test_farm_job_error_fails_only_its_image(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, jobs: str
 ) -> None:
     wide(here)
@@ -1199,7 +1199,7 @@ def test_an_error_in_the_middle_is_that_of_one_image(
 
 @pytest.mark.parametrize("event", ["data_sync", "bitmap_update", "bitmap_sync", "punch"])
 @IN_OTHERS_AND_HERE
-def test_a_sync_or_a_bitmap_that_fails_once_is_that_of_one_image(
+def test_farm_job_failed_sync_fails_only_its_image(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, jobs: str
 ) -> None:
     names = many(here, 4)
@@ -1215,7 +1215,7 @@ def test_a_sync_or_a_bitmap_that_fails_once_is_that_of_one_image(
         assert is_committed(here / f"{name}.add-cow")
 
 
-def test_a_worker_that_dies_again_and_again_harms_one_image(
+def test_farm_job_image_that_kills_its_workers_fails_alone(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide(here)
@@ -1228,7 +1228,7 @@ def test_a_worker_that_dies_again_and_again_harms_one_image(
     assert look(here / "bad.img") == WIDE_VIEW
 
 
-def test_a_worker_that_dies_once_harms_nobody(
+def test_farm_job_survives_one_dead_worker(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide(here)
@@ -1241,7 +1241,7 @@ def test_a_worker_that_dies_once_harms_nobody(
     assert all(look(here / f"vm{number:02}.img") == "AXY0" for number in range(4))
 
 
-def test_a_top_that_fails_does_no_harm_to_its_chain(
+def test_farm_job_failed_top_does_not_harm_its_chain(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw_raw(here / "base.img", "A" * 64)
@@ -1259,7 +1259,7 @@ def test_a_top_that_fails_does_no_harm_to_its_chain(
 
 
 @IN_OTHERS_AND_HERE
-def test_stop_lets_nothing_new_begin_after_a_failure(
+def test_on_error_stop_begins_nothing_after_a_failure(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: str
 ) -> None:
     names = many(here, 60)
@@ -1281,7 +1281,7 @@ def test_stop_lets_nothing_new_begin_after_a_failure(
 
 
 @IN_OTHERS_AND_HERE
-def test_a_farm_that_is_stopped_goes_on_with_the_same_command(
+def test_stopped_farm_job_continues_with_the_same_command(
     here: Path, tmp_path: Path, jobs: str
 ) -> None:
     names = many(here, 12)
@@ -1304,7 +1304,7 @@ def test_a_farm_that_is_stopped_goes_on_with_the_same_command(
     assert_nothing_is_left("commit", ".", cwd=here)
 
 
-def test_what_cannot_be_discarded_keeps_what_it_stands_on(
+def test_farm_discard_keeps_the_backing_of_an_undiscarded_overlay(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain(here)
@@ -1337,7 +1337,9 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 @IN_OTHERS_AND_HERE
-def test_what_does_not_fit_is_told_and_all_others_are_done(small: Path, jobs: str) -> None:
+def test_farm_job_refuses_an_image_that_does_not_fit_and_does_the_others(
+    small: Path, jobs: str
+) -> None:
     names = many(small, 3)
     large = single(small, "large", "A" * 20, "-" * 19 + "X")
     with (small / "filler").open("wb") as filler:
@@ -1353,7 +1355,7 @@ def test_what_does_not_fit_is_told_and_all_others_are_done(small: Path, jobs: st
     assert look(small / "large.raw") == "A" * 19 + "X"
 
 
-def test_two_of_them_on_one_farm_do_no_harm(here: Path, tmp_path: Path) -> None:
+def test_two_farm_jobs_on_one_farm_do_no_harm(here: Path, tmp_path: Path) -> None:
     names = many(here, 6)
     rules = Rules.write(tmp_path / "rules", rule("backing_write", "stop", after=1, once="on"))
     with running("farm", "commit", "--jobs", "1", ".", cwd=here, rules=rules) as first:
@@ -1372,7 +1374,9 @@ def test_two_of_them_on_one_farm_do_no_harm(here: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", PLANS, ids=" ".join)
-def test_the_number_of_processes_changes_no_byte(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_number_of_processes_does_not_change_a_farm_job(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
     outcomes = []
     for number in ("0", "1", "2", "5", ""):
         here = tmp_path / f"farm{number}"
@@ -1385,7 +1389,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path: Path, words: tuple[st
     assert all(outcome == outcomes[0] for outcome in outcomes)
 
 
-def test_a_large_image_is_shared_by_all_processes(here: Path, tmp_path: Path) -> None:
+def test_farm_job_splits_a_large_image_among_processes(here: Path, tmp_path: Path) -> None:
     count = 300
     (here / "big").mkdir()
     with (here / "big" / "base.img").open("wb") as base:
@@ -1419,7 +1423,7 @@ def numbered(number: int) -> bytes:
 
 @BOTH
 @pytest.mark.parametrize("limit", ["0.000001", "0s"])
-def test_without_time_nothing_is_begun(here: Path, operation: str, limit: str) -> None:
+def test_time_limit_of_zero_begins_nothing(here: Path, operation: str, limit: str) -> None:
     names = many(here, 3)
     words = ("farm", operation, "--output", "json", "--time-limit", limit, ".")
     with untouched(here):
@@ -1431,7 +1435,7 @@ def test_without_time_nothing_is_begun(here: Path, operation: str, limit: str) -
     assert states(worked(operation, ".", cwd=here)) == dict.fromkeys(names, "done")
 
 
-def test_when_the_time_is_over_the_rest_is_left(here: Path) -> None:
+def test_time_limit_leaves_the_remaining_images(here: Path) -> None:
     """At this rate it would take ten seconds; how much is done in one is left to chance."""
     names = many(here, 20)
     words = ("--time-limit", "1s", "-r", "256k", "--jobs", "2", ".")
@@ -1450,13 +1454,13 @@ def test_when_the_time_is_over_the_rest_is_left(here: Path) -> None:
         assert look(here / f"{name}.img") == "AXY0"
 
 
-def test_with_enough_time_all_is_done(here: Path) -> None:
+def test_time_limit_that_is_not_reached_does_all_images(here: Path) -> None:
     names = many(here, 3)
     report = worked("commit", "--time-limit", "2h", ".", cwd=here)
     assert states(report) == dict.fromkeys(names, "done")
 
 
-def test_a_rate_is_that_of_all_together(here: Path) -> None:
+def test_rate_limit_applies_to_all_processes_together(here: Path) -> None:
     names = [f"vm{number}" for number in range(12)]
     for name in names:
         single(here, name)
@@ -1486,14 +1490,14 @@ VERBS = pytest.mark.parametrize("verb", ["commit", "flatten", "check"])
 
 @VERBS
 @IN_OTHERS_AND_HERE
-def test_progress_is_json_on_stderr(here: Path, verb: str, jobs: str) -> None:
+def test_farm_job_progress_is_json_on_stderr(here: Path, verb: str, jobs: str) -> None:
     many(here, 6)
     result = succeed("farm", verb, "--progress-format", "json", "--jobs", jobs, ".", cwd=here)
     assert_is_progress(result.stderr, 6)
 
 
 @VERBS
-def test_progress_goes_to_a_descriptor(here: Path, verb: str) -> None:
+def test_farm_job_progress_goes_to_a_descriptor(here: Path, verb: str) -> None:
     many(here, 6)
     ours, theirs = os.pipe()
     with open(ours, encoding="utf-8") as told:
@@ -1505,7 +1509,7 @@ def test_progress_goes_to_a_descriptor(here: Path, verb: str) -> None:
 
 
 @VERBS
-def test_a_descriptor_that_is_closed_is_a_usage_error(here: Path, verb: str) -> None:
+def test_closed_progress_descriptor_is_a_usage_error(here: Path, verb: str) -> None:
     many(here, 2)
     with untouched(here):
         line = refused("farm", verb, "--progress-fd", str(CLOSED), ".", cwd=here, status=USAGE)
@@ -1513,7 +1517,7 @@ def test_a_descriptor_that_is_closed_is_a_usage_error(here: Path, verb: str) -> 
 
 
 @VERBS
-def test_a_pipe_that_nobody_reads_does_no_harm(here: Path, verb: str) -> None:
+def test_progress_pipe_without_a_reader_does_no_harm(here: Path, verb: str) -> None:
     names = many(here, 6)
     ours, theirs = os.pipe()
     os.close(ours)
@@ -1526,7 +1530,7 @@ def test_a_pipe_that_nobody_reads_does_no_harm(here: Path, verb: str) -> None:
 
 
 @VERBS
-def test_progress_without_a_terminal_is_lines(here: Path, verb: str) -> None:
+def test_farm_job_progress_without_a_terminal_is_lines(here: Path, verb: str) -> None:
     many(here, 6)
     result = succeed("farm", verb, "-p", ".", cwd=here)
     lines = result.stderr.splitlines()
@@ -1535,14 +1539,14 @@ def test_progress_without_a_terminal_is_lines(here: Path, verb: str) -> None:
     assert CONTROL.search(result.said) is None
 
 
-def test_progress_of_nothing_comes_to_its_end_too(here: Path) -> None:
+def test_progress_of_an_empty_farm_reaches_its_end(here: Path) -> None:
     many(here, 3)
     worked("commit", ".", cwd=here)
     result = succeed("farm", "commit", "--progress", "json", ".", cwd=here)
     assert_is_progress(result.stderr, 3)
 
 
-def test_progress_counts_what_is_refused(here: Path) -> None:
+def test_progress_counts_refused_images(here: Path) -> None:
     many(here, 3)
     miss_image(single(here, "bad"))
     words = ("farm", "commit", "--progress", "json", "--output", "json", ".")
@@ -1569,7 +1573,7 @@ def events(log: Path, name: str) -> list[str]:
     return [one["event"] for one in logged(log) if one.get("filename") == f"./{name}.add-cow"]
 
 
-def test_all_that_happens_is_in_the_log(
+def test_farm_log_has_every_event(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide(here)
@@ -1601,7 +1605,7 @@ def test_all_that_happens_is_in_the_log(
     assert again.count("image-done") == 1
 
 
-def test_what_is_left_is_in_the_log(here: Path, tmp_path: Path) -> None:
+def test_farm_log_has_the_remaining_images(here: Path, tmp_path: Path) -> None:
     many(here, 2)
     log = tmp_path / "log"
     words = ("--time-limit", "0s", "--log", str(log), ".")
@@ -1610,7 +1614,7 @@ def test_what_is_left_is_in_the_log(here: Path, tmp_path: Path) -> None:
     assert told == ["farm-begun", "image-left", "image-left", "farm-ended"]
 
 
-def test_names_in_the_log_are_whole_and_on_one_line(here: Path, tmp_path: Path) -> None:
+def test_farm_log_has_whole_names_on_one_line(here: Path, tmp_path: Path) -> None:
     name = "o\nne\x1b[2J"
     single(here, name)
     log = tmp_path / "log"
@@ -1619,7 +1623,7 @@ def test_names_in_the_log_are_whole_and_on_one_line(here: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["nowhere/log", "."])
-def test_a_log_that_cannot_be_opened_is_an_error(here: Path, tmp_path: Path, name: str) -> None:
+def test_farm_log_that_cannot_be_opened_is_an_error(here: Path, tmp_path: Path, name: str) -> None:
     many(here, 2)
     with untouched(here):
         refused("farm", "commit", "--log", str(tmp_path / name), ".", cwd=here)
@@ -1641,7 +1645,7 @@ PLACES: dict[str, tuple[tuple[str, ...], str, set[str]]] = {
 
 @BOTH
 @pytest.mark.parametrize("kind", PLACES)
-def test_only_what_is_named_is_done(here: Path, operation: str, kind: str) -> None:
+def test_farm_job_does_only_named_images(here: Path, operation: str, kind: str) -> None:
     (here / "sub").mkdir()
     every = [single(here, name) for name in ("one", "two", "sub/three")]
     words, stdin, wanted = PLACES[kind]
@@ -1653,7 +1657,7 @@ def test_only_what_is_named_is_done(here: Path, operation: str, kind: str) -> No
         assert bits(path) == (done if name in wanted else ".11.")
 
 
-def test_a_file_under_two_names_is_done_once(here: Path) -> None:
+def test_farm_job_does_a_hard_linked_image_once(here: Path) -> None:
     path = single(here, "vm")
     (here / "also.add-cow").symlink_to(path)
     (here / "link.add-cow").symlink_to(path.name)
@@ -1662,7 +1666,7 @@ def test_a_file_under_two_names_is_done_once(here: Path) -> None:
     assert look(here / "vm.img") == "AXY0"
 
 
-def test_places_come_from_a_file(here: Path) -> None:
+def test_farm_job_reads_names_from_a_file(here: Path) -> None:
     many(here, 3)
     (here / "list").write_text("vm00.add-cow\nvm02.add-cow\n")
     told = states(planned("commit", "--from-file", "list", cwd=here))
@@ -1695,7 +1699,7 @@ def test_places_come_from_a_file(here: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_what_cannot_be_meant_is_told(
+def test_invalid_farm_job_options_are_usage_errors(
     here: Path, words: tuple[str, ...], status: int, told: str
 ) -> None:
     single(here, "vm")

@@ -406,7 +406,7 @@ ROUNDS = 2
 
 @EACH
 @pytest.mark.parametrize("whom", ["parent", "worker", "group", "INT", "TERM"])
-def test_whoever_is_struck_at_whatever_instant_the_same_command_goes_on(
+def test_farm_job_continues_after_a_kill_at_any_moment(
     here: Path, rng: random.Random, job: str, whom: str
 ) -> None:
     for number in range(ROUNDS if whom in ("parent", "worker", "group") else 1):
@@ -443,7 +443,7 @@ KILLING = [
 
 
 @pytest.mark.parametrize(("job", "event"), KILLING)
-def test_a_worker_that_is_killed_once_costs_nothing(
+def test_farm_job_survives_a_worker_killed_once(
     here: Path, rng: random.Random, job: str, event: str
 ) -> None:
     laid = lone(here, rng)
@@ -458,9 +458,7 @@ def test_a_worker_that_is_killed_once_costs_nothing(
 
 
 @EACH
-def test_an_image_that_kills_each_worker_fails_alone(
-    here: Path, rng: random.Random, job: str
-) -> None:
+def test_image_that_kills_each_worker_fails_alone(here: Path, rng: random.Random, job: str) -> None:
     laid = lone(here, rng)
     rules = rules_for(here, rule(WRITES[job], "kill", cluster=ODD_PLACE[job]))
     with running(*command(job, "--jobs", "2"), cwd=here, rules=rules) as run:
@@ -475,9 +473,7 @@ def test_an_image_that_kills_each_worker_fails_alone(
 
 
 @EACH
-def test_workers_that_stand_still_end_with_their_parent(
-    here: Path, rng: random.Random, job: str
-) -> None:
+def test_stopped_workers_end_with_their_parent(here: Path, rng: random.Random, job: str) -> None:
     """Nobody waits for one that has stopped, and no lock of its is in the way."""
     laid = lone(here, rng)
     stop = (rule(WRITES[job], "stop", once="on", after=after) for after in (0, 1))
@@ -490,7 +486,7 @@ def test_workers_that_stand_still_end_with_their_parent(
 
 
 @BOTH
-def test_a_worker_that_is_killed_while_it_starts_costs_nothing(
+def test_farm_job_survives_a_worker_killed_at_its_start(
     here: Path, rng: random.Random, job: str
 ) -> None:
     laid = thirty(here, rng)
@@ -569,7 +565,7 @@ def sum_of(pieces: Iterator[bytes]) -> int:
 
 @BOTH
 @pytest.mark.parametrize("whom", ["parent", "group", "worker"])
-def test_a_large_image_that_is_split_is_no_exception(
+def test_split_image_continues_after_a_kill_at_any_moment(
     here: Path, rng: random.Random, job: str, whom: str
 ) -> None:
     large, laid = Large.lay(here, job, 300 * MiB), Farm.lay(here, rng, chains=4, depth=1)
@@ -599,7 +595,7 @@ def kill_a_splitter(run: Job, here: Path) -> None:
 
 
 @BOTH
-def test_an_unfinished_image_repeats_one_checkpoint_at_most(here: Path, job: str) -> None:
+def test_killed_farm_job_repeats_at_most_one_checkpoint(here: Path, job: str) -> None:
     large = Large.lay(here, job, 1100 * MiB)
     with running(*command(job, "--jobs", "2"), cwd=here) as run:
         run.until(lambda: run.has_ended or large.arrived > 900 * MiB, "so many bytes")
@@ -616,7 +612,7 @@ def test_an_unfinished_image_repeats_one_checkpoint_at_most(here: Path, job: str
 
 
 @BOTH
-def test_a_place_in_a_large_image_that_kills_each_worker_fails_that_image(
+def test_split_image_that_kills_each_worker_fails_alone(
     here: Path, rng: random.Random, job: str
 ) -> None:
     wide, laid = Wide.lay(here, job, tasks=6), Farm.lay(here, rng, chains=4, depth=1)
@@ -647,7 +643,7 @@ def stopping_both(event: str, after: int) -> tuple[str, str]:
 
 
 @EACH
-def test_a_farm_that_is_asked_to_stop_says_how_many_images_are_left(
+def test_stopped_farm_job_reports_the_remaining_images(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
 ) -> None:
     laid, journal = thirty(here, rng), Journal(here.parent / "log")
@@ -669,7 +665,7 @@ def test_a_farm_that_is_asked_to_stop_says_how_many_images_are_left(
 
 
 @BOTH
-def test_the_whole_group_may_be_asked(
+def test_signal_to_the_whole_group_stops_a_farm_job(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
 ) -> None:
     """Ctrl-C reaches workers, and so does the SIGTERM of timeout(1) and of systemd."""
@@ -687,7 +683,7 @@ def test_the_whole_group_may_be_asked(
 
 
 @BOTH
-def test_the_whole_group_may_be_asked_while_workers_are_starting(
+def test_signal_to_the_group_while_workers_start_stops_a_farm_job(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
 ) -> None:
     laid = thirty(here, rng)
@@ -709,7 +705,7 @@ def goes_on(run: Job) -> bool:
 
 
 @BOTH
-def test_a_stop_while_a_large_image_is_split_keeps_what_was_finished(
+def test_stop_of_a_split_image_keeps_finished_clusters(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
 ) -> None:
     wide, laid = Wide.lay(here, job, tasks=8), Farm.lay(here, rng, chains=20, depth=1)
@@ -739,7 +735,9 @@ def test_a_stop_while_a_large_image_is_split_keeps_what_was_finished(
 
 @BOTH
 @pytest.mark.parametrize("size", [MiB, 260 * MiB], ids=["small", "large"])
-def test_a_limited_farm_stops_soon(here: Path, rng: random.Random, job: str, size: int) -> None:
+def test_farm_job_with_a_low_rate_stops_soon(
+    here: Path, rng: random.Random, job: str, size: int
+) -> None:
     asking = rng.choice([signal.SIGINT, signal.SIGTERM])
     large, laid = Large.lay(here, job, size), Farm.lay(here, rng, chains=4, depth=1)
     with running(*command(job, "--jobs", "2", "-r", "64k"), cwd=here) as run:
@@ -759,7 +757,7 @@ def test_a_limited_farm_stops_soon(here: Path, rng: random.Random, job: str, siz
     laid.is_done(job)
 
 
-def test_a_farm_that_is_asked_while_it_is_planned_begins_anew(
+def test_farm_job_stopped_while_planning_changes_nothing(
     here: Path, rng: random.Random, asking: signal.Signals
 ) -> None:
     laid = thirty(here, rng)
@@ -858,7 +856,7 @@ JOBS = pytest.mark.parametrize("jobs", ["0", "2"])
 
 @FLAT
 @JOBS
-def test_images_that_do_not_fit_are_refused_and_smaller_ones_are_done(
+def test_farm_job_refuses_images_that_do_not_fit_and_does_smaller_ones(
     disk: Path, job: str, jobs: str
 ) -> None:
     needs = [40, 8, 60, 16, 64, 60, 2, 0, 30, 1]
@@ -883,7 +881,7 @@ def test_images_that_do_not_fit_are_refused_and_smaller_ones_are_done(
 
 
 @JOBS
-def test_a_commit_that_does_not_fit_leaves_the_others_alone(disk: Path, jobs: str) -> None:
+def test_commit_that_does_not_fit_does_not_affect_others(disk: Path, jobs: str) -> None:
     """What they give back may be room enough for it next time."""
     needs = [40, 8, 60, 64, 0, 20]
     laid = takers(disk, "commit", needs)
@@ -902,7 +900,7 @@ def test_a_commit_that_does_not_fit_leaves_the_others_alone(disk: Path, jobs: st
 
 
 @JOBS
-def test_commits_that_give_back_what_they_take_fit_one_after_another(
+def test_commits_that_free_their_space_fit_one_after_another(
     disk: Path, rng: random.Random, jobs: str
 ) -> None:
     laid = takers(disk, "commit", [64] * 12)
@@ -918,7 +916,7 @@ def test_commits_that_give_back_what_they_take_fit_one_after_another(
 
 
 @JOBS
-def test_commits_down_a_chain_take_space_once(disk: Path, rng: random.Random, jobs: str) -> None:
+def test_commits_down_a_chain_need_space_once(disk: Path, rng: random.Random, jobs: str) -> None:
     """What the top brings moves on from overlay to overlay."""
     draw_raw(disk / "s.img", 64 * "-", cluster=BLOCK)
     below, kind = "s.img", "raw"
@@ -938,7 +936,7 @@ def test_commits_down_a_chain_take_space_once(disk: Path, rng: random.Random, jo
 
 
 @EACH
-def test_a_full_disk_under_one_image_fails_that_one(
+def test_full_disk_of_one_image_fails_only_that_image(
     here: Path, rng: random.Random, job: str
 ) -> None:
     laid = lone(here, rng)
@@ -955,7 +953,7 @@ def test_a_full_disk_under_one_image_fails_that_one(
 
 
 @FLAT
-def test_a_disk_that_somebody_else_fills_ends_those_that_need_it(
+def test_disk_filled_by_another_program_fails_images_that_need_space(
     disk: Path, tmp_path: Path, job: str
 ) -> None:
     needs = [16, 0] * 8
@@ -995,7 +993,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("job", "event"), ERRORS)
-def test_an_error_ends_one_image_and_costs_no_guest_anything(
+def test_error_fails_one_image_and_keeps_every_guests_view(
     here: Path, rng: random.Random, job: str, event: str
 ) -> None:
     laid = Farm.lay(here, rng, chains=4, depth=3)
@@ -1020,7 +1018,7 @@ def test_an_error_ends_one_image_and_costs_no_guest_anything(
 
 @BOTH
 @pytest.mark.parametrize("event", ["data_sync", "bitmap_sync", "write"])
-def test_an_error_in_a_large_image_ends_that_one(
+def test_error_in_a_split_image_fails_only_that_image(
     here: Path, rng: random.Random, job: str, event: str
 ) -> None:
     wide = Wide.lay(here, job, tasks=5)
@@ -1045,7 +1043,7 @@ def test_an_error_in_a_large_image_ends_that_one(
 
 @BOTH
 @pytest.mark.parametrize("suffix", [".raw", ".add-cow"])
-def test_an_image_in_use_by_a_guest_is_left_alone(
+def test_image_in_use_by_a_guest_is_refused(
     here: Path, rng: random.Random, job: str, suffix: str
 ) -> None:
     tool("qemu-io", "--version", cwd=here)
@@ -1064,7 +1062,7 @@ def test_an_image_in_use_by_a_guest_is_left_alone(
 
 
 @BOTH
-def test_a_guest_that_starts_in_the_middle_of_a_chain_costs_no_guest_anything(
+def test_image_in_use_within_a_chain_keeps_every_guests_view(
     here: Path, rng: random.Random, job: str
 ) -> None:
     tool("qemu-io", "--version", cwd=here)
@@ -1080,7 +1078,7 @@ def test_a_guest_that_starts_in_the_middle_of_a_chain_costs_no_guest_anything(
 
 
 @BOTH
-def test_a_guest_that_starts_after_the_plan_is_left_alone(
+def test_image_of_a_guest_started_after_the_plan_is_refused(
     here: Path, rng: random.Random, job: str
 ) -> None:
     tool("qemu-io", "--version", cwd=here)
@@ -1171,7 +1169,7 @@ def mains(
 
 @EACH
 @pytest.mark.parametrize("by_event", [True, False], ids=["event", "clock"])
-def test_a_power_cut_loses_nothing(
+def test_power_cut_of_a_farm_job_loses_nothing(
     mains: Disk, rng: random.Random, tmp_path: Path, job: str, by_event: bool
 ) -> None:
     with mains.directory() as place:
@@ -1193,7 +1191,7 @@ def test_a_power_cut_loses_nothing(
 
 
 @EACH
-def test_a_chain_is_worked_off_in_one_run(here: Path, rng: random.Random, job: str) -> None:
+def test_farm_job_finishes_a_chain_in_one_run(here: Path, rng: random.Random, job: str) -> None:
     """Who stands above an overlay has been flattened and discarded when its turn comes."""
     laid = Farm.lay(here, rng, chains=3, depth=3)
     told = told_by(farm(job, cwd=here), 0)

@@ -35,7 +35,7 @@ def run(farm: Path, *words: str, status: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("jobs", ["0", "1", "2"])
-def test_each_layer_gets_one_manifest_and_a_shared_base_is_read_once(farm: Path, jobs: str) -> None:
+def test_farm_manifest_create_reads_a_shared_base_once(farm: Path, jobs: str) -> None:
     told = run(farm, "--jobs", jobs)
     assert told["summary"] == {
         "images": COUNT + 1,
@@ -50,14 +50,14 @@ def test_each_layer_gets_one_manifest_and_a_shared_base_is_read_once(farm: Path,
     assert [one.name for one in (farm / "bases").iterdir()].count("golden.img.manifest") == 1
 
 
-def test_a_second_run_writes_nothing(farm: Path) -> None:
+def test_second_farm_manifest_create_writes_nothing(farm: Path) -> None:
     run(farm)
     before = {one: one.stat().st_mtime_ns for one in farm.rglob("*.manifest")}
     assert run(farm)["summary"]["written"] == 0
     assert {one: one.stat().st_mtime_ns for one in farm.rglob("*.manifest")} == before
 
 
-def test_an_image_that_fails_does_not_end_the_others(farm: Path) -> None:
+def test_farm_manifest_create_continues_after_a_failed_image(farm: Path) -> None:
     succeed("manifest", "create", "-q", "--root", "../bases", "vm3.add-cow", cwd=farm / "farm")
     put(farm / "farm" / "vm3.raw", 0, b"changed by another program")
     told = run(farm, status=1)
@@ -74,24 +74,24 @@ def test_an_image_that_fails_does_not_end_the_others(farm: Path) -> None:
     succeed("farm", "verify", "--root", "bases", "farm", cwd=farm)
 
 
-def test_a_base_outside_the_roots_is_refused_for_each_image(farm: Path) -> None:
+def test_base_outside_the_roots_is_refused_for_each_image(farm: Path) -> None:
     result = addcow(*CREATE, "farm", cwd=farm)
     assert result.status == 1
     assert result.stderr.count("allow it with --root") == COUNT + 1
     assert not list(farm.rglob("*.manifest"))
 
 
-def test_progress_counts_images(farm: Path) -> None:
+def test_farm_manifest_create_progress_counts_images(farm: Path) -> None:
     words = (*CREATE, "-q", "--root", "bases", "--progress-format", "json", "farm")
     last = json.loads(succeed(*words, cwd=farm).stderr.splitlines()[-1])
     assert (last["images-done"], last["images"]) == (COUNT + 1, COUNT + 1)
 
 
-def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_farm_manifest_create_refuses_a_missing_directory(tmp_path: Path) -> None:
     assert "no such file or directory" in refused(*CREATE, "nowhere", cwd=tmp_path)
 
 
-def test_an_image_with_much_to_read_is_done_by_all_processes(tmp_path: Path) -> None:
+def test_farm_manifest_create_splits_a_large_image(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     succeed("create", "-q", "-b", "base.img", "-F", "raw", "vm.add-cow", "400M", cwd=tmp_path)
     with (tmp_path / "vm.raw").open("r+b") as image:

@@ -414,7 +414,7 @@ def between(before: bytes, now: bytes, after: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_a_command_meets_is_what_is_walked(warm: Warm, tmp_path: Path, name: str) -> None:
+def test_fault_walk_covers_every_event_of_a_command(warm: Warm, tmp_path: Path, name: str) -> None:
     scene = Scene.lay(tmp_path / "here", OPERATIONS[name])
     met = events_met(warm, scene.here, tmp_path / "rules", *scene.operation.arguments)
     assert met == scene.operation.meets
@@ -458,13 +458,13 @@ def times(warm: Warm) -> Times:
     return Times(warm)
 
 
-def test_every_event_is_met_by_something() -> None:
+def test_every_fault_event_is_reached_by_some_command() -> None:
     walked = {event for _, event, _ in WALKS} | {event for _, event, _ in CREATE_WALKS}
     assert walked == set(EVENTS)
 
 
 @pytest.mark.parametrize(("name", "event", "fault"), WALKS)
-def test_a_fault_harms_nobody_and_the_command_goes_on(
+def test_command_continues_after_a_fault_at_any_event(
     warm: Warm, times: Times, tmp_path: Path, name: str, event: str, fault: str
 ) -> None:
     here, operation = tmp_path / "here", OPERATIONS[name]
@@ -597,7 +597,7 @@ CREATE_WALKS = [
 
 
 @pytest.mark.parametrize("name", CREATIONS)
-def test_what_create_meets_is_what_is_walked(warm: Warm, tmp_path: Path, name: str) -> None:
+def test_fault_walk_covers_every_event_of_create(warm: Warm, tmp_path: Path, name: str) -> None:
     creation, here = CREATIONS[name], tmp_path / "here"
     begin(here, creation)
     assert events_met(warm, here, tmp_path / "rules", *creation.arguments) == creation.meets
@@ -624,7 +624,7 @@ def is_created(here: Path, creation: Creation) -> None:
 
 
 @pytest.mark.parametrize(("name", "event", "fault"), CREATE_WALKS)
-def test_a_fault_in_create_leaves_nothing_that_deceives(
+def test_fault_in_create_leaves_no_misleading_file(
     warm: Warm, times: Times, tmp_path: Path, name: str, event: str, fault: str
 ) -> None:
     creation, here = CREATIONS[name], tmp_path / "here"
@@ -685,7 +685,7 @@ def create_again(warm: Warm, here: Path, creation: Creation) -> None:
     is_created(here, creation)
 
 
-def test_a_failed_create_gives_an_odd_tail_back(warm: Warm, tmp_path: Path) -> None:
+def test_failed_create_restores_the_length_of_the_disk(warm: Warm, tmp_path: Path) -> None:
     """Bytes behind the last whole sector are in nobody's view, but they are somebody's."""
     draw_raw(tmp_path / "base.img", "AB", cluster=CLUSTER)
     (tmp_path / "old.raw").write_bytes(b"K" * 1000)
@@ -702,7 +702,7 @@ def test_a_failed_create_gives_an_odd_tail_back(warm: Warm, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["commit", "commit-stale", "commit-below", "flatten", "discard"])
-def test_a_failed_sync_of_data_publishes_nothing(warm: Warm, tmp_path: Path, name: str) -> None:
+def test_failed_sync_of_data_publishes_nothing(warm: Warm, tmp_path: Path, name: str) -> None:
     scene = Scene.lay(tmp_path / "here", OPERATIONS[name])
     stored = stored_bytes(scene.here / "top.raw")
     # With ALL_ALLOCATED, commit first replaces the flag by bits, which needs no data.
@@ -721,7 +721,7 @@ def test_a_failed_sync_of_data_publishes_nothing(warm: Warm, tmp_path: Path, nam
     scene.holds(made=False)
 
 
-def test_a_failed_sync_of_bits_frees_nothing(warm: Warm, tmp_path: Path) -> None:
+def test_failed_sync_of_bits_frees_nothing(warm: Warm, tmp_path: Path) -> None:
     scene = Scene.lay(tmp_path / "here", OPERATIONS["commit"])
     image = (scene.here / "top.raw").read_bytes()
     rules = Rules.write(tmp_path / "rules", rule("bitmap_sync", once="on"))
@@ -731,7 +731,9 @@ def test_a_failed_sync_of_bits_frees_nothing(warm: Warm, tmp_path: Path) -> None
     go_on(warm, scene)
 
 
-def test_a_failed_sync_of_the_backings_bits_leaves_the_overlays(warm: Warm, tmp_path: Path) -> None:
+def test_failed_sync_of_the_backings_bits_keeps_the_overlays_bits(
+    warm: Warm, tmp_path: Path
+) -> None:
     scene = Scene.lay(tmp_path / "here", OPERATIONS["commit-below"])
     kept = {name: (scene.here / name).read_bytes() for name in ("top.add-cow", "top.raw")}
     rules = Rules.write(tmp_path / "rules", rule("bitmap_sync", once="on"))
@@ -741,7 +743,7 @@ def test_a_failed_sync_of_the_backings_bits_leaves_the_overlays(warm: Warm, tmp_
     go_on(warm, scene)
 
 
-def test_a_failed_sync_of_bits_sets_no_flag(warm: Warm, tmp_path: Path) -> None:
+def test_failed_sync_of_bits_does_not_set_all_allocated(warm: Warm, tmp_path: Path) -> None:
     scene = Scene.lay(tmp_path / "here", OPERATIONS["discard"])
     header = (scene.here / "top.add-cow").read_bytes()[: 4 * KiB]
     rules = Rules.write(tmp_path / "rules", rule("bitmap_sync", once="on"))
@@ -753,7 +755,7 @@ def test_a_failed_sync_of_bits_sets_no_flag(warm: Warm, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("event", ["data_sync", "bitmap_sync"])
 @pytest.mark.parametrize("action", ["error", "kill"])
-def test_what_was_flushed_stays_when_the_next_flush_fails(
+def test_flushed_data_stays_when_the_next_flush_fails(
     warm: Warm, tmp_path: Path, event: str, action: str
 ) -> None:
     scene = Scene.lay(tmp_path / "here", OPERATIONS["io"])
@@ -796,7 +798,7 @@ def pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "event", "file"), IN_A_WORKER)
-def test_an_error_in_a_worker_is_told_with_its_place(
+def test_worker_error_names_the_cluster(
     warm: Warm, tmp_path: Path, name: str, event: str, file: str
 ) -> None:
     scene = Scene.lay(tmp_path / "here", with_workers(name))
@@ -811,7 +813,7 @@ def test_an_error_in_a_worker_is_told_with_its_place(
 
 
 @pytest.mark.parametrize(("name", "event"), [one[:2] for one in IN_A_WORKER])
-def test_a_worker_killed_once_costs_nothing(
+def test_job_survives_a_worker_killed_at_any_event(
     warm: Warm, tmp_path: Path, name: str, event: str
 ) -> None:
     scene = Scene.lay(tmp_path / "here", with_workers(name))
@@ -824,7 +826,7 @@ def test_a_worker_killed_once_costs_nothing(
 
 @pytest.mark.parametrize("event", IN_THE_PARENT)
 @pytest.mark.parametrize("fault", ["EIO", "kill"])
-def test_a_fault_in_the_parent_while_it_publishes(
+def test_fault_in_the_parent_while_it_publishes(
     warm: Warm, tmp_path: Path, event: str, fault: str
 ) -> None:
     scene = Scene.lay(tmp_path / "here", with_workers("commit"))
@@ -854,7 +856,7 @@ BAD_RULES = {
 
 
 @pytest.mark.parametrize("content", BAD_RULES.values(), ids=BAD_RULES)
-def test_a_bad_rule_file_is_refused(
+def test_invalid_rule_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
     draw_raw(tmp_path / "base.img", "A")
@@ -868,7 +870,7 @@ def test_a_bad_rule_file_is_refused(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])
-def test_a_rule_file_that_cannot_be_read_is_refused(
+def test_unreadable_rule_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     draw_raw(tmp_path / "base.img", "A")

@@ -124,13 +124,13 @@ def test_any_header_survives_packing(header: Header) -> None:
 
 @PROPERTY
 @given(st.binary(min_size=76, max_size=76))
-def test_any_76_bytes_survive_unpacking_and_are_judged(raw: bytes) -> None:
+def test_any_76_bytes_unpack_and_are_checked(raw: bytes) -> None:
     header = Header.unpack(raw)
     assert header.pack() == raw
     assert all(rule and problem for rule, problem in violations(header))
 
 
-def test_a_new_overlay_by_hand_written_numbers(tmp_path: Path) -> None:
+def test_new_overlay_has_the_documented_header(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     succeed("create", "-b", "base.img", "-F", "raw", "top.add-cow", cwd=tmp_path)
     head = (tmp_path / "top.add-cow").read_bytes()[: 64 * KiB]
@@ -141,7 +141,7 @@ def test_a_new_overlay_by_hand_written_numbers(tmp_path: Path) -> None:
     assert head[76:] == b"base.imgtop.raw".ljust(64 * KiB - 76, b"\0")
 
 
-def test_a_new_overlay_without_a_backing_by_hand_written_numbers(tmp_path: Path) -> None:
+def test_new_overlay_without_a_backing_has_the_documented_header(tmp_path: Path) -> None:
     succeed("create", "-o", "cluster_size=4k", "top.add-cow", "1M", cwd=tmp_path)
     head = (tmp_path / "top.add-cow").read_bytes()[: 4 * KiB]
     assert struct.unpack("<IIIII", head[4:24]) == (0, 0, 76, 7, 12)
@@ -205,7 +205,7 @@ def top(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("offset", "edit", "rule", "told"), BREAKS)
-def test_one_edit_breaks_one_rule(
+def test_one_edit_of_a_header_breaks_one_rule(
     top: Path, offset: int, edit: bytes, rule: str, told: str
 ) -> None:
     put(top, offset, edit)
@@ -216,7 +216,7 @@ def test_one_edit_breaks_one_rule(
 
 
 @pytest.mark.parametrize(("offset", "edit", "rule", "told"), BREAKS)
-def test_an_overlay_that_breaks_a_rule_is_not_opened(
+def test_overlay_that_breaks_a_rule_is_not_opened(
     top: Path, offset: int, edit: bytes, rule: str, told: str
 ) -> None:
     put(top, offset, edit)
@@ -229,7 +229,7 @@ def test_an_overlay_that_breaks_a_rule_is_not_opened(
 
 
 @pytest.mark.parametrize(("offset", "edit", "rule", "told"), BREAKS)
-def test_check_calls_a_broken_rule_by_its_name(
+def test_check_names_the_broken_rule(
     top: Path, offset: int, edit: bytes, rule: str, told: str
 ) -> None:
     put(top, offset, edit)
@@ -238,7 +238,7 @@ def test_check_calls_a_broken_rule_by_its_name(
     assert rule in {one.name for one in report.findings if told in one.message}
 
 
-def test_a_backing_format_without_a_backing_breaks_a_rule(tmp_path: Path) -> None:
+def test_backing_format_without_a_backing_breaks_a_rule(tmp_path: Path) -> None:
     top = tmp_path / "top.add-cow"
     draw(top, "A", backing="")
     put(top, 44, b"raw")
@@ -247,7 +247,7 @@ def test_a_backing_format_without_a_backing_breaks_a_rule(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("edit", [b"ACOX", b"acow", b"\0COW", b"WOCA"])
-def test_without_the_magic_it_is_no_add_cow_file(top: Path, edit: bytes) -> None:
+def test_file_without_the_magic_is_not_add_cow(top: Path, edit: bytes) -> None:
     put(top, 0, edit)
     with pytest.raises(addcow_mp.NotAddcowError):
         addcow_mp.info(top)
@@ -255,7 +255,7 @@ def test_without_the_magic_it_is_no_add_cow_file(top: Path, edit: bytes) -> None
 
 
 @pytest.mark.parametrize("length", [4, 75, 76, 77, 4096, 65535])
-def test_a_file_shorter_than_its_header_is_refused(top: Path, length: int) -> None:
+def test_file_shorter_than_its_header_is_refused(top: Path, length: int) -> None:
     top.write_bytes(top.read_bytes()[:length])
     said = refused("info", top.name, cwd=top.parent)
     assert f"the file is {length} bytes long" in said
@@ -263,12 +263,12 @@ def test_a_file_shorter_than_its_header_is_refused(top: Path, length: int) -> No
 
 
 @pytest.mark.parametrize("length", [0, 1, 3])
-def test_a_file_too_short_for_the_magic_is_no_add_cow_file(top: Path, length: int) -> None:
+def test_file_too_short_for_the_magic_is_not_add_cow(top: Path, length: int) -> None:
     top.write_bytes(top.read_bytes()[:length])
     assert "not an add-cow file" in refused("info", top.name, cwd=top.parent)
 
 
-def test_each_broken_rule_is_told_by_check(top: Path) -> None:
+def test_check_reports_each_broken_rule(top: Path) -> None:
     put(top, 24, b"\1")
     put(top, 8, u32(1024))
     put(top, 16, u32(0))
@@ -281,7 +281,7 @@ def test_each_broken_rule_is_told_by_check(top: Path) -> None:
 # ---- what is legal at its limit ----
 
 
-def test_the_legal_header_breaks_no_rule(top: Path) -> None:
+def test_valid_header_breaks_no_rule(top: Path) -> None:
     assert list(violations(Header.unpack(top.read_bytes()[:76]))) == []
 
 
@@ -337,7 +337,7 @@ def test_names_may_lie_anywhere_behind_the_fixed_header(
 
 
 @pytest.mark.parametrize("raw", [b"", b"\0\0", b"raw", b"raw\0\0x", b"\xff\xfe\0", bytes(range(9))])
-def test_a_format_is_shown_whatever_its_bytes(raw: bytes) -> None:
+def test_format_field_is_shown_whatever_its_bytes(raw: bytes) -> None:
     shown = raw.split(b"\0")[0]
     assert format_name(raw) == "".join(
         chr(byte) if byte < 128 else f"\\x{byte:02x}" for byte in shown
@@ -349,7 +349,7 @@ def test_a_format_is_shown_whatever_its_bytes(raw: bytes) -> None:
 
 @PROPERTY
 @given(HEADERS, st.booleans())
-def test_all_allocated_changes_its_bit_alone(header: Header, value: bool) -> None:
+def test_setting_all_allocated_changes_only_its_bit(header: Header, value: bool) -> None:
     flagged = header.with_all_allocated(value)
     assert flagged.all_allocated is value
     assert flagged.compatible_features | 1 == header.compatible_features | 1
@@ -377,7 +377,7 @@ def test_clearing_the_flag_keeps_unknown_bits(top: Path) -> None:
     assert after[:32] + after[40:65536] == before[:32] + before[40:65536]
 
 
-def test_a_write_leaves_the_header_as_it_is(top: Path) -> None:
+def test_write_does_not_change_the_header(top: Path) -> None:
     put(top, 32, struct.pack("<Q", UNKNOWN))
     before = top.read_bytes()[:65536]
     io(top.name, "write 0 192k", cwd=top.parent)
@@ -404,7 +404,7 @@ LENGTHS = [
 
 
 @pytest.mark.parametrize(("cluster", "size", "length"), LENGTHS)
-def test_the_length_of_the_file_is_the_reference_s(
+def test_file_length_equals_that_of_the_reference(
     tmp_path: Path, cluster: int, size: int, length: int
 ) -> None:
     addcow_mp.create(tmp_path / "top.add-cow", size=size, cluster_size=cluster)
@@ -432,7 +432,7 @@ def test_clusters_cover_the_disk_and_end_with_it(size: int, cluster: int) -> Non
 
 @PROPERTY
 @given(SECTORS, CLUSTERS, st.data())
-def test_bytes_and_clusters_agree(sectors: int, cluster: int, data: st.DataObject) -> None:
+def test_byte_and_cluster_ranges_agree(sectors: int, cluster: int, data: st.DataObject) -> None:
     geometry = Geometry(512 * (sectors + 1), cluster)
     start = data.draw(st.integers(0, geometry.size - 1))
     stop = data.draw(st.integers(start + 1, geometry.size))
@@ -448,5 +448,5 @@ def test_bytes_and_clusters_agree(sectors: int, cluster: int, data: st.DataObjec
 @pytest.mark.parametrize(
     ("length", "size"), [(0, 0), (511, 0), (512, 512), (1023, 512), (2**63 - 1, 2**63 - 512)]
 )
-def test_a_raw_file_is_a_disk_of_whole_sectors(length: int, size: int) -> None:
+def test_raw_file_is_rounded_up_to_whole_sectors(length: int, size: int) -> None:
     assert virtual_size(length) == size

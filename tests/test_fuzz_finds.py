@@ -48,17 +48,17 @@ def replayed() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", FINDS, ids=lambda path: str(path.stem))
-def test_no_scene_shows_a_fault(path: Path, replayed: dict[str, str]) -> None:
+def test_no_stored_scene_shows_a_fault(path: Path, replayed: dict[str, str]) -> None:
     # Of a scene that kills the process nothing is said, and of those behind it neither.
     assert replayed.get(str(path), "the process ended before it was done") == "no fault"
 
 
-def test_there_are_scenes() -> None:
+def test_every_first_scene_is_stored() -> None:
     assert len(FINDS) >= 10
 
 
 @pytest.mark.parametrize("path", FINDS, ids=lambda path: str(path.stem))
-def test_a_scene_says_why_it_was_kept_and_survives_saving(path: Path) -> None:
+def test_scene_keeps_its_reason_when_saved(path: Path) -> None:
     scene = fuzz.Scene.from_json(path.read_text())
     assert scene.why
     assert fuzz.Scene.from_json(scene.as_json()) == scene
@@ -68,13 +68,13 @@ def test_a_scene_says_why_it_was_kept_and_survives_saving(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["names-lead-out", "directory-link-leads-out"])
-def test_an_opened_file_outside_is_seen(name: str) -> None:
+def test_fuzzer_detects_an_opened_file_outside(name: str) -> None:
     fault = fuzz.examine(load(name), [("map", "--root", "{outside}", TOP)])
     assert fault is not None
     assert "outside, which lies outside" in fault
 
 
-def test_what_python_opens_is_seen(tmp_path: Path) -> None:
+def test_fuzzer_detects_files_that_python_opens(tmp_path: Path) -> None:
     (tmp_path / "x.add-cow").write_bytes(bytes(4096))
     fault = fuzz.examine(load("partial-everything"), [("info", str(tmp_path / "x.add-cow"))])
     assert fault is not None
@@ -82,20 +82,20 @@ def test_what_python_opens_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("io", "-c", "write 0 4k"), ("check", "-r", "all")])
-def test_a_changed_file_is_seen(command: tuple[str, ...]) -> None:
+def test_fuzzer_detects_a_changed_file(command: tuple[str, ...]) -> None:
     fault = fuzz.examine(load("partial-everything"), [(*command, TOP)])
     assert fault is not None
     assert "a file was changed" in fault
 
 
-def test_a_wrong_guest_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fuzzer_detects_a_wrong_view(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle, "guest_bytes", lambda _: b"something else")
     fault = fuzz.examine(load("partial-everything"))
     assert fault is not None
     assert "something else than the guest's view" in fault
 
 
-def test_a_hang_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fuzzer_detects_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "PATIENCE", 1)
     monkeypatch.setattr(fuzz, "run", lambda _: signal.pause())
     fault = fuzz.examine(load("partial-everything"))
@@ -114,21 +114,21 @@ def test_a_hang_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         (-11, "", ""),
     ],
 )
-def test_a_bad_end_is_seen(
+def test_fuzzer_detects_a_bad_end(
     status: int, out: str, err: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fuzz, "run", lambda _: fuzz.Outcome(status, out, err))
     assert fuzz.examine(load("partial-everything"), [("info", TOP)]) is not None
 
 
-def test_bad_json_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fuzzer_detects_bad_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "run", lambda _: fuzz.Outcome(0, "{", ""))
     fault = fuzz.examine(load("partial-everything"), [("info", "--output", "json", TOP)])
     assert fault is not None
     assert "JSON" in fault
 
 
-def test_a_search_finds_shrinks_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fuzzer_finds_shrinks_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that any overlay with a header of 64 KiB shows, hunted from a fixed seed."""
     monkeypatch.setattr(fuzz, "examine", _fault)
     search = fuzz.Search(math.inf, tmp_path, tmp_path / "pending")

@@ -152,7 +152,7 @@ def assert_view(path: Path, case: Facts) -> None:
 
 
 @each_case
-def test_create_does_what_the_reference_did(shelf: Shelf, case: Facts) -> None:
+def test_create_makes_the_file_of_the_reference(shelf: Shelf, case: Facts) -> None:
     replayed = shelf.replayed(case["name"])
     for layer in case["layers"]:
         if layer["stdout"] is not None:
@@ -161,7 +161,7 @@ def test_create_does_what_the_reference_did(shelf: Shelf, case: Facts) -> None:
 
 
 @each_case
-def test_writes_leave_the_reference_s_files(shelf: Shelf, case: Facts) -> None:
+def test_writes_make_the_files_of_the_reference(shelf: Shelf, case: Facts) -> None:
     # Images are compared whole: a local cluster holds what the guest saw, and no write ever
     # touches another one, so no two drivers may differ in a single byte.
     folder = shelf.replayed(case["name"]).folder
@@ -173,7 +173,7 @@ def test_writes_leave_the_reference_s_files(shelf: Shelf, case: Facts) -> None:
 
 
 @each_case
-def test_the_archive_holds_what_the_facts_say(shelf: Shelf, case: Facts) -> None:
+def test_archive_agrees_with_the_facts(shelf: Shelf, case: Facts) -> None:
     folder = shelf.original("archive", case)
     theirs = json.loads((folder / "case.json").read_text("utf-8"))
     assert file_sha256(folder / "expected.raw") == case["expected_sha256"]
@@ -188,7 +188,7 @@ def test_the_archive_holds_what_the_facts_say(shelf: Shelf, case: Facts) -> None
 
 @each_source
 @each_case
-def test_the_guest_sees_what_the_reference_showed(
+def test_guests_view_is_that_of_the_reference(
     shelf: Shelf, source: str, case: Facts, room: Path
 ) -> None:
     path = shelf.original(source, case) / top(case)["file"]
@@ -289,7 +289,7 @@ def wanted_depth(at: int, case: Facts) -> int | None:
 
 @each_source
 @each_case
-def test_check_tells_clean_from_damaged(shelf: Shelf, source: str, case: Facts) -> None:
+def test_check_separates_clean_from_damaged_files(shelf: Shelf, source: str, case: Facts) -> None:
     path = shelf.original(source, case) / top(case)["file"]
     result = addcow("check", path)
     assert result.exit == case["exit"]["check"], result
@@ -414,7 +414,7 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
-def test_the_invalid_files_are_the_reference_s(shelf: Shelf, room: Path) -> None:
+def test_invalid_files_are_those_of_the_reference(shelf: Shelf, room: Path) -> None:
     for case in INVALID["cases"]:
         path = shelf.invalid("replayed", case, room / case["file"])
         assert file_sha256(path) == case["sha256"], case["file"]
@@ -424,7 +424,7 @@ def test_the_invalid_files_are_the_reference_s(shelf: Shelf, room: Path) -> None
 
 @each_source
 @each_invalid
-def test_every_command_meets_an_invalid_file(
+def test_every_command_refuses_an_invalid_file(
     shelf: Shelf, source: str, case: Facts, room: Path
 ) -> None:
     paths = {name: shelf.invalid(source, case, room / name / "in") for name in COMMANDS}
@@ -495,7 +495,9 @@ def assert_read_with_warning(name: str, result: Result, path: Path) -> None:
 
 
 @each_invalid
-def test_the_library_refuses_with_its_own_error(shelf: Shelf, case: Facts, room: Path) -> None:
+def test_library_refuses_an_invalid_file_with_its_own_error(
+    shelf: Shelf, case: Facts, room: Path
+) -> None:
     path = shelf.invalid("replayed", case, room / "in")
     before = snapshot(path.parent)
     if case["exit"]["io"] == 0:

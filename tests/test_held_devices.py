@@ -123,9 +123,7 @@ def test_reading_over_a_mounted_device_is_allowed(tmp_path: Path, disk: Path, ma
     succeed(*allowed("flatten", name), cwd=tmp_path)
 
 
-def test_a_disk_with_a_mounted_partition_is_refused(
-    tmp_path: Path, disk: Path, made: Loops
-) -> None:
+def test_disk_with_a_mounted_partition_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     part = made.partition(device, 1, 4 * MiB, 8 * MiB)
     place = made.ext4(part, tmp_path / "place")
@@ -133,9 +131,7 @@ def test_a_disk_with_a_mounted_partition_is_refused(
     assert f"in use: {part} is mounted on {place}; " in line
 
 
-def test_another_partition_than_the_mounted_one_is_written(
-    tmp_path: Path, disk: Path, made: Loops
-) -> None:
+def test_partition_beside_a_mounted_one_is_written(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     made.ext4(made.partition(device, 1, 4 * MiB, 8 * MiB), tmp_path / "place")
     free = made.partition(device, 2, 12 * MiB, 2 * MiB)
@@ -143,7 +139,7 @@ def test_another_partition_than_the_mounted_one_is_written(
     assert Path(free).read_bytes()[:CLUSTER] == b"X" * CLUSTER
 
 
-def test_a_partition_of_a_held_disk_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_partition_of_a_held_disk_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     part = made.partition(device, 1, 0, 4 * MiB)
     with held_by_python(device) as pid:
@@ -151,7 +147,7 @@ def test_a_partition_of_a_held_disk_is_refused(tmp_path: Path, disk: Path, made:
         assert f"(pid {pid}) has {device} open" in line
 
 
-def test_a_device_used_as_swap_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_device_used_as_swap_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     run("mkswap", device)
     run("swapon", device)
@@ -160,7 +156,7 @@ def test_a_device_used_as_swap_is_refused(tmp_path: Path, disk: Path, made: Loop
     assert "in use: it is used as swap; " in line
 
 
-def test_an_image_on_a_mounted_device_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_image_on_a_mounted_device_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     place = made.ext4(device, tmp_path / "place", "-o", "ro")
     name, before = on_image(tmp_path, device), digest(device)
@@ -172,7 +168,7 @@ def test_an_image_on_a_mounted_device_is_refused(tmp_path: Path, disk: Path, mad
 
 @pytest.mark.parametrize("options", [[], ["-t", "none"], ["--verify"]])
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_a_free_device_is_written_and_claimed_once(
+def test_free_device_is_claimed_and_written(
     tmp_path: Path, disk: Path, made: Loops, options: list[str], jobs: str
 ) -> None:
     device = made.bind(disk)
@@ -182,7 +178,7 @@ def test_a_free_device_is_written_and_claimed_once(
     assert disk.read_bytes()[: 2 * CLUSTER] == b"X" * CLUSTER + bytes(CLUSTER)
 
 
-def test_a_device_that_is_too_short_is_refused_before_the_first_byte(
+def test_device_that_is_too_short_is_refused_before_the_first_byte(
     tmp_path: Path, disk: Path, made: Loops
 ) -> None:
     device = made.bind(disk)
@@ -209,7 +205,7 @@ WRITERS: dict[str, Callable[[Path], list[str]]] = {
 
 
 @pytest.mark.parametrize("way", WRITERS)
-def test_a_file_beneath_a_mounted_device_is_not_written(
+def test_file_beneath_a_mounted_loop_device_is_refused(
     tmp_path: Path, disk: Path, made: Loops, way: str
 ) -> None:
     device = made.bind(disk)
@@ -222,14 +218,18 @@ def test_a_file_beneath_a_mounted_device_is_not_written(
     assert not (tmp_path / "new.add-cow").exists()
 
 
-def test_it_is_known_by_its_inode(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_file_beneath_a_loop_device_is_identified_by_inode(
+    tmp_path: Path, disk: Path, made: Loops
+) -> None:
     device = made.bind(disk)
     made.ext4(device, tmp_path / "place")
     disk.rename(tmp_path / "elsewhere.img")
     assert device in refused("commit", over(tmp_path, "elsewhere.img"), cwd=tmp_path)
 
 
-def test_a_mounted_partition_counts_for_the_file(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_file_beneath_a_mounted_partition_is_refused(
+    tmp_path: Path, disk: Path, made: Loops
+) -> None:
     part = made.partition(made.bind(disk), 1, 4 * MiB, 8 * MiB)
     made.ext4(part, tmp_path / "place")
     assert f"{part}, a loop device over it, is mounted" in refused(
@@ -237,7 +237,9 @@ def test_a_mounted_partition_counts_for_the_file(tmp_path: Path, disk: Path, mad
     )
 
 
-def test_loop_devices_on_one_another(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_file_beneath_stacked_loop_devices_is_refused(
+    tmp_path: Path, disk: Path, made: Loops
+) -> None:
     lower = made.bind(disk)
     upper = made.bind(lower)
     made.ext4(upper, tmp_path / "place")
@@ -246,21 +248,23 @@ def test_loop_devices_on_one_another(tmp_path: Path, disk: Path, made: Loops) ->
         assert f"{upper}, a loop device over it, is mounted" in line
 
 
-def test_two_loop_devices_over_one_file(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_file_beneath_two_loop_devices_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
     one, other = made.bind(disk), made.bind(disk)
     made.ext4(one, tmp_path / "place")
     line = refused(*allowed("commit", over(tmp_path, other)), cwd=tmp_path)
     assert f"{one}, a loop device over it, is mounted" in line
 
 
-def test_other_bytes_of_the_same_file_do_not_count(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_loop_device_over_other_bytes_of_a_file_is_allowed(
+    tmp_path: Path, disk: Path, made: Loops
+) -> None:
     upper = made.bind(disk, "--offset", str(8 * MiB))
     lower = made.bind(disk, "--sizelimit", str(8 * MiB))
     made.ext4(upper, tmp_path / "place")
     succeed(*allowed("commit", over(tmp_path, lower, size=8 * MiB)), cwd=tmp_path)
 
 
-def test_a_device_that_another_process_holds_counts(
+def test_loop_device_held_by_another_process_is_refused(
     tmp_path: Path, disk: Path, made: Loops
 ) -> None:
     device = made.bind(disk)
@@ -270,17 +274,13 @@ def test_a_device_that_another_process_holds_counts(
     assert f"(pid {pid})" in line
 
 
-def test_a_bound_device_that_nobody_uses_does_not_count(
-    tmp_path: Path, disk: Path, made: Loops
-) -> None:
+def test_unused_loop_device_is_allowed(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     succeed("commit", over(tmp_path, "disk.img"), cwd=tmp_path)
     assert Path(device).read_bytes()[:CLUSTER] == b"X" * CLUSTER
 
 
-def test_a_file_and_the_device_over_it_are_not_two_files(
-    tmp_path: Path, disk: Path, made: Loops
-) -> None:
+def test_file_and_its_loop_device_are_one_file(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     words = overlay_bytes(image="disk.img", size=SIZE, backing=device, local=[0])
     (tmp_path / "vm.add-cow").write_bytes(words)
@@ -291,7 +291,7 @@ def test_a_file_and_the_device_over_it_are_not_two_files(
     assert digest(disk) == before
 
 
-def test_who_may_not_open_devices_is_told_by_the_mounts(
+def test_user_without_devices_finds_holders_by_mounts(
     tmp_path: Path, disk: Path, made: Loops
 ) -> None:
     if not shutil.which("setpriv"):
@@ -312,7 +312,7 @@ def test_who_may_not_open_devices_is_told_by_the_mounts(
     assert "a loop device over it, is mounted on" in done.stderr
 
 
-def test_a_swap_file_is_not_written(tmp_path: Path, made: Loops) -> None:
+def test_swap_file_is_refused(tmp_path: Path, made: Loops) -> None:
     path = tmp_path / "swap.img"
     path.write_bytes(bytes(SIZE))
     path.chmod(0o600)
@@ -323,7 +323,7 @@ def test_a_swap_file_is_not_written(tmp_path: Path, made: Loops) -> None:
     assert "it is used as swap" in refused("commit", over(tmp_path, "swap.img"), cwd=tmp_path)
 
 
-def test_a_plan_refuses_what_is_held(tmp_path: Path, disk: Path, made: Loops) -> None:
+def test_farm_plan_refuses_held_files(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     made.ext4(device, tmp_path / "place")
     over(tmp_path, "disk.img")

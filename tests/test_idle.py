@@ -93,7 +93,7 @@ def lay(here: Path) -> None:
 
 
 @pytest.mark.parametrize("words", SINGLE, ids=" ".join)
-def test_a_command_is_idle_as_a_whole(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_idle_option_applies_to_every_process(tmp_path: Path, words: tuple[str, ...]) -> None:
     lay(tmp_path)
     job = words[: 2 if words[0] == "manifest" else 1]
     last = [word for word in words if word.endswith((".raw", ".img"))]
@@ -102,7 +102,7 @@ def test_a_command_is_idle_as_a_whole(tmp_path: Path, words: tuple[str, ...]) ->
     assert classes_of(*line, cwd=tmp_path) == {_IDLE}
 
 
-def test_without_it_nobody_is_idle(tmp_path: Path) -> None:
+def test_processes_are_not_idle_without_the_option(tmp_path: Path) -> None:
     lay(tmp_path)
     assert _IDLE not in classes_of("commit", "top.add-cow", cwd=tmp_path)
 
@@ -111,7 +111,7 @@ FARM = [("check",), ("check", "--jobs", "0"), ("commit", "--dry-run"), ("commit"
 
 
 @pytest.mark.parametrize("words", FARM, ids=" ".join)
-def test_a_farm_is_looked_at_and_worked_on_idly(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_idle_option_applies_to_farm_commands(tmp_path: Path, words: tuple[str, ...]) -> None:
     for number in range(150):
         draw_raw(tmp_path / f"{number}.img", "AB-D")
         draw(tmp_path / f"{number}-top.add-cow", "-X-Y", f"{number}.img")

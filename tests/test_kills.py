@@ -69,7 +69,7 @@ PUBLISHING = [
 
 @EACH
 @pytest.mark.parametrize(("what", "after"), WORKING)
-def test_the_parent_is_killed_while_workers_work(
+def test_job_continues_after_its_parent_was_killed(
     here: Path, job: str, what: str, after: int
 ) -> None:
     wide = Wide.lay(here, job)
@@ -90,7 +90,9 @@ def test_the_parent_is_killed_while_workers_work(
 
 
 @pytest.mark.parametrize(("job", "event"), PUBLISHING)
-def test_the_parent_is_killed_while_it_publishes(here: Path, job: str, event: str) -> None:
+def test_job_continues_after_its_parent_was_killed_while_publishing(
+    here: Path, job: str, event: str
+) -> None:
     wide = Wide.lay(here, job)
     # Where the image has data nobody but the publisher frees anything.
     place = {"cluster": wide.moved(0)[1]} if event == "punch" else {}
@@ -107,7 +109,7 @@ def test_the_parent_is_killed_while_it_publishes(here: Path, job: str, event: st
 
 @EACH
 @pytest.mark.parametrize(("what", "after"), [("reads", 0), ("writes", 20)])
-def test_a_worker_that_is_killed_costs_nothing(here: Path, job: str, what: str, after: int) -> None:
+def test_job_survives_a_killed_worker(here: Path, job: str, what: str, after: int) -> None:
     wide = Wide.lay(here, job)
     event = wide.reads if what == "reads" else wide.writes
     rules = rules_for(here, stopping(event, after=after))
@@ -121,7 +123,7 @@ def test_a_worker_that_is_killed_costs_nothing(here: Path, job: str, what: str, 
 
 
 @EACH
-def test_workers_that_are_both_killed_cost_nothing(here: Path, job: str) -> None:
+def test_job_survives_two_killed_workers(here: Path, job: str) -> None:
     wide = Wide.lay(here, job)
     rules = rules_for(here, *stopping_both(wide.writes))
     with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
@@ -133,7 +135,7 @@ def test_workers_that_are_both_killed_cost_nothing(here: Path, job: str) -> None
 
 
 @EACH
-def test_a_place_that_kills_every_worker_is_named(here: Path, job: str) -> None:
+def test_cluster_that_kills_every_worker_is_named(here: Path, job: str) -> None:
     wide = Wide.lay(here, job)
     place = wide.moved(1)[6]
     rules = rules_for(here, rule(wide.writes, "kill", cluster=place))
@@ -157,7 +159,7 @@ def test_a_place_that_kills_every_worker_is_named(here: Path, job: str) -> None:
 
 
 @EACH
-def test_no_lock_is_free_while_an_orphan_could_write(here: Path, job: str) -> None:
+def test_locks_are_held_while_an_orphaned_worker_could_write(here: Path, job: str) -> None:
     tool("qemu-io", "--version", cwd=here)
     wide = Wide.lay(here, job)
     rules = rules_for(here, stopping(wide.writes, after=3))
@@ -178,7 +180,7 @@ def test_no_lock_is_free_while_an_orphan_could_write(here: Path, job: str) -> No
 
 
 @EACH
-def test_an_orphan_at_the_end_of_its_task_says_nothing(here: Path, job: str) -> None:
+def test_orphaned_worker_ends_silently(here: Path, job: str) -> None:
     """It finds nobody to tell that it is done; that is no news for a terminal."""
     draw_raw(here / "base.img", "ABCD")
     draw(here / "top.add-cow", "--X-" if job == "flatten" else "-XY-")
@@ -197,7 +199,7 @@ def test_an_orphan_at_the_end_of_its_task_says_nothing(here: Path, job: str) -> 
 
 
 @EACH
-def test_a_source_that_shrinks_is_named(here: Path, job: str) -> None:
+def test_shrinking_source_is_named(here: Path, job: str) -> None:
     wide = Wide.lay(here, job)
     place = wide.moved(2)[4]
     rules = rules_for(here, stopping(wide.reads, cluster=place))
@@ -215,7 +217,7 @@ def test_a_source_that_shrinks_is_named(here: Path, job: str) -> None:
 
 
 @EACH
-def test_a_source_that_shrinks_before_it_is_read_is_no_hole(here: Path, job: str) -> None:
+def test_shrunk_source_is_an_error_and_not_a_hole(here: Path, job: str) -> None:
     """What was cut off looks like a hole; made into zeros and published, it is lost silently."""
     wide = Wide.lay(here, job)
     at, place = wide.moved(2)[4:6]
@@ -234,7 +236,7 @@ def test_a_source_that_shrinks_before_it_is_read_is_no_hole(here: Path, job: str
 
 @EACH
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_a_bad_sector_is_named(
+def test_bad_sector_is_named(
     here: Path, monkeypatch: pytest.MonkeyPatch, job: str, jobs: str
 ) -> None:
     wide = Wide.lay(here, job)
@@ -260,7 +262,7 @@ def names_place(ended: Ended, task: int, file: str) -> None:
 
 
 @EACH
-def test_a_bitmap_that_shrinks_ends_the_job_before_it_does_harm(here: Path, job: str) -> None:
+def test_shrinking_bitmap_stops_the_job_without_harm(here: Path, job: str) -> None:
     """Bits that were cut off read as 0: taken for true, local data would be freed or overwritten.
 
     They are gone, and with them the guest's view; what they were for still has to be somewhere.
@@ -288,9 +290,7 @@ def test_a_bitmap_that_shrinks_ends_the_job_before_it_does_harm(here: Path, job:
 
 
 @EACH
-def test_a_job_that_is_asked_to_stop_keeps_what_it_has_done(
-    here: Path, job: str, asking: signal.Signals
-) -> None:
+def test_stopped_job_keeps_finished_clusters(here: Path, job: str, asking: signal.Signals) -> None:
     wide = Wide.lay(here, job, tasks=5)
     rules = rules_for(here, *stopping_both(wide.writes))
     with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
@@ -312,7 +312,7 @@ def test_a_job_that_is_asked_to_stop_keeps_what_it_has_done(
     wide.again()
 
 
-def test_the_whole_group_may_be_asked(here: Path) -> None:
+def test_signal_to_the_whole_group_stops_a_job(here: Path) -> None:
     """Ctrl-C reaches workers too, which leave it to their parent."""
     wide = Wide.lay(here, "commit", tasks=5)
     rules = rules_for(here, *stopping_both(wide.writes))
@@ -328,7 +328,7 @@ def test_the_whole_group_may_be_asked(here: Path) -> None:
     wide.again()
 
 
-def test_the_whole_group_may_be_asked_while_workers_are_starting(here: Path) -> None:
+def test_signal_to_the_group_while_workers_start_stops_a_job(here: Path) -> None:
     wide = Wide.lay(here, "commit", tasks=5)
     rules = rules_for(here, rule("bitmap_load", "stop"))
     with running("commit", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
@@ -345,7 +345,7 @@ def test_the_whole_group_may_be_asked_while_workers_are_starting(here: Path) -> 
     wide.again()
 
 
-def test_a_second_request_is_not_to_be_discussed(here: Path) -> None:
+def test_second_signal_ends_a_job_at_once(here: Path) -> None:
     wide = Wide.lay(here, "commit", tasks=5)
     rules = rules_for(here, stopping(wide.writes))
     with running("commit", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
@@ -360,7 +360,7 @@ def test_a_second_request_is_not_to_be_discussed(here: Path) -> None:
     wide.again()
 
 
-def test_a_convert_that_is_asked_to_stop_leaves_no_file(here: Path, asking: signal.Signals) -> None:
+def test_stopped_convert_leaves_no_file(here: Path, asking: signal.Signals) -> None:
     wide = Wide.lay(here, "flatten", tasks=5)
     rules = rules_for(here, *stopping_both("target_write"))
     words = ("convert", *JOBS, "-O", "raw", "top.add-cow", "new.raw")
@@ -379,7 +379,7 @@ def test_a_convert_that_is_asked_to_stop_leaves_no_file(here: Path, asking: sign
 
 
 @EACH
-def test_progress_is_told_when_it_is_asked_for(here: Path, job: str) -> None:
+def test_sigusr1_prints_progress(here: Path, job: str) -> None:
     wide = Wide.lay(here, job)
     rules = rules_for(here, stopping(wide.writes, after=2))
     with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:

@@ -106,7 +106,7 @@ def test_every_command_reads_the_same_through_a_link(store: Path, way: CopyMetho
 
 
 @WAYS
-def test_commit_through_a_link_goes_into_the_own_base(store: Path, way: CopyMethod) -> None:
+def test_commit_through_a_link_writes_into_its_own_base(store: Path, way: CopyMethod) -> None:
     succeed("commit", way(store), cwd=store.parent)
     assert guest_picture(store / "mid.add-cow") == "MXC"
     assert bits(store / TOP) == "..."
@@ -114,7 +114,7 @@ def test_commit_through_a_link_goes_into_the_own_base(store: Path, way: CopyMeth
 
 
 @WAYS
-def test_flatten_and_discard_through_a_link_leave_the_link(store: Path, way: CopyMethod) -> None:
+def test_flatten_and_discard_through_a_link_keep_the_link(store: Path, way: CopyMethod) -> None:
     path = way(store)
     succeed("flatten", "--verify", "--discard", path, cwd=store.parent)
     assert look(store / "top.raw") == "MXC"
@@ -123,13 +123,13 @@ def test_flatten_and_discard_through_a_link_leave_the_link(store: Path, way: Cop
 
 
 @WAYS
-def test_a_write_through_a_link_goes_into_the_own_image(store: Path, way: CopyMethod) -> None:
+def test_write_through_a_link_goes_into_its_own_image(store: Path, way: CopyMethod) -> None:
     succeed("io", "-c", f"write -P 0x59 0 {CLUSTER}", way(store), cwd=store.parent)
     assert guest_picture(store / TOP) == "YXC"
     assert strangers(store) == "SSS" * 3
 
 
-def test_a_repair_through_a_link_keeps_its_copy_beside_the_file(store: Path) -> None:
+def test_repair_through_a_link_keeps_its_backup_beside_the_file(store: Path) -> None:
     path = linked_file(store)
     with open(store / TOP, "r+b") as file:
         file.seek(CLUSTER)
@@ -140,7 +140,7 @@ def test_a_repair_through_a_link_keeps_its_copy_beside_the_file(store: Path) -> 
     succeed("commit", path, cwd=store.parent)
 
 
-def test_each_layer_of_a_chain_may_be_named_by_a_link(store: Path) -> None:
+def test_layers_of_a_chain_may_be_links(store: Path) -> None:
     here = store.parent
     (here / "deep").mkdir()
     draw(here / "deep" / "lower.add-cow", "L--", "../store/base.img")
@@ -159,7 +159,7 @@ def test_each_layer_of_a_chain_may_be_named_by_a_link(store: Path) -> None:
 # ---- where names may lead ----
 
 
-def test_the_directory_of_a_link_is_no_root(store: Path) -> None:
+def test_directory_of_a_link_is_no_root(store: Path) -> None:
     here = store.parent
     draw(store / "out.add-cow", "X--", "../desk/base.img")
     (here / "desk" / "out.add-cow").symlink_to("../store/out.add-cow")
@@ -170,7 +170,7 @@ def test_the_directory_of_a_link_is_no_root(store: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("commit",), ("flatten",), ("flatten", "--discard")])
-def test_a_link_in_a_farm_leads_no_further_than_its_places(
+def test_link_in_a_farm_leads_only_beneath_its_directories(
     store: Path, words: tuple[str, ...]
 ) -> None:
     """Who may make a link in a farm must not have another's images written."""
@@ -198,7 +198,7 @@ def test_a_link_in_a_farm_leads_no_further_than_its_places(
 # ---- farms ----
 
 
-def test_farms_show_an_image_once_whichever_path_leads_to_it(store: Path) -> None:
+def test_farm_lists_an_image_once_through_links(store: Path) -> None:
     here = store.parent
     desk = here / "desk"
     for number, name in enumerate((TOP, "mid.add-cow", TOP)):
@@ -221,7 +221,7 @@ def test_farms_show_an_image_once_whichever_path_leads_to_it(store: Path) -> Non
     assert strangers(store) == "SSS" * 3
 
 
-def test_a_farm_of_links_beneath_a_root_is_worked_on_where_its_files_lie(store: Path) -> None:
+def test_farm_of_links_changes_the_files_behind_the_links(store: Path) -> None:
     here = store.parent
     (here / "links").mkdir()
     for name in (TOP, "mid.add-cow"):
@@ -235,7 +235,7 @@ def test_a_farm_of_links_beneath_a_root_is_worked_on_where_its_files_lie(store: 
     assert look(store / "base.img") == "MXC"
 
 
-def test_discarding_a_farm_of_links_removes_the_files(store: Path) -> None:
+def test_discard_of_a_farm_of_links_removes_the_files(store: Path) -> None:
     here = store.parent
     (here / "links").mkdir()
     (here / "links" / TOP).symlink_to(store / TOP)
@@ -255,7 +255,7 @@ def create(name: str, where: str, cwd: Path) -> tuple[str, str]:
     return header.backing, header.image
 
 
-def test_a_name_that_means_two_files_is_refused(store: Path) -> None:
+def test_create_refuses_a_name_that_means_two_files(store: Path) -> None:
     here = store.parent
     draw_raw(here / "base.img", "ZZZ")
     before = snapshot(here)
@@ -271,7 +271,7 @@ def test_a_name_that_means_two_files_is_refused(store: Path) -> None:
     assert create("base.img", "store/new.add-cow", here) == ("base.img", "new.raw")
 
 
-def test_names_found_in_the_working_directory_are_stored_with_dots(store: Path) -> None:
+def test_create_stores_a_name_of_the_working_directory_relative_to_the_overlay(store: Path) -> None:
     here = store.parent
     assert create("desk/base.img", "store/new.add-cow", here)[0] == "../desk/base.img"
     succeed("map", "--root", "desk", "store/new.add-cow", cwd=here)
@@ -280,7 +280,7 @@ def test_names_found_in_the_working_directory_are_stored_with_dots(store: Path) 
 @pytest.mark.parametrize(
     "typed", ["dir/../base.img", "dir/../../store/base.img", "./sub/../base.img"]
 )
-def test_names_through_links_are_stored_so_that_they_lead_there(store: Path, typed: str) -> None:
+def test_create_stores_a_working_name_through_links(store: Path, typed: str) -> None:
     here = store.parent
     (store / "sub").mkdir()
     (store / "dir").symlink_to("sub")
@@ -292,7 +292,7 @@ def test_names_through_links_are_stored_so_that_they_lead_there(store: Path, typ
     assert (store / "sub" / "new.raw").exists()
 
 
-def test_absolute_names_stay_as_they_were_typed(store: Path) -> None:
+def test_create_stores_absolute_names_as_typed(store: Path) -> None:
     here = store.parent
     (here / "way").symlink_to("store")
     for typed in (
@@ -306,7 +306,7 @@ def test_absolute_names_stay_as_they_were_typed(store: Path) -> None:
         (store / "new.add-cow").unlink()
 
 
-def test_the_file_itself_may_have_a_colon_in_its_name(tmp_path: Path) -> None:
+def test_overlay_may_have_a_colon_in_its_name(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "AB")
     backing, image = create("base.img", "vm:1.add-cow", tmp_path)
     assert (backing, image) == ("base.img", "./vm:1.raw")
@@ -344,7 +344,7 @@ WRITERS = (("flatten",), ("flatten", "--discard"), ("io", "-c", "write 0 512"))
 
 
 @pytest.mark.parametrize("link", LINKERS)
-def test_files_with_two_names_are_read_with_a_warning_and_not_written(
+def test_hard_linked_files_are_read_with_a_warning_and_not_written(
     store: Path, link: Callable[[Path], None]
 ) -> None:
     link(store)
@@ -368,7 +368,7 @@ def test_files_with_two_names_are_read_with_a_warning_and_not_written(
     assert guest_picture(store / "mid.add-cow") == "MXC"
 
 
-def test_a_repair_and_a_create_refuse_files_with_two_names(store: Path) -> None:
+def test_repair_and_create_refuse_hard_linked_files(store: Path) -> None:
     hard_link_image(store)
     draw(store / "leaky.add-cow", "X-y", "base.img")
     os.link(store / "leaky.raw", store / "twin.raw")
@@ -384,7 +384,7 @@ def test_a_repair_and_a_create_refuse_files_with_two_names(store: Path) -> None:
     succeed("create", "--force", "-o", "image_file=disk.img", "new.add-cow", cwd=store)
 
 
-def test_a_second_name_elsewhere_keeps_its_cluster(twins: Path) -> None:
+def test_hard_link_in_another_directory_is_not_committed(twins: Path) -> None:
     """A commit through it went into the base beside it, and dropped what the first one held."""
     desk = twins.parent / "desk"
     shutil.copy(twins / "mid.add-cow", desk / "mid.add-cow")
@@ -398,7 +398,7 @@ def test_a_second_name_elsewhere_keeps_its_cluster(twins: Path) -> None:
     assert guest_picture(twins / TOP) == "MXC"
 
 
-def test_a_raw_backing_file_with_two_names_is_told_of(store: Path) -> None:
+def test_hard_linked_raw_backing_is_reported(store: Path) -> None:
     os.link(store / "base.img", store.parent / "desk" / "golden.img")
     said = succeed("commit", "--force", "mid.add-cow", cwd=store).stderr
     assert "base.img: it has 2 hard links" in said
@@ -409,7 +409,7 @@ def test_a_raw_backing_file_with_two_names_is_told_of(store: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mid.add-cow", "vm.add-cow"])
 @pytest.mark.parametrize("word", ["write", "aio_write", "writev", "write -z"])
-def test_a_write_beneath_other_overlays_is_refused(store: Path, name: str, word: str) -> None:
+def test_io_refuses_a_write_beneath_other_overlays(store: Path, name: str, word: str) -> None:
     if name == "vm.add-cow":
         draw(store / name, "V--", "base.img")
         draw(store / "user.add-cow", "---", "vm.raw")
@@ -422,7 +422,7 @@ def test_a_write_beneath_other_overlays_is_refused(store: Path, name: str, word:
     succeed("io", "--force", "-c", f"{word} 0 {CLUSTER}", name, cwd=store)
 
 
-def test_a_refused_write_does_not_end_the_session(store: Path) -> None:
+def test_io_continues_after_a_refused_write(store: Path) -> None:
     words = ("io", "-c", "write 0 512", "-c", "read -P 0x4d 0 512", "mid.add-cow")
     result = addcow(*words, cwd=store)
     assert result.status == 1
@@ -430,7 +430,7 @@ def test_a_refused_write_does_not_end_the_session(store: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_the_interface_refuses_the_first_write_too(store: Path) -> None:
+def test_python_interface_refuses_a_write_beneath_other_overlays(store: Path) -> None:
     before = snapshot(store)
     with addcow_mp.open(store / "mid.add-cow", writable=True) as disk:
         assert disk.read(0, 1) == b"M"

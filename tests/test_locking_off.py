@@ -73,7 +73,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("words", "status"), COMMANDS)
-def test_without_locks_a_command_names_the_file_and_the_way_out(
+def test_command_without_locks_names_the_file_and_the_option(
     here: Path, words: str, status: int
 ) -> None:
     before = {path.name: path.read_bytes() for path in here.iterdir()}
@@ -102,7 +102,9 @@ def test_locking_off_does_the_same_as_with_locks(here: Path, words: str) -> None
     ("words", "call"),
     [("flatten vm.add-cow", TAKING), ("flatten vm.add-cow", TESTING), ("farm check .", TESTING)],
 )
-def test_each_answer_that_means_no_locks(here: Path, error: str, call: int, words: str) -> None:
+def test_every_errno_that_means_no_locks_is_recognized(
+    here: Path, error: str, call: int, words: str
+) -> None:
     result = refusing(without_locks(error, call), *words.split(), cwd=here)
     assert result.status == 1, result
     assert f"cannot lock it: {os.strerror(getattr(errno, error))}; " in result.said
@@ -110,9 +112,7 @@ def test_each_answer_that_means_no_locks(here: Path, error: str, call: int, word
 
 
 @pytest.mark.parametrize("error", ["EIO", "ESTALE"])
-def test_a_lock_that_fails_otherwise_is_no_file_system_without_locks(
-    here: Path, error: str
-) -> None:
+def test_other_lock_errors_are_reported_as_errors(here: Path, error: str) -> None:
     result = refusing(without_locks(error), "flatten", "vm.add-cow", cwd=here)
     assert result.status == 1
     assert "vm.add-cow: cannot lock it: " in result.stderr
@@ -123,19 +123,19 @@ def test_a_lock_that_fails_otherwise_is_no_file_system_without_locks(
 @pytest.mark.parametrize(
     "words", ["info", "map", "check", "compare other.add-cow", "io -r -c flush"]
 )
-def test_reading_with_force_share_goes_on_without_locks(here: Path, error: str, words: str) -> None:
+def test_force_share_reads_without_locks(here: Path, error: str, words: str) -> None:
     result = refusing(without_locks(error), *words.split(), "-U", "vm.add-cow", cwd=here)
     assert result.status == (1 if words.startswith("compare") else 0), result
     assert "lock" not in result.said
 
 
-def test_force_share_takes_its_byte_where_it_can(here: Path) -> None:
+def test_force_share_takes_its_lock_where_it_can(here: Path) -> None:
     done = refusing(without_locks("ENOLCK", TESTING), "info", "-U", "vm.add-cow", cwd=here)
     assert done.status == 0
 
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_a_commit_with_locking_off_warns_and_is_done(here: Path, jobs: str) -> None:
+def test_commit_with_locking_off_warns_and_succeeds(here: Path, jobs: str) -> None:
     result = refusing(without_any("ENOSYS"), "commit", "--jobs", jobs, *OFF, "vm.add-cow", cwd=here)
     assert result.status == 0, result
     (line,) = result.stderr.splitlines()
@@ -143,12 +143,12 @@ def test_a_commit_with_locking_off_warns_and_is_done(here: Path, jobs: str) -> N
     assert picture((here / "base.img").read_bytes()) == "AXCD"
 
 
-def test_what_only_looks_does_not_warn(here: Path) -> None:
+def test_reading_commands_with_locking_off_do_not_warn(here: Path) -> None:
     for words in ("info vm.add-cow", "check vm.add-cow", "farm plan flatten .", "farm check ."):
         assert succeed(*words.split(), *OFF, cwd=here).stderr == ""
 
 
-def test_locking_off_does_not_heed_the_locks_of_others(here: Path) -> None:
+def test_locking_off_ignores_the_locks_of_others(here: Path) -> None:
     with holding("writer", here, "vm.raw"):
         assert "in use" in refused("flatten", "vm.add-cow", cwd=here)
         assert "in use" in addcow("farm", "check", ".", cwd=here).said
@@ -156,18 +156,18 @@ def test_locking_off_does_not_heed_the_locks_of_others(here: Path) -> None:
         succeed("flatten", *OFF, "vm.add-cow", cwd=here)
 
 
-def test_an_unknown_word_for_locking_is_refused(here: Path) -> None:
+def test_invalid_value_of_locking_is_refused(here: Path) -> None:
     assert "'on', 'off'" in refused("info", "--locking", "no", "vm.add-cow", cwd=here, status=64)
 
 
-def test_a_farm_tells_of_each_image_and_begins_none(here: Path) -> None:
+def test_farm_without_locks_refuses_each_image(here: Path) -> None:
     result = refusing(without_locks("EINVAL"), "farm", "flatten", "--output", "json", ".", cwd=here)
     images = json.loads(result.stdout)["images"]
     assert [one["state"] for one in images] == ["refused", "refused"]
     assert all("--locking off" in one["problem"] for one in images)
 
 
-def test_manifests_without_flock(here: Path) -> None:
+def test_manifest_create_without_flock(here: Path) -> None:
     result = refusing(["flock:ENOLCK"], "manifest", "create", "vm.add-cow", cwd=here)
     assert result.status == 1
     (line,) = result.stderr.splitlines()
@@ -183,7 +183,7 @@ def test_manifests_without_flock(here: Path) -> None:
     ("words", "error"),
     [("run --state scrub.db .", "ENOLCK"), ("status --state scrub.db", "EINVAL")],
 )
-def test_a_scrub_without_locks_of_its_database(here: Path, words: str, error: str) -> None:
+def test_scrub_without_locks_for_its_database(here: Path, words: str, error: str) -> None:
     succeed("manifest", "create", "vm.add-cow", cwd=here)
     succeed("manifest", "create", "other.add-cow", cwd=here)
     succeed("farm", "scrub", "run", "--state", "scrub.db", ".", cwd=here)

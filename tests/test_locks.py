@@ -193,7 +193,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], Held]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_each_file_is_held_as_the_table_says(here: Path, name: str) -> None:
+def test_each_file_is_locked_as_the_table_says(here: Path, name: str) -> None:
     words, table = OPERATIONS[name]
     seen: Held = {}
     with job(here, *words) as process:
@@ -207,7 +207,7 @@ def test_each_file_is_held_as_the_table_says(here: Path, name: str) -> None:
     assert set(table) - set(quiet) <= set(seen)
 
 
-def test_repair_holds_what_a_writer_holds(here: Path) -> None:
+def test_repair_takes_the_locks_of_a_writer(here: Path) -> None:
     with job(here, "check", "-r", "leaks", TOP, events=("punch",)) as process:
         assert next_stop(process)
         assert held(process.pid, here) == WRITE
@@ -217,7 +217,7 @@ def test_repair_holds_what_a_writer_holds(here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["flatten", "commit"])
-def test_workers_hold_the_same_locks_as_their_parent(here: Path, name: str) -> None:
+def test_workers_hold_the_locks_of_their_parent(here: Path, name: str) -> None:
     with job(here, name, "--jobs", "1", TOP, events=("image_read", "backing_read")) as process:
         worker = stopped_child(process)
         assert held(worker, here) == held(process.pid, here) == OPERATIONS[name][1]
@@ -285,7 +285,7 @@ def ask(here: Path, name: str) -> Result:
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", HOLDERS)
-def test_a_file_that_qemu_holds(here: Path, kind: str, file: str) -> None:
+def test_file_held_by_qemu_is_refused_or_shared(here: Path, kind: str, file: str) -> None:
     with holding(kind, here, file) as holder:
         for name in COMMANDS:
             conflict = conflict_of(kind, file, name)
@@ -317,14 +317,14 @@ def test_force_share_reads_what_a_guest_is_writing(here: Path, file: str) -> Non
 
 
 @pytest.mark.parametrize("command", ["commit", "flatten", "create"])
-def test_force_share_is_not_for_commands_that_write(here: Path, command: str) -> None:
+def test_force_share_is_refused_by_commands_that_write(here: Path, command: str) -> None:
     before = snapshot(here)
     refused(command, "-U", TOP, cwd=here, status=64)
     refused("io", "-U", "-c", "write 0 4k", TOP, cwd=here, status=64)
     assert snapshot(here) == before
 
 
-def test_repair_does_not_share_its_image(here: Path) -> None:
+def test_repair_refuses_an_image_in_use(here: Path) -> None:
     with holding("writer", here, TOP_IMAGE) as holder:
         before = snapshot(here)
         line = refused("check", "-U", "-r", "leaks", TOP, cwd=here)
@@ -332,7 +332,7 @@ def test_repair_does_not_share_its_image(here: Path) -> None:
         assert snapshot(here) == before
 
 
-def test_create_over_a_backing_that_is_being_written(here: Path) -> None:
+def test_create_refuses_a_backing_that_is_being_written(here: Path) -> None:
     with holding("writer", here, BASE) as holder:
         before = snapshot(here)
         line = refused("create", "-b", BASE, "-F", "raw", "new.add-cow", cwd=here)
@@ -343,7 +343,7 @@ def test_create_over_a_backing_that_is_being_written(here: Path) -> None:
         succeed("create", "-b", BASE, "-F", "raw", "new.add-cow", cwd=here)
 
 
-def test_create_over_an_image_that_is_in_use(here: Path) -> None:
+def test_create_refuses_an_image_in_use(here: Path) -> None:
     draw_raw(here / "own.raw", "Q")
     words = ("create", "-o", "image_file=own.raw", "new.add-cow", str(MiB))
     with holding("reader", here, "own.raw") as holder:
@@ -353,7 +353,7 @@ def test_create_over_an_image_that_is_in_use(here: Path) -> None:
     succeed(*words, cwd=here)
 
 
-def test_a_file_is_free_once_its_holder_has_gone(here: Path) -> None:
+def test_file_is_free_after_its_holder_ended(here: Path) -> None:
     with holding("nbd writer", here, MID_IMAGE):
         refused("commit", TOP, cwd=here)
     assert not any(is_locked(here / file) for file in FILES)
@@ -382,7 +382,7 @@ def assert_lets(here: Path, lets: dict[str, tuple[bool, bool]]) -> None:
 @pytest.mark.parametrize(
     ("name", "options"), [("read", ("-r",)), ("read -U", ("-r", "-U")), ("write", ())]
 )
-def test_qemu_asks_for_what_addcow_io_holds(
+def test_qemu_is_refused_files_that_addcow_io_holds(
     here: Path, name: str, options: tuple[str, ...]
 ) -> None:
     with talking(here, *python("io", *options, TOP)):
@@ -399,7 +399,7 @@ def test_qemu_asks_for_what_addcow_io_holds(
         ("read", ("convert", "-O", "raw", TOP, "new.raw"), "target_write"),
     ],
 )
-def test_qemu_asks_for_what_a_job_holds(
+def test_qemu_is_refused_files_that_a_job_holds(
     here: Path, name: str, words: tuple[str, ...], event: str
 ) -> None:
     with job(here, *words, events=(event,)) as process:
@@ -412,7 +412,7 @@ def test_qemu_asks_for_what_a_job_holds(
     assert process.returncode == 0
 
 
-def test_a_guest_cannot_start_on_a_backing_that_is_committed_into(here: Path) -> None:
+def test_guest_cannot_start_on_the_target_of_a_commit(here: Path) -> None:
     tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", MID_IMAGE, "-F", "raw", "vm", cwd=here)
     with job(here, "commit", TOP, events=("data_sync",)) as process:
         assert next_stop(process)
@@ -432,7 +432,7 @@ def test_a_guest_cannot_start_on_a_backing_that_is_committed_into(here: Path) ->
 # ---- addcow beside addcow ----
 
 
-def test_readers_get_along_and_keep_writers_away(here: Path) -> None:
+def test_readers_share_files_and_exclude_writers(here: Path) -> None:
     before = snapshot(here)
     with talking(here, *python("io", "-r", TOP)) as pid:
         for name in ("info", "info chain", "map", "check", "read"):
@@ -445,7 +445,7 @@ def test_readers_get_along_and_keep_writers_away(here: Path) -> None:
     assert snapshot(here) == before
 
 
-def test_a_writer_keeps_everybody_away_but_those_who_share(here: Path) -> None:
+def test_writer_excludes_all_but_force_share(here: Path) -> None:
     with talking(here, *python("io", TOP)) as pid:
         before = snapshot(here)
         for command in COMMANDS:
@@ -498,7 +498,7 @@ def processes() -> Iterator[tuple[int, int, str]]:
 
 @pytest.mark.parametrize("words", [("commit",), ("flatten",)])
 @pytest.mark.parametrize("jobs", ["0", "1"])
-def test_a_killed_job_leaves_no_lock(here: Path, words: tuple[str, ...], jobs: str) -> None:
+def test_killed_job_leaves_no_lock(here: Path, words: tuple[str, ...], jobs: str) -> None:
     view = guest_picture(here / TOP)
     with job(here, *words, "--jobs", jobs, TOP, events=("image_read", "backing_read")) as process:
         worker = stopped_child(process) if jobs != "0" else process.pid
@@ -519,7 +519,7 @@ def test_a_killed_job_leaves_no_lock(here: Path, words: tuple[str, ...], jobs: s
     assert left == []
 
 
-def test_no_lock_is_free_while_an_orphan_could_still_write(here: Path) -> None:
+def test_no_lock_is_free_while_an_orphaned_worker_lives(here: Path) -> None:
     with job(here, "commit", "--jobs", "1", TOP, events=("image_read",)) as process:
         worker = stopped_child(process)
         gone = ended(worker)

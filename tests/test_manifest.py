@@ -85,7 +85,7 @@ def some_chain(here: Path, rng: random.Random) -> Path:
 
 
 @pytest.mark.parametrize("turn", range(12))
-def test_digests_are_those_of_what_guests_see(
+def test_guest_digest_is_that_of_the_guests_view(
     tmp_path: Path, rng: random.Random, turn: int
 ) -> None:
     top = some_chain(tmp_path, rng)
@@ -145,7 +145,7 @@ def leaves_named(told: dict[str, Any]) -> set[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("turn", range(12))
-def test_every_leaf_that_was_hit_is_named_and_no_other(
+def test_verify_names_every_damaged_leaf_and_no_other(
     tmp_path: Path, rng: random.Random, turn: int
 ) -> None:
     top = some_chain(tmp_path, rng)
@@ -168,7 +168,7 @@ def here(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("at", "name", "start"), [(60 * KiB, "header", 0), (CLUSTER + 5, "bitmap", CLUSTER)]
 )
-def test_header_and_bitmap_are_named_as_what_they_are(
+def test_verify_names_damage_in_header_and_bitmap(
     here: Path, at: int, name: str, start: int
 ) -> None:
     put(here / "top.add-cow", at, b"\xff")
@@ -177,14 +177,14 @@ def test_header_and_bitmap_are_named_as_what_they_are(
     assert name in {one["name"] for one in told["findings"]}
 
 
-def test_a_header_that_is_no_header_any_more_is_named(here: Path) -> None:
+def test_verify_names_a_destroyed_header(here: Path) -> None:
     put(here / "top.add-cow", 0, b"BCOW")
     told = verified(here, status=2)
     assert told["ranges"] == [{"file": "top.add-cow", "start": 0, "length": CLUSTER}]
     assert [one["name"] for one in told["findings"]] == ["header"]
 
 
-def test_a_bitmap_that_lies_accuses_no_data(here: Path) -> None:
+def test_verify_of_a_damaged_bitmap_reports_no_data(here: Path) -> None:
     """Clusters cease to be local and become it: their bytes are what they were."""
     put(here / "top.add-cow", CLUSTER, b"\x05")
     told = verified(here, status=2)
@@ -192,7 +192,7 @@ def test_a_bitmap_that_lies_accuses_no_data(here: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 9, 100, 4096 + 50, -1])
-def test_a_manifest_that_was_changed_is_named(here: Path, at: int) -> None:
+def test_verify_names_a_damaged_manifest(here: Path, at: int) -> None:
     path = here / "base.img.manifest"
     place = at % path.stat().st_size
     put(path, place, bytes([path.read_bytes()[place] ^ 4]))
@@ -245,7 +245,7 @@ def nonsense(rng: random.Random, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["base.img", "top.add-cow"])
-def test_nonsense_that_is_sealed_ends_in_a_verdict(
+def test_verify_rejects_a_sealed_manifest_with_nonsense(
     here: Path, rng: random.Random, name: str
 ) -> None:
     path = here / f"{name}.manifest"
@@ -262,7 +262,7 @@ def test_nonsense_that_is_sealed_ends_in_a_verdict(
 
 
 @pytest.mark.parametrize("length", [0, 5, 4096, 5000])
-def test_a_part_of_a_manifest_is_none(here: Path, length: int) -> None:
+def test_truncated_manifest_is_rejected(here: Path, length: int) -> None:
     os.truncate(here / "top.add-cow.manifest", min(length, 4200))
     assert "manifest" in {one["name"] for one in verified(here, status=2)["findings"]}
     assert "make it anew with --replace" in refused("manifest", "create", "top.add-cow", cwd=here)
@@ -270,13 +270,13 @@ def test_a_part_of_a_manifest_is_none(here: Path, length: int) -> None:
     verified(here)
 
 
-def test_what_has_no_manifest_is_said(here: Path) -> None:
+def test_verify_reports_a_layer_without_manifest(here: Path) -> None:
     (here / "base.img.manifest").unlink()
     told = verified(here, status=1)
     assert [(one["name"], one["file"]) for one in told["findings"]] == [("no-manifest", "base.img")]
 
 
-def test_a_file_that_was_replaced_is_not_read(here: Path) -> None:
+def test_verify_does_not_read_a_replaced_file(here: Path) -> None:
     shutil.copyfile(here / "base.img", here / "new.img")
     os.replace(here / "new.img", here / "base.img")
     told = verified(here, status=2)
@@ -284,7 +284,7 @@ def test_a_file_that_was_replaced_is_not_read(here: Path) -> None:
     assert {one["filename"]: one["bytes"] for one in told["layers"]}["base.img"] == 0
 
 
-def test_a_base_replaced_together_with_its_manifest_is_noticed(here: Path) -> None:
+def test_verify_notices_a_base_replaced_with_its_manifest(here: Path) -> None:
     draw_raw(here / "base.img", "ABCE")
     (here / "base.img.manifest").unlink()
     made(here, "-f", "raw", name="base.img")
@@ -294,7 +294,7 @@ def test_a_base_replaced_together_with_its_manifest_is_noticed(here: Path) -> No
     }
 
 
-def test_a_touch_accuses_nobody(here: Path) -> None:
+def test_verify_ignores_a_changed_time(here: Path) -> None:
     os.utime(here / "top.raw")
     told = verified(here)
     assert [(one["name"], one["severity"]) for one in told["findings"]] == [("changed", "note")]
@@ -313,7 +313,7 @@ JOBS = {
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_who_changes_a_layer_takes_its_manifest_away(tmp_path: Path, job: str) -> None:
+def test_command_that_changes_a_layer_removes_its_manifest(tmp_path: Path, job: str) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     draw(tmp_path / "top.add-cow", "-Xy-" if job == "check -r" else "-X--")
     made(tmp_path)
@@ -324,7 +324,7 @@ def test_who_changes_a_layer_takes_its_manifest_away(tmp_path: Path, job: str) -
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_a_manifest_is_gone_before_the_first_write(here: Path, job: str) -> None:
+def test_manifest_is_removed_before_the_first_write(here: Path, job: str) -> None:
     event = "backing_write" if job == "commit" else "image_write"
     rules = Rules.write(here.parent / "rules", rule(event, "kill"))
     with running(job, "--jobs", "0", "top.add-cow", cwd=here, rules=rules) as command:
@@ -332,14 +332,14 @@ def test_a_manifest_is_gone_before_the_first_write(here: Path, job: str) -> None
     assert not (here / "top.add-cow.manifest").exists()
 
 
-def test_a_layer_that_is_refused_keeps_its_manifest(here: Path) -> None:
+def test_refused_job_keeps_the_manifest(here: Path) -> None:
     draw(here / "other.add-cow", "-Z--")
     refused("commit", "top.add-cow", cwd=here)
     verified(here)
 
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_guests_see_the_same_after_flatten_and_commit(tmp_path: Path, jobs: str) -> None:
+def test_guest_digest_is_equal_after_flatten_and_commit(tmp_path: Path, jobs: str) -> None:
     pair(tmp_path, "ABCDEFGH", "-X-Y0---")
     before = made(tmp_path)["top.add-cow.manifest"]["guest-digest"]
     shutil.copytree(tmp_path, tmp_path / "twin")
@@ -351,14 +351,14 @@ def test_guests_see_the_same_after_flatten_and_commit(tmp_path: Path, jobs: str)
     assert {one["guest-digest"] for one in after.values()} == {before}
 
 
-def test_a_draft_that_was_left_is_no_manifest(here: Path) -> None:
+def test_unfinished_draft_is_no_manifest(here: Path) -> None:
     (here / "top.add-cow.manifest").rename(here / "top.add-cow.manifest.part")
     assert verified(here, status=1)["findings"][0]["name"] == "no-manifest"
     assert made(here)["top.add-cow.manifest"]["written"]
     assert not (here / "top.add-cow.manifest.part").exists()
 
 
-def test_a_farm_is_verified_layer_by_layer(tmp_path: Path) -> None:
+def test_farm_verify_reports_each_layer(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     for number in range(5):
         draw(tmp_path / f"vm{number}.add-cow", "-X-Y")
@@ -379,7 +379,7 @@ def test_a_farm_is_verified_layer_by_layer(tmp_path: Path) -> None:
     assert {one["name"] for one in result.json["findings"]} == {"changed", "no-manifest"}
 
 
-def test_a_raw_file_that_is_named_is_never_passed_over(tmp_path: Path) -> None:
+def test_farm_verify_reports_a_named_raw_file(tmp_path: Path) -> None:
     draw_raw(tmp_path / "alone.img", "AB")
     without = addcow("farm", "verify", "alone.img", cwd=tmp_path)
     assert without.status == 1
@@ -390,7 +390,7 @@ def test_a_raw_file_that_is_named_is_never_passed_over(tmp_path: Path) -> None:
         assert [one["bytes"] for one in told["files"]] == [2 * CLUSTER]
 
 
-def test_an_overlay_that_is_none_any_more_is_missed_by_its_manifest(here: Path) -> None:
+def test_farm_verify_reports_the_manifest_of_a_destroyed_overlay(here: Path) -> None:
     put(here / "top.add-cow", 0, b"X")
     result = addcow("farm", "verify", "--output", "json", ".", cwd=here)
     assert result.status == 2
@@ -398,7 +398,7 @@ def test_an_overlay_that_is_none_any_more_is_missed_by_its_manifest(here: Path) 
 
 
 @pytest.mark.parametrize("jobs", ["0", "3"])
-def test_a_large_layer_is_looked_at_in_parts(tmp_path: Path, rng: random.Random, jobs: str) -> None:
+def test_farm_verify_splits_a_large_layer(tmp_path: Path, rng: random.Random, jobs: str) -> None:
     """More than 256 MiB with something in it; only a little of each group, for quickness."""
     with (tmp_path / "base.img").open("wb") as file:
         for group in range(50):
@@ -415,7 +415,7 @@ def test_a_large_layer_is_looked_at_in_parts(tmp_path: Path, rng: random.Random,
     assert leaves_named(told) == hit
 
 
-def test_findings_are_lines(here: Path) -> None:
+def test_verify_prints_findings_as_lines(here: Path) -> None:
     put(here / "top.raw", CLUSTER, b"!")
     result = addcow("verify", "top.add-cow", cwd=here)
     assert result.status == 2
@@ -423,7 +423,7 @@ def test_findings_are_lines(here: Path) -> None:
     assert addcow("farm", "verify", ".", cwd=here).status == 2
 
 
-def test_sixteen_tebibytes_of_holes_cost_nothing(tmp_path: Path) -> None:
+def test_manifest_of_16_tib_of_holes_is_cheap(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     os.truncate(tmp_path / "base.img", 8 << 40)
     succeed(
@@ -446,7 +446,7 @@ def test_sixteen_tebibytes_of_holes_cost_nothing(tmp_path: Path) -> None:
 # ---- several names ----
 
 
-def test_a_layer_with_several_names_has_one_manifest(tmp_path: Path) -> None:
+def test_farm_verify_lists_a_layer_with_several_names_once(tmp_path: Path) -> None:
     (tmp_path / "golden").mkdir()
     draw_raw(tmp_path / "golden" / "base.img", "ABCD")
     (tmp_path / "newest.img").symlink_to("base.img")
@@ -462,7 +462,7 @@ def test_a_layer_with_several_names_has_one_manifest(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("base.img.manifest"))
 
 
-def test_links_in_a_circle_are_no_layer(tmp_path: Path) -> None:
+def test_farm_verify_ignores_links_in_a_cycle(tmp_path: Path) -> None:
     (tmp_path / "a.img").symlink_to("b.img")
     (tmp_path / "b.img").symlink_to("a.img")
     assert "a.img" in refused("verify", "-f", "raw", "a.img", cwd=tmp_path)
@@ -470,9 +470,7 @@ def test_links_in_a_circle_are_no_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten", "io"])
-def test_what_is_said_of_an_image_file_as_a_disk_goes_with_the_rest(
-    tmp_path: Path, job: str
-) -> None:
+def test_job_removes_the_raw_manifest_of_its_image_file(tmp_path: Path, job: str) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     draw(tmp_path / "top.add-cow", "-X--")
     made(tmp_path, "-f", "raw", name="top.raw")
@@ -481,7 +479,7 @@ def test_what_is_said_of_an_image_file_as_a_disk_goes_with_the_rest(
     assert not (tmp_path / "top.raw.manifest").exists()
 
 
-def test_nobody_is_told_of_a_manifest_that_lies_outside(tmp_path: Path) -> None:
+def test_manifest_behind_a_link_outside_is_not_read(tmp_path: Path) -> None:
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -497,7 +495,7 @@ def test_nobody_is_told_of_a_manifest_that_lies_outside(tmp_path: Path) -> None:
     assert "base.img" in without["findings"][0]["file"]
 
 
-def test_a_layer_with_two_hard_links_is_changed_under_both(tmp_path: Path) -> None:
+def test_job_removes_the_manifests_of_both_hard_links(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     (tmp_path / "same.img").hardlink_to(tmp_path / "base.img")
     draw(tmp_path / "top.add-cow", "-X--")
@@ -509,7 +507,7 @@ def test_a_layer_with_two_hard_links_is_changed_under_both(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.glob("*.manifest")] == ["other.img.manifest"]
 
 
-def test_a_commit_of_nothing_takes_nothing_away(tmp_path: Path) -> None:
+def test_commit_of_nothing_keeps_manifests(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     draw(tmp_path / "top.add-cow", "----")
     made(tmp_path)
@@ -517,7 +515,7 @@ def test_a_commit_of_nothing_takes_nothing_away(tmp_path: Path) -> None:
     verified(tmp_path)
 
 
-def test_quiet_spares_notes(here: Path) -> None:
+def test_quiet_omits_notes(here: Path) -> None:
     os.utime(here / "top.raw")
     assert succeed("verify", "top.add-cow", cwd=here).lines[0].startswith("NOTE changed")
     for words in (("verify", "-q", "top.add-cow"), ("farm", "verify", "-q", ".")):
@@ -528,7 +526,7 @@ def test_quiet_spares_notes(here: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_a_leaf_that_cannot_be_read_keeps_nobody_else_from_it(tmp_path: Path, jobs: str) -> None:
+def test_unreadable_leaf_does_not_stop_the_verification(tmp_path: Path, jobs: str) -> None:
     draw_raw(tmp_path / "base.img", "ABCDEFGH" * 4)
     made(tmp_path, "-f", "raw", "--jobs", "0", name="base.img")
     for number in (3, 20):
@@ -550,7 +548,7 @@ def test_a_leaf_that_cannot_be_read_keeps_nobody_else_from_it(tmp_path: Path, jo
     assert told["layers"][0]["bytes"] == 29 * LEAF
 
 
-def test_a_disk_that_is_gone_is_given_up(tmp_path: Path) -> None:
+def test_verify_gives_up_on_a_dead_disk(tmp_path: Path) -> None:
     """Each leaf may take as long as the disk tries again and again."""
     draw_raw(tmp_path / "base.img", "A" * 300)
     made(tmp_path, "-f", "raw", "--jobs", "0", name="base.img")
@@ -582,7 +580,7 @@ CHANGING = {
 
 @pytest.mark.parametrize("job", CHANGING)
 @pytest.mark.parametrize("name", ["base.img.manifest", "top.add-cow.manifest", "top.raw.manifest"])
-def test_a_file_of_that_name_that_is_no_manifest_stays(tmp_path: Path, job: str, name: str) -> None:
+def test_file_named_like_a_manifest_is_not_removed(tmp_path: Path, job: str, name: str) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     draw(tmp_path / "top.add-cow", "-Xy-")
     (tmp_path / name).write_text(NOTES)
@@ -592,7 +590,7 @@ def test_a_file_of_that_name_that_is_no_manifest_stays(tmp_path: Path, job: str,
 
 @pytest.mark.parametrize("job", CHANGING)
 @pytest.mark.parametrize("which", ["image", "backing"])
-def test_a_disk_of_that_name_is_a_disk(tmp_path: Path, job: str, which: str) -> None:
+def test_disk_named_like_a_manifest_is_a_disk(tmp_path: Path, job: str, which: str) -> None:
     """Even one whose guest has written what manifests begin with."""
     name = "top.add-cow.manifest"
     files = {"image": "top.raw", "backing": "base.img", which: name}
@@ -616,7 +614,7 @@ def test_a_disk_of_that_name_is_a_disk(tmp_path: Path, job: str, which: str) -> 
 @pytest.mark.parametrize("draft", ["", ".part"])
 @pytest.mark.parametrize("which", ["image", "backing", "text", "another name", "overlay"])
 @pytest.mark.parametrize("words", [(), ("--replace",)])
-def test_nothing_is_overwritten_by_a_manifest(
+def test_manifest_create_overwrites_no_other_file(
     tmp_path: Path, draft: str, which: str, words: tuple[str, ...]
 ) -> None:
     name = f"top.add-cow.manifest{draft}" if which != "overlay" else f"base.img.manifest{draft}"
@@ -639,7 +637,7 @@ def test_nothing_is_overwritten_by_a_manifest(
 
 
 @pytest.mark.parametrize("job", ["create", "convert"])
-def test_what_is_said_of_a_file_that_is_gone_is_not_said_of_a_new_one(here: Path, job: str) -> None:
+def test_manifest_of_a_removed_file_is_not_used_for_a_new_one(here: Path, job: str) -> None:
     made(here, "-f", "raw", name="top.raw")
     succeed("convert", "-O", "raw", "top.add-cow", "copy.raw", cwd=here)
     made(here, "-f", "raw", name="copy.raw")
@@ -652,21 +650,21 @@ def test_what_is_said_of_a_file_that_is_gone_is_not_said_of_a_new_one(here: Path
     assert left == {"base.img.manifest"} | ({"copy.raw.manifest"} if job == "create" else set())
 
 
-def test_a_long_name_needs_no_manifest(tmp_path: Path) -> None:
+def test_verify_accepts_a_name_too_long_for_a_manifest(tmp_path: Path) -> None:
     name = "b" * 250
     draw_raw(tmp_path / name, "ABCD")
     draw(tmp_path / "top.add-cow", "-X--", name)
     succeed("commit", "--verify", "top.add-cow", cwd=tmp_path)
 
 
-def test_a_manifest_of_another_kind_of_layer_accuses_no_header(tmp_path: Path) -> None:
+def test_verify_rejects_the_manifest_of_another_kind_of_layer(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "AB")
     made(tmp_path, "-f", "raw", name="base.img")
     told = verified(tmp_path, name="base.img", status=1)
     assert ([one["name"] for one in told["findings"]], told["ranges"]) == (["unexamined"], [])
 
 
-def test_what_is_missing_is_missed_once(tmp_path: Path) -> None:
+def test_farm_verify_reports_a_missing_file_once(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "AB")
     for number in range(3):
         draw(tmp_path / f"{number}.add-cow", "-X")
@@ -676,7 +674,7 @@ def test_what_is_missing_is_missed_once(tmp_path: Path) -> None:
     assert [os.path.basename(one["filename"]) for one in told["files"]] == ["base.img"]
 
 
-def test_of_two_names_the_one_with_a_manifest_counts(tmp_path: Path) -> None:
+def test_farm_verify_uses_the_hard_link_with_a_manifest(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "AB")
     draw(tmp_path / "vm.add-cow", "-X")
     made(tmp_path, name="vm.add-cow")
@@ -700,7 +698,7 @@ def tower(here: Path, *backings: str) -> None:
         (here / f"{number}.add-cow").write_bytes(content)
 
 
-def test_layers_of_a_chain_too_deep_to_be_opened_are_verified(tmp_path: Path) -> None:
+def test_farm_verify_verifies_layers_of_a_chain_that_is_too_deep(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     tower(tmp_path, *(f"{number}.add-cow" for number in range(1, 35)), "base.img")
     assert "deeper than 30" in refused("manifest", "create", "0.add-cow", cwd=tmp_path)
@@ -715,7 +713,7 @@ def test_layers_of_a_chain_too_deep_to_be_opened_are_verified(tmp_path: Path) ->
     assert [one["name"] for one in told["findings"]].count("no-manifest") == 5
 
 
-def test_layers_of_a_circle_are_verified_once(tmp_path: Path) -> None:
+def test_farm_verify_verifies_layers_of_a_cycle_once(tmp_path: Path) -> None:
     tower(tmp_path, "1.add-cow", "2.add-cow", "0.add-cow")
     told = verified(tmp_path, name="0.add-cow", status=1)
     assert [one["filename"] for one in told["layers"]] == [f"{n}.add-cow" for n in range(3)]

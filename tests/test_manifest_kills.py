@@ -204,7 +204,7 @@ def walk(chain: Chain, event: str, action: str, **more: int | str) -> Iterator[R
 
 
 @EACH
-def test_a_half_written_manifest_is_never_taken_for_one(here: Path, warm: Warm, event: str) -> None:
+def test_manifest_killed_while_written_is_never_used(here: Path, warm: Warm, event: str) -> None:
     chain, turns = three(here), 0
     for rules in walk(chain, event, "kill"):
         ended = warm.run(*chain.words, "--jobs", "0", cwd=here, rules=rules)
@@ -226,7 +226,7 @@ def test_a_half_written_manifest_is_never_taken_for_one(here: Path, warm: Warm, 
 
 @BOTH
 @EACH
-def test_a_reading_that_is_killed_leaves_no_half_manifest(
+def test_manifest_create_killed_while_reading_leaves_no_partial_manifest(
     here: Path, rng: random.Random, event: str, jobs: str
 ) -> None:
     """The same with the real command, which may have processes; once for each event."""
@@ -240,7 +240,7 @@ def test_a_reading_that_is_killed_leaves_no_half_manifest(
 
 
 @BOTH
-def test_verify_sees_no_manifest_while_it_is_made(here: Path, jobs: str) -> None:
+def test_verify_sees_no_manifest_before_it_is_complete(here: Path, jobs: str) -> None:
     chain = three(here)
     rules = rules_for(here, rule("image_read", "stop", once="on"))
     with running(*chain.words, "--jobs", jobs, cwd=here, rules=rules) as command:
@@ -265,7 +265,7 @@ def length(path: Path) -> int:
 
 
 @BOTH
-def test_all_processes_are_killed_at_some_instant(
+def test_manifest_create_killed_at_a_random_moment_continues(
     here: Path, rng: random.Random, jobs: str
 ) -> None:
     chain = wide(here)
@@ -287,7 +287,7 @@ def test_all_processes_are_killed_at_some_instant(
     chain.again("--jobs", jobs)
 
 
-def test_all_processes_are_killed_while_workers_are_there(here: Path, rng: random.Random) -> None:
+def test_manifest_create_killed_with_its_workers_continues(here: Path, rng: random.Random) -> None:
     chain = wide(here)
     for _ in range(3):
         chain.clear()
@@ -350,7 +350,7 @@ def goes_to_its_end(command: Job) -> Ended:
     return command.end()
 
 
-def test_a_worker_does_not_outlive_its_parent(here: Path) -> None:
+def test_manifest_worker_ends_with_its_parent(here: Path) -> None:
     chain = wide(here)
     with running(*chain.words, "--jobs", "2", cwd=here, rules=stops(chain)) as command:
         stopped_together(command)
@@ -365,7 +365,7 @@ def test_a_worker_does_not_outlive_its_parent(here: Path) -> None:
     assert [name for name in memory if os.path.exists(name)] == []
 
 
-def test_a_worker_that_is_killed_costs_nothing(here: Path) -> None:
+def test_manifest_create_survives_a_killed_worker(here: Path) -> None:
     chain = wide(here)
     with running(*chain.words, "--jobs", "2", cwd=here, rules=stops(chain)) as command:
         command.signal(signal.SIGKILL, stopped_together(command))
@@ -380,7 +380,7 @@ def test_a_worker_that_is_killed_costs_nothing(here: Path) -> None:
 
 @BOTH
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_create_that_is_asked_to_stop_leaves_nothing(here: Path, jobs: str, number: int) -> None:
+def test_stopped_manifest_create_leaves_nothing(here: Path, jobs: str, number: int) -> None:
     chain = wide(here)
     rules = rules_for(here, rule("backing_read", "stop", once="on", cluster=WIDE // 2 // CLUSTER))
     with running(*chain.words, "--jobs", jobs, cwd=here, rules=rules) as command:
@@ -425,7 +425,7 @@ def written(ended: Ended) -> dict[str, bool]:
     return {one["filename"]: one["written"] for one in told["manifests"]}
 
 
-def test_a_second_create_waits_and_takes_what_was_made(here: Path) -> None:
+def test_second_manifest_create_waits_and_uses_the_result(here: Path) -> None:
     chain = three(here)
     with held_up(chain) as (first, stopped), running(*BESIDE, cwd=here) as second:
         waits(second)
@@ -437,7 +437,7 @@ def test_a_second_create_waits_and_takes_what_was_made(here: Path) -> None:
     chain.is_done()
 
 
-def test_when_the_first_create_is_killed_the_second_does_it(here: Path) -> None:
+def test_second_manifest_create_takes_over_from_a_killed_one(here: Path) -> None:
     chain = three(here)
     with held_up(chain) as (first, stopped), running(*BESIDE, cwd=here) as second:
         waits(second)
@@ -449,7 +449,7 @@ def test_when_the_first_create_is_killed_the_second_does_it(here: Path) -> None:
     chain.again("--jobs", "0")
 
 
-def test_a_create_that_waits_can_be_stopped(here: Path) -> None:
+def test_waiting_manifest_create_can_be_stopped(here: Path) -> None:
     chain = three(here)
     with held_up(chain) as (first, stopped), running(*BESIDE, cwd=here) as second:
         waits(second)
@@ -464,7 +464,7 @@ def test_a_create_that_waits_can_be_stopped(here: Path) -> None:
     chain.is_done()
 
 
-def test_a_quiet_create_waits_in_silence(here: Path) -> None:
+def test_quiet_manifest_create_waits_without_a_message(here: Path) -> None:
     chain = three(here)
     with held_up(chain) as (first, stopped), running(*BESIDE, "-q", cwd=here) as second:
         second.until(lambda: sleeps(second), "it to wait")
@@ -483,7 +483,7 @@ def sleeps(command: Job) -> bool:
 
 @BOTH
 @pytest.mark.parametrize("event", ["image_read", "backing_read", "directory_sync"])
-def test_the_old_manifest_stands_until_the_new_one_is_whole(
+def test_replace_keeps_the_old_manifest_until_the_new_one_is_complete(
     here: Path, rng: random.Random, event: str, jobs: str
 ) -> None:
     old = three(here)
@@ -514,7 +514,7 @@ ERRORS = ["header_read", "bitmap_load", "image_read", "backing_read"]
 
 
 @pytest.mark.parametrize("event", ERRORS)
-def test_what_cannot_be_read_is_named(here: Path, warm: Warm, event: str) -> None:
+def test_manifest_create_names_an_unreadable_file(here: Path, warm: Warm, event: str) -> None:
     chain, turns = three(here), 0
     for rules in walk(chain, event, "error"):
         ended = warm.run(*chain.words, "--jobs", "0", cwd=here, rules=rules)
@@ -535,9 +535,7 @@ def test_what_cannot_be_read_is_named(here: Path, warm: Warm, event: str) -> Non
     ("event", "name"), [("image_read", "top.raw"), ("backing_read", "base.img")]
 )
 @BOTH
-def test_a_bad_place_spoils_its_own_layer_alone(
-    here: Path, event: str, name: str, jobs: str
-) -> None:
+def test_bad_sector_fails_only_its_layer(here: Path, event: str, name: str, jobs: str) -> None:
     chain = three(here)
     rules = rules_for(here, rule(event, cluster=20))  # P in top.raw, A in base.img
     if name == "top.raw":  # below, there is no such cluster
@@ -557,7 +555,7 @@ def test_a_bad_place_spoils_its_own_layer_alone(
     chain.again("--jobs", jobs)
 
 
-def test_a_bad_place_that_a_worker_meets_is_named(here: Path) -> None:
+def test_bad_sector_in_a_worker_is_named(here: Path) -> None:
     chain = wide(here)
     place = (WIDE - 300 * MiB) // CLUSTER
     rules = rules_for(here, rule("backing_read", cluster=place))
@@ -570,7 +568,7 @@ def test_a_bad_place_that_a_worker_meets_is_named(here: Path) -> None:
     chain.again("--jobs", "2")
 
 
-def test_a_sync_that_fails_is_told_and_leaves_whole_manifests(here: Path, warm: Warm) -> None:
+def test_failed_sync_is_reported_and_leaves_whole_manifests(here: Path, warm: Warm) -> None:
     chain, turns = three(here), 0
     for rules in walk(chain, "directory_sync", "error"):
         ended = warm.run(*chain.words, "--jobs", "0", cwd=here, rules=rules)
@@ -585,7 +583,7 @@ def test_a_sync_that_fails_is_told_and_leaves_whole_manifests(here: Path, warm: 
 
 
 @BOTH
-def test_a_file_that_shrinks_meanwhile_gets_no_manifest(here: Path, jobs: str) -> None:
+def test_shrinking_file_gets_no_manifest(here: Path, jobs: str) -> None:
     chain = wide(here)
     rules = rules_for(here, rule("backing_read", "stop", once="on", cluster=WIDE // 2 // CLUSTER))
     with running(*chain.words, "--jobs", jobs, cwd=here, rules=rules) as command:
@@ -608,7 +606,7 @@ def small(here: Path) -> Chain:
 
 
 @BOTH
-def test_a_full_disk_gets_no_half_manifest(disk: Path, jobs: str) -> None:
+def test_full_disk_leaves_no_partial_manifest(disk: Path, jobs: str) -> None:
     chain = small(disk)
     filler = fill(disk)
     line = one_line(addcow(*chain.words, "--jobs", jobs, cwd=disk))
@@ -622,7 +620,7 @@ def test_a_full_disk_gets_no_half_manifest(disk: Path, jobs: str) -> None:
 
 
 @pytest.mark.parametrize("leave", [4 * KiB, 8 * KiB, 12 * KiB])
-def test_a_disk_that_becomes_full_keeps_whole_manifests(disk: Path, leave: int) -> None:
+def test_disk_that_fills_up_keeps_whole_manifests(disk: Path, leave: int) -> None:
     chain = small(disk)
     filler = fill(disk, leave=leave)
     line = one_line(addcow(*chain.words, cwd=disk))
@@ -635,7 +633,7 @@ def test_a_disk_that_becomes_full_keeps_whole_manifests(disk: Path, leave: int) 
     chain.again()
 
 
-def test_a_full_disk_keeps_the_old_manifest(disk: Path) -> None:
+def test_full_disk_keeps_the_old_manifest(disk: Path) -> None:
     chain = small(disk)
     made(disk)
     os.utime(disk / "base.img")
@@ -650,7 +648,7 @@ def test_a_full_disk_keeps_the_old_manifest(disk: Path) -> None:
     assert verified(disk)["findings"] == []
 
 
-def test_a_file_system_for_reading_alone_is_named(tmp_path: Path) -> None:
+def test_read_only_file_system_is_named(tmp_path: Path) -> None:
     mount = mounted("tmpfs", tmp_path)
     with ExitStack() as stack:
         place = next(mount)
@@ -668,7 +666,7 @@ def test_a_file_system_for_reading_alone_is_named(tmp_path: Path) -> None:
         assert verified(place)["findings"] == []
 
 
-def test_a_directory_without_the_right_to_write_is_named(here: Path) -> None:
+def test_unwritable_directory_is_named(here: Path) -> None:
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed, and root writes everywhere")
     chain = small(here)
@@ -690,7 +688,7 @@ def test_a_directory_without_the_right_to_write_is_named(here: Path) -> None:
 # ---- two at a time ----
 
 
-def test_a_second_create_does_not_wait_for_ever(here: Path) -> None:
+def test_second_manifest_create_does_not_wait_forever(here: Path) -> None:
     """What it is told is not what the kernel calls it: who reads this has to know what to do."""
     chain = three(here)
     rules = rules_for(here, rule("image_read", "stop", once="on"))
@@ -705,7 +703,7 @@ def test_a_second_create_does_not_wait_for_ever(here: Path) -> None:
     chain.is_done()
 
 
-def test_many_creates_at_a_time_agree(here: Path) -> None:
+def test_concurrent_manifest_creates_agree(here: Path) -> None:
     chain = three(here)
     with ExitStack() as stack:
         commands = [stack.enter_context(running(*chain.words, cwd=here)) for _ in range(5)]
@@ -715,7 +713,7 @@ def test_many_creates_at_a_time_agree(here: Path) -> None:
 
 
 @BOTH
-def test_overlays_over_one_base_are_done_side_by_side(here: Path, jobs: str) -> None:
+def test_manifest_creates_over_one_base_run_side_by_side(here: Path, jobs: str) -> None:
     draw_raw(here / "base.img", "ABCDEFGH" * 64)
     names = [f"{number}.add-cow" for number in range(6)]
     for name in names:
@@ -733,7 +731,7 @@ def test_overlays_over_one_base_are_done_side_by_side(here: Path, jobs: str) -> 
         verified(here, name=name)
 
 
-def test_a_commit_does_not_begin_while_a_manifest_is_made(here: Path) -> None:
+def test_commit_is_refused_while_a_manifest_is_made(here: Path) -> None:
     chain = three(here)
     rules = rules_for(here, rule("image_read", "stop", once="on"))
     with running(*chain.words, "--jobs", "0", cwd=here, rules=rules) as command:
@@ -750,7 +748,9 @@ def test_a_commit_does_not_begin_while_a_manifest_is_made(here: Path) -> None:
 
 @pytest.mark.parametrize("what", ["fifo", "directory", "link"])
 @pytest.mark.parametrize("suffix", [".manifest", ".manifest.part"])
-def test_what_is_no_file_is_refused_without_waiting(here: Path, what: str, suffix: str) -> None:
+def test_manifest_create_refuses_special_files_without_waiting(
+    here: Path, what: str, suffix: str
+) -> None:
     draw_raw(here / "base.img", "AB")
     victim = here.parent / "victim"
     victim.write_bytes(b"nobody's business")
@@ -778,7 +778,7 @@ FARM = ["ls", "check", "graph", "plan commit", "plan flatten"]
 
 
 @pytest.mark.parametrize("command", FARM)
-def test_no_farm_command_takes_a_manifest_for_an_image(here: Path, command: str) -> None:
+def test_farm_commands_do_not_list_manifests_as_images(here: Path, command: str) -> None:
     """Nor what a killed one has left: both begin like an overlay, and are none."""
     chain = three(here)
     before = farm_told(here, command)
@@ -794,7 +794,7 @@ def farm_told(here: Path, command: str) -> tuple[int, str, set[str]]:
     return result.status, result.stderr, set(re.findall(r'"filename": ("[^"]*")', result.stdout))
 
 
-def test_a_farm_is_committed_and_flattened_with_its_manifests(here: Path) -> None:
+def test_farm_jobs_remove_manifests_of_changed_layers(here: Path) -> None:
     for job in ("flatten", "commit"):
         three(here)
         made(here)
@@ -811,7 +811,7 @@ TURNS = pytest.mark.parametrize("turn", range(5))
 
 
 @TURNS
-def test_the_digest_of_a_guest_is_that_of_what_is_converted(
+def test_guest_digest_is_that_of_the_converted_disk(
     here: Path, rng: random.Random, turn: int
 ) -> None:
     laid = Layers.some(here, rng)
@@ -821,7 +821,7 @@ def test_the_digest_of_a_guest_is_that_of_what_is_converted(
 
 
 @TURNS
-def test_the_digest_of_a_guest_survives_flatten(here: Path, rng: random.Random, turn: int) -> None:
+def test_guest_digest_is_equal_after_flatten(here: Path, rng: random.Random, turn: int) -> None:
     laid = Layers.some(here, rng)
     if laid.top == "base.img":
         laid = laid_over(laid)
@@ -846,7 +846,7 @@ def laid_over(laid: Layers) -> Layers:
 
 @TURNS
 @pytest.mark.parametrize("keep", [(), ("-d",)], ids=["commit", "commit -d"])
-def test_the_digest_of_a_guest_survives_commit(
+def test_guest_digest_is_equal_after_commit(
     here: Path, rng: random.Random, turn: int, keep: tuple[str, ...]
 ) -> None:
     laid = Layers.some(here, rng)
@@ -872,7 +872,7 @@ def test_the_digest_of_a_guest_survives_commit(
 
 
 @TURNS
-def test_an_overlay_over_a_longer_base_sees_the_same_after_commit(
+def test_guest_digest_over_a_longer_base_is_equal_after_commit(
     here: Path, rng: random.Random, turn: int
 ) -> None:
     laid = Layers.some(here, rng, longer=True)
@@ -894,7 +894,7 @@ def bytes_seen(laid: Layers, name: str) -> bytes:
 
 
 @TURNS
-def test_manifests_are_the_same_to_the_byte_however_many_make_them(
+def test_manifests_are_identical_for_any_number_of_processes(
     here: Path, rng: random.Random, turn: int
 ) -> None:
     laid = Layers.some(here, rng)
@@ -916,9 +916,7 @@ def test_manifests_are_the_same_to_the_byte_however_many_make_them(
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
 @pytest.mark.parametrize("words", [("verify", "top.add-cow"), ("farm", "verify", ".")])
-def test_a_bitmap_that_cannot_be_read_is_named(
-    tmp_path: Path, jobs: str, words: tuple[str, ...]
-) -> None:
+def test_unreadable_bitmap_is_named(tmp_path: Path, jobs: str, words: tuple[str, ...]) -> None:
     """Under a mapping it is a signal, which would end a command that takes part itself."""
     with disks(tmp_path, "xfs", "ext4") as (below, upper):
         here = upper.mountpoint

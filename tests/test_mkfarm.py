@@ -146,26 +146,30 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Farm:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
-def test_all_that_was_planted_is_found_and_nothing_else(farm: Farm, way: tuple[str, ...]) -> None:
+def test_farm_check_finds_every_planted_fault_and_no_other(
+    farm: Farm, way: tuple[str, ...]
+) -> None:
     before = snapshot(farm.place), stamps(farm.place)
     expect_all_and_only_what_is_wrong(farm, *way)
     assert (snapshot(farm.place), stamps(farm.place)) == before
 
 
-def test_every_turn_of_every_fault_is_found(tmp_path: Path) -> None:
+def test_farm_check_finds_every_variant_of_every_fault(tmp_path: Path) -> None:
     """The same fault has up to five turns, of which a farm with less of them has the first."""
     words = ("--images", "20", "--faults", "6", "--size", "100K", "--cluster", "4K")
     expect_all_and_only_what_is_wrong(built(tmp_path / "farm", *words))
 
 
 @pytest.mark.parametrize("words", [(), ("--cluster", "2M", "--size", "20M"), ("--size", "5000")])
-def test_a_farm_without_faults_is_clean(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_farm_check_of_a_farm_without_faults_is_clean(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
     farm = built(tmp_path / "farm", *FEW, "--no-faults", *words)
     assert (farm.images, farm.found, farm.graph) == (150, {}, [])
     expect_all_and_only_what_is_wrong(farm)
 
 
-def test_what_each_image_is_said_to_be_it_is_alone(farm: Farm) -> None:
+def test_farm_check_agrees_with_check_of_each_image(farm: Farm) -> None:
     """Some of the faults, by the command for single images; each of them is a process."""
     for name in random.Random(SEED).sample(sorted(farm.found), 12):
         result = addcow("check", "--root", ".", "--output", "json", name, cwd=farm.place)
@@ -173,7 +177,7 @@ def test_what_each_image_is_said_to_be_it_is_alone(farm: Farm) -> None:
         assert {name: {"exit": result.status, "findings": names}} == {name: farm.found[name]}
 
 
-def test_ten_thousand_images(tmp_path: Path) -> None:
+def test_farm_check_of_ten_thousand_images(tmp_path: Path) -> None:
     farm = built(tmp_path / "farm", "--images", "10000", "--faults", "5")
     assert sum(path.lstat().st_blocks * 512 for path in farm.place.rglob("*")) < ROOM
     before = stamps(farm.place)
@@ -184,18 +188,18 @@ def test_ten_thousand_images(tmp_path: Path) -> None:
 # ---- the farms ----
 
 
-def test_the_same_seed_builds_the_same_farm(tmp_path: Path, farm: Farm) -> None:
+def test_mkfarm_builds_the_same_farm_from_the_same_seed(tmp_path: Path, farm: Farm) -> None:
     again = built(tmp_path / "somewhere" / "else", *FEW, "--faults", "2")
     assert snapshot(again.place) == snapshot(farm.place)
     assert (again.images, again.found, again.graph) == (farm.images, farm.found, farm.graph)
 
 
-def test_another_seed_builds_another_farm(tmp_path: Path, farm: Farm) -> None:
+def test_mkfarm_builds_another_farm_from_another_seed(tmp_path: Path, farm: Farm) -> None:
     other = built(tmp_path / "farm", *FEW, "--faults", "2", seed=str(int(SEED) + 1))
     assert snapshot(other.place) != snapshot(farm.place)
 
 
-def test_faults_of_every_kind_are_planted(farm: Farm) -> None:
+def test_mkfarm_plants_faults_of_every_kind(farm: Farm) -> None:
     assert {name for one in farm.found.values() for name in one["findings"]} == FINDINGS
     assert {one["name"] for one in farm.graph} == GRAPH_FINDINGS
     assert {one["exit"] for one in farm.found.values()} == {1, 2, 3}
@@ -206,7 +210,7 @@ def overlays(farm: Farm) -> list[Path]:
     return [farm.place / one["filename"] for one in listed]
 
 
-def test_healthy_overlays_are_varied(sound: Farm) -> None:
+def test_mkfarm_varies_healthy_overlays(sound: Farm) -> None:
     headers = {path: read_header(path) for path in overlays(sound)}
     assert len(headers) == 150
     assert {one.cluster for one in headers.values()} == {4096 << power for power in range(5)}
@@ -219,13 +223,13 @@ def test_healthy_overlays_are_varied(sound: Farm) -> None:
     assert any(size % 512 for size in sizes)
 
 
-def test_chains_are_as_deep_as_they_may_be_and_no_deeper(sound: Farm) -> None:
+def test_mkfarm_builds_chains_up_to_the_depth_limit(sound: Farm) -> None:
     listed = addcow("farm", "ls", "--output", "json", ".", cwd=sound.place).json["images"]
     # It counts the overlays below.
     assert {one["depth"] for one in listed} == set(range(DEPTH))
 
 
-def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
+def test_mkfarm_does_not_touch_existing_files(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     done = mkfarm(tmp_path, *FEW)
     assert (done.returncode, done.stdout) == (1, "")
@@ -233,5 +237,5 @@ def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
 
 
-def test_a_directory_that_is_empty_will_do(tmp_path: Path) -> None:
+def test_mkfarm_accepts_an_empty_directory(tmp_path: Path) -> None:
     assert built(tmp_path, "--images", "3", "--no-faults").images == 3

@@ -25,7 +25,7 @@ PARTS = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size
 
 
 @pytest.mark.parametrize("name", [":", "::", ":/", "a:", "a:b", "nbd:host/x", "json:{}", "é:b"])
-def test_a_colon_before_any_slash_is_a_protocol(name: str) -> None:
+def test_name_with_a_colon_before_any_slash_has_a_protocol(name: str) -> None:
     assert path_has_protocol(name)
 
 
@@ -47,19 +47,19 @@ def test_other_names_are_paths(name: str) -> None:
         ("dir/top.add-cow", "", "dir/"),
     ],
 )
-def test_a_relative_name_is_relative_to_the_directory(base: str, name: str, meant: str) -> None:
+def test_relative_name_is_relative_to_the_directory(base: str, name: str, meant: str) -> None:
     assert path_combine(base, name) == meant
 
 
 @pytest.mark.parametrize("base", ["top.add-cow", ""])
 @pytest.mark.parametrize("name", ["base.img", "sub/base.img", "./a:b", ""])
-def test_without_a_directory_a_name_stands_for_itself(base: str, name: str) -> None:
+def test_name_without_a_directory_is_unchanged(base: str, name: str) -> None:
     assert path_combine(base, name) == name
 
 
 @pytest.mark.parametrize("base", ["", "top.add-cow", "dir/top.add-cow", "nbd:host", "nbd:h/x", ":"])
 @pytest.mark.parametrize("name", ["/", "/base.img", "//x", "/a:b"])
-def test_an_absolute_name_stands_for_itself(base: str, name: str) -> None:
+def test_absolute_name_is_unchanged(base: str, name: str) -> None:
     assert path_combine(base, name) == name
 
 
@@ -75,15 +75,13 @@ def test_an_absolute_name_stands_for_itself(base: str, name: str) -> None:
         ("a/b:c", "a/x"),
     ],
 )
-def test_a_protocol_of_the_base_is_kept(base: str, meant: str) -> None:
+def test_protocol_of_the_base_is_kept(base: str, meant: str) -> None:
     assert path_combine(base, "x") == meant
 
 
 @PROPERTY
 @given(st.lists(PARTS, min_size=1, max_size=3), st.lists(PARTS, min_size=1, max_size=3))
-def test_beneath_a_directory_names_are_joined_as_paths_are(
-    base: list[str], name: list[str]
-) -> None:
+def test_names_are_joined_as_paths(base: list[str], name: list[str]) -> None:
     holder = "./" + "/".join(base)
     relative = "/".join(name)
     assert path_combine(holder, relative) == os.path.join(os.path.dirname(holder), relative)
@@ -103,7 +101,7 @@ def holding(path: Path, content: bytes) -> Iterator[int]:
         os.close(fd)
 
 
-def test_a_name_is_read_where_it_lies(tmp_path: Path) -> None:
+def test_name_is_read_at_its_offset(tmp_path: Path) -> None:
     with holding(tmp_path / "file", b"....base.imgtop.raw....") as fd:
         assert read_string(fd, 4, 8, 1024) == "base.img"
         assert read_string(fd, 12, 7, 1024) == "top.raw"
@@ -111,14 +109,14 @@ def test_a_name_is_read_where_it_lies(tmp_path: Path) -> None:
         assert read_string(fd, 3, 0, 1024) == ""
 
 
-def test_a_name_need_not_be_text(tmp_path: Path) -> None:
+def test_name_may_have_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     raw = bytes(range(1, 256))
     with holding(tmp_path / "file", raw) as fd:
         assert os.fsencode(read_string(fd, 0, len(raw), 1024)) == raw
 
 
 @pytest.mark.parametrize("limit", [2, 1024, 4096])
-def test_a_name_and_its_terminator_fit_into_the_limit(tmp_path: Path, limit: int) -> None:
+def test_name_and_its_terminator_fit_into_the_limit(tmp_path: Path, limit: int) -> None:
     with holding(tmp_path / "file", b"n" * 5000) as fd:
         assert read_string(fd, 0, limit - 1, limit) == "n" * (limit - 1)
         with pytest.raises(ImageError, match=f"{limit} bytes exceed {limit - 1}"):
@@ -126,7 +124,7 @@ def test_a_name_and_its_terminator_fit_into_the_limit(tmp_path: Path, limit: int
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 9), (7, 2), (8, 1), (100, 1)])
-def test_a_name_that_the_file_cuts_off_is_refused(tmp_path: Path, offset: int, length: int) -> None:
+def test_truncated_name_is_refused(tmp_path: Path, offset: int, length: int) -> None:
     with (
         holding(tmp_path / "file", b"base.img") as fd,
         pytest.raises(ImageError, match=f"byte {offset}: the file ends inside it"),
@@ -135,7 +133,7 @@ def test_a_name_that_the_file_cuts_off_is_refused(tmp_path: Path, offset: int, l
 
 
 @pytest.mark.parametrize("name", [b"\0", b"\0x", b"x\0", b"base\0.img"])
-def test_a_name_with_a_nul_is_refused(tmp_path: Path, name: bytes) -> None:
+def test_name_with_a_nul_is_refused(tmp_path: Path, name: bytes) -> None:
     with (
         holding(tmp_path / "file", name) as fd,
         pytest.raises(ImageError, match="it contains a NUL byte"),
@@ -147,9 +145,7 @@ def test_a_name_with_a_nul_is_refused(tmp_path: Path, name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["a:b.img", ":", "nbd:localhost"])
-def test_a_backing_with_a_protocol_is_refused_and_the_mend_is_told(
-    tmp_path: Path, name: str
-) -> None:
+def test_backing_with_a_protocol_is_refused_with_advice(tmp_path: Path, name: str) -> None:
     draw_raw(tmp_path / name, "A")
     draw(tmp_path / "top.add-cow", "-", backing=name)
     said = refused("map", "top.add-cow", cwd=tmp_path)
@@ -158,7 +154,7 @@ def test_a_backing_with_a_protocol_is_refused_and_the_mend_is_told(
 
 
 @pytest.mark.parametrize("name", ["a:b.img", ":", "nbd:localhost"])
-def test_the_same_name_behind_a_dot_and_a_slash_is_a_file(tmp_path: Path, name: str) -> None:
+def test_name_after_dot_slash_is_a_file(tmp_path: Path, name: str) -> None:
     draw_raw(tmp_path / name, "A")
     draw(tmp_path / "top.add-cow", "-", backing=f"./{name}")
     succeed("io", "-r", "-c", "read -P 0x41 0 64k", "top.add-cow", cwd=tmp_path)
@@ -172,7 +168,7 @@ def test_names_are_relative_to_the_file_that_holds_them(tmp_path: Path) -> None:
     succeed("io", "-r", "-c", "read -P 0x41 0 64k", "sub/top.add-cow", cwd=tmp_path)
 
 
-def test_a_name_that_no_character_set_knows_is_opened(tmp_path: Path) -> None:
+def test_name_outside_every_character_set_is_opened(tmp_path: Path) -> None:
     name = os.fsdecode(b"disk-\xff\xfe.raw")
     draw_raw(tmp_path / name, "A")
     content = overlay_bytes(image=name, size=64 * 1024, local=[0])

@@ -85,7 +85,7 @@ JOBS = [
 
 
 @pytest.mark.parametrize("words", JOBS, ids=" ".join)
-def test_a_job_does_what_it_does_elsewhere(
+def test_job_without_shared_mappings_has_the_same_result(
     pool: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     for here in (pool, tmp_path):
@@ -94,7 +94,9 @@ def test_a_job_does_what_it_does_elsewhere(
     assert contents(pool) == contents(tmp_path)
 
 
-def test_what_looks_says_what_it_says_elsewhere(pool: Path, tmp_path: Path) -> None:
+def test_reading_commands_without_shared_mappings_print_the_same(
+    pool: Path, tmp_path: Path
+) -> None:
     for here in (pool, tmp_path):
         begin(here)
         succeed("convert", "-O", "raw", "top.add-cow", "new.raw", cwd=here)
@@ -115,7 +117,7 @@ def test_what_looks_says_what_it_says_elsewhere(pool: Path, tmp_path: Path) -> N
     same_content("new.raw", str(tmp_path / "new.raw"), cwd=pool)
 
 
-def test_manifests_are_made_and_verified_there(pool: Path) -> None:
+def test_manifests_without_shared_mappings_are_made_and_verified(pool: Path) -> None:
     begin(pool)
     succeed("manifest", "create", "top.add-cow", cwd=pool)
     succeed("manifest", "create", "top.add-cow", cwd=pool)
@@ -131,7 +133,9 @@ def test_manifests_are_made_and_verified_there(pool: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_reading_back_is_refused_before_anything_is_changed(pool: Path, job: str) -> None:
+def test_verify_option_without_shared_mappings_is_refused_before_any_change(
+    pool: Path, job: str
+) -> None:
     begin(pool)
     before = contents(pool)
     line = refused(job, "--verify", "top.add-cow", cwd=pool)
@@ -140,7 +144,7 @@ def test_reading_back_is_refused_before_anything_is_changed(pool: Path, job: str
     assert contents(pool) == before
 
 
-def test_bits_that_are_written_are_seen_at_once(pool: Path) -> None:
+def test_bitmap_without_shared_mappings_shows_written_bits(pool: Path) -> None:
     path = pool / "bits"
     size = 3 * READ_BYTES + 5
     with path.open("w+b") as file:
@@ -163,7 +167,7 @@ def test_bits_that_are_written_are_seen_at_once(pool: Path) -> None:
         ]
 
 
-def test_a_manifest_that_cannot_be_mapped_is_read(pool: Path) -> None:
+def test_manifest_without_shared_mappings_is_read(pool: Path) -> None:
     data = bytes(range(256)) * 16
     (pool / "data").write_bytes(data)
     with (pool / "data").open("rb") as file:
@@ -174,7 +178,7 @@ def test_a_manifest_that_cannot_be_mapped_is_read(pool: Path) -> None:
         assert content[part] == data[:-3][part]
 
 
-def test_e2fsck_finds_a_flattened_disk_sound(pool: Path) -> None:
+def test_e2fsck_accepts_a_disk_flattened_without_shared_mappings(pool: Path) -> None:
     (pool / "disk.img").touch()
     os.truncate(pool / "disk.img", 16 * MiB)
     tool("mkfs.ext4", "-q", "-F", "disk.img", cwd=pool)

@@ -87,7 +87,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @each_case
-def test_the_oracle_reads_what_the_reference_read(archive: Path, case: Facts) -> None:
+def test_oracle_reads_what_the_reference_read(archive: Path, case: Facts) -> None:
     folder = archive / case["name"]
     path = str(folder / top(case)["file"])
     expected = (folder / "expected.raw").read_bytes()
@@ -98,7 +98,7 @@ def test_the_oracle_reads_what_the_reference_read(archive: Path, case: Facts) ->
 
 
 @each_case
-def test_the_facts_alone_make_the_reference_s_files(case: Facts, tmp_path: Path) -> None:
+def test_facts_alone_make_the_files_of_the_reference(case: Facts, tmp_path: Path) -> None:
     path = assemble(case, tmp_path / "case")
     made = {name: file_sha256(tmp_path / "case" / name) for name in os.listdir(tmp_path / "case")}
     assert made == {
@@ -109,7 +109,7 @@ def test_the_facts_alone_make_the_reference_s_files(case: Facts, tmp_path: Path)
 
 
 @each_case
-def test_any_range_is_the_same_as_the_whole_cut(case: Facts, tmp_path: Path) -> None:
+def test_oracle_reads_any_range_as_part_of_the_whole(case: Facts, tmp_path: Path) -> None:
     path = str(assemble(case, tmp_path / "case"))
     whole = oracle.guest_bytes(path)
     size, cluster = len(whole), case["cluster_size"]
@@ -123,7 +123,7 @@ def test_any_range_is_the_same_as_the_whole_cut(case: Facts, tmp_path: Path) -> 
 # Chains and odd lengths
 
 
-def test_a_picture_of_a_chain(tmp_path: Path) -> None:
+def test_oracle_reads_a_chain(tmp_path: Path) -> None:
     (tmp_path / "root").write_bytes(paint("abcdef"))
     overlay(tmp_path, "mid", paint("xBxDx"), b"\x0a", "root")
     path = overlay(tmp_path, "top", paint("Uyyyyyy"), b"\x01", "mid.add-cow", "add-cow")
@@ -131,13 +131,13 @@ def test_a_picture_of_a_chain(tmp_path: Path) -> None:
     assert oracle.guest_bytes(path) == paint("UBcDe..")
 
 
-def test_no_backing_and_no_flag_reads_zeros(tmp_path: Path) -> None:
+def test_oracle_reads_zeros_without_a_backing(tmp_path: Path) -> None:
     path = overlay(tmp_path, "top", paint("xAx"), b"\x02", None)
     assert oracle.guest_bytes(path) == paint(".A.")
     assert oracle.allocated(path) == [1]
 
 
-def test_a_shorter_backing_ends_inside_a_cluster(tmp_path: Path) -> None:
+def test_oracle_reads_zeros_after_a_shorter_backing(tmp_path: Path) -> None:
     # All bytes of the backing count, also the 7 behind its last whole sector.
     (tmp_path / "base").write_bytes(b"b" * (CLUSTER + 512 + 7))
     path = overlay(tmp_path, "top", paint("xxA"), b"\x04", "base")
@@ -145,47 +145,47 @@ def test_a_shorter_backing_ends_inside_a_cluster(tmp_path: Path) -> None:
     assert oracle.guest_bytes(path) == seen
 
 
-def test_a_raw_disk_shorter_than_a_sector_is_one_sector(tmp_path: Path) -> None:
+def test_oracle_rounds_a_raw_disk_up_to_a_sector(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(b"b" * 300)
     path = overlay(tmp_path, "top", bytes(512), b"\x00", "base")
     assert oracle.guest_bytes(path) == b"b" * 300 + bytes(212)
 
 
-def test_a_partial_last_cluster_and_a_ragged_image(tmp_path: Path) -> None:
+def test_oracle_reads_a_partial_last_cluster(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(paint("bbb"))
     path = overlay(tmp_path, "top", paint("xA")[: CLUSTER + 1024 + 100], b"\x02", "base")
     assert oracle.virtual_size(path) == CLUSTER + 1024
     assert oracle.guest_bytes(path) == paint("bA")[: CLUSTER + 1024]
 
 
-def test_an_image_shorter_than_a_sector_is_an_empty_disk(tmp_path: Path) -> None:
+def test_oracle_reads_an_image_shorter_than_a_sector_as_empty(tmp_path: Path) -> None:
     path = overlay(tmp_path, "top", b"x" * 511, b"\xff", None)
     assert oracle.virtual_size(path) == 0
     assert oracle.guest_bytes(path) == b""
     assert oracle.allocated(path) == []
 
 
-def test_all_allocated_consults_neither_bitmap_nor_backing(tmp_path: Path) -> None:
+def test_oracle_ignores_bitmap_and_backing_with_all_allocated(tmp_path: Path) -> None:
     path = overlay(tmp_path, "top", paint("ABC"), b"\0", "no-such-backing", "qcow2")
     patch(Path(path), [(32, "01")])
     assert oracle.guest_bytes(path) == paint("ABC")
     assert oracle.allocated(path) == [0, 1, 2]
 
 
-def test_a_short_bitmap_reads_as_zero_bits(tmp_path: Path) -> None:
+def test_oracle_reads_missing_bits_as_zero(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(paint("bbbbbbbbbb"))
     path = overlay(tmp_path, "top", paint("AxxxxxxxAx"), b"\x01", "base")
     assert oracle.guest_bytes(path) == paint("Abbbbbbbbb")
     assert oracle.allocated(path) == [0]
 
 
-def test_bits_past_the_last_cluster_are_ignored(tmp_path: Path) -> None:
+def test_oracle_ignores_bits_past_the_last_cluster(tmp_path: Path) -> None:
     path = overlay(tmp_path, "top", paint("AB"), b"\xff\xff", None)
     assert oracle.allocated(path) == [0, 1]
     assert oracle.guest_bytes(path) == paint("AB")
 
 
-def test_names_are_relative_to_the_file_or_absolute(tmp_path: Path) -> None:
+def test_oracle_resolves_names_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "base").write_bytes(paint("bb"))
     path = overlay(tmp_path / "deep", "top", paint("xA"), b"\x02", "../base")
@@ -198,7 +198,7 @@ def test_names_are_relative_to_the_file_or_absolute(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("invalid", INVALID["cases"], ids=lambda case: str(case["file"]))
-def test_what_the_format_forbids_is_refused(invalid: Facts, tmp_path: Path) -> None:
+def test_oracle_refuses_what_the_format_forbids(invalid: Facts, tmp_path: Path) -> None:
     case = {"base": INVALID["base"], "layers": [INVALID["layer"]], "files": INVALID["files"]}
     path = assemble({**case, "header": usual_header(INVALID["layer"])}, tmp_path / "case")
     patch(path, invalid["pwrite"])
@@ -212,7 +212,7 @@ def test_what_the_format_forbids_is_refused(invalid: Facts, tmp_path: Path) -> N
             oracle.guest_bytes(str(path))
 
 
-def test_a_chain_that_comes_back_is_refused(tmp_path: Path) -> None:
+def test_oracle_refuses_a_cycle(tmp_path: Path) -> None:
     overlay(tmp_path, "one", paint("."), b"\0", "two.add-cow", "add-cow")
     path = overlay(tmp_path, "two", paint("."), b"\0", "one.add-cow", "add-cow")
     with pytest.raises(oracle.OracleError, match="used twice"):
@@ -220,14 +220,14 @@ def test_a_chain_that_comes_back_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nbd:localhost:10809", "json:{}", "file:base"])
-def test_a_name_with_a_protocol_is_no_path(tmp_path: Path, name: str) -> None:
+def test_oracle_refuses_a_name_with_a_protocol(tmp_path: Path, name: str) -> None:
     path = overlay(tmp_path, "top", paint("."), b"\0", name)
     with pytest.raises(oracle.OracleError, match="not a path"):
         oracle.guest_bytes(path)
 
 
 @pytest.mark.parametrize("cut", [(0, CLUSTER * 2 + 1), (CLUSTER, 0), (-1, 5)])
-def test_a_range_outside_the_disk_is_refused(tmp_path: Path, cut: tuple[int, int]) -> None:
+def test_oracle_refuses_a_range_outside_the_disk(tmp_path: Path, cut: tuple[int, int]) -> None:
     path = overlay(tmp_path, "top", paint("AB"), b"\3", None)
     with pytest.raises(oracle.OracleError, match="not within"):
         oracle.guest_bytes(path, *cut)
@@ -241,7 +241,7 @@ def write_sample(folder: Path) -> str:
     return overlay(folder, "top", paint("xA"), b"\x02", "base")
 
 
-def test_the_commands_print_one_answer(tmp_path: Path) -> None:
+def test_oracle_commands_print_one_answer(tmp_path: Path) -> None:
     path = write_sample(tmp_path)
     assert run_oracle("size", path).out == f"{2 * CLUSTER}\n"
     assert run_oracle("digest", path).out == sha256(paint("bA")) + "\n"
@@ -249,7 +249,7 @@ def test_the_commands_print_one_answer(tmp_path: Path) -> None:
     assert run_oracle("dump", path).out == paint("bA").decode()
 
 
-def test_dump_writes_a_new_file_and_nothing_else(tmp_path: Path) -> None:
+def test_oracle_dump_writes_a_new_file_only(tmp_path: Path) -> None:
     path = write_sample(tmp_path)
     before = snapshot(tmp_path)
     assert run_oracle("dump", path, tmp_path / "out").exit == 0
@@ -267,7 +267,9 @@ def missing_backing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [broken_magic, missing_backing])
-def test_a_failure_is_one_line_and_exit_1(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_oracle_failure_is_one_line_and_exit_1(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
     path = write_sample(tmp_path)
     harm(Path(path))
     result = run_oracle("digest", path)
@@ -276,12 +278,12 @@ def test_a_failure_is_one_line_and_exit_1(tmp_path: Path, harm: Callable[[Path],
     assert result.err.count("\n") == 1
 
 
-def test_dump_never_overwrites(tmp_path: Path) -> None:
+def test_oracle_dump_never_overwrites(tmp_path: Path) -> None:
     path = write_sample(tmp_path)
     assert run_oracle("dump", path, tmp_path / "base").exit == 1
     assert (tmp_path / "base").read_bytes() == paint("bb")
 
 
-def test_pictures_and_kept_clusters_agree() -> None:
+def test_golden_pictures_and_stored_clusters_agree() -> None:
     # What builds the images of these tests, seen once by itself.
     assert keep_clusters(paint("ABC"), {1}, CLUSTER) == paint(".B.")

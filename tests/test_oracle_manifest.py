@@ -96,7 +96,7 @@ def assert_agreed(top: Path, layers: set[Path], *options: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(CHAINS))
-def test_random_chains_have_no_fault(number: int, tmp_path: Path) -> None:
+def test_oracle_accepts_manifests_of_random_chains(number: int, tmp_path: Path) -> None:
     rng = random.Random(f"{SEED}/{number}")
     layers = random_chain(rng, tmp_path)
     assert_agreed(layers[0], set(layers), "--jobs", str(rng.choice([0, 2])))
@@ -106,7 +106,9 @@ def test_random_chains_have_no_fault(number: int, tmp_path: Path) -> None:
     ("bits", "below"),
     [(bits, "shorter") for bits in range(12, 22)] + [(bits, "longer") for bits in (12, 16, 17, 21)],
 )
-def test_every_cluster_size_over_several_groups(bits: int, below: str, tmp_path: Path) -> None:
+def test_oracle_accepts_every_cluster_size_over_several_groups(
+    bits: int, below: str, tmp_path: Path
+) -> None:
     cluster, size = 1 << bits, 2 * GROUP + 3 * LEAF + 5 * 512
     base = tmp_path / "base.img"
     spread(base, size + (7 * LEAF if below == "longer" else -GROUP), step=GROUP // 3)
@@ -115,13 +117,15 @@ def test_every_cluster_size_over_several_groups(bits: int, below: str, tmp_path:
 
 
 @pytest.mark.parametrize("rest", [512, LEAF - 512, LEAF])
-def test_an_overlay_that_cuts_a_leaf_of_a_longer_backing(rest: int, tmp_path: Path) -> None:
+def test_oracle_accepts_an_overlay_that_ends_within_a_leaf_of_its_backing(
+    rest: int, tmp_path: Path
+) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     top = overlay(tmp_path, "top", LEAF + rest, tmp_path / "base.img")
     assert_agreed(top, {top, tmp_path / "base.img"})
 
 
-def test_a_backing_that_is_longer_by_less_than_a_sector(tmp_path: Path) -> None:
+def test_oracle_accepts_a_backing_longer_by_less_than_a_sector(tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     base.write_bytes(b"b" * (LEAF + 1024 + 511))
     top = overlay(tmp_path, "top", LEAF + 1024, base)
@@ -129,31 +133,31 @@ def test_a_backing_that_is_longer_by_less_than_a_sector(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513, LEAF - 1, LEAF, LEAF + 100, GROUP + 700])
-def test_a_raw_file_of_any_length(size: int, tmp_path: Path) -> None:
+def test_oracle_accepts_a_raw_file_of_any_length(size: int, tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     spread(base, size, step=LEAF // 2)
     assert_agreed(base, {base})
 
 
-def test_an_empty_overlay_over_something(tmp_path: Path) -> None:
+def test_oracle_accepts_an_empty_overlay(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "")
     assert_agreed(top, {top, tmp_path / "base.img"})
 
 
-def test_an_overlay_without_a_backing(tmp_path: Path) -> None:
+def test_oracle_accepts_an_overlay_without_a_backing(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "A-0bB", "", cluster=4 * KiB)
     assert_agreed(tmp_path / "top.add-cow", {tmp_path / "top.add-cow"})
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, CLUSTER, CLUSTER + 1])
-def test_a_bitmap_that_is_cut_or_followed_by_more(length: int, tmp_path: Path) -> None:
+def test_oracle_accepts_a_short_or_long_bitmap(length: int, tmp_path: Path) -> None:
     top = pair(tmp_path, "ABCDEFGHIJK", "-BC--F---JK")
     content = top.read_bytes() + b"more"
     top.write_bytes(content[: CLUSTER + length])
     assert_agreed(top, {top, tmp_path / "base.img"})
 
 
-def test_where_all_is_allocated_the_chain_ends(tmp_path: Path) -> None:
+def test_oracle_ends_the_chain_at_all_allocated(tmp_path: Path) -> None:
     pair(tmp_path, "AB-D", "-B-")
     draw(tmp_path / "whole.add-cow", "a-0B", "top.add-cow", compatible=ALL_ALLOCATED)
     draw(tmp_path / "upper.add-cow", "-U--x", "whole.add-cow", backing_format="add-cow")
@@ -161,7 +165,7 @@ def test_where_all_is_allocated_the_chain_ends(tmp_path: Path) -> None:
     assert_agreed(upper, {upper, whole})
 
 
-def test_a_view_of_three_levels(tmp_path: Path) -> None:
+def test_oracle_accepts_a_digest_tree_of_three_levels(tmp_path: Path) -> None:
     size = 4 * GiB + GROUP + 3 * 512
     draw_raw(tmp_path / "base.img", "ABC")
     top = overlay(tmp_path, "top", size, tmp_path / "base.img", cluster=2 * MiB, local=[5, 2049])
@@ -171,7 +175,7 @@ def test_a_view_of_three_levels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 512, 3 * LEAF + 512, GROUP, GROUP + 512, 3 * GROUP])
-def test_the_guest_s_digest_as_three_lines_say_it(size: int, tmp_path: Path) -> None:
+def test_guest_digest_equals_a_plain_computation(size: int, tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     spread(base, size, step=5 * LEAF + 512)
     content = base.read_bytes()
@@ -190,7 +194,7 @@ def test_the_guest_s_digest_as_three_lines_say_it(size: int, tmp_path: Path) -> 
     assert oracle.guest_digest(str(base), "raw") == expected
 
 
-def test_the_same_bytes_have_the_same_digest_in_any_chain(tmp_path: Path) -> None:
+def test_guest_digest_is_equal_in_any_chain(tmp_path: Path) -> None:
     pair(tmp_path, "AB-DEF", "-B0dD-x")
     draw(tmp_path / "upper.add-cow", "--u-U", "top.add-cow", backing_format="add-cow")
     upper = tmp_path / "upper.add-cow"
@@ -263,7 +267,7 @@ def beyond_identities(found: list[str]) -> list[str]:
     return [fault for fault in found if not fault.startswith("head.files.")]
 
 
-def test_any_byte_of_a_manifest_counts(top: Path) -> None:
+def test_oracle_finds_any_changed_byte_of_a_manifest(top: Path) -> None:
     rng = random.Random(SEED)
     for layer in (top, top.with_name("base.img")):
         right = manifest(layer).read_bytes()
@@ -273,7 +277,7 @@ def test_any_byte_of_a_manifest_counts(top: Path) -> None:
             patch(manifest(layer), at, right[at : at + 1])
 
 
-def test_any_byte_of_a_manifest_counts_under_a_right_digest(top: Path) -> None:
+def test_oracle_finds_any_changed_byte_of_a_resealed_manifest(top: Path) -> None:
     rng = random.Random(SEED)
     for layer in (top, top.with_name("base.img")):
         right = manifest(layer).read_bytes()
@@ -286,7 +290,7 @@ def test_any_byte_of_a_manifest_counts_under_a_right_digest(top: Path) -> None:
             manifest(layer).write_bytes(right)
 
 
-def test_a_cut_or_longer_manifest(top: Path) -> None:
+def test_oracle_rejects_a_truncated_or_extended_manifest(top: Path) -> None:
     right = manifest(top).read_bytes()
     for length in (0, 8, 100, RECORDS, RECORDS + 31, len(right) - 32, len(right) - 1):
         manifest(top).write_bytes(right[:length])
@@ -322,14 +326,14 @@ def test_a_cut_or_longer_manifest(top: Path) -> None:
         ("base.img", 7 * LEAF - 9, {"head.backing.guest-digest"}),
     ],
 )
-def test_a_byte_of_data_is_found_where_it_counts(
+def test_oracle_finds_a_changed_byte_of_data(
     own_top: Path, file: str, at: int, expected: set[str]
 ) -> None:
     flip(own_top.with_name(file), at)
     assert what(beyond_identities(faults(own_top))) == expected
 
 
-def test_any_byte_counts_but_those_under_a_clear_bit(own_top: Path) -> None:
+def test_oracle_finds_any_changed_byte_but_those_under_a_clear_bit(own_top: Path) -> None:
     rng = random.Random(SEED)
     local = local_clusters(own_top)
     for name in ("top.raw", "base.img"):
@@ -342,7 +346,7 @@ def test_any_byte_counts_but_those_under_a_clear_bit(own_top: Path) -> None:
             flip(file, at, mask)
 
 
-def test_any_byte_of_a_raw_file_counts_its_ragged_end_included(tmp_path: Path) -> None:
+def test_oracle_finds_any_changed_byte_of_a_raw_file(tmp_path: Path) -> None:
     base = tmp_path / "base.img"
     base.write_bytes(b"A" * (LEAF + 512 + 9))
     make_manifests(base)
@@ -352,7 +356,7 @@ def test_any_byte_of_a_raw_file_counts_its_ragged_end_included(tmp_path: Path) -
         flip(base, at)
 
 
-def test_any_byte_of_the_header_counts(own_top: Path) -> None:
+def test_oracle_finds_any_changed_byte_of_the_header(own_top: Path) -> None:
     rng = random.Random(SEED)
     right = own_top.read_bytes()
     for at in [*range(100), *rng.sample(range(100, LEAF // 2), 40)]:
@@ -361,7 +365,7 @@ def test_any_byte_of_the_header_counts(own_top: Path) -> None:
         patch(own_top, at, right[at : at + 1])
 
 
-def test_any_bit_of_the_bitmap_counts(own_top: Path) -> None:
+def test_oracle_finds_any_changed_bit_of_the_bitmap(own_top: Path) -> None:
     for bit in range(13):
         flip(own_top, LEAF // 2 + bit // 8, 1 << bit % 8)
         found = what(faults(own_top))
@@ -370,7 +374,7 @@ def test_any_bit_of_the_bitmap_counts(own_top: Path) -> None:
         flip(own_top, LEAF // 2 + bit // 8, 1 << bit % 8)
 
 
-def test_bits_past_the_last_cluster_count_as_bytes_only(own_top: Path) -> None:
+def test_oracle_reports_stray_bits_as_bytes_only(own_top: Path) -> None:
     for at in (LEAF // 2 + 1, own_top.stat().st_size - 1):
         flip(own_top, at, 0x80)
         assert what(beyond_identities(faults(own_top))) == {"head.bitmap-digest"}
@@ -378,7 +382,7 @@ def test_bits_past_the_last_cluster_count_as_bytes_only(own_top: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["top.raw", "top.add-cow"])
-def test_a_file_that_was_touched_or_replaced(own_top: Path, name: str) -> None:
+def test_oracle_separates_a_touched_from_a_replaced_file(own_top: Path, name: str) -> None:
     file = own_top.with_name(name)
     which = "head.files.image." if name == "top.raw" else "head.files.cow."
     os.utime(file, ns=(0, 10**18))
@@ -425,7 +429,7 @@ RAW_KEYS = [
 ]
 
 
-def test_no_key_of_the_head_is_left_out_here(top: Path) -> None:
+def test_head_keys_of_these_tests_are_complete(top: Path) -> None:
     for layer, keys in ((top, OVERLAY_KEYS), (top.with_name("base.img"), RAW_KEYS)):
         seen: dict[str, Any] = {}
         rewrite_head(layer, seen.update)
@@ -436,7 +440,7 @@ def test_no_key_of_the_head_is_left_out_here(top: Path) -> None:
     ("name", "key"),
     [("top.add-cow", key) for key in OVERLAY_KEYS] + [("base.img", key) for key in RAW_KEYS],
 )
-def test_a_lie_in_the_head(top: Path, name: str, key: str) -> None:
+def test_oracle_rejects_a_false_value_in_the_head(top: Path, name: str, key: str) -> None:
     def change(head: dict[str, Any]) -> None:
         *way, last = key.split(".")
         for step in way:
@@ -448,7 +452,7 @@ def test_a_lie_in_the_head(top: Path, name: str, key: str) -> None:
     assert fault.startswith(f"head.{key}: ")
 
 
-def test_a_key_too_few_or_too_many(top: Path) -> None:
+def test_oracle_rejects_a_missing_or_additional_key(top: Path) -> None:
     base = top.with_name("base.img")
     rewrite_head(top, lambda head: head.pop("backing"))
     assert faults(top) == ["head.backing: missing"]
@@ -457,20 +461,20 @@ def test_a_key_too_few_or_too_many(top: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff{}", b"[]", b"3", b"[" * 4000])
-def test_a_head_that_is_no_object(top: Path, text: bytes) -> None:
+def test_oracle_rejects_a_head_that_is_no_object(top: Path, text: bytes) -> None:
     put(manifest(top), 12, (len(text).to_bytes(4, "little") + text).ljust(RECORDS - 12, b"\0"))
     seal(manifest(top))
     assert faults(top) != []
 
 
 @pytest.mark.parametrize("length", [4081, 2**32 - 1])
-def test_a_head_that_is_longer_than_its_place(top: Path, length: int) -> None:
+def test_oracle_rejects_a_head_that_is_too_long(top: Path, length: int) -> None:
     put(manifest(top), 12, length.to_bytes(4, "little"))
     seal(manifest(top))
     assert faults(top) == [f"length of the head: {length}"]
 
 
-def test_something_behind_the_head(top: Path) -> None:
+def test_oracle_rejects_bytes_after_the_head(top: Path) -> None:
     put(manifest(top), RECORDS - 1, b"\x20")
     seal(manifest(top))
     (fault,) = faults(top)
@@ -478,7 +482,7 @@ def test_something_behind_the_head(top: Path) -> None:
 
 
 @pytest.mark.parametrize(("at", "data"), [(0, b"ACOWMANJ"), (8, b"\2\0\0\0"), (8, b"\1\0\0\1")])
-def test_another_magic_or_version(top: Path, at: int, data: bytes) -> None:
+def test_oracle_rejects_another_magic_or_version(top: Path, at: int, data: bytes) -> None:
     put(manifest(top), at, data)
     seal(manifest(top))
     (fault,) = faults(top)
@@ -490,13 +494,13 @@ def test_another_magic_or_version(top: Path, at: int, data: bytes) -> None:
     [(COVERED, "covered"), (MIXED, "mixed")],
 )
 @pytest.mark.parametrize("leaf", [0, 1, 2, 5, 6, 7, 255])
-def test_a_lie_about_a_leaf(top: Path, bitmap: int, word: str, leaf: int) -> None:
+def test_oracle_rejects_a_false_leaf(top: Path, bitmap: int, word: str, leaf: int) -> None:
     flip(manifest(top), RECORDS + bitmap + leaf // 8, 1 << leaf % 8)
     seal(manifest(top))
     assert faults(top) == [f"{word}: leaf {leaf}"]
 
 
-def test_a_lie_about_a_digest(top: Path) -> None:
+def test_oracle_rejects_a_false_digest(top: Path) -> None:
     # The held ones of leaves 0, 1, 3 and 5; the seen ones of leaves 1, 3, 4 and 6.
     names = [f"held digest: leaf {leaf}" for leaf in (0, 1, 3, 5)]
     names += [f"seen digest: leaf {leaf}" for leaf in (1, 3, 4, 6)]
@@ -512,7 +516,9 @@ def test_a_lie_about_a_digest(top: Path) -> None:
 @pytest.mark.parametrize(
     ("bitmap", "leaf", "place", "word"), [(HELD, 4, 3, "held"), (SEEN, 0, 4, "seen")]
 )
-def test_a_digest_too_many(top: Path, bitmap: int, leaf: int, place: int, word: str) -> None:
+def test_oracle_rejects_an_additional_digest(
+    top: Path, bitmap: int, leaf: int, place: int, word: str
+) -> None:
     content = manifest(top).read_bytes()
     at = RECORDS + DIGESTS + DIGEST * place
     manifest(top).write_bytes(content[:at] + Z0 + content[at:])
@@ -521,7 +527,7 @@ def test_a_digest_too_many(top: Path, bitmap: int, leaf: int, place: int, word: 
     assert faults(top) == [f"{word} digest stored or not: leaf {leaf}"]
 
 
-def test_a_digest_too_few(top: Path) -> None:
+def test_oracle_rejects_a_missing_digest(top: Path) -> None:
     content = manifest(top).read_bytes()
     at = RECORDS + DIGESTS
     manifest(top).write_bytes(content[:at] + content[at + DIGEST :])
@@ -561,29 +567,29 @@ def rewrite_records(layer: Path, *order: int | bytes) -> None:
     rewrite_head(layer, lambda head: head.update(groups=len(order)))
 
 
-def test_a_record_is_missing(groups: Path) -> None:
+def test_oracle_rejects_a_missing_record(groups: Path) -> None:
     rewrite_records(groups, 0, 2)
     assert faults(groups) == ["record missing: group 1"]
 
 
-def test_all_records_are_missing(groups: Path) -> None:
+def test_oracle_rejects_missing_records(groups: Path) -> None:
     rewrite_records(groups)
     assert faults(groups) == [f"record missing: group {group}" for group in (0, 1, 3)]
 
 
-def test_a_record_of_nothing(groups: Path) -> None:
+def test_oracle_rejects_an_empty_record(groups: Path) -> None:
     rewrite_records(groups, 0, 1, struct.pack("<Q128x", 2), 2)
     assert faults(groups) == ["record not needed: group 2"]
 
 
 @pytest.mark.parametrize("group", [4, 2**64 - 1])
-def test_a_record_behind_the_end(groups: Path, group: int) -> None:
+def test_oracle_rejects_a_record_after_the_end(groups: Path, group: int) -> None:
     rewrite_records(groups, 0, 1, 2, struct.pack("<Q128x", group))
     assert faults(groups) == [f"record behind the end of the image: group {group}"]
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (0, 1, 1, 2)])
-def test_records_that_do_not_ascend(groups: Path, order: tuple[int, ...]) -> None:
+def test_oracle_rejects_records_out_of_order(groups: Path, order: tuple[int, ...]) -> None:
     rewrite_records(groups, *order)
     (fault,) = faults(groups)
     assert fault.startswith("records: group ")
@@ -593,7 +599,7 @@ def test_records_that_do_not_ascend(groups: Path, order: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("left", [1, 8, 100, DIGESTS, DIGESTS + 1])
-def test_a_record_that_is_cut_short(groups: Path, left: int) -> None:
+def test_oracle_rejects_a_truncated_record(groups: Path, left: int) -> None:
     content = manifest(groups).read_bytes()
     last = RECORDS + 2 * (DIGESTS + DIGEST)
     manifest(groups).write_bytes(content[: last + left] + bytes(DIGEST))
@@ -613,18 +619,18 @@ def ask(*words: str | Path, plain: bool = False) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def test_a_right_manifest_gets_no_word(top: Path) -> None:
+def test_oracle_prints_nothing_for_a_correct_manifest(top: Path) -> None:
     assert ask("manifest", top) == Result(0, "", "")
     assert ask("manifest", top.with_name("base.img"), "--format", "raw") == Result(0, "", "")
 
 
-def test_differences_are_printed_a_line_each(top: Path) -> None:
+def test_oracle_prints_a_line_for_each_difference(top: Path) -> None:
     flip(manifest(top), RECORDS + COVERED, 5)
     seal(manifest(top))
     assert ask("manifest", top) == Result(1, "covered: leaf 0\ncovered: leaf 2\n", "")
 
 
-def test_a_guest_digest_needs_no_manifest(top: Path) -> None:
+def test_oracle_computes_a_guest_digest_without_a_manifest(top: Path) -> None:
     base = top.with_name("base.img")
     told = make_manifests(top)
     manifest(top).unlink()
@@ -633,7 +639,7 @@ def test_a_guest_digest_needs_no_manifest(top: Path) -> None:
     assert ask("guest-digest", "--format", "raw", base) == Result(0, told[base] + "\n", "")
 
 
-def test_what_is_not_there_is_an_error(top: Path) -> None:
+def test_oracle_reports_a_missing_file(top: Path) -> None:
     manifest(top).unlink()
     for word, file in (("manifest", top), ("manifest", "none"), ("guest-digest", "none")):
         result = ask(word, file)
@@ -641,13 +647,13 @@ def test_what_is_not_there_is_an_error(top: Path) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_format_is_for_the_words_that_take_one(top: Path) -> None:
+def test_oracle_takes_a_format_only_where_it_is_used(top: Path) -> None:
     for word in ("size", "digest", "allocated", "dump"):
         assert ask(word, top, "--format", "raw").status == 2
     assert ask("manifest", top, "--format", "qcow2").status == 2
 
 
-def test_only_manifests_need_a_library(top: Path) -> None:
+def test_oracle_needs_a_library_only_for_manifests(top: Path) -> None:
     assert ask("size", top, plain=True) == Result(0, f"{virtual_size(top)}\n", "")
     assert ask("digest", top, plain=True).status == 0
 

@@ -56,7 +56,7 @@ each_mode = pytest.mark.parametrize(("base", "same", "other"), MODES)
 
 @pytest.mark.parametrize("group", ["same", "another"])
 @each_mode
-def test_what_is_made_of_a_base_is_no_more_readable(
+def test_new_files_are_no_more_readable_than_the_base(
     warm: Warm, tmp_path: Path, base: int, same: int, other: int, group: str
 ) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
@@ -75,7 +75,9 @@ def test_what_is_made_of_a_base_is_no_more_readable(
     assert mode(tmp_path / "top.add-cow") == 0o644  # names and bits
 
 
-def test_the_most_restrictive_file_of_a_chain_counts(warm: Warm, tmp_path: Path) -> None:
+def test_new_files_are_no_more_readable_than_the_most_restrictive_file(
+    warm: Warm, tmp_path: Path
+) -> None:
     chain(tmp_path, top=0o600)
     draw(tmp_path / "above.add-cow", "--Y-", "top.add-cow", backing_format="add-cow")
     done(warm.run("convert", "-O", "raw", "above.add-cow", "new.raw", cwd=tmp_path))
@@ -100,7 +102,7 @@ def test_the_most_restrictive_file_of_a_chain_counts(warm: Warm, tmp_path: Path)
         (0o644, 0o600, 0o600),
     ],
 )
-def test_flatten_narrows_an_image_and_says_so(
+def test_flatten_restricts_the_mode_of_an_image_and_says_so(
     warm: Warm, tmp_path: Path, base: int, image: int, wanted: int, farm: tuple[str, ...]
 ) -> None:
     chain(tmp_path, base=base, top=image)
@@ -111,7 +113,7 @@ def test_flatten_narrows_an_image_and_says_so(
     assert (tmp_path / "top.raw").read_bytes()[:CLUSTER] == b"A" * CLUSTER
 
 
-def test_a_backup_is_no_more_readable_than_the_chain(warm: Warm, tmp_path: Path) -> None:
+def test_backup_is_no_more_readable_than_the_chain(warm: Warm, tmp_path: Path) -> None:
     chain(tmp_path)
     with (tmp_path / "top.add-cow").open("r+b") as file:
         file.seek(CLUSTER)
@@ -121,7 +123,7 @@ def test_a_backup_is_no_more_readable_than_the_chain(warm: Warm, tmp_path: Path)
     assert mode(tmp_path / "top.add-cow.backup-1") == 0o600
 
 
-def test_a_draft_that_was_left_is_narrowed(warm: Warm, tmp_path: Path) -> None:
+def test_old_draft_of_a_manifest_is_restricted(warm: Warm, tmp_path: Path) -> None:
     chain(tmp_path, base=0o600)
     (tmp_path / "base.img.manifest.part").write_bytes(b"ADDCOWMP")
     (tmp_path / "base.img.manifest.part").chmod(0o644)

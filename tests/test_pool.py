@@ -145,17 +145,17 @@ def test_every_task_is_done_once(tmp_path: Path, jobs: int) -> None:
 
 
 @pytest.mark.parametrize("jobs", JOBS)
-def test_no_tasks_are_done_at_once(tmp_path: Path, jobs: int) -> None:
+def test_pool_without_tasks_ends_at_once(tmp_path: Path, jobs: int) -> None:
     assert run(Plain(tmp_path), jobs, []) == {}
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_more_processes_than_tasks(tmp_path: Path, count: int) -> None:
+def test_pool_with_more_processes_than_tasks(tmp_path: Path, count: int) -> None:
     tasks = tasks_of(count)
     all_done(run(Plain(tmp_path), 3, tasks), tasks)
 
 
-def test_a_slow_task_keeps_nobody_else(tmp_path: Path) -> None:
+def test_slow_task_does_not_delay_other_workers(tmp_path: Path) -> None:
     tasks = tasks_of(10)
     work = Waits(tmp_path, frozenset({0}))
     os.mkfifo(work.gate)
@@ -177,7 +177,7 @@ def test_a_slow_task_keeps_nobody_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ParentRole)
 @pytest.mark.parametrize("jobs", [0, 1, 2, 3])
-def test_whatever_part_this_process_takes_every_task_is_done_once(
+def test_every_task_is_done_once_in_every_role_of_the_parent(
     tmp_path: Path, part: ParentRole, jobs: int
 ) -> None:
     tasks, most, results = tasks_of(40), 0, []
@@ -197,14 +197,14 @@ def test_whatever_part_this_process_takes_every_task_is_done_once(
         assert here
 
 
-def test_a_small_job_starts_nobody(tmp_path: Path) -> None:
+def test_small_job_starts_no_worker(tmp_path: Path) -> None:
     with Pool(Plain(tmp_path), 3, parent_role=ParentRole.FIRST) as pool:
         for _ in pool.run(tasks_of(20)):
             assert not own_children()
     assert {process for _, process in log_of(tmp_path)} == {os.getpid()}
 
 
-def test_a_large_job_starts_the_others_after_the_second_task(tmp_path: Path) -> None:
+def test_large_job_starts_workers_after_the_second_task(tmp_path: Path) -> None:
     """Told by weight: the second task is a trillionth of the job."""
     tasks = [replace(task, weight=10 ** (12 * (task.number != 1))) for task in tasks_of(20)]
     with Pool(Plain(tmp_path), 3, parent_role=ParentRole.FIRST) as pool:
@@ -217,7 +217,7 @@ def test_a_large_job_starts_the_others_after_the_second_task(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("part", ParentRole)
-def test_processes_can_be_started_before_there_are_tasks(tmp_path: Path, part: ParentRole) -> None:
+def test_workers_can_be_started_before_there_are_tasks(tmp_path: Path, part: ParentRole) -> None:
     others = 2 if part in (ParentRole.FULL, ParentRole.FIRST) else 3
     with Pool(Plain(tmp_path), 3, parent_role=part) as pool:
         pool.start(1)
@@ -233,7 +233,7 @@ def test_processes_can_be_started_before_there_are_tasks(tmp_path: Path, part: P
     assert not own_children()
 
 
-def test_a_process_that_is_started_before_there_are_tasks_may_die(tmp_path: Path) -> None:
+def test_worker_may_die_before_there_are_tasks(tmp_path: Path) -> None:
     with Pool(Plain(tmp_path), 1) as pool:
         pool.start(9)
         (process,) = active_children()
@@ -242,9 +242,7 @@ def test_a_process_that_is_started_before_there_are_tasks_may_die(tmp_path: Path
 
 
 @pytest.mark.parametrize("part", [ParentRole.FULL, ParentRole.FIRST])
-def test_this_process_begins_nothing_new_when_it_shall_stop(
-    tmp_path: Path, part: ParentRole
-) -> None:
+def test_parent_begins_no_task_after_a_stop_request(tmp_path: Path, part: ParentRole) -> None:
     results: list[Result] = []
     with Pool(Plain(tmp_path), 2, parent_role=part) as pool:
         for result in pool.run(tasks_of(400), partial(any, results)):
@@ -252,7 +250,7 @@ def test_this_process_begins_nothing_new_when_it_shall_stop(
     assert len(log_of(tmp_path)) == len(results) < 10
 
 
-def test_the_board_is_shared_by_parent_and_workers() -> None:
+def test_done_map_is_shared_by_parent_and_workers() -> None:
     tasks = tasks_of(5)
     board = DoneMap.create((5 * 16,), 2)
     try:
@@ -263,7 +261,7 @@ def test_the_board_is_shared_by_parent_and_workers() -> None:
         board.close()
 
 
-def test_without_workers_the_board_is_private() -> None:
+def test_done_map_is_private_without_workers() -> None:
     board = DoneMap.create((100, 0, 9), 0)
     board.marks(0).set(7, 8)
     board.marks(2).set(8, 9)
@@ -287,7 +285,7 @@ def test_usable_processors_are_those_of_this_process() -> None:
 
 
 @pytest.mark.parametrize("jobs", JOBS)
-def test_an_error_is_the_failure_of_its_task_alone(tmp_path: Path, jobs: int) -> None:
+def test_error_fails_only_its_task(tmp_path: Path, jobs: int) -> None:
     tasks = tasks_of(12)
     results = run(Bad(tmp_path, frozenset({0, 5}), "refuse"), jobs, tasks)
     for number in (0, 5):
@@ -300,7 +298,7 @@ def test_an_error_is_the_failure_of_its_task_alone(tmp_path: Path, jobs: int) ->
 
 
 @pytest.mark.parametrize("jobs", JOBS)
-def test_a_fault_of_the_program_is_told_and_no_traceback(
+def test_program_error_is_reported_without_a_traceback(
     tmp_path: Path, jobs: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tasks = tasks_of(6)
@@ -320,7 +318,7 @@ def test_a_fault_of_the_program_is_told_and_no_traceback(
     ("how", "told"),
     [("kill", "signal SIGKILL"), ("end", "signal SIGUSR2"), ("leave", "status 3")],
 )
-def test_a_task_that_kills_its_worker_fails_alone(
+def test_task_that_kills_its_worker_fails_alone(
     tmp_path: Path, jobs: int, how: str, told: str
 ) -> None:
     tasks = tasks_of(12)
@@ -334,7 +332,7 @@ def test_a_task_that_kills_its_worker_fails_alone(
 
 
 @pytest.mark.parametrize("jobs", PROCESSES)
-def test_a_task_that_kills_its_worker_once_is_done(tmp_path: Path, jobs: int) -> None:
+def test_task_that_kills_its_worker_once_is_done(tmp_path: Path, jobs: int) -> None:
     tasks = tasks_of(12)
     results = run(DiesOnce(tmp_path, frozenset({0, 4, 5, 11})), jobs, tasks)
     all_done(results, tasks)
@@ -352,7 +350,7 @@ def test_every_task_may_kill_its_worker(tmp_path: Path) -> None:
     assert sorted(results) == [0, 1, 2]
 
 
-def test_a_suspect_is_tried_again_in_a_fresh_process(tmp_path: Path) -> None:
+def test_suspected_task_is_retried_in_a_new_process(tmp_path: Path) -> None:
     work = Waits(tmp_path, frozenset({0}), "kill")
     os.mkfifo(work.gate)
     results: dict[int, Result] = {}
@@ -373,7 +371,7 @@ def test_a_suspect_is_tried_again_in_a_fresh_process(tmp_path: Path) -> None:
     assert next(number for number, process in log_of(tmp_path) if process == second) == 0
 
 
-def test_what_a_dead_worker_had_marked_is_kept() -> None:
+def test_marks_of_a_dead_worker_are_kept() -> None:
     tasks = tasks_of(4)
     board = DoneMap.create((4 * 16,), 2)
     try:
@@ -386,7 +384,7 @@ def test_what_a_dead_worker_had_marked_is_kept() -> None:
         board.close()
 
 
-def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
+def test_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
     tasks = tasks_of(8)
     killed = False
     results = []
@@ -405,13 +403,13 @@ def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", JOBS)
-def test_nothing_is_begun_when_asked_to_stop_before(tmp_path: Path, jobs: int) -> None:
+def test_pool_begins_nothing_after_an_early_stop_request(tmp_path: Path, jobs: int) -> None:
     assert run(Plain(tmp_path), jobs, tasks_of(6), lambda: True) == {}
     assert tries(tmp_path) == {}
 
 
 @pytest.mark.parametrize("jobs", JOBS)
-def test_what_was_begun_is_finished_when_asked_to_stop(tmp_path: Path, jobs: int) -> None:
+def test_pool_finishes_begun_tasks_after_a_stop_request(tmp_path: Path, jobs: int) -> None:
     tasks = tasks_of(20 + jobs * AHEAD)
     stop = threading.Event()
     results: dict[int, Result] = {}
@@ -427,7 +425,7 @@ def test_what_was_begun_is_finished_when_asked_to_stop(tmp_path: Path, jobs: int
     assert 3 <= len(results) < len(tasks)
 
 
-def test_a_suspect_is_not_tried_again_when_asked_to_stop(tmp_path: Path) -> None:
+def test_suspected_task_is_not_retried_after_a_stop_request(tmp_path: Path) -> None:
     work = Waits(tmp_path, frozenset({0}), "kill")
     os.mkfifo(work.gate)
     stop = threading.Event()
@@ -442,7 +440,7 @@ def test_a_suspect_is_not_tried_again_when_asked_to_stop(tmp_path: Path) -> None
     assert len(tries(tmp_path)[0]) == 1
 
 
-def test_leaving_ends_workers_that_are_busy(tmp_path: Path) -> None:
+def test_leaving_the_pool_ends_busy_workers(tmp_path: Path) -> None:
     work = Waits(tmp_path, frozenset({1}))
     os.mkfifo(work.gate)
     with Pool(work, 2) as pool:
@@ -453,7 +451,7 @@ def test_leaving_ends_workers_that_are_busy(tmp_path: Path) -> None:
     assert own_children() == set()
 
 
-def test_an_exception_of_the_parent_ends_the_workers(tmp_path: Path) -> None:
+def test_exception_in_the_parent_ends_the_workers(tmp_path: Path) -> None:
     work = Waits(tmp_path, frozenset({1}))
     os.mkfifo(work.gate)
 
@@ -467,7 +465,7 @@ def test_an_exception_of_the_parent_ends_the_workers(tmp_path: Path) -> None:
     assert own_children() == set()
 
 
-def test_an_interrupt_of_the_whole_group_is_the_parent_s_to_judge(tmp_path: Path) -> None:
+def test_workers_ignore_an_interrupt_of_the_group(tmp_path: Path) -> None:
     tasks = tasks_of(4)
     work = Waits(tmp_path, frozenset({1}))
     os.mkfifo(work.gate)
@@ -542,7 +540,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     assert all(ended(worker) for worker in workers)
 
 
-def test_a_worker_whose_parent_has_lost_interest_ends_quietly(
+def test_worker_without_a_reader_ends_quietly(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     context = get_context("spawn")
@@ -565,7 +563,7 @@ class Unreadable(Plain):
         return (refuse, ())
 
 
-def test_an_error_while_a_worker_starts_is_told_by_the_parent_alone(
+def test_error_at_a_workers_start_is_reported_by_the_parent(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with (
@@ -585,7 +583,7 @@ SITE = """
 """
 
 
-def test_an_interrupt_while_workers_start_is_the_parent_s_to_judge(tmp_path: Path) -> None:
+def test_workers_ignore_an_interrupt_while_they_start(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(textwrap.dedent(SITE))
@@ -614,7 +612,9 @@ def overlay(tmp_path: Path) -> Iterator[addcow_mp.Overlay]:
         yield disk
 
 
-def test_what_others_and_the_dead_had_finished_is_published(overlay: addcow_mp.Overlay) -> None:
+def test_clusters_finished_by_dead_and_other_workers_are_published(
+    overlay: addcow_mp.Overlay,
+) -> None:
     board = DoneMap.create((64,), 2)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Marks(board, fatal=3)
@@ -641,7 +641,7 @@ class CannotSync(Marks):
 
 
 @pytest.mark.parametrize("jobs", [0, 1])
-def test_after_a_sync_that_failed_in_a_worker_nothing_is_published(
+def test_nothing_is_published_after_a_failed_sync_in_a_worker(
     overlay: addcow_mp.Overlay, jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", PATIENCE)
@@ -668,7 +668,7 @@ class CannotReadNorSync(CannotSync):
         return amount
 
 
-def test_after_a_sync_that_failed_as_the_second_of_two_failures_nothing_is_published(
+def test_nothing_is_published_when_the_second_failure_is_a_sync(
     overlay: addcow_mp.Overlay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", PATIENCE)
@@ -698,7 +698,7 @@ class Stillborn(Marks):
         return super().__call__(task, slot)
 
 
-def test_what_the_parent_did_while_workers_could_not_start_is_published(
+def test_clusters_moved_by_the_parent_are_published_when_workers_cannot_start(
     overlay: addcow_mp.Overlay,
 ) -> None:
     board = DoneMap.create((64,), 1)
@@ -716,7 +716,7 @@ def test_what_the_parent_did_while_workers_could_not_start_is_published(
     assert local_clusters(Path(overlay.path)) == finished
 
 
-def test_a_job_that_is_stopped_publishes_what_it_finished(overlay: addcow_mp.Overlay) -> None:
+def test_stopped_job_publishes_finished_clusters(overlay: addcow_mp.Overlay) -> None:
     board = DoneMap.create((64,), 0)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Marks(board, fatal=-1)

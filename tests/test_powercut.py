@@ -103,7 +103,7 @@ def cut_and_finish(
 @pytest.mark.parametrize(
     ("words", "overlays"), [("commit", 1), ("commit", 2), ("flatten", 2), ("io", 1)]
 )
-def test_a_power_cut_loses_nothing(
+def test_power_cut_loses_nothing(
     disk: Disk, rng: random.Random, tmp_path: Path, words: str, overlays: int, by_event: bool
 ) -> None:
     cut_and_finish(disk, rng, tmp_path, words, overlays=overlays, by_event=by_event)
@@ -122,7 +122,7 @@ def test_a_power_cut_loses_nothing(
         ("io", 1, "never:top.raw"),
     ],
 )
-def test_a_wrong_order_is_noticed(
+def test_power_cuts_catch_a_wrong_order(
     disk: Disk, rng: random.Random, tmp_path: Path, words: str, overlays: int, order: str
 ) -> None:
     for number in range(PATIENT_CUTS):
@@ -160,14 +160,14 @@ def create(place: Path) -> list[str]:
     return ["create", "-b", "base.raw", "-F", "raw", str(place / "new.add-cow")]
 
 
-def test_what_was_created_stays(disk: Disk, tmp_path: Path) -> None:
+def test_created_overlay_survives_a_power_cut(disk: Disk, tmp_path: Path) -> None:
     with disk.directory() as place:
         content = base_on(place)
         done_and_cut(disk, tmp_path, *create(place))
         assert oracle.guest_bytes(str(place / "new.add-cow")) == content
 
 
-def test_what_was_created_without_syncs_is_gone(disk: Disk, tmp_path: Path) -> None:
+def test_overlay_created_without_syncs_is_lost(disk: Disk, tmp_path: Path) -> None:
     """The test above would notice, unless somebody else syncs the whole machine just then."""
     for _ in range(PATIENT_CUTS):
         with disk.directory() as place:
@@ -179,7 +179,7 @@ def test_what_was_created_without_syncs_is_gone(disk: Disk, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("words", ["convert", "commit", "flatten", "flatten --discard"])
-def test_what_was_done_stays_done(
+def test_finished_job_survives_a_power_cut(
     disk: Disk, rng: random.Random, tmp_path: Path, words: str
 ) -> None:
     with disk.directory() as place:
@@ -201,7 +201,7 @@ with loop_disk(sys.argv[1], Path(sys.argv[2])) as disk:
 """
 
 
-def test_a_killed_test_leaves_no_disk_behind(disk: Disk, tmp_path: Path) -> None:
+def test_killed_test_leaves_no_loop_device(disk: Disk, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     # Returns when the last holder of the pipe has ended, which is the one that tidies up.
     done = subprocess.run(

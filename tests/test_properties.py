@@ -168,7 +168,7 @@ def files_of(chain: Layer, factory: pytest.TempPathFactory) -> Iterator[Files]:
 
 @tried(80)
 @given(chain=chains(), data=st.data())
-def test_the_device_reads_what_the_model_holds(
+def test_device_reads_what_the_model_holds(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay, data: st.DataObject
 ) -> None:
     guest = view(chain)
@@ -184,7 +184,7 @@ def test_the_device_reads_what_the_model_holds(
 
 @tried(20)
 @given(chain=chains())
-def test_no_byte_outside_the_virtual_size(
+def test_device_refuses_bytes_outside_the_virtual_size(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
 ) -> None:
     outside = [(chain.size, 1), (-1, 1), (0, chain.size + 1), (chain.size + 2**64, 1)]
@@ -302,7 +302,7 @@ def clusters_of(written: list[Step], chain: Overlay) -> set[int]:
 
 @tried(60)
 @given(chain=chains(), data=st.data())
-def test_extents_cover_the_range_and_tell_the_truth(
+def test_extents_cover_the_range_and_are_true(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay, data: st.DataObject
 ) -> None:
     start, stop = data.draw(ranges(chain))
@@ -480,7 +480,7 @@ def same_but_for_bits(old: bytes, new: bytes) -> bool:
 
 @tried(100)
 @given(chain=with_something_local())
-def test_commit_moves_the_data_and_the_guest_sees_nothing(
+def test_commit_moves_the_data_and_keeps_the_guests_view(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
 ) -> None:
     with files_of(chain, tmp_path_factory) as files:
@@ -489,7 +489,7 @@ def test_commit_moves_the_data_and_the_guest_sees_nothing(
 
 @tried(20)
 @given(chain=committable())
-def test_commit_of_nothing_is_no_harm(
+def test_commit_of_nothing_is_harmless(
     tmp_path_factory: pytest.TempPathFactory, chain: Overlay
 ) -> None:
     chain = replace(chain, bits=frozenset(), all_allocated=False)
@@ -572,7 +572,7 @@ CHECKS: list[Check] = [
 @pytest.mark.parametrize("check", CHECKS)
 @tried(3)
 @given(chain=with_something_local())
-def test_worker_processes_do_the_same(
+def test_workers_have_the_same_result(
     tmp_path_factory: pytest.TempPathFactory, check: Check, jobs: int, chain: Overlay
 ) -> None:
     with files_of(chain, tmp_path_factory) as files:
@@ -678,14 +678,14 @@ TOP = overlay("A-b0.-", BASE)
 MERGED = "AVW00Z"
 
 
-def test_a_device_looks_through_what_is_not_local(tmp_path: Path) -> None:
+def test_device_reads_the_backing_of_unallocated_clusters(tmp_path: Path) -> None:
     files = files_in(tmp_path, TOP)
     with addcow_mp.open(files.path) as device:
         assert picture(device.read(0, device.size)) == MERGED
         assert list(device.allocated_runs()) == [(0, 1), (3, 5)]
 
 
-def test_a_chain_is_read_layer_by_layer(tmp_path: Path) -> None:
+def test_device_reads_a_chain_layer_by_layer(tmp_path: Path) -> None:
     files = files_in(tmp_path, overlay("A----", overlay("-Fg-", raw("XYZWV"))))
     with addcow_mp.open(files.path) as device:
         assert picture(device.read(0, device.size)) == "AFZW0"
@@ -695,13 +695,13 @@ def test_a_chain_is_read_layer_by_layer(tmp_path: Path) -> None:
     assert [present for _, present, _ in found[3:]] == [False]
 
 
-def test_without_a_backing_the_rest_reads_zero(tmp_path: Path) -> None:
+def test_device_without_a_backing_reads_zeros(tmp_path: Path) -> None:
     files = files_in(tmp_path, overlay("-Ab"))
     with addcow_mp.open(files.path) as device:
         assert picture(device.read(0, device.size)) == "0A0"
 
 
-def test_a_write_copies_up_the_rest_of_its_cluster(tmp_path: Path) -> None:
+def test_write_copies_up_the_rest_of_its_cluster(tmp_path: Path) -> None:
     files = files_in(tmp_path, overlay("--bb", raw("XYZ"), cluster_size=8 * KiB))
     cell = 8 * KiB
     with addcow_mp.open(files.path, writable=True) as device:
@@ -715,7 +715,7 @@ def test_a_write_copies_up_the_rest_of_its_cluster(tmp_path: Path) -> None:
     assert read_bits(files.path) == {0, 1, 3}
 
 
-def test_allocated_all_over_hides_the_bitmap_and_the_backing(tmp_path: Path) -> None:
+def test_all_allocated_hides_the_bitmap_and_the_backing(tmp_path: Path) -> None:
     files = files_in(tmp_path, overlay("ab-", BASE, all_allocated=True))
     with addcow_mp.open(files.path, writable=True) as device:
         assert picture(device.read(0, device.size)) == "ab0"
@@ -769,7 +769,7 @@ def test_convert_in_a_picture(tmp_path: Path) -> None:
     assert seen(f"{tmp_path}/new", "raw") == MERGED
 
 
-def test_holes_are_told_from_data(tmp_path: Path) -> None:
+def test_extents_separate_holes_from_data(tmp_path: Path) -> None:
     cluster = 64 * KiB
     files = files_in(tmp_path, overlay("A.-", raw("WXY-"), cluster_size=cluster))
     with open(files.image, "rb") as image:

@@ -182,7 +182,7 @@ def test_commit_brings_both_to_the_backing(stage: Stage) -> None:
     assert_guest_sees(stage.here, stage.disk)
 
 
-def test_only_touched_clusters_become_local(stage: Stage) -> None:
+def test_only_written_clusters_become_allocated(stage: Stage) -> None:
     cluster = read_header(stage.here / TOP).cluster
     touched = {
         number
@@ -252,7 +252,7 @@ def test_commit_of_unaligned_writes_grows_the_backing(tmp_path: Path) -> None:
     assert (tmp_path / "top.raw").read_bytes() == bytes(IMAGE_LENGTH)
 
 
-def test_a_disk_much_larger_than_its_backing(tmp_path: Path) -> None:
+def test_disk_much_larger_than_its_backing(tmp_path: Path) -> None:
     base, size = 128 * MiB + SECTOR, 4 * GiB + 128 * MiB
     with (tmp_path / "base.img").open("wb") as file:
         file.seek(base - WINDOW)
@@ -337,7 +337,7 @@ def test_concurrent_writes_at_random(tmp_path: Path, count: int) -> None:
     concurrently(tmp_path, disk, list(disjoint(random.Random(seed), count * 2 * MiB)))
 
 
-def test_the_bitmap_keeps_its_length(tmp_path: Path) -> None:
+def test_bitmap_keeps_its_length(tmp_path: Path) -> None:
     large_clusters(tmp_path, 2)
     play(tmp_path, "write", [Request(4 * MiB - 512, 512, 7)])
     length = 2 * MiB + bitmap_length(4 * MiB, 2 * MiB)

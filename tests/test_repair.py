@@ -82,7 +82,7 @@ def checked(here: Path) -> int:
 
 
 @pytest.mark.parametrize("what", ["leaks", "all"])
-def test_leaks_are_freed_and_nothing_else_is_touched(tmp_path: Path, what: str) -> None:
+def test_repair_frees_leaks_and_changes_nothing_else(tmp_path: Path, what: str) -> None:
     pair(tmp_path, "ABCDEF", "xX-y0Z")
     before, cow, stored = (
         view(tmp_path),
@@ -101,7 +101,7 @@ def test_leaks_are_freed_and_nothing_else_is_touched(tmp_path: Path, what: str) 
     assert not (tmp_path / BACKUP).exists()
 
 
-def test_freed_leaks_are_told_in_json(tmp_path: Path) -> None:
+def test_repair_reports_freed_leaks_in_json(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "xX-y0Z")
     report = mend_json(tmp_path, "leaks")
     assert report["repairs"] == ["leaks: 2 clusters were freed in the image file"]
@@ -109,7 +109,7 @@ def test_freed_leaks_are_told_in_json(tmp_path: Path) -> None:
     assert (report["leaks"], report["findings"], report["backup"]) == (0, [], None)
 
 
-def test_a_leak_in_a_partial_last_cluster_ends_with_the_disk(tmp_path: Path) -> None:
+def test_repair_frees_a_leak_in_a_partial_last_cluster(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "Xy")
     length = CLUSTER + 3 * KiB + 100  # a hundred bytes that no guest can see
     os.truncate(tmp_path / IMAGE, length)
@@ -118,7 +118,7 @@ def test_a_leak_in_a_partial_last_cluster_ends_with_the_disk(tmp_path: Path) -> 
     assert image == b"X" * CLUSTER + bytes(3 * KiB) + b"y" * 100
 
 
-def test_leaks_are_freed_although_something_else_is_broken(tmp_path: Path) -> None:
+def test_repair_frees_leaks_despite_other_damage(tmp_path: Path) -> None:
     pair(tmp_path, "ABC", "-Xy")
     put(tmp_path / TOP, CLUSTER + 1, b"\1")
     cow = (tmp_path / TOP).read_bytes()
@@ -130,7 +130,7 @@ def test_leaks_are_freed_although_something_else_is_broken(tmp_path: Path) -> No
     assert checked(tmp_path) == 2
 
 
-def test_leaks_are_freed_although_the_disk_begins_like_another_format(tmp_path: Path) -> None:
+def test_repair_frees_leaks_of_a_disk_that_begins_like_another_format(tmp_path: Path) -> None:
     """What a guest writes at the start of its disk is its own affair."""
     pair(tmp_path, "ABC", "X-y")
     put(tmp_path / IMAGE, 0, b"QFI\xfb\0\0\0\3")
@@ -140,7 +140,7 @@ def test_leaks_are_freed_although_the_disk_begins_like_another_format(tmp_path: 
     assert look(tmp_path / IMAGE)[1:] == "00"
 
 
-def test_all_allocated_makes_every_cluster_local(tmp_path: Path) -> None:
+def test_repair_allocates_every_cluster_with_all_allocated(tmp_path: Path) -> None:
     draw_raw(tmp_path / BASE, "ABC")
     draw(tmp_path / TOP, "xyz", compatible=ALL_ALLOCATED)
     age(tmp_path)
@@ -176,7 +176,7 @@ DAMAGES = (stray, short, reserved)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_all_repairs(tmp_path: Path, damage: Damage) -> None:
+def test_repair_all_repairs_each_damage(tmp_path: Path, damage: Damage) -> None:
     pair(tmp_path, "ABCDEF", "-X----")
     whole = (tmp_path / TOP).read_bytes()
     sentence = damage(tmp_path)
@@ -195,7 +195,7 @@ def test_all_repairs(tmp_path: Path, damage: Damage) -> None:
     assert (tmp_path / TOP).read_bytes() == whole
 
 
-def test_all_damages_at_once_and_in_json(tmp_path: Path) -> None:
+def test_repair_all_repairs_all_damage_at_once(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "xX----")
     sentences = [damage(tmp_path) for damage in (stray, reserved)]
     before = view(tmp_path)
@@ -211,7 +211,7 @@ def test_all_damages_at_once_and_in_json(tmp_path: Path) -> None:
     assert view(tmp_path) == before
 
 
-def test_leaks_alone_leave_all_corruptions(tmp_path: Path) -> None:
+def test_repair_leaks_keeps_corruptions(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "-X----")
     for damage in (stray, reserved):
         damage(tmp_path)
@@ -222,7 +222,7 @@ def test_leaks_alone_leave_all_corruptions(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_reserved_bytes_around_names_in_the_middle(tmp_path: Path) -> None:
+def test_repair_clears_reserved_bytes_around_names(tmp_path: Path) -> None:
     draw_raw(tmp_path / BASE, "AB")
     draw_raw(tmp_path / IMAGE, "-X")
     content = bytearray(overlay_bytes(image="", size=2 * CLUSTER, local=[1]))
@@ -248,7 +248,7 @@ def cut_off(here: Path) -> None:
     os.truncate(here / TOP, CLUSTER + 1)
 
 
-def test_data_whose_bits_are_missing_is_not_freed_with_the_bitmap(tmp_path: Path) -> None:
+def test_repair_does_not_free_data_whose_bits_are_missing(tmp_path: Path) -> None:
     cut_off(tmp_path)
     before = view(tmp_path)
     lines = mend(tmp_path, "all", status=3)
@@ -262,7 +262,7 @@ def test_data_whose_bits_are_missing_is_not_freed_with_the_bitmap(tmp_path: Path
     assert view(tmp_path) == before
 
 
-def test_missing_bits_are_no_licence_to_free(tmp_path: Path) -> None:
+def test_repair_leaks_does_not_free_data_past_a_short_bitmap(tmp_path: Path) -> None:
     cut_off(tmp_path)
     mend(tmp_path, "leaks", status=2)
     assert look(tmp_path / IMAGE) == "0X000000PQ0R"
@@ -270,7 +270,7 @@ def test_missing_bits_are_no_licence_to_free(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [CLUSTER, CLUSTER + 1, 2 * CLUSTER - 1])
-def test_a_repaired_bitmap_can_be_written_again(tmp_path: Path, length: int) -> None:
+def test_repaired_bitmap_can_be_written(tmp_path: Path, length: int) -> None:
     pair(tmp_path, "ABC", "-X-")
     os.truncate(tmp_path / TOP, length)
     local = local_clusters(tmp_path / TOP)
@@ -282,7 +282,7 @@ def test_a_repaired_bitmap_can_be_written_again(tmp_path: Path, length: int) -> 
     assert look(tmp_path / IMAGE) == ("AXC" if local else "ABC")
 
 
-def test_a_huge_short_bitmap_stays_sparse(tmp_path: Path) -> None:
+def test_repair_keeps_a_huge_bitmap_sparse(tmp_path: Path) -> None:
     for name in (BASE, IMAGE):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, 3 * TiB)
@@ -298,7 +298,7 @@ def test_a_huge_short_bitmap_stays_sparse(tmp_path: Path) -> None:
 # ---- the backup ----
 
 
-def test_the_backup_is_whole_before_anything_is_changed(tmp_path: Path) -> None:
+def test_backup_is_complete_before_the_first_change(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "xX----")
     stray(tmp_path)
     reserved(tmp_path)
@@ -313,7 +313,7 @@ def test_the_backup_is_whole_before_anything_is_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("event", ["data_sync", "directory_sync", "create"])
-def test_without_a_durable_backup_nothing_is_changed(
+def test_repair_changes_nothing_without_a_durable_backup(
     tmp_path: Path, event: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair(tmp_path, "ABCDEF", "xX----")
@@ -331,7 +331,7 @@ def test_without_a_durable_backup_nothing_is_changed(
     mend(tmp_path, "all")
 
 
-def test_a_backup_never_takes_the_place_of_another_file(tmp_path: Path) -> None:
+def test_backup_never_replaces_another_file(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "-X----")
     (tmp_path / BACKUP).symlink_to("nowhere")
     (tmp_path / "top.add-cow.backup-2").write_bytes(b"kept")
@@ -343,7 +343,7 @@ def test_a_backup_never_takes_the_place_of_another_file(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_the_backup_put_back_is_the_image_as_it_was(tmp_path: Path) -> None:
+def test_restored_backup_is_the_old_image(tmp_path: Path) -> None:
     cut_off(tmp_path)
     before = view(tmp_path)
     mend(tmp_path, "all", status=3)
@@ -393,7 +393,7 @@ def no_overlay(here: Path) -> None:
     "damage",
     [bad_header, bad_name, other_format, no_image, no_backing, same_file, no_header, no_overlay],
 )
-def test_what_cannot_be_repaired_is_left_alone(tmp_path: Path, damage: Damage, what: str) -> None:
+def test_repair_leaves_other_damage_unchanged(tmp_path: Path, damage: Damage, what: str) -> None:
     pair(tmp_path, "ABCDEF", "xX----")
     stray(tmp_path)
     reserved(tmp_path)
@@ -407,7 +407,7 @@ def test_what_cannot_be_repaired_is_left_alone(tmp_path: Path, damage: Damage, w
 
 
 @pytest.mark.parametrize("what", ["leaks", "all"])
-def test_a_clean_image_is_not_touched(tmp_path: Path, what: str) -> None:
+def test_repair_does_not_change_a_clean_image(tmp_path: Path, what: str) -> None:
     pair(tmp_path, "ABCDEF", "-X0---")
     age(tmp_path)
     before = snapshot(tmp_path)
@@ -417,7 +417,7 @@ def test_a_clean_image_is_not_touched(tmp_path: Path, what: str) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_an_image_in_use_is_not_repaired(tmp_path: Path) -> None:
+def test_repair_refuses_an_image_in_use(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "xX----")
     stray(tmp_path)
     age(tmp_path)
@@ -433,7 +433,7 @@ def test_an_image_in_use_is_not_repaired(tmp_path: Path) -> None:
     mend(tmp_path, "all")
 
 
-def test_an_unknown_word_is_a_usage_error(tmp_path: Path) -> None:
+def test_invalid_value_of_r_is_a_usage_error(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "xX")
     refused("check", "-r", "everything", TOP, cwd=tmp_path, status=64)
     refused("check", "-r", "", TOP, cwd=tmp_path, status=64)
@@ -462,7 +462,7 @@ def damage_at_random(here: Path, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_damage_is_repaired_without_changing_the_view(tmp_path: Path, seed: int) -> None:
+def test_repair_of_random_damage_keeps_the_guests_view(tmp_path: Path, seed: int) -> None:
     damage_at_random(tmp_path, random.Random(seed))
     before, broken, length = view(tmp_path), (tmp_path / TOP).read_bytes(), len(view(tmp_path))
     first = addcow_here("check", "-r", "all", tmp_path / TOP)

@@ -240,7 +240,7 @@ def plant(shop: Shop, rng: random.Random) -> None:
 
 @BOTH
 @pytest.mark.parametrize("turn", range(2))
-def test_a_scrub_finds_what_verify_finds(
+def test_scrub_finds_what_verify_finds(
     shop: Shop, rng: random.Random, turn: int, jobs: str
 ) -> None:
     plant(shop, rng)
@@ -262,7 +262,7 @@ def test_a_scrub_finds_what_verify_finds(
 
 
 @pytest.mark.parametrize("words", [("-q",), ("-p", "--idle"), ("-U",)])
-def test_options_change_nothing_of_it(
+def test_scrub_options_do_not_change_the_findings(
     shop: Shop, rng: random.Random, words: tuple[str, ...]
 ) -> None:
     plant(shop, rng)
@@ -270,7 +270,7 @@ def test_options_change_nothing_of_it(
     assert by_name(shop.run(*words, status=status)["layers"]) == expected
 
 
-def test_people_read_lines(shop: Shop) -> None:
+def test_scrub_prints_findings_as_lines(shop: Shop) -> None:
     shop.overlays(2)
     flip(shop.here / "vm01.raw", 5 * CLUSTER)
     words = ("farm", "scrub", "run", "--state", str(shop.state), ".")
@@ -285,7 +285,7 @@ def test_people_read_lines(shop: Shop) -> None:
     assert len(addcow(*words[:-1], "-q", ".", cwd=shop.here).lines) <= len(result.lines)
 
 
-def test_damage_that_is_mended_is_forgotten(shop: Shop) -> None:
+def test_scrub_forgets_repaired_damage(shop: Shop) -> None:
     shop.overlays(2)
     flip(shop.here / "vm01.raw", 5 * CLUSTER)
     shop.run(status=2)
@@ -297,7 +297,7 @@ def test_damage_that_is_mended_is_forgotten(shop: Shop) -> None:
     assert [one["different"] for one in shop.status()["runs"]] == [1, 0]
 
 
-def test_a_layer_that_is_in_use_is_told_as_verify_tells_it(shop: Shop) -> None:
+def test_scrub_reports_a_layer_in_use_as_verify_does(shop: Shop) -> None:
     tool("qemu-io", "--version", cwd=shop.here)
     shop.overlays(2)
     with talking(shop.here, "qemu-io", "-f", "raw", "vm00.raw"):
@@ -312,7 +312,7 @@ def test_a_layer_that_is_in_use_is_told_as_verify_tells_it(shop: Shop) -> None:
     assert None not in shop.verified().values()
 
 
-def test_places_come_from_a_file_too(shop: Shop) -> None:
+def test_scrub_reads_names_from_a_file(shop: Shop) -> None:
     shop.overlays(3)
     (shop.here / "list").write_text("vm00.add-cow\nvm02.add-cow\n")
     command = (*shop.words, "--from-file", "list")
@@ -320,7 +320,7 @@ def test_places_come_from_a_file_too(shop: Shop) -> None:
     assert set(names(told)) == {"base.img", "vm00.add-cow", "vm02.add-cow"}
 
 
-def test_progress_is_told_as_json(shop: Shop) -> None:
+def test_scrub_progress_is_json(shop: Shop) -> None:
     shop.overlays(3)
     command = (*shop.words, "--progress", "json", str(shop.here))
     ended = shop.warm.run(*command, cwd=shop.here)
@@ -331,7 +331,7 @@ def test_progress_is_told_as_json(shop: Shop) -> None:
 
 
 @BOTH
-def test_progress_within_a_layer_is_told_in_bytes(shop: Shop, jobs: str) -> None:
+def test_scrub_progress_within_a_layer_counts_bytes(shop: Shop, jobs: str) -> None:
     """A farm of one large base would else be at nothing until it is at its end."""
     with (shop.here / "base.img").open("wb") as file:
         for _ in range(96):
@@ -348,7 +348,7 @@ def test_progress_within_a_layer_is_told_in_bytes(shop: Shop, jobs: str) -> None
 # ---- order ----
 
 
-def test_the_longest_unverified_comes_first(shop: Shop) -> None:
+def test_scrub_begins_with_the_longest_unverified_layer(shop: Shop) -> None:
     """Each layer in a place of its own, so that each can be verified alone."""
     order = ["d.img", "b.img", "a.img", "e.img", "c.img"]
     for name in order:
@@ -360,7 +360,7 @@ def test_the_longest_unverified_comes_first(shop: Shop) -> None:
         assert names(shop.run("--jobs", "0")) == order
 
 
-def test_a_layer_that_was_made_anew_comes_first(shop: Shop) -> None:
+def test_scrub_begins_with_new_layers(shop: Shop) -> None:
     shop.overlays(4)
     shop.run()
     os.utime(shop.here / "vm02.raw")
@@ -371,7 +371,7 @@ def test_a_layer_that_was_made_anew_comes_first(shop: Shop) -> None:
     assert set(names(told)[:2]) == {"vm02.add-cow", "new.add-cow"}
 
 
-def test_new_layers_do_not_keep_the_others_from_their_turn(shop: Shop) -> None:
+def test_new_layers_do_not_delay_other_layers(shop: Shop) -> None:
     """A farm that grows between runs: what is old is verified as often as without."""
     shop.overlays(2)
     for number in range(3):
@@ -388,7 +388,7 @@ def test_new_layers_do_not_keep_the_others_from_their_turn(shop: Shop) -> None:
 
 
 @BOTH
-def test_each_run_is_a_pass_when_nothing_stops_it(shop: Shop, jobs: str) -> None:
+def test_uninterrupted_scrub_run_is_a_whole_round(shop: Shop, jobs: str) -> None:
     shop.overlays(3)
     seen = None
     for number in range(1, 4):
@@ -410,7 +410,7 @@ def test_each_run_is_a_pass_when_nothing_stops_it(shop: Shop, jobs: str) -> None
 
 
 @BOTH
-def test_time_limits_cut_a_pass_in_pieces(shop: Shop, jobs: str) -> None:
+def test_time_limits_divide_a_round_into_runs(shop: Shop, jobs: str) -> None:
     shop.overlays(9)
     whole, done, total = set(snapshot_of_layers(shop)), [], 0
     for turn in range(40):
@@ -445,14 +445,14 @@ def snapshot_of_layers(shop: Shop) -> list[str]:
     return [path.name.removesuffix(".manifest") for path in shop.here.glob("*.manifest")]
 
 
-def test_a_time_limit_of_nothing_reads_nothing(shop: Shop) -> None:
+def test_scrub_with_a_time_limit_of_zero_reads_nothing(shop: Shop) -> None:
     shop.overlays(2)
     told = shop.run("--time-limit", "0", status=75)
     assert (told["summary"]["left"], told["summary"]["bytes"]) == (3, 0)
     assert shop.status()["coverage"]["never-verified"] == len(shop.layers())
 
 
-def test_damage_counts_for_more_than_a_time_limit(shop: Shop) -> None:
+def test_scrub_exits_with_2_for_damage_despite_the_time_limit(shop: Shop) -> None:
     shop.overlays(9)
     for path in [shop.here / "base.img", *shop.here.glob("*.raw")]:
         flip(path, 9)  # whichever comes first
@@ -461,7 +461,7 @@ def test_damage_counts_for_more_than_a_time_limit(shop: Shop) -> None:
     assert told["summary"]["different"] == len(told["layers"]) > 0
 
 
-def test_a_time_limit_that_is_not_reached_is_none(shop: Shop) -> None:
+def test_scrub_with_a_long_time_limit_finishes(shop: Shop) -> None:
     shop.overlays(2)
     assert shop.run("--time-limit", "1h")["summary"]["left"] == 0
     assert shop.status()["runs"][-1]["result"] == "complete"
@@ -492,9 +492,7 @@ SLOW = ("-r", "3M")
 
 
 @pytest.mark.parametrize(("jobs", "number"), [("0", signal.SIGTERM), ("2", signal.SIGINT)])
-def test_a_run_that_is_asked_to_stop_keeps_what_it_finished(
-    shop: Shop, jobs: str, number: signal.Signals
-) -> None:
+def test_stopped_scrub_keeps_finished_layers(shop: Shop, jobs: str, number: signal.Signals) -> None:
     shop.overlays(9)
     with shop.running("--jobs", jobs, *SLOW) as job:
         job.until(is_under_way(shop, 2), "two layers")
@@ -517,7 +515,7 @@ def test_a_run_that_is_asked_to_stop_keeps_what_it_finished(
     assert len(shop.run()["layers"]) == 10
 
 
-def test_a_second_interrupt_ends_a_run_at_once(shop: Shop) -> None:
+def test_second_interrupt_ends_a_scrub_at_once(shop: Shop) -> None:
     """Its worker hangs, as one does that waits for a sick disk."""
     shop.overlays(2)
     rules = shop.rules(rule("image_read", "stop"))
@@ -538,7 +536,9 @@ def test_a_second_interrupt_ends_a_run_at_once(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize(("jobs", "whom"), [("0", "parent"), ("2", "group")])
-def test_a_kill_costs_little(shop: Shop, rng: random.Random, jobs: str, whom: str) -> None:
+def test_killed_scrub_keeps_finished_layers(
+    shop: Shop, rng: random.Random, jobs: str, whom: str
+) -> None:
     shop.overlays(9)
     with shop.running("--jobs", jobs, *SLOW) as job:
         job.until(is_under_way(shop, rng.randrange(1, 3)), "some layers")
@@ -566,7 +566,9 @@ EVENTS = ["header_read", "bitmap_load", "image_read", "backing_read"]
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_a_kill_at_any_fault_point_costs_little(shop: Shop, rng: random.Random, event: str) -> None:
+def test_scrub_killed_at_any_event_keeps_finished_layers(
+    shop: Shop, rng: random.Random, event: str
+) -> None:
     shop.overlays(4)
     flip(shop.here / "vm02.raw", 3 * CLUSTER)
     status, expected = shop.verify()
@@ -594,7 +596,7 @@ def test_a_kill_at_any_fault_point_costs_little(shop: Shop, rng: random.Random, 
     assert turns
 
 
-def test_kills_at_random_instants_spoil_no_state(shop: Shop, rng: random.Random) -> None:
+def test_kills_at_random_moments_do_not_damage_the_state(shop: Shop, rng: random.Random) -> None:
     """Again and again on one state, whenever the parent has read so much."""
     shop.overlays(9)
     order: list[dict[str, str | None]] = []
@@ -648,7 +650,7 @@ STEP = 16 * MiB
 
 
 @pytest.mark.parametrize(("jobs", "whom"), [("0", signal.SIGKILL), ("2", signal.SIGTERM)])
-def test_a_large_layer_goes_on_in_its_middle(
+def test_scrub_continues_within_a_large_layer(
     shop: Shop, rng: random.Random, jobs: str, whom: signal.Signals
 ) -> None:
     """640 MiB of data, stopped behind the first part and a second."""
@@ -687,7 +689,9 @@ def test_a_large_layer_goes_on_in_its_middle(
 
 
 @BOTH
-def test_a_wide_layer_goes_on_in_its_middle(shop: Shop, rng: random.Random, jobs: str) -> None:
+def test_scrub_continues_within_a_sparse_layer_and_keeps_its_damage(
+    shop: Shop, rng: random.Random, jobs: str
+) -> None:
     """2 GiB with holes, killed at a place that is not among the first parts; damage is kept."""
     with (shop.here / "base.img").open("wb") as file:
         for at in range(0, WIDE, MiB):
@@ -722,7 +726,7 @@ IN_PART = ("--time-limit", "1s", "-r", "48M")
 
 
 @BOTH
-def test_damage_in_a_layer_that_is_not_finished_is_told_at_once(shop: Shop, jobs: str) -> None:
+def test_scrub_reports_damage_of_an_unfinished_layer(shop: Shop, jobs: str) -> None:
     """Who has an hour each night would else hear of it when all nights are over."""
     wide_layer(shop)
     flip(shop.here / "base.img", 3 * MiB)
@@ -735,7 +739,7 @@ def test_damage_in_a_layer_that_is_not_finished_is_told_at_once(shop: Shop, jobs
     assert shop.status()["runs"][-1]["different"] == 1
 
 
-def test_a_layer_begun_before_its_manifest_was_made_anew_begins_anew(shop: Shop) -> None:
+def test_scrub_restarts_a_layer_with_a_new_manifest(shop: Shop) -> None:
     wide_layer(shop)
     shop.run("--jobs", "0", *IN_PART, status=75)
     assert 0 < shop.status()["coverage"]["bytes-verified"] < 128 * MiB
@@ -745,7 +749,7 @@ def test_a_layer_begun_before_its_manifest_was_made_anew_begins_anew(shop: Shop)
     assert shop.status()["runs"][-1]["bytes"] == 128 * MiB
 
 
-def test_a_worker_that_is_killed_costs_nothing(shop: Shop) -> None:
+def test_scrub_survives_a_killed_worker(shop: Shop) -> None:
     wide_layer(shop)
     flip(shop.here / "base.img", 2047 * MiB)
     with shop.running("--jobs", "2", "-r", "64M") as job:
@@ -761,7 +765,7 @@ def test_a_worker_that_is_killed_costs_nothing(shop: Shop) -> None:
 
 
 @BOTH
-def test_what_cannot_be_read_is_left_unverified_and_tried_again(shop: Shop, jobs: str) -> None:
+def test_scrub_retries_a_layer_that_it_could_not_read(shop: Shop, jobs: str) -> None:
     shop.overlays(3)
     rules = shop.rules(rule("backing_read", cluster=9))
     words = ("farm", "verify", "--output", "json", "--jobs", jobs, str(shop.here))
@@ -775,7 +779,7 @@ def test_what_cannot_be_read_is_left_unverified_and_tried_again(shop: Shop, jobs
     assert None not in shop.verified().values()
 
 
-def test_the_kernel_counts_nothing_twice_either(shop: Shop) -> None:
+def test_kernel_counts_no_byte_read_twice_in_a_round(shop: Shop) -> None:
     shop.overlays(9, clusters=64)
     nothing, _ = counted(shop, "--jobs", "0", "--time-limit", "0")
     total, done = 0, 0
@@ -794,7 +798,7 @@ def test_the_kernel_counts_nothing_twice_either(shop: Shop) -> None:
 # ---- layers that come and go ----
 
 
-def test_files_that_are_gone_since_the_last_run_are_counted(shop: Shop) -> None:
+def test_scrub_status_counts_files_that_no_longer_exist(shop: Shop) -> None:
     shop.overlays(2)
     flip(shop.here / "vm01.raw", 5 * CLUSTER)
     shop.run(status=2)
@@ -803,7 +807,7 @@ def test_files_that_are_gone_since_the_last_run_are_counted(shop: Shop) -> None:
     assert (coverage["gone"], coverage["layers"], coverage["different"]) == (1, 2, 0)
 
 
-def test_what_could_not_be_verified_gives_the_status_of_status(shop: Shop) -> None:
+def test_scrub_status_exits_with_1_for_unverified_layers(shop: Shop) -> None:
     shop.overlays(2)
     (shop.here / "vm01.add-cow.manifest").unlink()
     shop.run(status=1)
@@ -814,7 +818,7 @@ def test_what_could_not_be_verified_gives_the_status_of_status(shop: Shop) -> No
     assert "1 unverified" in result.lines[-1]
 
 
-def test_layers_that_vanish_are_gone_and_new_ones_are_met(shop: Shop) -> None:
+def test_scrub_drops_removed_layers_and_adds_new_ones(shop: Shop) -> None:
     shop.overlays(3)
     shop.run()
     for name in ("vm01.add-cow", "vm01.raw", "vm01.add-cow.manifest"):
@@ -830,7 +834,7 @@ def test_layers_that_vanish_are_gone_and_new_ones_are_met(shop: Shop) -> None:
     assert "vm01.add-cow" not in shop.verified()
 
 
-def test_one_that_comes_back_is_no_longer_gone(shop: Shop) -> None:
+def test_scrub_counts_a_returned_layer_again(shop: Shop) -> None:
     shop.overlays(2)
     shop.run()
     paths = [shop.here / f"vm01{suffix}" for suffix in (".add-cow", ".raw", ".add-cow.manifest")]
@@ -846,7 +850,7 @@ def test_one_that_comes_back_is_no_longer_gone(shop: Shop) -> None:
     assert shop.status()["coverage"]["gone"] == 0
 
 
-def test_a_layer_that_vanishes_in_a_pass_does_not_hold_it_up(shop: Shop) -> None:
+def test_removed_layer_does_not_delay_the_round(shop: Shop) -> None:
     shop.overlays(3)
     shop.run("--time-limit", "0", status=75)
     for path in shop.here.glob("vm01*"):
@@ -855,7 +859,7 @@ def test_a_layer_that_vanishes_in_a_pass_does_not_hold_it_up(shop: Shop) -> None
     assert shop.status()["coverage"]["pass-left"] == 0
 
 
-def test_a_layer_with_a_new_manifest_is_looked_at_in_the_same_pass(shop: Shop) -> None:
+def test_layer_with_a_new_manifest_is_verified_in_the_same_round(shop: Shop) -> None:
     shop.overlays(6)
     with shop.running("--jobs", "0", *SLOW) as job:
         job.until(is_under_way(shop, 2), "two layers")
@@ -870,7 +874,7 @@ def test_a_layer_with_a_new_manifest_is_looked_at_in_the_same_pass(shop: Shop) -
     assert set(names(told)) & set(first) == {again}
 
 
-def test_damage_in_a_file_whose_manifest_was_made_anew_is_what_it_holds(shop: Shop) -> None:
+def test_scrub_accepts_data_that_a_new_manifest_records(shop: Shop) -> None:
     shop.overlays(2)
     flip(shop.here / "vm01.raw", 3 * CLUSTER)
     shop.run(status=2)
@@ -879,7 +883,7 @@ def test_damage_in_a_file_whose_manifest_was_made_anew_is_what_it_holds(shop: Sh
     assert {one["exit"] for one in shop.layers()} == {0}
 
 
-def test_a_manifest_that_was_lost_is_unverified(shop: Shop) -> None:
+def test_scrub_reports_a_lost_manifest(shop: Shop) -> None:
     shop.overlays(2)
     shop.run()
     (shop.here / "vm01.add-cow.manifest").unlink()
@@ -890,7 +894,7 @@ def test_a_manifest_that_was_lost_is_unverified(shop: Shop) -> None:
     assert [f["name"] for f in one["findings"]] == ["no-manifest"]
 
 
-def test_a_farm_of_nothing(shop: Shop) -> None:
+def test_scrub_of_an_empty_farm(shop: Shop) -> None:
     told = shop.run()
     assert (told["layers"], told["summary"]["bytes"]) == ([], 0)
     assert shop.status()["coverage"]["layers"] == 0
@@ -915,7 +919,7 @@ def odd_farm(shop: Shop) -> None:
             flip(place / image, 77)
 
 
-def test_names_of_any_bytes_are_remembered(shop: Shop) -> None:
+def test_scrub_stores_names_of_any_bytes(shop: Shop) -> None:
     odd_farm(shop)
     status, expected = shop.verify()
     assert status == 2
@@ -930,7 +934,7 @@ def test_names_of_any_bytes_are_remembered(shop: Shop) -> None:
     assert (state["coverage"]["layers"], state["coverage"]["gone"]) == (2 * len(ODD), 0)
 
 
-def test_people_get_a_line_a_finding_whatever_the_name(shop: Shop) -> None:
+def test_scrub_prints_one_line_for_a_finding_with_any_name(shop: Shop) -> None:
     odd_farm(shop)
     words = ("farm", "scrub", "run", "--state", str(shop.state), ".")
     for command in (words, ("farm", "scrub", "status", "--state", str(shop.state))):
@@ -946,7 +950,7 @@ def test_people_get_a_line_a_finding_whatever_the_name(shop: Shop) -> None:
         assert all(line.endswith(b"differ") for line in marked)
 
 
-def test_a_farm_is_the_same_from_wherever_it_is_named(shop: Shop) -> None:
+def test_scrub_identifies_a_farm_by_any_path(shop: Shop) -> None:
     shop.overlays(3)
     up = shop.here.parent
     shop.run("--jobs", "0", place="here", cwd=up)
@@ -962,7 +966,7 @@ def test_a_farm_is_the_same_from_wherever_it_is_named(shop: Shop) -> None:
     assert all(one["filename"] == os.path.abspath(one["filename"]) for one in state["layers"])
 
 
-def test_a_pass_goes_on_from_another_directory(shop: Shop) -> None:
+def test_scrub_continues_from_another_working_directory(shop: Shop) -> None:
     shop.overlays(6)
     up = shop.here.parent
     words = ("--jobs", "0", "--time-limit", "0.5s", "-r", "4M")
@@ -972,7 +976,7 @@ def test_a_pass_goes_on_from_another_directory(shop: Shop) -> None:
     assert sorted(names(first) + names(second)) == sorted(snapshot_of_layers(shop))
 
 
-def test_a_state_within_the_farm_is_no_part_of_it(shop: Shop) -> None:
+def test_state_file_within_the_farm_is_not_a_layer(shop: Shop) -> None:
     shop.overlays(2)
     inside = Shop(shop.here, shop.here / "state", shop.warm)
     for _ in range(2):
@@ -984,7 +988,7 @@ def test_a_state_within_the_farm_is_no_part_of_it(shop: Shop) -> None:
 
 
 @BOTH
-def test_a_second_run_meanwhile_is_refused(shop: Shop, jobs: str) -> None:
+def test_second_scrub_of_a_state_file_is_refused(shop: Shop, jobs: str) -> None:
     shop.overlays(3)
     rules = shop.rules(rule("backing_read", "stop", once="on", cluster=5))  # not of the first look
     with shop.running("--jobs", jobs, rules=rules) as job:
@@ -1003,7 +1007,7 @@ def test_a_second_run_meanwhile_is_refused(shop: Shop, jobs: str) -> None:
     assert [one["result"] for one in shop.status()["runs"]] == ["complete"]
 
 
-def test_many_runs_at_a_time_agree(shop: Shop) -> None:
+def test_concurrent_scrub_runs_agree(shop: Shop) -> None:
     """They may start to make the state at once; who comes second is told so."""
     shop.overlays(2)
     jobs = [Job(*shop.words, str(shop.here), cwd=shop.here) for _ in range(5)]
@@ -1024,7 +1028,7 @@ def test_many_runs_at_a_time_agree(shop: Shop) -> None:
     assert None not in shop.verified().values()
 
 
-def test_status_can_be_asked_while_a_run_is_under_way(shop: Shop) -> None:
+def test_scrub_status_works_during_a_run(shop: Shop) -> None:
     shop.overlays(9)
     counts: list[int] = []
     with shop.running("--jobs", "2", "-r", "7M") as job:
@@ -1069,7 +1073,7 @@ def make_state(shop: Shop, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", STATES)
-def test_a_state_that_is_none_is_refused_and_kept(shop: Shop, what: str) -> None:
+def test_scrub_refuses_and_keeps_a_file_that_is_no_state(shop: Shop, what: str) -> None:
     shop.overlays(1)
     make_state(shop, what)
     state = shop.state / "no such directory" / "state" if what == "missing" else shop.state
@@ -1087,9 +1091,7 @@ def test_a_state_that_is_none_is_refused_and_kept(shop: Shop, what: str) -> None
 
 
 @pytest.mark.parametrize("table", ["layer", "run"])
-def test_a_state_in_which_anything_stands_is_no_riddle(
-    shop: Shop, rng: random.Random, table: str
-) -> None:
+def test_scrub_refuses_a_damaged_state_file(shop: Shop, rng: random.Random, table: str) -> None:
     """A program that has scribbled in it, or a disk: at worst one line, never a traceback."""
     shop.overlays(1)
     flip(shop.here / "vm00.raw", 5)
@@ -1118,20 +1120,20 @@ def test_a_state_in_which_anything_stands_is_no_riddle(
     assert failed == []
 
 
-def test_an_empty_file_becomes_a_state(shop: Shop) -> None:
+def test_scrub_accepts_an_empty_state_file(shop: Shop) -> None:
     shop.overlays(1)
     shop.state.touch()
     assert len(shop.run()["layers"]) == 2
     assert shop.status()["coverage"]["verified"] == 2
 
 
-def test_a_status_of_nothing_makes_nothing(shop: Shop) -> None:
+def test_scrub_status_creates_no_state_file(shop: Shop) -> None:
     ended = shop.warm.run("farm", "scrub", "status", "--state", str(shop.state), cwd=shop.here)
     assert str(shop.state) in one_line(ended)
     assert list(shop.state.parent.iterdir()) == []
 
 
-def test_a_link_to_a_state_is_a_state(shop: Shop) -> None:
+def test_scrub_follows_a_link_to_a_state_file(shop: Shop) -> None:
     shop.overlays(1)
     shop.run()
     link = Shop(shop.here, shop.state.with_name("link"), shop.warm)
@@ -1141,7 +1143,7 @@ def test_a_link_to_a_state_is_a_state(shop: Shop) -> None:
     assert len(shop.status()["runs"]) == 2
 
 
-def test_a_state_that_may_only_be_read(tmp_path: Path, shop: Shop) -> None:
+def test_scrub_status_reads_a_read_only_state_file(tmp_path: Path, shop: Shop) -> None:
     shop.overlays(1)
     mount = mounted("tmpfs", tmp_path)
     place = next(mount)
@@ -1160,7 +1162,7 @@ def test_a_state_that_may_only_be_read(tmp_path: Path, shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("leave", [0, 4 * KiB, 16 * KiB])
-def test_a_full_disk_for_the_state(tmp_path: Path, shop: Shop, leave: int) -> None:
+def test_scrub_refuses_a_state_file_on_a_full_disk(tmp_path: Path, shop: Shop, leave: int) -> None:
     shop.overlays(3)
     before = snapshot(shop.here)
     mount = mounted("tmpfs", tmp_path)
@@ -1179,7 +1181,7 @@ def test_a_full_disk_for_the_state(tmp_path: Path, shop: Shop, leave: int) -> No
     assert snapshot(shop.here) == before
 
 
-def test_a_disk_that_becomes_full_keeps_the_state(tmp_path: Path, shop: Shop) -> None:
+def test_disk_that_fills_up_keeps_the_state_file(tmp_path: Path, shop: Shop) -> None:
     shop.overlays(3)
     mount = mounted("tmpfs", tmp_path)
     place = next(mount)
@@ -1237,7 +1239,7 @@ def leaves_of(layers: list[Told]) -> dict[str, set[int]]:
 
 @BOTH
 @pytest.mark.parametrize("share", ["2%", "25.5%"])
-def test_a_sample_is_a_share_of_leaves_at_random(
+def test_sample_reads_a_random_share_of_leaves(
     shop: Shop, rng: random.Random, jobs: str, share: str
 ) -> None:
     marked(shop)
@@ -1266,7 +1268,7 @@ def test_a_sample_is_a_share_of_leaves_at_random(
         assert state["runs"][-1]["bytes"] == told["summary"]["bytes"]
 
 
-def test_a_sample_reads_no_more_than_it_says(shop: Shop) -> None:
+def test_sample_reads_no_more_than_it_reports(shop: Shop) -> None:
     marked(shop, 2400)
     nothing, _ = counted(shop, "--jobs", "0", "--time-limit", "0")
     read, told = counted(shop, "--jobs", "0", "--sample", "5%")
@@ -1276,7 +1278,7 @@ def test_a_sample_reads_no_more_than_it_says(shop: Shop) -> None:
 
 
 @BOTH
-def test_the_smallest_sample_reads_a_leaf_of_each_layer(shop: Shop, jobs: str) -> None:
+def test_smallest_sample_reads_one_leaf_of_each_layer(shop: Shop, jobs: str) -> None:
     draw_raw(shop.here / "base.img", "A" + "-" * 30 + "B")
     for number, cells in enumerate(("C" + "-" * 31, "-" * 31 + "D", "-" * 10 + "0E" + "-" * 20)):
         draw(shop.here / f"vm{number}.add-cow", cells)
@@ -1289,7 +1291,7 @@ def test_the_smallest_sample_reads_a_leaf_of_each_layer(shop: Shop, jobs: str) -
     assert {name: size // LEAF for name, size in read.items()} == dict.fromkeys(read, 1)
 
 
-def test_the_smallest_sample_finds_what_is_everywhere(shop: Shop) -> None:
+def test_smallest_sample_finds_damage_in_every_leaf(shop: Shop) -> None:
     marked(shop, 300)
     told = shop.run("--sample", "0.001%", status=2)
     assert {name: len(leaves) for name, leaves in leaves_of(told["layers"]).items()} == {
@@ -1298,23 +1300,21 @@ def test_the_smallest_sample_finds_what_is_everywhere(shop: Shop) -> None:
     }
 
 
-def test_a_sample_of_a_layer_of_written_zeros_reads_it_too(shop: Shop) -> None:
+def test_sample_reads_a_layer_of_written_zeros(shop: Shop) -> None:
     (shop.here / "base.img").write_bytes(bytes(MiB))
     shop.manifest("base.img")
     told = shop.run("--sample", "0.001%", place=str(shop.here / "base.img"))
     assert told["summary"]["bytes"] == LEAF
 
 
-def test_a_sample_of_all_finds_all(shop: Shop, rng: random.Random) -> None:
+def test_sample_of_100_percent_finds_everything(shop: Shop, rng: random.Random) -> None:
     plant(shop, rng)
     status, expected = shop.verify()
     told = shop.run("--sample", "100%", status=status)
     assert by_name(told["layers"]) == expected
 
 
-def test_a_sample_looks_at_all_of_header_bitmap_and_manifest(
-    shop: Shop, rng: random.Random
-) -> None:
+def test_sample_verifies_header_bitmap_and_manifest(shop: Shop, rng: random.Random) -> None:
     draw_raw(shop.here / "base.img", "AB")
     for number in range(3):
         draw(shop.here / f"vm{number}.add-cow", "-X")
@@ -1330,7 +1330,7 @@ def test_a_sample_looks_at_all_of_header_bitmap_and_manifest(
         assert [f["name"] for f in one["findings"]] == findings
 
 
-def test_a_sample_covers_nothing(shop: Shop) -> None:
+def test_sample_does_not_count_as_verification(shop: Shop) -> None:
     shop.overlays(3)
     told = shop.run("--sample", "50%")
     assert len(told["layers"]) == 4
@@ -1343,7 +1343,7 @@ def test_a_sample_covers_nothing(shop: Shop) -> None:
     assert None not in {one["sampled"] for one in shop.layers()}
 
 
-def test_a_sample_in_between_does_not_disturb_a_pass(shop: Shop) -> None:
+def test_sample_does_not_disturb_a_round(shop: Shop) -> None:
     shop.overlays(6)
     first = shop.run("--jobs", "0", "--time-limit", "0.5s", "-r", "4M", status=75)
     assert first["layers"]
@@ -1353,7 +1353,7 @@ def test_a_sample_in_between_does_not_disturb_a_pass(shop: Shop) -> None:
     assert sorted(names(first) + names(second)) == sorted(snapshot_of_layers(shop))
 
 
-def test_damage_is_not_forgotten_by_a_sample_that_misses_it(shop: Shop) -> None:
+def test_sample_that_misses_damage_does_not_forget_it(shop: Shop) -> None:
     shop.overlays(1, clusters=64)
     flip(shop.here / "vm00.raw", 33 * CLUSTER)
     shop.run(status=2)
@@ -1364,7 +1364,7 @@ def test_damage_is_not_forgotten_by_a_sample_that_misses_it(shop: Shop) -> None:
         assert sorted(one["exit"] for one in shop.layers()) == [0, 2]
 
 
-def test_a_whole_look_sees_what_a_sample_found_mended(shop: Shop) -> None:
+def test_whole_run_forgets_damage_that_was_repaired_after_a_sample(shop: Shop) -> None:
     shop.overlays(1)
     for number in range(16):
         flip(shop.here / "vm00.raw", number * CLUSTER)
@@ -1376,7 +1376,7 @@ def test_a_whole_look_sees_what_a_sample_found_mended(shop: Shop) -> None:
     assert {one["exit"] for one in shop.layers()} == {0}
 
 
-def test_a_sample_can_be_stopped(shop: Shop) -> None:
+def test_sample_can_be_stopped(shop: Shop) -> None:
     shop.overlays(6)
     told = shop.run("--jobs", "0", "--sample", "90%", "--time-limit", "0", status=75)
     assert told["layers"] == []
@@ -1387,7 +1387,7 @@ def test_a_sample_can_be_stopped(shop: Shop) -> None:
 # ---- rates ----
 
 
-def test_a_rate_bounds_all_workers_together(shop: Shop) -> None:
+def test_scrub_rate_applies_to_all_workers_together(shop: Shop) -> None:
     """No time is measured: within its limit it cannot have read more than the rate allows."""
     shop.overlays(9, clusters=64)
     told = shop.run("--jobs", "2", "--time-limit", "1s", "-r", "8M", status=75)
@@ -1428,7 +1428,7 @@ USAGE = [
 
 
 @pytest.mark.parametrize("words", USAGE, ids=" ".join)
-def test_what_cannot_mean_anything_is_a_usage_error(shop: Shop, words: tuple[str, ...]) -> None:
+def test_invalid_scrub_options_are_usage_errors(shop: Shop, words: tuple[str, ...]) -> None:
     place = [str(shop.state) if word == "S" else word for word in words]
     ended = shop.warm.run("farm", "scrub", *place, cwd=shop.here)
     assert ended.status == 64, ended
@@ -1438,7 +1438,7 @@ def test_what_cannot_mean_anything_is_a_usage_error(shop: Shop, words: tuple[str
     assert list(shop.state.parent.iterdir()) == []
 
 
-def test_a_place_that_is_not_there_is_named(shop: Shop) -> None:
+def test_scrub_names_a_missing_directory(shop: Shop) -> None:
     command = (*shop.words, str(shop.here / "nowhere"))
     assert "nowhere" in one_line(shop.warm.run(*command, cwd=shop.here))
 
@@ -1448,7 +1448,7 @@ def test_a_place_that_is_not_there_is_named(shop: Shop) -> None:
 
 @pytest.mark.parametrize("words", ["run --output json", "status"])
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&-", "2>/dev/full"])
-def test_closed_streams_are_no_reason_to_fail(shop: Shop, words: str, closed: str) -> None:
+def test_scrub_works_with_closed_streams(shop: Shop, words: str, closed: str) -> None:
     shop.overlays(1)
     flip(shop.here / "vm00.raw", 3)
     shop.run(status=2)
@@ -1468,7 +1468,7 @@ def test_closed_streams_are_no_reason_to_fail(shop: Shop, words: str, closed: st
 
 @pytest.mark.parametrize("words", ["run", "run --output json", "status --output json"])
 @pytest.mark.parametrize("where", [">/dev/full", "| true"])
-def test_what_cannot_be_told_is_remembered_all_the_same(shop: Shop, words: str, where: str) -> None:
+def test_scrub_records_results_that_it_cannot_print(shop: Shop, words: str, where: str) -> None:
     """A pipe that nobody reads, a full disk: nothing of the work is lost, nothing is a riddle."""
     shop.overlays(4)
     flip(shop.here / "vm00.raw", 3)
@@ -1496,7 +1496,7 @@ def test_what_cannot_be_told_is_remembered_all_the_same(shop: Shop, words: str, 
 # ---- hostile farms ----
 
 
-def test_what_is_no_manifest_holds_nobody_up(shop: Shop) -> None:
+def test_files_that_are_no_manifests_do_not_stop_a_scrub(shop: Shop) -> None:
     shop.overlays(2)
     os.mkfifo(shop.here / "other.img.manifest")
     (shop.here / "dir.img.manifest").mkdir()
@@ -1512,7 +1512,7 @@ def test_what_is_no_manifest_holds_nobody_up(shop: Shop) -> None:
     assert {found[n] for n in ("base.img", "vm00.add-cow", "vm01.add-cow")} == {0}
 
 
-def test_names_that_lead_elsewhere_are_not_followed(shop: Shop) -> None:
+def test_scrub_does_not_follow_names_that_lead_outside(shop: Shop) -> None:
     secret = shop.here.parent / "secret.img"
     draw_raw(secret, "S")
     draw_raw(shop.here / "top.raw", "X")
@@ -1530,7 +1530,7 @@ def test_names_that_lead_elsewhere_are_not_followed(shop: Shop) -> None:
 # ---- what a stranger found ----
 
 
-def test_a_sample_that_is_stopped_remembers_damage_and_gets_on(shop: Shop) -> None:
+def test_stopped_sample_records_damage_and_continues(shop: Shop) -> None:
     for name in ("a.img", "b.img", "c.img"):
         draw_raw(shop.here / name, "ABCDEFGH" * 8)
         shop.manifest(name)
@@ -1546,7 +1546,7 @@ def test_a_sample_that_is_stopped_remembers_damage_and_gets_on(shop: Shop) -> No
 
 
 @BOTH
-def test_a_kill_costs_a_second_whatever_the_rate(shop: Shop, jobs: str) -> None:
+def test_killed_scrub_repeats_one_second_at_any_rate(shop: Shop, jobs: str) -> None:
     """Of a base alone, at so low a rate that sixteen MiB would take a minute."""
     draw_raw(shop.here / "base.img", "ABCDEFGH" * 8)
     shop.manifest("base.img")
@@ -1569,7 +1569,7 @@ def bytes_verified(shop: Shop) -> int:
     return 0
 
 
-def test_what_was_read_in_vain_does_not_count(shop: Shop) -> None:
+def test_scrub_counts_only_bytes_that_it_verified(shop: Shop) -> None:
     draw_raw(shop.here / "base.img", "ABCDEFGH" * 8)
     shop.manifest("base.img")
     limit, total = 0.6, 0
@@ -1582,7 +1582,7 @@ def test_what_was_read_in_vain_does_not_count(shop: Shop) -> None:
     assert total == 4 * MiB
 
 
-def test_a_replaced_layer_is_not_verified(shop: Shop) -> None:
+def test_scrub_does_not_verify_a_replaced_layer(shop: Shop) -> None:
     shop.overlays(1)
     shutil.copyfile(shop.here / "base.img", shop.here / "new.img")
     (shop.here / "new.img").rename(shop.here / "base.img")
@@ -1592,7 +1592,7 @@ def test_a_replaced_layer_is_not_verified(shop: Shop) -> None:
     assert shop.verified()["base.img"] is None
 
 
-def test_damage_is_told_although_the_ledger_is_lost(shop: Shop) -> None:
+def test_scrub_reports_damage_when_the_state_file_is_lost(shop: Shop) -> None:
     draw_raw(shop.here / "a.img", "ABCDEFGH")
     draw_raw(shop.here / "b.img", "ABCDEFGH" * 8)
     for name in ("a.img", "b.img"):
@@ -1611,7 +1611,7 @@ def test_damage_is_told_although_the_ledger_is_lost(shop: Shop) -> None:
     assert "cannot write it" in ended.stderr
 
 
-def test_damage_is_remembered_while_the_layer_is_away(shop: Shop) -> None:
+def test_scrub_remembers_damage_of_a_layer_that_is_absent(shop: Shop) -> None:
     shop.overlays(1)
     flip(shop.here / "base.img", 0)
     shop.run(status=2)

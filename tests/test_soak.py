@@ -27,7 +27,7 @@ def soak(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_short_soak_tells_what_was_survived(tmp_path: Path) -> None:
+def test_soak_reports_the_survived_cases(tmp_path: Path) -> None:
     done = soak(tmp_path, "--minutes", "0.05")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("seed ")
@@ -35,7 +35,7 @@ def test_a_short_soak_tells_what_was_survived(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_promise_ends_it_and_is_kept(tmp_path: Path) -> None:
+def test_soak_stops_at_a_broken_promise_and_keeps_the_files(tmp_path: Path) -> None:
     try:
         with loop_disk("ext4", tmp_path):
             pass

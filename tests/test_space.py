@@ -84,28 +84,28 @@ def refused_for_space(here: Path, needed: int, *words: str) -> None:
 
 
 @BOTH
-def test_a_flatten_that_cannot_fit_is_refused(disk: Path, jobs: str) -> None:
+def test_flatten_that_cannot_fit_is_refused(disk: Path, jobs: str) -> None:
     draw_raw(disk / "base.img", DATA)
     draw(disk / "top.add-cow", HOLES[:-1] + "X")
     refused_for_space(disk, 39 * CLUSTER, "flatten", "--jobs", jobs, "top.add-cow")
 
 
 @BOTH
-def test_a_commit_that_cannot_fit_is_refused(disk: Path, jobs: str) -> None:
+def test_commit_that_cannot_fit_is_refused(disk: Path, jobs: str) -> None:
     draw_raw(disk / "base.img", "B" + HOLES[1:])
     draw(disk / "top.add-cow", DATA)
     refused_for_space(disk, 39 * CLUSTER, "commit", "--jobs", jobs, "top.add-cow")
 
 
 @BOTH
-def test_a_convert_that_cannot_fit_is_refused_and_leaves_no_file(disk: Path, jobs: str) -> None:
+def test_convert_that_cannot_fit_is_refused_and_leaves_no_file(disk: Path, jobs: str) -> None:
     draw_raw(disk / "base.img", DATA)
     draw(disk / "top.add-cow", HOLES[:-1] + "X")
     words = ("convert", "-O", "raw", "--jobs", jobs, "top.add-cow", "new.raw")
     refused_for_space(disk, 40 * CLUSTER, *words)
 
 
-def test_what_is_copied_up_on_the_way_is_counted(disk: Path) -> None:
+def test_space_check_counts_copied_up_data(disk: Path) -> None:
     """One small cluster makes a large one of the backing local: all of it is written."""
     draw_raw(disk / "base.img", 30 * "A")
     small, size = 4 * KiB, 30 * CLUSTER
@@ -131,7 +131,7 @@ def test_what_is_copied_up_on_the_way_is_counted(disk: Path) -> None:
     refused_for_space(disk, 30 * CLUSTER, "commit", "top.add-cow")
 
 
-def test_a_disk_without_room_takes_what_needs_none(disk: Path) -> None:
+def test_full_disk_accepts_jobs_that_need_no_space(disk: Path) -> None:
     """The target has its blocks already: nothing is taken, nothing is refused."""
     draw_raw(disk / "base.img", "ABCD--")
     draw(disk / "top.add-cow", "ab--X-")
@@ -146,7 +146,7 @@ def test_a_disk_without_room_takes_what_needs_none(disk: Path) -> None:
     assert look(disk / "top.raw") == "ABCDX0"
 
 
-def test_a_commit_that_leaves_room_for_itself_fits(disk: Path) -> None:
+def test_space_check_counts_only_holes_of_the_target(disk: Path) -> None:
     """Only what goes into holes counts, not what the tasks weigh."""
     draw_raw(disk / "base.img", 20 * "B" + 10 * "-")
     draw(disk / "top.add-cow", 10 * "-" + 20 * "X")
@@ -173,13 +173,13 @@ def test_a_commit_that_leaves_room_for_itself_fits(disk: Path) -> None:
         ([(8, 2, 8), (8, 9, 0), (8, 1, 0)], 0, 4),
     ],
 )
-def test_the_peak_is_what_is_taken_before_it_is_given_back(
+def test_peak_is_the_space_taken_before_space_is_freed(
     steps: list[tuple[int, int, int]], lag: int, needed: int
 ) -> None:
     assert peak(steps, lag) == needed
 
 
-def test_the_peak_of_any_job_is_that_of_a_plain_reckoning() -> None:
+def test_peak_agrees_with_a_plain_computation() -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201 - shown when it fails
     chance = random.Random(seed)
@@ -215,7 +215,7 @@ def plain_peak(steps: list[tuple[int, int, int]], lag: int) -> int:
         (("convert", "--jobs", "0", "-O", "raw", "top.add-cow", "new.raw"), "target_write"),
     ],
 )
-def test_a_disk_that_somebody_else_fills_in_mid_run(
+def test_disk_filled_by_another_program_ends_the_job_cleanly(
     warm: Warm, tmp_path: Path, disk: Path, words: tuple[str, ...], event: str
 ) -> None:
     draw_raw(disk / "base.img", "ABCDEF--")
@@ -237,7 +237,7 @@ def test_a_disk_that_somebody_else_fills_in_mid_run(
 
 @BOTH
 @pytest.mark.parametrize("job", ["flatten", "commit"])
-def test_work_that_was_finished_before_the_disk_was_full_is_kept(
+def test_full_disk_keeps_finished_clusters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, jobs: str
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -272,7 +272,7 @@ def bare(memory: Path) -> Path:
     return memory
 
 
-def test_looking_at_a_bitmap_of_holes_takes_nothing(bare: Path) -> None:
+def test_reading_a_bitmap_of_holes_takes_no_space(bare: Path) -> None:
     """A tmpfs gives pages to holes that are looked at through a mapping: SIGBUS when full."""
     before = states(bare)
     for words in (("info",), ("map",), ("check",), ("io", "-r", "-c", "read -P 0x42 64k 64k")):
@@ -280,7 +280,7 @@ def test_looking_at_a_bitmap_of_holes_takes_nothing(bare: Path) -> None:
     assert states(bare) == before
 
 
-def test_a_flatten_without_room_for_bits_is_refused(bare: Path) -> None:
+def test_flatten_without_space_for_bits_is_refused(bare: Path) -> None:
     before = states(bare)
     said = refused("flatten", "top.add-cow", cwd=bare)
     assert re.search(r"top\.add-cow: \d+ bytes of free space are needed and 0 are free", said)
@@ -291,7 +291,7 @@ def test_a_flatten_without_room_for_bits_is_refused(bare: Path) -> None:
     assert bits(bare / "top.add-cow") == "111"
 
 
-def test_a_write_without_room_for_its_bit_is_not_there(bare: Path) -> None:
+def test_write_without_space_for_its_bit_is_not_visible(bare: Path) -> None:
     ended = addcow("io", "-c", "write -P 0x58 64k 64k", "-c", "flush", "top.add-cow", cwd=bare)
     assert ended.status == 1
     assert ended.stderr == "addcow: top.add-cow: cannot write its bitmap: No space left on device\n"
@@ -302,7 +302,7 @@ def test_a_write_without_room_for_its_bit_is_not_there(bare: Path) -> None:
 # ---- the device ----
 
 
-def test_a_write_to_a_full_disk_says_so_and_changes_nothing(memory: Path) -> None:
+def test_write_to_a_full_disk_fails_and_changes_nothing(memory: Path) -> None:
     draw_raw(memory / "base.img", "ABCDEF")
     draw(memory / "top.add-cow", "-X----")
     fill(memory)
@@ -315,7 +315,7 @@ def test_a_write_to_a_full_disk_says_so_and_changes_nothing(memory: Path) -> Non
     assert local_clusters(top) == [1]
 
 
-def test_writes_after_a_full_disk_go_on_where_there_is_room(memory: Path) -> None:
+def test_writes_continue_where_there_is_space(memory: Path) -> None:
     draw_raw(memory / "base.img", "ABCDEF")
     draw(memory / "top.add-cow", "-X----")
     fill(memory)
@@ -330,7 +330,7 @@ def test_writes_after_a_full_disk_go_on_where_there_is_room(memory: Path) -> Non
     assert bits(memory / "top.add-cow") == ".1...."
 
 
-def test_a_reading_command_needs_no_room(memory: Path) -> None:
+def test_reading_commands_need_no_space(memory: Path) -> None:
     draw_raw(memory / "base.img", "ABCDEF")
     draw(memory / "top.add-cow", "-X----")
     fill(memory)

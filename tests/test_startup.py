@@ -96,7 +96,7 @@ WORKING = [
 
 
 @pytest.mark.parametrize("command", [*LOOKING, *TALKING, *MAKING, *IO], ids=" ".join)
-def test_a_command_loads_nothing_heavy(addcow_loads: Loads, command: list[str]) -> None:
+def test_command_loads_no_heavy_modules(addcow_loads: Loads, command: list[str]) -> None:
     assert of(HEAVY, addcow_loads(*command)) == set()
 
 
@@ -106,20 +106,20 @@ def test_only_jobs_load_the_engine(addcow_loads: Loads, command: list[str]) -> N
 
 
 @pytest.mark.parametrize("command", WORKING, ids=" ".join)
-def test_a_job_in_this_process_loads_nothing_that_starts_others(
+def test_job_without_workers_loads_no_multiprocessing(
     addcow_loads: Loads, command: list[str]
 ) -> None:
     assert of(HEAVY, addcow_loads(*command)) == set()
 
 
 @pytest.mark.parametrize("command", [*TALKING, *MAKING], ids=" ".join)
-def test_what_opens_no_image_loads_no_foreign_functions(
+def test_command_that_opens_no_image_loads_no_ctypes(
     addcow_loads: Loads, command: list[str]
 ) -> None:
     assert of({"ctypes"}, addcow_loads(*command)) == set()
 
 
-def test_each_command_loads_its_own_module_alone(addcow_loads: Loads) -> None:
+def test_command_loads_only_its_own_module(addcow_loads: Loads) -> None:
     modules = {
         "info": "addcow_mp.jobs.info",
         "check": "addcow_mp.jobs.check",
@@ -134,13 +134,13 @@ def test_each_command_loads_its_own_module_alone(addcow_loads: Loads) -> None:
         assert found & others == set()
 
 
-def test_importing_the_package_loads_nothing_of_it(here: Path) -> None:
+def test_importing_the_package_loads_none_of_its_modules(here: Path) -> None:
     found = set(loaded(here, "-c", "import addcow_mp; print(addcow_mp.__version__)"))
     assert of({"addcow_mp"}, found) == {"addcow_mp"}
     assert of(HEAVY | {"typer", "bitarray", "ctypes"}, found) == set()
 
 
-def test_a_name_of_the_package_loads_what_it_needs(here: Path) -> None:
+def test_public_name_loads_only_the_modules_it_needs(here: Path) -> None:
     code = "import addcow_mp, sys; addcow_mp.FormatError; print(*sys.modules, sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True
@@ -148,7 +148,7 @@ def test_a_name_of_the_package_loads_what_it_needs(here: Path) -> None:
     assert of({"addcow_mp"}, set(done.stdout.split())) == {"addcow_mp", "addcow_mp.errors"}
 
 
-def test_reading_from_python_loads_no_command_line_and_no_engine(here: Path) -> None:
+def test_python_interface_for_reading_loads_no_command_line(here: Path) -> None:
     code = "from addcow_mp import open; open('top.add-cow').close()"
     found = set(loaded(here, "-c", code))
     assert "addcow_mp.device.files" in found
@@ -198,12 +198,12 @@ SAME = [
 
 
 @pytest.mark.parametrize("command", SAME, ids=" ".join)
-def test_the_module_and_the_installed_command_are_the_same(here: Path, command: list[str]) -> None:
+def test_module_and_installed_command_print_the_same(here: Path, command: list[str]) -> None:
     by_module = addcow(*command, cwd=here)
     assert (by_module.status, by_module.stdout, by_module.stderr) == installed(here, *command)
 
 
-def test_help_names_every_command_and_every_command_has_help(here: Path) -> None:
+def test_help_lists_every_command(here: Path) -> None:
     told = succeed("--help", cwd=here).stdout
     for name in ("create", "info", "map", "check", "convert", "commit", "flatten", "io"):
         assert f"  {name} " in told
@@ -212,11 +212,11 @@ def test_help_names_every_command_and_every_command_has_help(here: Path) -> None
         assert "Traceback" not in text
 
 
-def test_without_a_command_the_help_is_named(here: Path) -> None:
+def test_missing_command_points_to_the_help(here: Path) -> None:
     assert "see 'addcow --help'" in refused(cwd=here, status=64)
 
 
-def test_the_version_is_that_of_the_package(here: Path) -> None:
+def test_version_option_prints_the_package_version(here: Path) -> None:
     import addcow_mp
 
     assert succeed("--version", cwd=here).stdout == f"addcow {addcow_mp.__version__}\n"

@@ -172,7 +172,7 @@ COMMANDS = {
 
 
 @EVERY_KIND
-def test_it_is_in_every_list_with_its_reason(
+def test_unexamined_file_is_in_every_list_with_its_reason(
     farm: Path, kind: str, kill_mount: Callable[[Path], None]
 ) -> None:
     make, reason = KINDS[kind]
@@ -194,7 +194,7 @@ def test_it_is_in_every_list_with_its_reason(
 
 
 @EVERY_KIND
-def test_what_is_excluded_is_in_no_list(
+def test_excluded_file_is_in_no_list(
     farm: Path, kind: str, kill_mount: Callable[[Path], None]
 ) -> None:
     hidden = KINDS[kind][0](farm, kill_mount)
@@ -207,7 +207,7 @@ def test_what_is_excluded_is_in_no_list(
         assert hidden not in told.said, (command, told)
 
 
-def test_an_unreadable_place_is_told_and_the_others_are_done(farm: Path) -> None:
+def test_unreadable_directory_is_reported_and_the_others_are_done(farm: Path) -> None:
     lock(farm, lambda _: None)
     told = bound("farm", "flatten", "two", "lost+found", "one", cwd=farm)
     assert told.status == 1
@@ -215,7 +215,9 @@ def test_an_unreadable_place_is_told_and_the_others_are_done(farm: Path) -> None
     assert told.lines[-1].endswith("2 done, 1 not examined")
 
 
-def test_a_dead_mount_as_a_place_is_told(farm: Path, kill_mount: Callable[[Path], None]) -> None:
+def test_dead_mount_given_as_directory_is_reported(
+    farm: Path, kill_mount: Callable[[Path], None]
+) -> None:
     let_mount_die(farm, kill_mount)
     told = addcow("farm", "ls", "mount", "one", cwd=farm)
     assert told.status == 1
@@ -223,14 +225,14 @@ def test_a_dead_mount_as_a_place_is_told(farm: Path, kill_mount: Callable[[Path]
     assert "one/top.add-cow" in told.stdout
 
 
-def test_corruption_counts_for_more(farm: Path) -> None:
+def test_corruption_outranks_an_unexamined_file(farm: Path) -> None:
     lock(farm, lambda _: None)
     put(farm / "one" / "top.add-cow", 64 * 1024, b"\xff")
     assert bound("farm", "check", ".", cwd=farm).status == 2
     assert bound("farm", "check", "--exclude", "one", ".", cwd=farm).status == 1
 
 
-def test_difference_counts_for_more(farm: Path) -> None:
+def test_difference_outranks_an_unexamined_file(farm: Path) -> None:
     lock(farm, lambda _: None)
     succeed("manifest", "create", "-q", "one/top.add-cow", cwd=farm)
     base = farm / "one" / "base.img"
@@ -241,7 +243,7 @@ def test_difference_counts_for_more(farm: Path) -> None:
     assert bound("farm", "scrub", "run", "--state", "../s", *words, cwd=farm).status == 2
 
 
-def test_counts_of_a_check_include_it(farm: Path) -> None:
+def test_farm_check_counts_unexamined_files(farm: Path) -> None:
     lock(farm, lambda _: None)
     document = bound("farm", "check", "--output", "json", ".", cwd=farm).json
     assert document["summary"]["images"] == 2
@@ -253,7 +255,7 @@ def test_counts_of_a_check_include_it(farm: Path) -> None:
     ]
 
 
-def test_a_log_tells_it(farm: Path) -> None:
+def test_farm_log_has_unexamined_files(farm: Path) -> None:
     lock(farm, lambda _: None)
     bound("farm", "flatten", "--log", "../log", ".", cwd=farm)
     events = [json.loads(line) for line in (farm.parent / "log").read_text().splitlines()]
@@ -261,7 +263,7 @@ def test_a_log_tells_it(farm: Path) -> None:
     assert (event["filename"], event["problem"]) == ("./lost+found", DENIED)
 
 
-def test_a_directory_whose_path_is_too_long_is_told(farm: Path) -> None:
+def test_directory_with_a_path_too_long_is_reported(farm: Path) -> None:
     nest(farm, 2100)
     try:
         told = addcow("farm", "ls", "--output", "json", ".", cwd=farm)
@@ -273,7 +275,7 @@ def test_a_directory_whose_path_is_too_long_is_told(farm: Path) -> None:
     assert one["problem"] == "File name too long"
 
 
-def test_a_backing_that_is_hidden_is_not_missing(farm: Path) -> None:
+def test_unreadable_backing_is_not_called_missing(farm: Path) -> None:
     (farm / "theirs").mkdir()
     draw_raw(farm / "theirs" / "base.img", "ABCD")
     draw(farm / "one" / "top.add-cow", "X---", str(farm / "theirs" / "base.img"))
@@ -288,9 +290,7 @@ def test_a_backing_that_is_hidden_is_not_missing(farm: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_place_that_is_not_there_is_told_and_the_others_are_done(
-    farm: Path, command: str
-) -> None:
+def test_missing_directory_is_reported_and_the_others_are_done(farm: Path, command: str) -> None:
     told = addcow("farm", *command.split(), "nowhere", "no*where", "one", cwd=farm)
     assert told.status == 1
     for place in ("nowhere", "no*where"):
@@ -299,12 +299,12 @@ def test_a_place_that_is_not_there_is_told_and_the_others_are_done(
     assert "one/top.add-cow" in told.said or "1 clean" in told.said
 
 
-def test_nothing_but_places_that_are_not_there_is_one_line(farm: Path) -> None:
+def test_only_missing_directories_cost_one_line(farm: Path) -> None:
     line = refused("farm", "ls", "nowhere", "no*where", cwd=farm)
     assert "nowhere: no such file or directory, and 1 more" in line
 
 
-def test_a_pattern_says_where_it_could_not_look(farm: Path) -> None:
+def test_pattern_reports_directories_that_it_could_not_read(farm: Path) -> None:
     lock(farm, lambda _: None)
     for pattern in ("lost+found/*.add-cow", "*/*.add-cow", "**/*.add-cow", "l*/x.add-cow"):
         told = bound("farm", "ls", pattern, "one", cwd=farm)
@@ -313,7 +313,7 @@ def test_a_pattern_says_where_it_could_not_look(farm: Path) -> None:
         assert DENIED in told.stdout
 
 
-def test_patterns_fit_as_in_a_shell(farm: Path) -> None:
+def test_patterns_match_as_in_a_shell(farm: Path) -> None:
     (farm / ".hidden").mkdir()
     draw(farm / ".hidden" / "top.add-cow", "----", "../one/base.img")
     for pattern, names in {
@@ -336,7 +336,7 @@ def kinds(document: dict[str, Any]) -> dict[str, str]:
 
 
 @EVERY_KIND
-def test_no_file_is_unnamed_while_something_is_hidden(
+def test_no_file_is_unnamed_while_a_file_is_unexamined(
     farm: Path, kind: str, kill_mount: Callable[[Path], None]
 ) -> None:
     hidden = KINDS[kind][0](farm, kill_mount)
@@ -350,7 +350,7 @@ def test_no_file_is_unnamed_while_something_is_hidden(
     assert (told.status, kinds(told.json)["./stray.img"]) == (0, "unnamed")
 
 
-def test_no_file_is_unnamed_while_an_overlay_outside_is_hidden(farm: Path) -> None:
+def test_no_file_is_unnamed_while_an_outside_overlay_is_unexamined(farm: Path) -> None:
     (farm / "stray.img").write_bytes(b"x")
     draw(farm.parent / "outside.add-cow", "----", "farm/stray.img")
     draw(farm / "top.add-cow", "----", "../outside.add-cow", backing_format="add-cow")
@@ -383,7 +383,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_leave_out_what_users_expect(tmp_path: Path, pattern: str) -> None:
+def test_exclude_patterns_match_names_and_paths(tmp_path: Path, pattern: str) -> None:
     here, link = tmp_path / "farm", tmp_path / "link"
     (here / "deep").mkdir(parents=True)
     link.symlink_to(here)
@@ -397,28 +397,28 @@ def test_patterns_leave_out_what_users_expect(tmp_path: Path, pattern: str) -> N
         assert found == PATTERNS[pattern], place
 
 
-def test_places_are_left_out_by_their_names(farm: Path) -> None:
+def test_exclude_applies_to_given_directories_by_name(farm: Path) -> None:
     """A shell's pattern has named them."""
     told = succeed("farm", "ls", "--output", "json", "--exclude", "two", "one", "two/", cwd=farm)
     assert [one["filename"] for one in told.json["images"]] == ["one/top.add-cow"]
     assert len(succeed("farm", "ls", "--exclude", "farm", ".", cwd=farm).lines) == 3
 
 
-def test_exclusions_may_be_any_bytes(farm: Path) -> None:
+def test_exclude_pattern_may_have_any_bytes(farm: Path) -> None:
     name = os.fsdecode(b"\xff:x.add-cow")
     draw(farm / "one" / name, "X---")
     assert succeed("farm", "ls", "--exclude", name, "one", cwd=farm).stdout.count("add-cow") == 1
     assert succeed("farm", "ls", "--exclude", "*:*", "one", cwd=farm).stdout.count("add-cow") == 1
 
 
-def test_no_pattern_is_a_usage_error(farm: Path) -> None:
+def test_empty_exclude_pattern_is_a_usage_error(farm: Path) -> None:
     assert "--exclude" in refused("farm", "ls", "--exclude", "", ".", cwd=farm, status=64)
 
 
 # ---- dependants ----
 
 
-def test_a_commit_is_refused_while_a_directory_beneath_a_root_is_hidden(farm: Path) -> None:
+def test_commit_is_refused_while_a_directory_beneath_a_root_is_unreadable(farm: Path) -> None:
     lock(farm, lambda _: None)
     told = bound("farm", "commit", ".", cwd=farm)
     assert told.status == 1
@@ -429,7 +429,7 @@ def test_a_commit_is_refused_while_a_directory_beneath_a_root_is_hidden(farm: Pa
     assert look(farm / "one" / "base.img") == "XBCD"
 
 
-def test_a_flatten_goes_on_while_a_directory_beneath_a_root_is_hidden(farm: Path) -> None:
+def test_flatten_is_done_while_a_directory_beneath_a_root_is_unreadable(farm: Path) -> None:
     lock(farm, lambda _: None)
     told = bound("farm", "flatten", "--discard", ".", cwd=farm)
     assert "refused" in told.stderr
@@ -439,7 +439,7 @@ def test_a_flatten_goes_on_while_a_directory_beneath_a_root_is_hidden(farm: Path
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_only_images_in_a_hidden_directory_are_refused(farm: Path, job: str) -> None:
+def test_unreadable_file_refuses_only_images_of_its_directory(farm: Path, job: str) -> None:
     """Their files can be opened by name, and other names there cannot be seen."""
     hide(farm / "one", 0o711)
     if os.geteuid() != 0:
@@ -454,7 +454,7 @@ def test_only_images_in_a_hidden_directory_are_refused(farm: Path, job: str) -> 
     assert bits(farm / "one" / "top.add-cow") == "1..."
 
 
-def test_one_image_asks_the_same(farm: Path) -> None:
+def test_job_of_one_image_checks_for_unreadable_files(farm: Path) -> None:
     lock(farm, lambda _: None)
     words = ("--root", ".", "one/top.add-cow")
     told = bound("commit", *words, cwd=farm)
@@ -467,7 +467,7 @@ def test_one_image_asks_the_same(farm: Path) -> None:
     assert bound("commit", "--force", "--root", ".", "two/top.add-cow", cwd=farm).status == 0
 
 
-def test_a_dead_mount_beneath_a_root_bars_a_commit(
+def test_dead_mount_beneath_a_root_refuses_a_commit(
     farm: Path, kill_mount: Callable[[Path], None]
 ) -> None:
     let_mount_die(farm, kill_mount)
@@ -478,7 +478,7 @@ def test_a_dead_mount_beneath_a_root_bars_a_commit(
 # ---- why a list is empty ----
 
 
-def test_a_file_that_is_no_overlay_is_told(farm: Path) -> None:
+def test_named_file_that_is_no_overlay_is_reported(farm: Path) -> None:
     (farm / "q.qcow2").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(5000))
     for command in ("ls", "check", "plan flatten", "flatten", "commit"):
         told = addcow("farm", *command.split(), "q.qcow2", cwd=farm)
@@ -487,7 +487,7 @@ def test_a_file_that_is_no_overlay_is_told(farm: Path) -> None:
     assert (told.status, told.stderr) == (0, "addcow: q.qcow2: not an add-cow file\n")
 
 
-def test_many_files_that_are_no_overlays_are_one_line(farm: Path) -> None:
+def test_many_named_files_that_are_no_overlays_are_one_line(farm: Path) -> None:
     names = [f"{number}.img" for number in range(9)]
     for name in names:
         (farm / name).write_bytes(b"x")
@@ -498,7 +498,7 @@ def test_many_files_that_are_no_overlays_are_one_line(farm: Path) -> None:
 
 @pytest.mark.parametrize("links", [0, 1, 2])
 @pytest.mark.parametrize("command", ["ls", "graph", "check", "verify", "plan commit", "flatten"])
-def test_a_directory_without_overlays_says_so(farm: Path, command: str, links: int) -> None:
+def test_directory_without_overlays_is_reported(farm: Path, command: str, links: int) -> None:
     (farm / "none").mkdir()
     for number in range(links):
         (farm / "none" / f"link-{number}").symlink_to(farm / "one")
@@ -515,7 +515,7 @@ def test_a_directory_without_overlays_says_so(farm: Path, command: str, links: i
     )
 
 
-def test_nothing_is_said_of_empty_directories_where_something_is_listed(farm: Path) -> None:
+def test_empty_directory_is_not_reported_beside_a_list(farm: Path) -> None:
     (farm / "none").mkdir()
     assert succeed("farm", "ls", "none", "one", cwd=farm).stderr == ""
     assert succeed("farm", "check", "-q", "none", cwd=farm).said == ""
@@ -524,7 +524,7 @@ def test_nothing_is_said_of_empty_directories_where_something_is_listed(farm: Pa
 # ---- what a scrub remembers ----
 
 
-def test_a_layer_that_is_hidden_is_not_gone(farm: Path) -> None:
+def test_unreadable_layer_is_not_counted_as_gone(farm: Path) -> None:
     words = ("farm", "scrub", "run", "--state", "../state", ".")
     for name in ("one", "two"):
         succeed("manifest", "create", "-q", f"{name}/top.add-cow", cwd=farm)
@@ -535,7 +535,7 @@ def test_a_layer_that_is_hidden_is_not_gone(farm: Path) -> None:
     assert succeed(*status, cwd=farm).json["coverage"]["gone"] == 0
 
 
-def test_a_link_that_leads_in_a_circle_leads_to_nothing(tmp_path: Path) -> None:
+def test_link_cycle_leads_to_no_file(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     draw(tmp_path / "top.add-cow", "X", "base.img")
     (tmp_path / "round").symlink_to("round")

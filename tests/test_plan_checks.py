@@ -64,7 +64,7 @@ CASES = [(job, name) for job, names in WRITTEN.items() for name in names]
 
 @pytest.mark.parametrize(("flag", "told"), [("i", "immutable"), ("a", "append-only")])
 @pytest.mark.parametrize(("job", "name"), CASES)
-def test_immutable_and_append_only_files(
+def test_plan_refuses_immutable_and_append_only_files(
     farm: Path, made: Loops, job: str, name: str, flag: str, told: str
 ) -> None:
     chattr(made, flag, farm / name)
@@ -80,28 +80,28 @@ def test_immutable_and_append_only_files(
     assert snapshot(farm) == before
 
 
-def test_a_base_that_flatten_only_reads_may_be_immutable(farm: Path, made: Loops) -> None:
+def test_plan_flatten_accepts_an_immutable_base(farm: Path, made: Loops) -> None:
     chattr(made, "i", farm / "base.img")
     assert planned("flatten", ".", cwd=farm) == (0, "ready", "")
     succeed("farm", "flatten", ".", cwd=farm)
 
 
 @pytest.mark.parametrize("job", WRITTEN)
-def test_a_read_only_mount(farm: Path, job: str) -> None:
+def test_plan_refuses_a_read_only_mount(farm: Path, job: str) -> None:
     run("mount", "-o", "remount,ro", str(farm))
     status, state, problem = planned(job, ".", cwd=farm)
     assert (status, state) == (1, "refused")
     assert "cannot open it for writing: Read-only file system" in problem
 
 
-def test_nothing_to_do_on_a_read_only_mount_is_no_refusal(farm: Path) -> None:
+def test_plan_with_nothing_to_do_accepts_a_read_only_mount(farm: Path) -> None:
     succeed("flatten", "vm.add-cow", cwd=farm)
     run("mount", "-o", "remount,ro", str(farm))
     assert planned("flatten", ".", cwd=farm) == (0, "nothing-to-do", "")
 
 
 @pytest.mark.parametrize(("more", "told"), [((), "read-only"), (("-x",), "is shorter")])
-def test_a_device_that_is_read_only_or_too_short(
+def test_plan_refuses_a_device_that_is_read_only_or_too_short(
     tmp_path: Path, made: Loops, more: tuple[str, ...], told: str
 ) -> None:
     disk = tmp_path / "disk.img"
@@ -117,7 +117,7 @@ def test_a_device_that_is_read_only_or_too_short(
     assert addcow("farm", "commit", *allowed, cwd=tmp_path).status == 1
 
 
-def test_discard_asks_the_directory(farm: Path, made: Loops) -> None:
+def test_plan_discard_refuses_an_immutable_directory(farm: Path, made: Loops) -> None:
     place = farm / "place"
     place.mkdir()
     draw_raw(place / "base.img", "ABCD")
@@ -133,7 +133,7 @@ def test_discard_asks_the_directory(farm: Path, made: Loops) -> None:
             run("chattr", f"-{flag}", str(place))
 
 
-def test_a_manifest_that_cannot_be_removed(farm: Path, made: Loops) -> None:
+def test_plan_refuses_a_manifest_that_cannot_be_removed(farm: Path, made: Loops) -> None:
     succeed("manifest", "create", "vm.add-cow", cwd=farm)
     chattr(made, "i", farm / "vm.add-cow.manifest")
     status, state, problem = planned("flatten", ".", cwd=farm)
@@ -170,7 +170,7 @@ def a_farm(here: Path, count: int = 1) -> Path:
 
 
 @pytest.mark.parametrize("job", WRITTEN)
-def test_files_of_another_owner(tmp_path: Path, job: str) -> None:
+def test_plan_refuses_files_of_another_owner(tmp_path: Path, job: str) -> None:
     here = a_farm(tmp_path / "farm")
     done = as_nobody("farm", "plan", job, "--output", "json", ".", cwd=here)
     (image,) = json.loads(done.stdout)["images"]
@@ -178,7 +178,7 @@ def test_files_of_another_owner(tmp_path: Path, job: str) -> None:
     assert "cannot open it for writing: Permission denied" in image["problem"]
 
 
-def test_discard_in_a_directory_with_the_sticky_bit(tmp_path: Path) -> None:
+def test_plan_discard_refuses_a_sticky_directory(tmp_path: Path) -> None:
     here = a_farm(tmp_path / "farm")
     for path in here.iterdir():
         path.chmod(0o666)
@@ -188,7 +188,7 @@ def test_discard_in_a_directory_with_the_sticky_bit(tmp_path: Path) -> None:
     assert "it belongs to another user, in a directory with the sticky bit" in done.stderr
 
 
-def test_discard_in_a_directory_of_another_owner(tmp_path: Path) -> None:
+def test_plan_discard_refuses_a_directory_of_another_owner(tmp_path: Path) -> None:
     here = a_farm(tmp_path / "farm")
     for path in here.iterdir():
         path.chmod(0o666)
@@ -201,7 +201,7 @@ def test_discard_in_a_directory_of_another_owner(tmp_path: Path) -> None:
 # Exit status, and what is told of many
 
 
-def test_a_plan_with_something_ready_ends_with_0(tmp_path: Path) -> None:
+def test_plan_with_a_ready_image_exits_with_0(tmp_path: Path) -> None:
     here = a_farm(tmp_path / "farm", 2)
     (here / "base0.img").unlink()
     result = addcow("farm", "plan", "commit", ".", cwd=here)
@@ -250,7 +250,7 @@ def take_images(here: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("job", [["plan", "commit"], ["commit", "--dry-run"], ["commit"]])
-def test_refusals_of_one_cause_are_one_line_on_a_terminal(
+def test_plan_prints_one_line_for_refusals_of_one_cause(
     tmp_path: Path, spoil: Callable[[Path], None], told: str, job: list[str]
 ) -> None:
     here = a_farm(tmp_path / "farm", 7)
@@ -272,7 +272,7 @@ def test_refusals_of_one_cause_are_one_line_on_a_terminal(
     assert len([one for one in images if "problem" in one]) == 7
 
 
-def test_one_file_that_refuses_many_is_named(tmp_path: Path) -> None:
+def test_plan_names_the_file_that_refuses_many_images(tmp_path: Path) -> None:
     here = tmp_path / "farm"
     here.mkdir()
     for number in range(4):

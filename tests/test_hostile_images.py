@@ -192,7 +192,7 @@ way_out = pytest.mark.parametrize("way", WAYS_OUT)
 
 @way_out
 @pytest.mark.parametrize("spot", ["image", "backing"])
-def test_names_lead_nowhere_but_beneath_the_overlay(
+def test_names_open_files_beneath_the_overlays_directory_only(
     box: Path, way: Callable[[Path], str], spot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(box)
@@ -210,7 +210,7 @@ def test_names_lead_nowhere_but_beneath_the_overlay(
 
 
 @way_out
-def test_a_backing_names_no_more_than_the_overlay_may(
+def test_backing_may_open_no_more_than_the_overlay(
     box: Path, way: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(box)
@@ -222,7 +222,7 @@ def test_a_backing_names_no_more_than_the_overlay_may(
         assert watch.events() == []
 
 
-def test_an_image_that_lies_outside_is_not_described(box: Path) -> None:
+def test_info_does_not_describe_an_outside_image(box: Path) -> None:
     write_overlay(box / TOP, image="../outside/secret.img")
     line = sole_line(run(box, ("info",)))
     assert f"--root {box.parent / 'outside'}" in line
@@ -235,7 +235,7 @@ def test_info_of_the_overlay_alone_opens_no_backing(box: Path) -> None:
         assert watch.events() == []
 
 
-def test_links_that_stay_inside_are_followed(box: Path) -> None:
+def test_links_within_the_directory_are_followed(box: Path) -> None:
     (box / "link").symlink_to("sub/../base.img")
     (box / "all").symlink_to(".")
     write_overlay(box / TOP, image="all/all/top.raw", backing="all/link")
@@ -247,7 +247,7 @@ def test_links_that_stay_inside_are_followed(box: Path) -> None:
 
 
 @way_out
-def test_a_root_allows_what_it_holds(
+def test_root_allows_files_beneath_it(
     box: Path, way: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(box)
@@ -263,7 +263,7 @@ def test_a_root_allows_what_it_holds(
     assert look(secret(box)) == "SXS"
 
 
-def test_each_root_counts_and_a_link_to_one_is_one(box: Path) -> None:
+def test_several_roots_and_a_link_to_a_root(box: Path) -> None:
     write_overlay(box / TOP, backing="../outside/secret.img")
     (box.parent / "way").symlink_to("outside")
     roots = ("--root", str(box / "sub"), "--root", "/nowhere", "--root", str(box.parent / "way"))
@@ -271,14 +271,14 @@ def test_each_root_counts_and_a_link_to_one_is_one(box: Path) -> None:
     assert "--root" in sole_line(run(box, ("map",), *roots[:4]))
 
 
-def test_a_root_is_a_directory_not_a_beginning(box: Path) -> None:
+def test_root_is_not_a_prefix_of_a_name(box: Path) -> None:
     (box.parent / "out").mkdir()
     write_overlay(box / TOP, backing="../outside/secret.img")
     assert "--root" in sole_line(run(box, ("map",), "--root", str(box.parent / "out")))
     assert "--root" in sole_line(run(box, ("map",), "--root", str(secret(box))))
 
 
-def test_a_chain_below_a_root_goes_on_from_there(box: Path) -> None:
+def test_chain_beneath_a_root_continues_there(box: Path) -> None:
     bases = box.parent / "outside"
     draw_raw(bases / "golden.img", "GHI")
     draw(bases / "mid.add-cow", "--M", "golden.img")
@@ -291,7 +291,7 @@ def test_a_chain_below_a_root_goes_on_from_there(box: Path) -> None:
     assert guest_picture(bases / "mid.add-cow") == "GXM"
 
 
-def test_what_a_root_holds_does_not_lead_out_of_it(box: Path) -> None:
+def test_link_in_a_root_does_not_lead_out_of_it(box: Path) -> None:
     inner = box.parent / "outside" / "inner"
     inner.mkdir()
     draw(inner / "mid.add-cow", "---", "../secret.img")
@@ -301,7 +301,7 @@ def test_what_a_root_holds_does_not_lead_out_of_it(box: Path) -> None:
 
 
 @pytest.mark.parametrize("backing", ["../outside/secret.img", "outside link"])
-def test_create_says_which_root_users_will_need(box: Path, backing: str) -> None:
+def test_create_names_the_root_that_users_need(box: Path, backing: str) -> None:
     (box / "outside link").symlink_to("../outside/secret.img")
     done = addcow("create", "-b", backing, "-F", "raw", "new.add-cow", cwd=box)
     assert done.status == 0
@@ -313,12 +313,12 @@ def test_create_says_which_root_users_will_need(box: Path, backing: str) -> None
     succeed("map", *root.split(maxsplit=1), "new.add-cow", cwd=box)
 
 
-def test_create_says_nothing_of_files_beneath_it(box: Path) -> None:
+def test_create_names_no_root_for_files_beneath_it(box: Path) -> None:
     done = addcow("create", "-b", BASE, "-F", "raw", "new.add-cow", cwd=box)
     assert (done.status, done.stderr) == (0, "")
 
 
-def test_create_tells_of_an_image_elsewhere_too(box: Path) -> None:
+def test_create_names_the_root_of_an_image_elsewhere(box: Path) -> None:
     images = box.parent / "images"
     images.mkdir()
     options = f"image_file={images}/new.raw"
@@ -331,7 +331,7 @@ def test_create_tells_of_an_image_elsewhere_too(box: Path) -> None:
     assert look(images / "new.raw") == "0X0"
 
 
-def test_a_name_exchanged_in_between_opens_nothing_outside(box: Path) -> None:
+def test_name_replaced_by_a_link_opens_nothing_outside(box: Path) -> None:
     """While one thread exchanges a link as fast as it can, no open ends up outside."""
     write_overlay(box / TOP, backing="turning")
     inside, out, turning = (box / name for name in ("inside", "out", "turning"))
@@ -403,7 +403,7 @@ def test_only_regular_files_are_opened(box: Path, make: Callable[[Path], None], 
 
 
 @odd
-def test_the_overlay_itself_is_a_regular_file(box: Path, make: Callable[[Path], None]) -> None:
+def test_overlay_must_be_a_regular_file(box: Path, make: Callable[[Path], None]) -> None:
     (box / TOP).unlink()
     make(box / TOP)
     for command in (*READERS, *WRITERS):
@@ -415,7 +415,7 @@ def test_the_overlay_itself_is_a_regular_file(box: Path, make: Callable[[Path], 
 
 
 @odd
-def test_nothing_is_created_over_an_odd_file(box: Path, make: Callable[[Path], None]) -> None:
+def test_create_refuses_files_that_are_not_regular(box: Path, make: Callable[[Path], None]) -> None:
     make(box / "odd")
     before = snapshot(box)
     for words in (("-b", "odd", "-F", "raw"), ("-o", "image_file=odd")):
@@ -428,7 +428,7 @@ def test_nothing_is_created_over_an_odd_file(box: Path, make: Callable[[Path], N
     "name", ["/proc/version", "/proc/self/mem", "/proc/kmsg", "/sys/kernel/profiling"]
 )
 @pytest.mark.parametrize("spot", ["image", "backing"])
-def test_files_of_the_kernel_are_no_disks(box: Path, name: str, spot: str) -> None:
+def test_files_of_proc_are_refused(box: Path, name: str, spot: str) -> None:
     write_overlay(box / TOP, **{spot: name})
     for command in READERS:
         result = run(box, command, "--root", "/proc", "--root", "/sys")
@@ -438,7 +438,7 @@ def test_files_of_the_kernel_are_no_disks(box: Path, name: str, spot: str) -> No
 
 
 @pytest.mark.parametrize("root", ["/proc", "/sys", "/dev"])
-def test_a_root_of_the_kernels_is_not_searched(box: Path, root: str) -> None:
+def test_proc_as_a_root_is_not_searched(box: Path, root: str) -> None:
     succeed("commit", "--root", root, TOP, cwd=box)
     assert look(box / BASE) == "AXC"
 
@@ -451,7 +451,7 @@ PROTOCOLS = (
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 @pytest.mark.parametrize("spot", ["image", "backing"])
-def test_names_of_protocols_are_refused(box: Path, name: str, spot: str) -> None:
+def test_names_with_a_protocol_are_refused(box: Path, name: str, spot: str) -> None:
     if "/" not in name:
         draw_raw(box / name, "PPP")
     write_overlay(box / TOP, **{spot: name})
@@ -497,7 +497,7 @@ def disk(device: str) -> str:
 DEVICE = ("--allow-device", "--root", "/dev")
 
 
-def test_devices_are_opened_only_when_allowed(tmp_path: Path, device: str) -> None:
+def test_block_devices_need_allow_device(tmp_path: Path, device: str) -> None:
     draw_raw(tmp_path / BASE, "ABC")
     for spot in ("image", "backing"):
         write_overlay(tmp_path / TOP, **{spot: device})
@@ -535,7 +535,7 @@ def test_flatten_and_convert_over_a_device(tmp_path: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_a_device_as_image(tmp_path: Path, device: str, jobs: str) -> None:
+def test_device_as_image(tmp_path: Path, device: str, jobs: str) -> None:
     draw_raw(tmp_path / BASE, "AB-")
     content = overlay_bytes(image=device, size=6 * CLUSTER, backing=BASE, local=[1, 3])
     (tmp_path / TOP).write_bytes(content)
@@ -556,7 +556,7 @@ def test_commit_from_a_device(tmp_path: Path, device: str, jobs: str) -> None:
     assert local_clusters(tmp_path / TOP) == []
 
 
-def test_an_image_on_a_device_and_the_same_device_as_backing(tmp_path: Path, device: str) -> None:
+def test_device_as_image_and_backing_is_refused(tmp_path: Path, device: str) -> None:
     (tmp_path / "alias").symlink_to(device)
     write_overlay(tmp_path / TOP, image=device, backing="alias")
     for command in (("map",), ("io", "-c", "write 0 4k"), ("flatten",), ("commit",)):
@@ -564,7 +564,7 @@ def test_an_image_on_a_device_and_the_same_device_as_backing(tmp_path: Path, dev
     assert disk(device) == "DEFGHI"
 
 
-def test_an_image_that_is_its_own_backing(box: Path) -> None:
+def test_image_as_its_own_backing_is_refused(box: Path) -> None:
     (box / "alias").hardlink_to(box / IMAGE)
     write_overlay(box / TOP, backing="alias")
     before = snapshot(box)
@@ -587,7 +587,7 @@ MAGICS = {
 
 @pytest.mark.parametrize("format_", MAGICS)
 @pytest.mark.parametrize("name", [IMAGE, BASE])
-def test_a_raw_file_is_raw_whatever_it_begins_with(box: Path, format_: str, name: str) -> None:
+def test_raw_file_is_raw_whatever_it_begins_with(box: Path, format_: str, name: str) -> None:
     draw(box / TOP, "X--" if name == IMAGE else "-X-")
     patch(box / name, 0, MAGICS[format_])
     assert run(box, ("convert", "-O", "raw")).status == 0
@@ -602,7 +602,7 @@ def test_a_raw_file_is_raw_whatever_it_begins_with(box: Path, format_: str, name
     assert f"as {format_} does" in finding["message"]
 
 
-def test_what_a_guest_writes_chooses_no_format(box: Path) -> None:
+def test_data_of_a_guest_does_not_choose_a_format(box: Path) -> None:
     """A guest turns its raw disk into a qcow2 file that names a file of the host."""
     tool("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", str(secret(box)), "-F", "raw",
          "evil", "192k", cwd=box)  # fmt: skip
@@ -640,7 +640,7 @@ def deep(here: Path, depth: int, *, base: bool) -> None:
 
 @pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize("depth", [29, 30])
-def test_a_chain_of_thirty_overlays_works(tmp_path: Path, depth: int, base: bool) -> None:
+def test_chain_of_thirty_overlays_works(tmp_path: Path, depth: int, base: bool) -> None:
     deep(tmp_path, depth, base=base)
     for command in READERS:
         assert run(tmp_path, command).status == 0, command
@@ -653,7 +653,7 @@ def test_a_chain_of_thirty_overlays_works(tmp_path: Path, depth: int, base: bool
 
 @pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize("depth", [31, 200])
-def test_a_deeper_chain_is_refused(tmp_path: Path, depth: int, base: bool) -> None:
+def test_deeper_chain_is_refused(tmp_path: Path, depth: int, base: bool) -> None:
     deep(tmp_path, depth, base=base)
     before = snapshot(tmp_path)
     for command in (*READERS, *WRITERS):
@@ -663,7 +663,7 @@ def test_a_deeper_chain_is_refused(tmp_path: Path, depth: int, base: bool) -> No
     assert snapshot(tmp_path) == before
 
 
-def test_create_does_not_make_what_nobody_opens(tmp_path: Path) -> None:
+def test_create_makes_no_chain_too_deep_to_open(tmp_path: Path) -> None:
     deep(tmp_path, 30, base=True)
     words = ("create", "-b", TOP, "-F", "add-cow", "higher.add-cow")
     made = addcow(*words, cwd=tmp_path)
@@ -679,7 +679,9 @@ def test_create_does_not_make_what_nobody_opens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [b"\xff\xfe.img", b"a\nb", b"\x1b[31mred", "é\u202e".encode(), b" "]
 )
-def test_any_bytes_make_a_name(box: Path, name: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_names_may_have_any_bytes(
+    box: Path, name: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in any locale but C
     shutil.copy(box / BASE, box / os.fsdecode(name))
     write_overlay(box / TOP, backing=os.fsdecode(name))
@@ -759,7 +761,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("field", NUMBERS)
-def test_numbers_are_bounded_before_they_cost_anything(box: Path, field: str) -> None:
+def test_header_numbers_are_checked_before_they_cost_anything(box: Path, field: str) -> None:
     at, values = NUMBERS[field]
     sound = (box / TOP).read_bytes()
     for value in values:
@@ -775,13 +777,13 @@ def test_numbers_are_bounded_before_they_cost_anything(box: Path, field: str) ->
         assert bounded(box, *command, TOP).status in (1, 2)
 
 
-def test_all_numbers_at_their_largest(box: Path) -> None:
+def test_header_with_all_numbers_at_their_largest_is_refused(box: Path) -> None:
     patch(box / TOP, 4, b"\xff" * 40)
     for command in (("info",), ("map",), ("check",), ("commit",)):
         assert bounded(box, *command, TOP).status in (1, 2)
 
 
-def test_a_header_at_the_end_of_four_gigabytes(box: Path) -> None:
+def test_names_at_the_end_of_four_gigabytes_are_read(box: Path) -> None:
     """Names that lie where the numbers say, in a file that is long enough for them."""
     struct_at = 2**32 - 4096
     os.truncate(box / TOP, 2**33)
@@ -804,7 +806,7 @@ def make_sparse(here: Path, size: int, cluster: int) -> None:
     succeed(*words, TOP, cwd=here)
 
 
-def test_a_sparse_image_of_16_tib_costs_little_memory(tmp_path: Path) -> None:
+def test_sparse_image_of_16_tib_costs_little_memory(tmp_path: Path) -> None:
     """Its bitmap is half a gigabyte of zeros, which need not be looked at."""
     make_sparse(tmp_path, 16 * TiB - 4 * KiB, 4 * KiB)
     for command in READERS:
@@ -835,7 +837,7 @@ def xfs(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("cluster", [2 * MiB, 64 * KiB])
-def test_the_last_sector_of_8_eib(xfs: Path, cluster: int) -> None:
+def test_last_sector_of_8_eib_is_written(xfs: Path, cluster: int) -> None:
     make_sparse(xfs, LARGEST, cluster)
     last = LARGEST - 512
     io(TOP, f"write -P 0x5a {last} 512", "write -P 0x41 0 512", "flush", cwd=xfs)
@@ -856,7 +858,7 @@ def test_the_last_sector_of_8_eib(xfs: Path, cluster: int) -> None:
     assert succeed("check", "--output", "json", TOP, cwd=xfs).json["allocated-clusters"] == 2
 
 
-def test_a_map_of_8_eib(xfs: Path) -> None:
+def test_map_of_8_eib(xfs: Path) -> None:
     make_sparse(xfs, LARGEST, 2 * MiB)
     io(TOP, f"write -P 0x5a {LARGEST - 512} 512", "flush", cwd=xfs)
     extents = succeed("map", "--output", "json", TOP, cwd=xfs).json
@@ -865,7 +867,7 @@ def test_a_map_of_8_eib(xfs: Path) -> None:
     assert local == LARGEST // (2 * MiB) * 2 * MiB
 
 
-def test_a_commit_of_8_eib(xfs: Path) -> None:
+def test_commit_of_8_eib(xfs: Path) -> None:
     make_sparse(xfs, LARGEST, 2 * MiB)
     io(TOP, f"write -P 0x5a {LARGEST - 512} 512", "write -P 0x41 0 512", "flush", cwd=xfs)
     succeed("commit", TOP, cwd=xfs)
@@ -874,7 +876,7 @@ def test_a_commit_of_8_eib(xfs: Path) -> None:
         assert os.pread(file.fileno(), 512, 0) == b"\x41" * 512
 
 
-def test_a_flatten_whose_bits_do_not_fit_is_refused_at_once(xfs: Path) -> None:
+def test_flatten_whose_bits_do_not_fit_is_refused_at_once(xfs: Path) -> None:
     """Setting every bit fills the holes of the bitmap: that is known before the first byte."""
     make_sparse(xfs, 512 * TiB, 64 * KiB)
     before = [(path.name, path.stat().st_blocks, path.stat().st_mtime_ns) for path in xfs.iterdir()]
@@ -894,7 +896,7 @@ def test_sizes_past_8_eib_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_noise_behind_the_magic(box: Path, seed: int) -> None:
+def test_random_bytes_after_the_magic_are_refused_in_one_line(box: Path, seed: int) -> None:
     """The seed stands in the name of the test. `make fuzz` looks further."""
     rng = random.Random(seed)
     for _ in range(12):

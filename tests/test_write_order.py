@@ -78,7 +78,7 @@ def ends_with_freeing(trace: Trace) -> list[str]:
     return story[:end]
 
 
-def test_flush_after_writes(tmp_path: Path, trace: Trace) -> None:
+def test_flush_syncs_data_before_it_publishes_bits(tmp_path: Path, trace: Trace) -> None:
     with addcow_mp.open(pair(tmp_path, "ABC", "---"), writable=True) as disk:
         disk.write(5, b"x")
         disk.write(2 * CLUSTER, b"y" * CLUSTER)
@@ -89,7 +89,7 @@ def test_flush_after_writes(tmp_path: Path, trace: Trace) -> None:
     assert trace.story() == SET
 
 
-def test_flush_after_writing_zeroes(tmp_path: Path, trace: Trace) -> None:
+def test_flush_after_writing_zeros_keeps_the_order(tmp_path: Path, trace: Trace) -> None:
     top = pair(tmp_path, "ABC", "-b-")
     with addcow_mp.open(top, writable=True) as disk:
         disk.write_zeroes(CLUSTER, CLUSTER)
@@ -98,13 +98,13 @@ def test_flush_after_writing_zeroes(tmp_path: Path, trace: Trace) -> None:
     assert judge(trace.calls, top, {1: "top.raw"}) == 1
 
 
-def test_closing_after_writes(tmp_path: Path, trace: Trace) -> None:
+def test_closing_flushes_in_order(tmp_path: Path, trace: Trace) -> None:
     with addcow_mp.open(pair(tmp_path, "ABC", "-X-"), writable=True) as disk:
         disk.write(0, b"x")
     assert trace.story() == SET
 
 
-def test_writes_to_local_clusters_change_no_bits(tmp_path: Path, trace: Trace) -> None:
+def test_writes_to_allocated_clusters_change_no_bits(tmp_path: Path, trace: Trace) -> None:
     with addcow_mp.open(pair(tmp_path, "ABC", "XYZ"), writable=True) as disk:
         disk.write(5, b"x" * 2 * CLUSTER)
     assert trace.story() == SET[:2]
@@ -128,7 +128,7 @@ def test_flatten_sets_the_flag_last(tmp_path: Path, trace: Trace, picture: str) 
     assert look(tmp_path / "top.raw") == guest_picture(top)
 
 
-def test_flatten_empties_before_it_says_so(tmp_path: Path, trace: Trace) -> None:
+def test_flatten_frees_stale_clusters_before_it_sets_bits(tmp_path: Path, trace: Trace) -> None:
     top = pair(tmp_path, "---", "bbb")
     addcow_mp.flatten(top, jobs=0)
     wanted = ["free top.raw", *SET[1:], "header top.add-cow", "sync top.add-cow"]
@@ -136,14 +136,14 @@ def test_flatten_empties_before_it_says_so(tmp_path: Path, trace: Trace) -> None
     assert judge(trace.calls, top, {1: "top.raw"}) == 3
 
 
-def test_flatten_removes_the_overlay_at_the_very_last(tmp_path: Path, trace: Trace) -> None:
+def test_discard_removes_the_overlay_last(tmp_path: Path, trace: Trace) -> None:
     addcow_mp.flatten(pair(tmp_path, "ABC", "-X-"), discard=True, jobs=0)
     flagged = ["header top.add-cow", "sync top.add-cow"]
     removed = ["remove top.add-cow", f"sync {tmp_path.name}/"]
     assert trace.story() == [*SET, *flagged, *removed]
 
 
-def test_commit_into_a_raw_backing(tmp_path: Path, trace: Trace) -> None:
+def test_commit_into_a_raw_backing_keeps_the_order(tmp_path: Path, trace: Trace) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     addcow_mp.commit(top, jobs=0)
     assert ends_with_freeing(trace) == ["data base.img", "sync base.img", *CLEARED]
@@ -156,7 +156,7 @@ def test_commit_into_a_shorter_backing_grows_it_first(tmp_path: Path, trace: Tra
     assert ends_with_freeing(trace) == wanted
 
 
-def test_commit_that_keeps_the_overlay(tmp_path: Path, trace: Trace) -> None:
+def test_commit_d_changes_no_bits(tmp_path: Path, trace: Trace) -> None:
     addcow_mp.commit(pair(tmp_path, "ABC", "-X-"), keep=True, jobs=0)
     assert trace.story() == ["data base.img", "sync base.img"]
 
@@ -175,7 +175,9 @@ MARKED = ["data mid.raw", "sync mid.raw", "bits mid.add-cow", "sync mid.add-cow"
 
 
 @pytest.mark.parametrize("picture", ["---", "Y--", "yyy"])
-def test_commit_into_an_add_cow_backing(tmp_path: Path, trace: Trace, picture: str) -> None:
+def test_commit_into_an_add_cow_backing_keeps_the_order(
+    tmp_path: Path, trace: Trace, picture: str
+) -> None:
     top = middle(tmp_path, "ABC", picture, "-X-")
     addcow_mp.commit(top, jobs=0)
     assert ends_with_freeing(trace) == [*MARKED, *CLEARED]
@@ -183,7 +185,7 @@ def test_commit_into_an_add_cow_backing(tmp_path: Path, trace: Trace, picture: s
     assert judge(trace.calls, tmp_path / "mid.add-cow", {1: "mid.raw"}) == 1
 
 
-def test_commit_into_an_add_cow_backing_of_larger_clusters(tmp_path: Path, trace: Trace) -> None:
+def test_commit_into_larger_clusters_keeps_the_order(tmp_path: Path, trace: Trace) -> None:
     draw_raw(tmp_path / "base.img", "AB")
     draw(tmp_path / "mid.add-cow", "-b")
     draw_raw(tmp_path / "top.raw", "-" * 5 + "X" * 3 + "-" * 24, cluster=4 * KiB)
@@ -206,12 +208,16 @@ def test_commit_into_an_add_cow_backing_of_larger_clusters(tmp_path: Path, trace
     assert judge(trace.calls, tmp_path / "mid.add-cow", {1: "mid.raw"}) == 2
 
 
-def test_commit_into_a_flagged_backing_leaves_its_bits_alone(tmp_path: Path, trace: Trace) -> None:
+def test_commit_into_an_all_allocated_backing_changes_no_bits_of_it(
+    tmp_path: Path, trace: Trace
+) -> None:
     addcow_mp.commit(middle(tmp_path, "ABC", "YYY", "-X-", compatible=ALL_ALLOCATED), jobs=0)
     assert ends_with_freeing(trace) == [*MARKED[:2], *CLEARED]
 
 
-def test_commit_of_a_flagged_overlay_replaces_the_flag_first(tmp_path: Path, trace: Trace) -> None:
+def test_commit_of_an_all_allocated_overlay_sets_its_bits_first(
+    tmp_path: Path, trace: Trace
+) -> None:
     draw_raw(tmp_path / "base.img", "ABC")
     top = tmp_path / "top.add-cow"
     draw(top, "xYz", compatible=ALL_ALLOCATED)
@@ -224,7 +230,7 @@ def test_commit_of_a_flagged_overlay_replaces_the_flag_first(tmp_path: Path, tra
     assert look(tmp_path / "base.img") == "xYz"
 
 
-def test_bits_past_the_end_are_cleared_with_the_others(tmp_path: Path, trace: Trace) -> None:
+def test_commit_clears_bits_past_the_end(tmp_path: Path, trace: Trace) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     put(top, CLUSTER + 100, b"\xff")
     addcow_mp.commit(top, jobs=0)
@@ -300,7 +306,7 @@ def test_every_checkpoint_of_a_commit_keeps_the_order(
     assert frees_after_bits(trace.calls, top, "top.raw")
 
 
-def test_the_judge_condemns_what_is_wrong(tmp_path: Path, trace: Trace) -> None:
+def test_judge_rejects_a_wrong_order(tmp_path: Path, trace: Trace) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     addcow_mp.commit(top, jobs=0)
     calls = [call for call in trace.calls if call.word not in ("sync", "synced")]
@@ -340,7 +346,7 @@ def write_and_flush(top: Path) -> None:
         disk.flush()
 
 
-def test_a_flush_that_fails_publishes_nothing(tmp_path: Path, trace: Trace) -> None:
+def test_failed_flush_publishes_nothing(tmp_path: Path, trace: Trace) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     unchanged = kept(top, tmp_path / "base.img")
     error = fails(trace, lambda: write_and_flush(top), "top.raw")
@@ -348,7 +354,7 @@ def test_a_flush_that_fails_publishes_nothing(tmp_path: Path, trace: Trace) -> N
     assert "nothing of this step was published" in str(error)
 
 
-def test_closing_that_fails_publishes_nothing(tmp_path: Path, trace: Trace) -> None:
+def test_failed_close_publishes_nothing(tmp_path: Path, trace: Trace) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     unchanged = kept(top, tmp_path / "base.img")
 
@@ -360,7 +366,7 @@ def test_closing_that_fails_publishes_nothing(tmp_path: Path, trace: Trace) -> N
     assert unchanged()
 
 
-def test_a_flush_announces_nothing_that_was_written_during_its_sync(
+def test_flush_does_not_publish_writes_made_during_its_sync(
     tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = pair(tmp_path, "ABC", "---")
@@ -382,9 +388,7 @@ def test_a_flush_announces_nothing_that_was_written_during_its_sync(
 
 
 @pytest.mark.parametrize("name", ["top.raw", "top.add-cow"])
-def test_after_a_flush_that_failed_every_change_is_refused(
-    tmp_path: Path, trace: Trace, name: str
-) -> None:
+def test_changes_are_refused_after_a_failed_flush(tmp_path: Path, trace: Trace, name: str) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     with addcow_mp.open(top, writable=True) as disk:
         disk.write(0, b"x")
@@ -443,7 +447,9 @@ def test_commit_into_an_add_cow_backing_publishes_nothing_without_its_data(
     assert unchanged()
 
 
-def test_commit_clears_nothing_without_the_backing_s_own_bits(tmp_path: Path, trace: Trace) -> None:
+def test_commit_clears_nothing_without_the_bits_of_the_backing(
+    tmp_path: Path, trace: Trace
+) -> None:
     top = middle(tmp_path, "ABC", "Y--", "-X-")
     unchanged = kept(top, tmp_path / "top.raw", tmp_path / "base.img")
     fails(trace, lambda: addcow_mp.commit(top, jobs=0), "mid.add-cow")
@@ -488,7 +494,9 @@ def test_create_leaves_nothing_that_is_not_durable(tmp_path: Path, trace: Trace,
     assert snapshot(tmp_path) == before
 
 
-def test_create_gives_an_image_that_was_there_its_length_back(tmp_path: Path, trace: Trace) -> None:
+def test_failed_create_restores_the_length_of_an_existing_image(
+    tmp_path: Path, trace: Trace
+) -> None:
     draw_raw(tmp_path / "top.raw", "AB")
     before = snapshot(tmp_path)
     work = lambda: addcow_mp.create(tmp_path / "top.add-cow", size=3 * CLUSTER)  # noqa: E731
@@ -497,7 +505,7 @@ def test_create_gives_an_image_that_was_there_its_length_back(tmp_path: Path, tr
 
 
 @pytest.mark.parametrize("picture", ["AB-", "---"])
-def test_the_same_command_finishes_once_the_disk_is_well(
+def test_same_command_finishes_after_a_failed_sync(
     tmp_path: Path, trace: Trace, picture: str
 ) -> None:
     top = pair(tmp_path, picture, "-X-")
@@ -523,7 +531,7 @@ def test_the_same_command_finishes_once_the_disk_is_well(
         ("io", "top.add-cow"),
     ],
 )
-def test_the_command_says_so_in_one_line(
+def test_failed_sync_is_reported_in_one_line(
     tmp_path: Path, trace: Trace, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
     top = pair(tmp_path, "ABC", "-X-")
@@ -581,14 +589,14 @@ def strace(here: Path, *arguments: str) -> list[str]:
     return Trace(calls).story()
 
 
-def test_commit_by_two_processes_seen_from_outside(tmp_path: Path) -> None:
+def test_strace_of_a_commit_with_workers_shows_the_order(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEFGH" * 8, "-X-Y----" * 8)
     story = strace(tmp_path, "commit", "--jobs", "2", "top.add-cow")
     assert story[:5] == ["data base.img", "sync base.img", *CLEARED]
     assert set(story[5:]) <= {"sync top.raw"}
 
 
-def test_flatten_by_two_processes_seen_from_outside(tmp_path: Path) -> None:
+def test_strace_of_a_flatten_with_workers_shows_the_order(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEFGH" * 8, "-X-Y----" * 8)
     story = strace(tmp_path, "flatten", "--jobs", "2", "top.add-cow")
     assert story == [*SET, "bits top.add-cow", "sync top.add-cow"]

@@ -44,7 +44,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("words", "call"), CASES)
-def test_an_error_of_the_system_has_a_name(tmp_path: Path, words: str, call: str) -> None:
+def test_system_error_names_the_file(tmp_path: Path, words: str, call: str) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     draw(tmp_path / "vm.add-cow", "-X--", "base.img")
     draw_raw(tmp_path / "other.img", "EFGH")

@@ -174,7 +174,7 @@ WORKING = list(COMMANDS)[3:]
 # ---- they work ----
 
 
-def test_info_of_sixteen_tebibytes(here: Path) -> None:
+def test_info_of_16_tib_is_cheap(here: Path) -> None:
     strewn = Strewn.lay(here, HUGE)
     told = succeed("info", "--output", "json", "top.add-cow", cwd=here).json
     assert told["virtual-size"] == HUGE
@@ -183,7 +183,7 @@ def test_info_of_sixteen_tebibytes(here: Path) -> None:
     assert len(strewn.local) in numbers
 
 
-def test_map_of_sixteen_tebibytes(here: Path) -> None:
+def test_map_of_16_tib_is_cheap(here: Path) -> None:
     strewn = Strewn.lay(here, HUGE)
     told = succeed("map", "--output", "json", "top.add-cow", cwd=here).json
     data = [(one["start"], one["length"], one["depth"]) for one in told if one["data"]]
@@ -191,7 +191,7 @@ def test_map_of_sixteen_tebibytes(here: Path) -> None:
     assert sum(one["length"] for one in told) == HUGE
 
 
-def test_check_of_sixteen_tebibytes(here: Path) -> None:
+def test_check_of_16_tib_is_cheap(here: Path) -> None:
     strewn = Strewn.lay(here, HUGE)
     assert "No errors were found" in succeed("check", "top.add-cow", cwd=here).stdout
     # A bit of the last cluster but one, which then is local and a hole.
@@ -205,7 +205,7 @@ def test_check_of_sixteen_tebibytes(here: Path) -> None:
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
 @pytest.mark.parametrize("command", WORKING)
-def test_jobs_on_sixteen_tebibytes(here: Path, command: str, jobs: str) -> None:
+def test_jobs_on_16_tib_are_cheap(here: Path, command: str, jobs: str) -> None:
     """And that in little memory, each process of them."""
     strewn = Strewn.lay(here, HUGE)
     succeeds_within(here, command, "--jobs", jobs)
@@ -247,7 +247,7 @@ def succeeds_within(
 
 
 @pytest.mark.parametrize("wants", ["bytearray(66 << 20)", "mmap.mmap(-1, 258 << 20)"])
-def test_a_limit_is_one(tmp_path: Path, wants: str) -> None:
+def test_memory_limit_of_these_tests_works(tmp_path: Path, wants: str) -> None:
     assert python([], tmp_path, "-c", f"import mmap; {wants}").status == 0
     limited = python(confined(PRIVATE, MAPPED), tmp_path, "-c", f"import mmap; {wants}")
     assert limited.status == 1
@@ -255,7 +255,7 @@ def test_a_limit_is_one(tmp_path: Path, wants: str) -> None:
 
 
 @pytest.mark.parametrize("command", LOOKING)
-def test_looking_takes_little_memory(here: Path, command: str) -> None:
+def test_reading_commands_take_little_memory(here: Path, command: str) -> None:
     strewn = Strewn.lay(here, HUGE)
     succeeds_within(here, command)
     COMMANDS[command](strewn)
@@ -265,7 +265,7 @@ SMALLEST = 4 * KiB
 
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if not one.startswith("flatten")])
-def test_the_smallest_clusters_take_little_memory_too(here: Path, command: str) -> None:
+def test_smallest_clusters_take_little_memory(here: Path, command: str) -> None:
     """A bit for each of 4 billion clusters: 512 MiB, of which only what is set may be touched."""
     strewn = Strewn.lay(here, HUGE, SMALLEST)
     assert most_resident(here, *command.split()) <= PRIVATE
@@ -289,7 +289,7 @@ def most_resident(here: Path, *command: str) -> int:
     return int(result.stdout) * KiB
 
 
-def test_the_bitmap_is_looked_at_through_a_window(here: Path) -> None:
+def test_bitmap_is_mapped_through_a_window(here: Path) -> None:
     Strewn.lay(here, HUGE, SMALLEST)
     succeeds_within(here, "info top.add-cow")
 
@@ -341,7 +341,7 @@ def total_calls(here: Path, command: str, size: int) -> int:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_calls_do_not_grow_with_the_size(here: Path, command: str) -> None:
+def test_system_calls_do_not_grow_with_the_virtual_size(here: Path, command: str) -> None:
     """From 1 TiB on every local piece has a page of bitmap of its own: all else is equal."""
     few, many = (total_calls(here, command, size) for size in (TiB, HUGE))
     assert COUNT // 2 < few < 60 * COUNT
@@ -352,7 +352,7 @@ def test_calls_do_not_grow_with_the_size(here: Path, command: str) -> None:
     "command",
     COMMANDS,
 )
-def test_calls_follow_the_data(here: Path, command: str) -> None:
+def test_system_calls_grow_with_the_data(here: Path, command: str) -> None:
     """In 4 GiB all bits are in two pages of bitmap, in 16 TiB each is in one of its own.
 
     A page may cost some calls: where it begins and ends, once for each time it is looked at.
@@ -376,7 +376,7 @@ def loaded(here: Path, *words: str) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
 
 
-def test_compare_loads_what_it_uses(tmp_path: Path) -> None:
+def test_compare_loads_only_modules_that_it_uses(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "-B")
     found = loaded(tmp_path, "compare", "--jobs", "0", "-F", "raw", "top.add-cow", "base.img")
     assert "addcow_mp.engine.compare" in found
@@ -386,7 +386,9 @@ def test_compare_loads_what_it_uses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words", [["info", "top.add-cow"], ["map", "top.add-cow"], ["check", "top.add-cow"]]
 )
-def test_looking_loads_nothing_that_compares_or_moves(tmp_path: Path, words: list[str]) -> None:
+def test_reading_commands_load_no_compare_or_transfer_modules(
+    tmp_path: Path, words: list[str]
+) -> None:
     pair(tmp_path, "AB", "-B")
     found = loaded(tmp_path, *words)
     assert "addcow_mp.device.overlay" in found or words[0] == "info"
@@ -394,7 +396,7 @@ def test_looking_loads_nothing_that_compares_or_moves(tmp_path: Path, words: lis
     assert not any(name.startswith("addcow_mp.engine") for name in found)
 
 
-def test_moving_loads_nothing_that_compares(tmp_path: Path) -> None:
+def test_transfer_jobs_load_no_compare_modules(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "-B")
     found = loaded(tmp_path, "commit", "--jobs", "0", "top.add-cow")
     assert found >= MOVES

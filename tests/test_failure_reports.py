@@ -57,7 +57,7 @@ def moved(job: str) -> int:
 
 @EACH
 @BOTH
-def test_a_single_command_says_what_is_done(
+def test_failed_job_reports_what_it_did(
     here: Path, monkeypatch: pytest.MonkeyPatch, job: str, event: str, told: str, jobs: str
 ) -> None:
     rules = Rules.write(here.parent / "rules", rule(event))
@@ -71,7 +71,7 @@ def test_a_single_command_says_what_is_done(
 
 @EACH
 @BOTH
-def test_a_farm_counts_it_as_failed_and_tells_what_was_moved(
+def test_failed_image_of_a_farm_reports_what_was_moved(
     here: Path, monkeypatch: pytest.MonkeyPatch, job: str, event: str, told: str, jobs: str
 ) -> None:
     rules = Rules.write(here.parent / "rules", rule(event))
@@ -86,7 +86,7 @@ def test_a_farm_counts_it_as_failed_and_tells_what_was_moved(
 
 
 @BOTH
-def test_an_overlay_that_is_exchanged_before_its_removal_does_not_hide_the_work(
+def test_overlay_replaced_before_its_removal_is_reported_with_the_work(
     here: Path, jobs: str
 ) -> None:
     """The job is stopped where all is moved; another file takes the name of the overlay."""
@@ -107,7 +107,7 @@ def test_an_overlay_that_is_exchanged_before_its_removal_does_not_hide_the_work(
     assert (here / "top.add-cow").exists()
 
 
-def test_what_was_refused_before_anything_changed_is_refused(
+def test_refusal_before_any_change_is_reported_as_refused(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also by the system, and when there is nothing left but the removal."""
@@ -121,7 +121,7 @@ def test_what_was_refused_before_anything_changed_is_refused(
     assert read_header(here / "top.add-cow").compatible == 1
 
 
-def test_a_job_that_fails_in_its_middle_tells_what_was_moved(
+def test_job_that_fails_midway_reports_what_was_moved(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rules = Rules.write(here.parent / "rules", rule("backing_read", after=2))
@@ -134,9 +134,7 @@ def test_a_job_that_fails_in_its_middle_tells_what_was_moved(
     assert guest_picture(here / "top.add-cow") == "AXCYEFGH"
 
 
-def test_the_same_command_frees_what_was_committed_and_not_freed(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_command_frees_committed_space(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         rules = Rules.write(here.parent / "rules", rule("punch"))
         patch.setenv("ADDCOW_FAULTS", str(rules.path))

@@ -69,7 +69,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 @PROPERTY
 @given(plans())
-def test_tasks_lie_side_by_side_and_cover_every_cluster(plan: Plan) -> None:
+def test_tasks_are_adjacent_and_cover_every_cluster(plan: Plan) -> None:
     tasks = cut(plan.stretches, plan.clusters, LIMIT)
     borders = [0, *(task.stop for task in tasks)]
     assert [task.first for task in tasks] == borders[:-1]
@@ -91,7 +91,7 @@ def inside(task: Task, stretches: list[Stretch]) -> list[Stretch]:
 
 @PROPERTY
 @given(plans())
-def test_each_stretch_is_the_work_of_one_task(plan: Plan) -> None:
+def test_each_stretch_belongs_to_one_task(plan: Plan) -> None:
     tasks = cut(plan.stretches, plan.clusters, LIMIT)
     for task in tasks:
         own = inside(task, plan.stretches)
@@ -102,7 +102,7 @@ def test_each_stretch_is_the_work_of_one_task(plan: Plan) -> None:
 
 @PROPERTY
 @given(plans())
-def test_no_task_is_heavier_than_it_must_be_and_none_is_needless(plan: Plan) -> None:
+def test_tasks_are_as_light_and_few_as_possible(plan: Plan) -> None:
     tasks = cut(plan.stretches, plan.clusters, LIMIT)
     assert all(task.weight <= LIMIT or len(inside(task, plan.stretches)) == 1 for task in tasks)
     for one, other in itertools.pairwise(tasks):
@@ -110,15 +110,15 @@ def test_no_task_is_heavier_than_it_must_be_and_none_is_needless(plan: Plan) -> 
 
 
 @pytest.mark.parametrize("clusters", [1, 7, 8, 2**40])
-def test_without_anything_to_do_one_task_covers_all(clusters: int) -> None:
+def test_one_task_covers_all_without_work(clusters: int) -> None:
     assert cut([], clusters) == [Task(0, 0, clusters, 0)]
 
 
-def test_a_disk_of_no_size_has_no_tasks() -> None:
+def test_empty_disk_has_no_tasks() -> None:
     assert cut([], 0) == []
 
 
-def test_the_first_task_begins_before_its_first_stretch() -> None:
+def test_first_task_begins_at_the_start_of_the_disk() -> None:
     tasks = cut([Stretch(800, 808, 5), Stretch(1600, 1608, 6)], 10_000, 10)
     assert tasks == [Task(0, 0, 1600, 5), Task(1, 1600, 10_000, 6)]
 
@@ -242,7 +242,7 @@ def covered(stretches: list[Stretch]) -> Callable[[int], bool]:
     return lambda cluster: any(one.first <= cluster < one.stop for one in stretches)
 
 
-def test_data_stretches_hold_all_data_of_all_files(disk: tuple[Disk, Overlay]) -> None:
+def test_data_stretches_contain_all_data_of_all_files(disk: tuple[Disk, Overlay]) -> None:
     made, overlay = disk
     files, geometry = list(overlay.files()), overlay.geometry
     stretches = list(data_stretches(files, geometry, alignment(made.cluster)))
@@ -255,7 +255,7 @@ def test_data_stretches_hold_all_data_of_all_files(disk: tuple[Disk, Overlay]) -
     assert all(is_covered(block * BLOCK // made.cluster) for each in found for block in each)
 
 
-def test_local_stretches_weigh_what_is_local(disk: tuple[Disk, Overlay]) -> None:
+def test_allocated_stretches_weigh_the_allocated_clusters(disk: tuple[Disk, Overlay]) -> None:
     made, overlay = disk
     stretches = list(allocated_stretches(overlay, alignment(made.cluster)))
     assert_well_formed(stretches, overlay.geometry)
@@ -265,7 +265,7 @@ def test_local_stretches_weigh_what_is_local(disk: tuple[Disk, Overlay]) -> None
     assert all(map(covered(stretches), made.local))
 
 
-def test_missing_stretches_hold_what_flattening_would_move(disk: tuple[Disk, Overlay]) -> None:
+def test_missing_stretches_contain_the_clusters_of_a_flatten(disk: tuple[Disk, Overlay]) -> None:
     made, overlay = disk
     stretches = list(unallocated_stretches(overlay, alignment(made.cluster)))
     assert_well_formed(stretches, overlay.geometry)
@@ -279,14 +279,14 @@ def test_missing_stretches_hold_what_flattening_would_move(disk: tuple[Disk, Ove
         assert one.weight <= len(set(missing) - set(made.local)) * made.cluster
 
 
-def test_all_allocated_is_surveyed_by_its_data_alone(tmp_path: Path) -> None:
+def test_all_allocated_image_is_surveyed_by_its_data(tmp_path: Path) -> None:
     made = Disk(300 * MiB, 64 * KiB, image=(200 * MiB,), compatible=ALL_ALLOCATED)
     with addcow_mp.open(made.make(tmp_path)) as overlay:
         stretches = list(allocated_stretches(overlay, 8))
     assert stretches == [Stretch(3072, 4096, BLOCK)]
 
 
-def test_finely_broken_data_counts_as_full(tmp_path: Path) -> None:
+def test_fragmented_data_counts_as_full(tmp_path: Path) -> None:
     places = tuple(range(0, 64 * BLOCK, 2 * BLOCK))
     made = Disk(300 * MiB, 64 * KiB, backing=places)
     with addcow_mp.open(made.make(tmp_path)) as overlay:
@@ -294,7 +294,7 @@ def test_finely_broken_data_counts_as_full(tmp_path: Path) -> None:
     assert stretches == [Stretch(0, 1024, TASK_BYTES)]
 
 
-def test_stretches_begin_at_what_the_alignment_asks_for(tmp_path: Path) -> None:
+def test_stretches_begin_at_the_alignment(tmp_path: Path) -> None:
     made = scattered(7, 400 * MiB, 4 * KiB)
     with addcow_mp.open(made.make(tmp_path)) as overlay:
         for survey in (allocated_stretches, unallocated_stretches):
@@ -302,7 +302,7 @@ def test_stretches_begin_at_what_the_alignment_asks_for(tmp_path: Path) -> None:
                 assert one.first % 4096 == one.stop % 4096 == 0
 
 
-def test_a_large_empty_disk_is_surveyed_at_a_glance(tmp_path: Path) -> None:
+def test_large_empty_disk_is_surveyed_quickly(tmp_path: Path) -> None:
     made = Disk(900 * GiB, 2 * MiB, image=(899 * GiB,), local=(899 * 512,))
     with addcow_mp.open(made.make(tmp_path)) as overlay:
         assert list(allocated_stretches(overlay, 8)) == [
@@ -316,7 +316,7 @@ def test_a_large_empty_disk_is_surveyed_at_a_glance(tmp_path: Path) -> None:
 # ---- as a job shows it ----
 
 
-def test_progress_is_told_in_bytes_and_ends_at_the_whole(tmp_path: Path) -> None:
+def test_survey_progress_counts_bytes_to_the_end(tmp_path: Path) -> None:
     from addcow_mp.jobs.flatten import flatten
 
     made = Disk(300 * MiB, 64 * KiB, backing=(0, 100 * MiB, 200 * MiB))

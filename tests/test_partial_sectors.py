@@ -90,7 +90,7 @@ def done(ended: Ended, status: int = 0) -> Ended:
 
 @pytest.mark.parametrize("jobs", ["0", "1", "2"])
 @pytest.mark.parametrize("verify", [(), ("--verify",)], ids=["", "verify"])
-def test_a_commit_of_a_longer_overlay_keeps_the_tail(
+def test_commit_of_a_longer_overlay_keeps_the_tail(
     warm: Warm, tmp_path: Path, jobs: str, verify: tuple[str, ...]
 ) -> None:
     base = noise(MiB + 102)
@@ -105,7 +105,7 @@ def test_a_commit_of_a_longer_overlay_keeps_the_tail(
 
 @each_tail
 @pytest.mark.parametrize("local", [(), (15,), (16,), (17, 20), (0, 16, 31)])
-def test_a_commit_keeps_what_it_does_not_write(
+def test_commit_keeps_bytes_that_it_does_not_write(
     warm: Warm, tmp_path: Path, tail: int, local: tuple[int, ...]
 ) -> None:
     base = noise(MiB + tail)
@@ -118,7 +118,7 @@ def test_a_commit_keeps_what_it_does_not_write(
 
 @each_tail
 @pytest.mark.parametrize("size", [512, MiB, MiB + 512, MiB + CLUSTER])
-def test_a_commit_never_cuts_a_longer_base(
+def test_commit_never_shortens_a_longer_base(
     warm: Warm, tmp_path: Path, tail: int, size: int
 ) -> None:
     base = noise(MiB + tail)
@@ -132,7 +132,7 @@ def test_a_commit_never_cuts_a_longer_base(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("job", ["commit", "commit -d", "flatten", "convert"])
-def test_whatever_way_bytes_go_none_is_lost(
+def test_every_copy_method_keeps_the_tail(
     warm: Warm,
     xfs: Path,
     job: str,
@@ -156,7 +156,7 @@ def test_whatever_way_bytes_go_none_is_lost(
 
 
 @each_tail
-def test_a_commit_into_a_middle_overlay_brings_the_tail_up(
+def test_commit_into_a_middle_overlay_copies_the_tail_up(
     warm: Warm, tmp_path: Path, tail: int
 ) -> None:
     base = noise(MiB + tail)
@@ -183,7 +183,7 @@ def test_a_commit_into_a_middle_overlay_brings_the_tail_up(
 
 
 @each_tail
-def test_flatten_and_convert_take_the_tail_from_every_depth(
+def test_flatten_and_convert_copy_the_tail_from_every_depth(
     warm: Warm, tmp_path: Path, tail: int
 ) -> None:
     base = noise(MiB + tail)
@@ -201,9 +201,7 @@ def test_flatten_and_convert_take_the_tail_from_every_depth(
 
 
 @each_tail
-def test_what_is_behind_the_tail_in_the_image_is_not_shown(
-    warm: Warm, tmp_path: Path, tail: int
-) -> None:
+def test_image_data_after_the_tail_is_not_shown(warm: Warm, tmp_path: Path, tail: int) -> None:
     base = noise(MiB + tail)
     (tmp_path / "base.img").write_bytes(base)
     overlay(tmp_path, "top", 2 * MiB, "base.img")
@@ -213,7 +211,9 @@ def test_what_is_behind_the_tail_in_the_image_is_not_shown(
 
 
 @each_tail
-def test_a_raw_disk_is_copied_as_qemu_img_copies_it(warm: Warm, tmp_path: Path, tail: int) -> None:
+def test_convert_of_a_raw_disk_with_a_tail_equals_qemu_img(
+    warm: Warm, tmp_path: Path, tail: int
+) -> None:
     (tmp_path / "disk.raw").write_bytes(noise(tail))
     ended = done(warm.run("convert", "-f", "raw", "-O", "raw", "disk.raw", "new.raw", cwd=tmp_path))
     assert "not copied" not in ended.stderr
@@ -223,7 +223,7 @@ def test_a_raw_disk_is_copied_as_qemu_img_copies_it(warm: Warm, tmp_path: Path, 
 
 
 @each_tail
-def test_map_says_of_a_tail_what_qemu_img_says(warm: Warm, tmp_path: Path, tail: int) -> None:
+def test_map_of_a_tail_equals_qemu_img(warm: Warm, tmp_path: Path, tail: int) -> None:
     (tmp_path / "base.img").write_bytes(noise(CLUSTER + tail))
     overlay(tmp_path, "top", 4 * CLUSTER, "base.img")
     tool(
@@ -247,9 +247,7 @@ def test_map_says_of_a_tail_what_qemu_img_says(warm: Warm, tmp_path: Path, tail:
     ]
 
 
-def test_sizes_of_raw_disks_are_rounded_up_wherever_they_are_told(
-    warm: Warm, tmp_path: Path
-) -> None:
+def test_sizes_of_raw_disks_are_rounded_up_everywhere(warm: Warm, tmp_path: Path) -> None:
     (tmp_path / "base.img").write_bytes(noise(300))
     done(warm.run("create", "-b", "base.img", "-F", "raw", "top.add-cow", cwd=tmp_path))
     assert (tmp_path / "top.raw").stat().st_size == 512
@@ -268,7 +266,7 @@ def test_sizes_of_raw_disks_are_rounded_up_wherever_they_are_told(
 # ---- create over a disk ----
 
 
-def test_create_over_a_disk_keeps_its_last_bytes(warm: Warm, tmp_path: Path) -> None:
+def test_create_over_a_disk_keeps_its_tail(warm: Warm, tmp_path: Path) -> None:
     disk = noise(1_000_000)
     (tmp_path / "disk.raw").write_bytes(disk)
     done(warm.run("manifest", "create", "-f", "raw", "disk.raw", cwd=tmp_path))
@@ -279,7 +277,7 @@ def test_create_over_a_disk_keeps_its_last_bytes(warm: Warm, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("event", ["data_sync", "directory_sync", "bitmap_sync", "header_write"])
-def test_a_create_that_fails_gives_the_disk_back(warm: Warm, tmp_path: Path, event: str) -> None:
+def test_failed_create_restores_the_disk(warm: Warm, tmp_path: Path, event: str) -> None:
     (tmp_path / "disk.raw").write_bytes(noise(1_000_000))
     rules = Rules.write(tmp_path / "rules", rule(event))
     words = ("create", "-o", "image_file=disk.raw", "top.add-cow")
@@ -288,7 +286,7 @@ def test_a_create_that_fails_gives_the_disk_back(warm: Warm, tmp_path: Path, eve
     assert not (tmp_path / "top.add-cow").exists()
 
 
-def test_create_refuses_a_size_that_would_drop_bytes(warm: Warm, tmp_path: Path) -> None:
+def test_create_refuses_a_size_that_drops_bytes(warm: Warm, tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(noise(1000))
     words = ("create", "-o", "image_file=disk.raw", "top.add-cow")
     ended = done(warm.run(*words, "512", cwd=tmp_path), 1)
@@ -310,9 +308,7 @@ def hidden(here: Path, count: int = 100) -> bytes:
     return with_clusters(noise(MiB + 102).ljust(2 * MiB, b"\0"), held)
 
 
-def test_check_names_what_an_image_holds_behind_its_virtual_size(
-    warm: Warm, tmp_path: Path
-) -> None:
+def test_check_reports_image_data_after_the_virtual_size(warm: Warm, tmp_path: Path) -> None:
     hidden(tmp_path)
     ended = done(warm.run("check", "top.add-cow", cwd=tmp_path))
     assert "top.raw: its last 100 bytes, from 2097152 on, are not part of the disk" in ended.stdout
@@ -325,7 +321,7 @@ def test_check_names_what_an_image_holds_behind_its_virtual_size(
 
 @pytest.mark.parametrize("farm", [(), ("farm",)], ids=["one", "farm"])
 @pytest.mark.parametrize("before", [(), ("flatten", "top.add-cow")], ids=["", "flat already"])
-def test_what_a_discard_leaves_is_the_guests_disk(
+def test_discard_leaves_exactly_the_guests_disk(
     warm: Warm, tmp_path: Path, farm: tuple[str, ...], before: tuple[str, ...]
 ) -> None:
     wanted = hidden(tmp_path)
@@ -340,7 +336,7 @@ def test_what_a_discard_leaves_is_the_guests_disk(
 
 @pytest.mark.parametrize("action", ["error", "kill"])
 @pytest.mark.parametrize("event", ["image_cut", "data_sync", "discard"])
-def test_whatever_ends_a_discard_the_disk_is_there(
+def test_interrupted_discard_keeps_the_disk(
     warm: Warm, tmp_path: Path, event: str, action: str
 ) -> None:
     for after in range(4):
@@ -357,7 +353,7 @@ def test_whatever_ends_a_discard_the_disk_is_there(
         shutil.rmtree(here)
 
 
-def test_an_image_that_others_stand_on_is_not_cut_under_them(warm: Warm, tmp_path: Path) -> None:
+def test_discard_does_not_shorten_an_image_that_others_use(warm: Warm, tmp_path: Path) -> None:
     wanted = hidden(tmp_path)
     done(warm.run("flatten", "top.add-cow", cwd=tmp_path))
     overlay(tmp_path, "above", 3 * MiB, "top.raw")
@@ -405,7 +401,7 @@ def findings(warm: Warm, here: Path, status: int, *words: str) -> list[tuple[str
 
 
 @each_tail
-def test_a_manifest_of_the_size_rounded_down_is_stale(
+def test_manifest_with_the_size_rounded_down_is_stale(
     warm: Warm, tmp_path: Path, tail: int
 ) -> None:
     (tmp_path / "base.img").write_bytes(noise(CLUSTER + tail))
@@ -427,7 +423,7 @@ def test_a_manifest_of_the_size_rounded_down_is_stale(
     assert findings(warm, tmp_path, 0, "top.add-cow") == []
 
 
-def test_damage_beside_a_tail_is_a_difference_as_ever(warm: Warm, tmp_path: Path) -> None:
+def test_verify_finds_damage_beside_a_tail(warm: Warm, tmp_path: Path) -> None:
     (tmp_path / "base.img").write_bytes(noise(CLUSTER + 102))
     overlay(tmp_path, "top", 3 * CLUSTER, "base.img", local=(2,))
     done(warm.run("manifest", "create", "top.add-cow", cwd=tmp_path))
@@ -441,7 +437,7 @@ def test_damage_beside_a_tail_is_a_difference_as_ever(warm: Warm, tmp_path: Path
 
 @each_tail
 @pytest.mark.parametrize("job", ["flatten", "convert", "commit"])
-def test_the_guests_digest_covers_the_tail(warm: Warm, tmp_path: Path, tail: int, job: str) -> None:
+def test_guest_digest_covers_the_tail(warm: Warm, tmp_path: Path, tail: int, job: str) -> None:
     (tmp_path / "base.img").write_bytes(noise(CLUSTER + tail))
     overlay(tmp_path, "top", 3 * CLUSTER, "base.img", local=(2,))
     done(warm.run("manifest", "create", "top.add-cow", cwd=tmp_path))

@@ -61,9 +61,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
-def test_without_room_for_any_process_or_thread_the_work_is_done(
-    here: Path, words: tuple[str, ...]
-) -> None:
+def test_job_without_any_process_or_thread_is_done(here: Path, words: tuple[str, ...]) -> None:
     skip_without_filters()
     result = refusing(no_process(), *words, cwd=here)
     leaks = words[:2] == ("farm", "check")  # garbage under clear bits
@@ -92,7 +90,7 @@ ONCE = """
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 3])
-def test_with_room_for_some_processes_these_do_the_work(here: Path, allowed: int) -> None:
+def test_job_with_few_processes_is_done(here: Path, allowed: int) -> None:
     """The first one is multiprocessing's own helper."""
     script = here.parent / f"once-{allowed}.py"
     script.write_text(textwrap.dedent(ONCE).format(allowed=allowed))
@@ -120,7 +118,7 @@ def test_with_room_for_some_processes_these_do_the_work(here: Path, allowed: int
     ],
     ids=" ".join,
 )
-def test_with_few_descriptors_it_is_done_or_one_line_says_what_was_missing(
+def test_command_with_few_descriptors_succeeds_or_fails_in_one_line(
     here: Path, words: tuple[str, ...], limit: int
 ) -> None:
     def bind() -> None:
@@ -165,7 +163,7 @@ COUNTING = """
 
 
 @pytest.mark.parametrize("answer", ["ENOSYS", "EPERM"])
-def test_no_descriptor_is_left_where_openat2_is_missing(here: Path, answer: str) -> None:
+def test_no_descriptor_leaks_without_openat2(here: Path, answer: str) -> None:
     skip_without_filters()
 
     def counted(*rules: str) -> list[int]:

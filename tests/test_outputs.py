@@ -91,7 +91,7 @@ def is_committed(here: Path) -> bool:
 
 @pytest.mark.parametrize("channel", [full_pipe, full_socket])
 @pytest.mark.parametrize("words", [("-p",), ("--progress-format", "json"), ("--progress-fd", "N")])
-def test_progress_is_dropped_when_nobody_reads_it(
+def test_progress_is_dropped_without_a_reader(
     tmp_path: Path, words: tuple[str, ...], channel: Callable[[], object]
 ) -> None:
     pair(tmp_path, "ABCD", "X-X-")
@@ -111,7 +111,7 @@ def test_progress_is_dropped_when_nobody_reads_it(
     assert is_committed(tmp_path)
 
 
-def test_a_reader_who_keeps_up_gets_whole_lines_and_the_last_one(tmp_path: Path) -> None:
+def test_progress_reader_gets_whole_lines_and_the_last_one(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X-X-")
     reader, writer = os.pipe()
     words = ["farm", "commit", "--progress-fd", str(writer), "."]
@@ -133,7 +133,7 @@ def test_a_reader_who_keeps_up_gets_whole_lines_and_the_last_one(tmp_path: Path)
         ("farm", "commit", "-t", "unsafe", "."),
     ],
 )
-def test_warnings_come_late_and_the_job_is_done(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_blocked_stderr_does_not_stop_the_job(tmp_path: Path, words: tuple[str, ...]) -> None:
     pair(tmp_path, "ABCD", "X-X-")
     with full_pipe() as (reader, writer):
         process = subprocess.Popen(
@@ -147,7 +147,7 @@ def test_warnings_come_late_and_the_job_is_done(tmp_path: Path, words: tuple[str
 
 
 @pytest.mark.parametrize("words", [("commit", "top.add-cow"), ("farm", "commit", ".")])
-def test_results_come_late_and_the_job_is_done(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_blocked_stdout_does_not_stop_the_job(tmp_path: Path, words: tuple[str, ...]) -> None:
     pair(tmp_path, "ABCD", "X-X-")
     with full_pipe() as (reader, writer):
         process = subprocess.Popen([*ADDCOW, *words], cwd=tmp_path, stdout=writer)
@@ -158,9 +158,7 @@ def test_results_come_late_and_the_job_is_done(tmp_path: Path, words: tuple[str,
 
 
 @pytest.mark.parametrize("words", [("commit", "-p", "top.add-cow"), ("farm", "commit", "-p", ".")])
-def test_a_terminal_that_is_stopped_does_not_stop_the_job(
-    tmp_path: Path, words: tuple[str, ...]
-) -> None:
+def test_stopped_terminal_does_not_stop_the_job(tmp_path: Path, words: tuple[str, ...]) -> None:
     pair(tmp_path, "ABCD", "X-X-")
     master, slave = os.openpty()
     try:
@@ -182,7 +180,7 @@ def test_a_terminal_that_is_stopped_does_not_stop_the_job(
         os.close(slave)
 
 
-def test_an_output_that_does_not_wait_is_waited_for(tmp_path: Path) -> None:
+def test_nonblocking_output_is_written_completely(tmp_path: Path) -> None:
     """Another program may have made it so: it is a property that all who have it open share."""
     pair(tmp_path, "ABCD" * 2048, "X-X-" * 2048)
     expected = addcow("map", "--output", "json", "top.add-cow", cwd=tmp_path).stdout
@@ -218,7 +216,7 @@ JOBS = [
 
 @pytest.mark.parametrize("where", [">/dev/full", "| true"])
 @pytest.mark.parametrize("words", JOBS, ids=" ".join)
-def test_an_output_that_fails_after_the_job(
+def test_failed_output_after_a_job_is_reported(
     tmp_path: Path, words: tuple[str, ...], where: str
 ) -> None:
     pair(tmp_path, "ABCD", "X-X-")
@@ -246,7 +244,7 @@ def test_an_output_that_fails_after_the_job(
 @pytest.mark.parametrize(
     "words", [("info", "top.add-cow"), ("map", "top.add-cow"), ("farm", "ls", "."), ("--help",)]
 )
-def test_an_output_that_fails_of_a_query(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_failed_output_of_a_query_is_reported(tmp_path: Path, words: tuple[str, ...]) -> None:
     pair(tmp_path, "ABCD", "X-X-")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -263,7 +261,9 @@ def test_an_output_that_fails_of_a_query(tmp_path: Path, words: tuple[str, ...])
 
 
 @pytest.mark.parametrize("words", [(), ("-q",)])
-def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_log_that_cannot_be_written_is_reported_once(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
     """A limit of the size of files is met as a full disk is."""
     pair(tmp_path, "ABCD", "X-X-")
     (tmp_path / "log").write_bytes(b'{"time": '.ljust(2 << 20, b" "))
@@ -283,7 +283,7 @@ def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path, words: tuple[
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "directory", "terminal"])
-def test_a_log_is_a_regular_file(tmp_path: Path, kind: str) -> None:
+def test_log_must_be_a_regular_file(tmp_path: Path, kind: str) -> None:
     pair(tmp_path, "ABCD", "X-X-")
     log = tmp_path / "log"
     fds: tuple[int, ...] = ()
@@ -305,7 +305,7 @@ def test_a_log_is_a_regular_file(tmp_path: Path, kind: str) -> None:
         os.close(fd)
 
 
-def test_the_null_device_takes_a_log(tmp_path: Path) -> None:
+def test_log_may_be_dev_null(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X-X-")
     assert addcow("farm", "commit", "--log", "/dev/null", ".", cwd=tmp_path).status == 0
 
@@ -334,7 +334,7 @@ def goes_on(here: Path) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_the_first_signal_stops_a_commit_which_keeps_its_work(
+def test_first_signal_stops_a_commit_that_keeps_its_work(
     tmp_path: Path, number: int, jobs: str
 ) -> None:
     large(tmp_path)
@@ -348,7 +348,7 @@ def test_the_first_signal_stops_a_commit_which_keeps_its_work(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_stops_a_convert_which_leaves_nothing(tmp_path: Path, number: int) -> None:
+def test_first_signal_stops_a_convert_that_leaves_nothing(tmp_path: Path, number: int) -> None:
     large(tmp_path)
     words = ("convert", "-O", "raw", "-r", "1M", "--jobs", "1", "top.add-cow", "new.raw")
     with running(*words, cwd=tmp_path) as job:
@@ -359,7 +359,7 @@ def test_the_first_signal_stops_a_convert_which_leaves_nothing(tmp_path: Path, n
     assert not (tmp_path / "new.raw").exists()
 
 
-def test_the_limit_of_processor_time_repeats_its_signal(tmp_path: Path) -> None:
+def test_repeated_sigxcpu_stops_a_commit_that_keeps_its_work(tmp_path: Path) -> None:
     large(tmp_path)
     with running("commit", "-r", "1M", "--jobs", "1", "top.add-cow", cwd=tmp_path) as job:
         job.until(lambda: (tmp_path / "base.img").read_bytes()[:1] == b"X", "the first cluster")
@@ -371,7 +371,7 @@ def test_the_limit_of_processor_time_repeats_its_signal(tmp_path: Path) -> None:
     goes_on(tmp_path)
 
 
-def test_a_worker_at_its_limit_of_processor_time_stops_the_job(tmp_path: Path) -> None:
+def test_sigxcpu_of_a_worker_stops_the_job(tmp_path: Path) -> None:
     large(tmp_path)
     with running("commit", "-r", "1M", "--jobs", "1", "top.add-cow", cwd=tmp_path) as job:
         job.until(lambda: (tmp_path / "base.img").read_bytes()[:1] == b"X", "the first cluster")
@@ -385,7 +385,7 @@ def test_a_worker_at_its_limit_of_processor_time_stops_the_job(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("words", [("commit",), ("flatten",)])
-def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_ignored_hangup_stays_ignored(tmp_path: Path, words: tuple[str, ...]) -> None:
     pair(tmp_path, "A" * 64, "X" * 64)
     process = subprocess.Popen(
         ["env", "--ignore-signal=HUP", *ADDCOW, *words, "-r", "4M", "--jobs", "1", "top.add-cow"],
@@ -409,7 +409,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path, words: tuple[str
 @pytest.mark.parametrize(
     "words", [("farm", "commit", "--from-file", "list"), ("io", "top.add-cow")]
 )
-def test_the_first_signal_ends_what_has_not_begun(
+def test_first_signal_ends_a_command_that_waits_for_input(
     tmp_path: Path, number: int, words: tuple[str, ...]
 ) -> None:
     """Waiting for a list of places, or for a command."""
@@ -436,7 +436,7 @@ def test_the_first_signal_ends_what_has_not_begun(
     assert local_clusters(tmp_path / "top.add-cow") == [1]
 
 
-def test_a_terminal_that_hangs_up(tmp_path: Path) -> None:
+def test_hangup_of_the_terminal_stops_a_commit(tmp_path: Path) -> None:
     """The group gets SIGHUP, and stderr gives EIO from then on."""
     large(tmp_path)
     master, slave = os.openpty()
@@ -455,6 +455,6 @@ def test_a_terminal_that_hangs_up(tmp_path: Path) -> None:
     goes_on(tmp_path)
 
 
-def test_a_script_gets_the_same_errors_by_name() -> None:
+def test_public_errors_have_the_exit_codes_of_signals() -> None:
     assert addcow_mp.HangupJobError.exit_code == 129
     assert addcow_mp.CpuLimitJobError.exit_code == 152

@@ -187,7 +187,7 @@ def some_chains(job: str) -> Iterator[tuple[str, Overlay]]:
 
 @pytest.mark.parametrize("job", JOBS)
 @ALL_WAYS
-def test_every_way_moves_the_right_bytes(shop: Shop, way: str, job: str) -> None:
+def test_every_copy_method_moves_the_right_bytes(shop: Shop, way: str, job: str) -> None:
     blocks = iter(random.sample([(), ("-S", "0"), ("-S", "4k"), ("-S", "1536"), ("-S", "1G")], 3))
     for name, chain in some_chains(job):
         clear(shop.here)
@@ -199,7 +199,7 @@ def test_every_way_moves_the_right_bytes(shop: Shop, way: str, job: str) -> None
 
 
 @ALL_WAYS
-def test_workers_move_the_right_bytes(xfs: Path, way: str) -> None:
+def test_workers_with_every_copy_method_move_the_right_bytes(xfs: Path, way: str) -> None:
     """More than one task has to do: 64 MiB are one."""
     count = 36
     data = [os.urandom(4 * KiB) * 512 for _ in range(count)]
@@ -225,7 +225,7 @@ def test_workers_move_the_right_bytes(xfs: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("job", ["flatten", "convert"])
-def test_a_clone_never_goes_to_the_end_of_the_source(on_xfs: Shop, job: str) -> None:
+def test_clone_does_not_copy_to_the_end_of_the_source(on_xfs: Shop, job: str) -> None:
     """A length of 0 would: parts of a block are copied, whatever is pinned."""
     here = on_xfs.here
     for length in (512, 4 * KiB - 512, CLUSTER + 512):
@@ -264,22 +264,20 @@ def test_long_runs_are_cloned_and_short_ones_copied(on_xfs: Shop) -> None:
 
 
 @pytest.mark.parametrize("way", ["clone", "range", "buffer", "direct"])
-def test_a_pinned_way_is_taken_where_it_works(on_xfs: Shop, way: str) -> None:
+def test_pinned_copy_method_is_used_on_xfs(on_xfs: Shop, way: str) -> None:
     total = two_runs(on_xfs.here)
     assert on_xfs.moved("commit -d", *WAYS[way]) == {way: total}
 
 
 @pytest.mark.parametrize("way", ["range", "buffer", "direct"])
-def test_the_other_ways_need_no_clones(on_ext4: Shop, way: str) -> None:
+def test_other_copy_methods_work_on_ext4(on_ext4: Shop, way: str) -> None:
     total = two_runs(on_ext4.here)
     assert on_ext4.moved("commit -d", *WAYS[way]) == {way: total}
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten", "convert"])
 @pytest.mark.parametrize("way", ["auto", "clone"])
-def test_a_clone_that_cannot_be_is_a_copy_and_told_as_one(
-    on_ext4: Shop, job: str, way: str
-) -> None:
+def test_impossible_clone_is_reported_as_a_copy(on_ext4: Shop, job: str, way: str) -> None:
     lay(on_ext4.here, "A" * 40, "X" * 20 + "-" * 20)
     moved = {"commit": 20, "flatten": 20, "convert": 40}[job] * CLUSTER
     assert on_ext4.moved(job, *WAYS[way]) == {"buffer": moved}
@@ -288,19 +286,19 @@ def test_a_clone_that_cannot_be_is_a_copy_and_told_as_one(
 
 
 @pytest.mark.parametrize("way", ["clone", "direct"])
-def test_what_is_no_whole_block_is_copied(on_xfs: Shop, way: str) -> None:
+def test_partial_block_is_copied_and_not_cloned(on_xfs: Shop, way: str) -> None:
     total = with_a_tail(on_xfs.here)
     tail = total % (4 * KiB)
     assert on_xfs.moved("commit -d", *WAYS[way]) == {way: total - tail, "buffer": tail}
 
 
 @pytest.mark.parametrize("way", ["range", "buffer"])
-def test_a_tail_goes_the_way_of_all_bytes(shop: Shop, way: str) -> None:
+def test_partial_block_uses_the_pinned_copy_method(shop: Shop, way: str) -> None:
     total = with_a_tail(shop.here)
     assert shop.moved("commit -d", *WAYS[way]) == {way: total}
 
 
-def test_nothing_to_move_is_no_way(shop: Shop) -> None:
+def test_report_of_nothing_moved_names_no_copy_method(shop: Shop) -> None:
     lay(shop.here, "AB--", "----")
     assert shop.moved("commit") == {}
     lay(shop.here, "----", "x---")
@@ -319,7 +317,7 @@ def over_there(near: Path, far: Path) -> None:
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 @pytest.mark.parametrize("away", ["from xfs", "to xfs"])
 @ALL_WAYS
-def test_across_file_systems_everything_is_copied(
+def test_data_of_another_file_system_is_copied(
     warm: Warm, xfs: Path, ext4: Path, away: str, job: str, way: str
 ) -> None:
     near, far = (xfs, ext4) if away == "from xfs" else (ext4, xfs)
@@ -334,7 +332,7 @@ def test_across_file_systems_everything_is_copied(
     assert look(target) == "X" * 10 + "AA" + "0000"
 
 
-def test_one_job_takes_each_file_as_it_can(warm: Warm, xfs: Path, ext4: Path) -> None:
+def test_job_clones_and_copies_by_file_system(warm: Warm, xfs: Path, ext4: Path) -> None:
     """Clones from here, copies from there, in turns, and goes on cloning afterwards."""
     draw_raw(ext4 / "base.img", "A" * 40)
     draw(xfs / "top.add-cow", ("X" * 8 + "-" * 2) * 4, str(ext4 / "base.img"))
@@ -352,12 +350,12 @@ SIZE = 256 * CLUSTER
 
 
 @pytest.mark.parametrize("job", ["commit -d", "flatten", "convert"])
-def test_a_clone_takes_no_room(on_xfs: Shop, job: str) -> None:
+def test_clone_takes_no_space(on_xfs: Shop, job: str) -> None:
     assert room_taken(on_xfs, job, "clone") < RECORDS
 
 
 @pytest.mark.parametrize("job", ["commit -d", "flatten", "convert"])
-def test_a_copy_takes_its_room(on_xfs: Shop, job: str) -> None:
+def test_copy_takes_its_space(on_xfs: Shop, job: str) -> None:
     assert room_taken(on_xfs, job, "buffer") >= SIZE
 
 
@@ -373,7 +371,7 @@ def room_taken(shop: Shop, job: str, way: str) -> int:
     return before - free(shop.here)
 
 
-def test_after_a_commit_by_clone_nothing_is_held_twice(on_xfs: Shop) -> None:
+def test_commit_by_clone_stores_no_data_twice(on_xfs: Shop) -> None:
     lay(on_xfs.here, "-" * 256, "A" * 256)
     before = free(on_xfs.here)
     assert on_xfs.moved("commit") == {"clone": SIZE}
@@ -382,7 +380,7 @@ def test_after_a_commit_by_clone_nothing_is_held_twice(on_xfs: Shop) -> None:
     assert look(on_xfs.here / "base.img") == "A" * 256
 
 
-def test_the_file_system_knows_cloned_blocks_as_shared(on_xfs: Shop) -> None:
+def test_cloned_blocks_are_shared_on_the_file_system(on_xfs: Shop) -> None:
     lay(on_xfs.here, "B" * 32, "-" * 8 + "A" * 16 + "-" * 8)
     assert on_xfs.moved("commit -d") == {"clone": 16 * CLUSTER}
     for name, first in (("base.img", 8), ("top.raw", 8)):
@@ -419,7 +417,7 @@ def islands(here: Path, job: str) -> Path:
 
 @pytest.mark.parametrize("job", ["commit -d", "flatten", "convert"])
 @pytest.mark.parametrize("way", ["range", "buffer"])
-def test_a_hole_is_never_read(shop: Shop, job: str, way: str) -> None:
+def test_job_never_reads_a_hole(shop: Shop, job: str, way: str) -> None:
     source = islands(shop.here, job)
     uncache(source)
     assert shop.moved(job, *WAYS[way]) == {way: 32 * CLUSTER}
@@ -428,7 +426,7 @@ def test_a_hole_is_never_read(shop: Shop, job: str, way: str) -> None:
         assert was_read(source, size=32 * CLUSTER)
 
 
-def test_reading_a_hole_would_be_seen(here: Path) -> None:
+def test_page_cache_shows_that_a_hole_was_read(here: Path) -> None:
     source = islands(here, "flatten")
     uncache(source)
     assert source.read_bytes().count(0) == HOLE * CLUSTER
@@ -449,7 +447,7 @@ def test_reading_a_hole_would_be_seen(here: Path) -> None:
         ("flatten", ("-S", "4k"), 7),
     ],
 )
-def test_zeros_become_holes_when_looked_for(
+def test_zeros_become_holes_with_option_s(
     shop: Shop, job: str, options: tuple[str, ...], clusters: int
 ) -> None:
     """Three clusters of zeros are the image's, two the backing's; letters are four clusters."""
@@ -466,7 +464,7 @@ def test_zeros_become_holes_when_looked_for(
 @pytest.mark.parametrize(
     ("block", "blocks"), [("0", 16), ("512", 13), ("4k", 13), ("8k", 14), ("16k", 16)]
 )
-def test_zeros_are_looked_for_in_blocks(shop: Shop, block: str, blocks: int) -> None:
+def test_zeros_are_detected_in_blocks(shop: Shop, block: str, blocks: int) -> None:
     """Of sixteen blocks of 4 KiB these are zero: 1, and 6 and 7, which make 8 KiB."""
     picture = "A-AAAA--AAAAAAAA"
     place(shop.here / "new", picture.replace("-", "0"), 4 * KiB)
@@ -490,7 +488,7 @@ def test_zeros_in_a_long_run_become_holes_on_xfs_when_copied(on_xfs: Shop) -> No
     assert stored_bytes(on_xfs.here / "new.raw") == 16 * CLUSTER
 
 
-def test_zeros_become_holes_past_the_page_cache_too(shop: Shop) -> None:
+def test_zeros_become_holes_with_direct_io(shop: Shop) -> None:
     lay(shop.here, "-" * 8, "AB0000XY")
     shop.report("convert", "-t", "none")
     assert stored_bytes(shop.here / "new.raw") == 4 * CLUSTER
@@ -500,7 +498,7 @@ def test_zeros_become_holes_past_the_page_cache_too(shop: Shop) -> None:
 
 
 @ALL_WAYS
-def test_flatten_takes_what_the_guest_has(shop: Shop, way: str) -> None:
+def test_flatten_stores_exactly_the_guests_data(shop: Shop, way: str) -> None:
     """Stale clusters are overwritten, or emptied where there is nothing below."""
     lay(shop.here, "ABCDEFGHIJKL" + "-" * 8, "x-Xy" + "-" * 8 + "xxx-Y" + "xx" + "-" + "zz")
     shop.report("flatten", *WAYS[way])
@@ -510,7 +508,7 @@ def test_flatten_takes_what_the_guest_has(shop: Shop, way: str) -> None:
 
 @ALL_WAYS
 @pytest.mark.parametrize("keep", [True, False])
-def test_commit_takes_what_the_guest_has(shop: Shop, way: str, keep: bool) -> None:
+def test_commit_stores_exactly_the_guests_data(shop: Shop, way: str, keep: bool) -> None:
     """A local hole empties the backing's cluster; garbage and other clusters are nothing."""
     top = lay(shop.here, "ABCDEFGHIJ" + "-" * 8, "XX" + "-" * 8 + "YYYYx" + "---")
     place(shop.here / "top.raw", "X-" + "-" * 8 + "YY-Yx" + "---")
@@ -523,7 +521,7 @@ def test_commit_takes_what_the_guest_has(shop: Shop, way: str, keep: bool) -> No
 
 
 @ALL_WAYS
-def test_convert_takes_what_the_guest_has(shop: Shop, way: str) -> None:
+def test_convert_stores_exactly_the_guests_data(shop: Shop, way: str) -> None:
     lay(shop.here, "ABCDEFGHIJKL" + "-" * 8, "-X--" + "-" * 8 + "xxx-Y" + "---")
     shop.report("convert", *WAYS[way])
     assert look(shop.here / "new.raw") == "AXCDEFGHIJKL" + "0000Y" + "000"
@@ -531,7 +529,7 @@ def test_convert_takes_what_the_guest_has(shop: Shop, way: str) -> None:
 
 
 @ALL_WAYS
-def test_what_had_its_place_already_takes_no_more(shop: Shop, way: str) -> None:
+def test_overwritten_clusters_take_no_more_space(shop: Shop, way: str) -> None:
     lay(shop.here, "A" * 30, "X" * 25 + "-" * 5)
     shop.report("commit -d", *WAYS[way])
     assert stored_bytes(shop.here / "base.img") == 30 * CLUSTER
@@ -549,7 +547,7 @@ def large(here: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("job", ["commit -d", "flatten", "convert"])
-def test_past_the_page_cache_nothing_stays_in_it(shop: Shop, job: str) -> None:
+def test_direct_io_leaves_no_pages_in_the_page_cache(shop: Shop, job: str) -> None:
     files = large(shop.here)
     moved = {"commit -d": 83, "flatten": 45, "convert": 128}[job]
     assert shop.moved(job, "-t", "none") == {"direct": moved * CLUSTER}
@@ -559,14 +557,14 @@ def test_past_the_page_cache_nothing_stays_in_it(shop: Shop, job: str) -> None:
 
 
 @pytest.mark.parametrize("job", ["commit -d", "flatten", "convert"])
-def test_through_the_page_cache_all_of_it_stays(shop: Shop, job: str) -> None:
+def test_buffered_copy_leaves_its_pages_in_the_page_cache(shop: Shop, job: str) -> None:
     files = large(shop.here)
     moved = {"commit -d": 83, "flatten": 45, "convert": 128}[job]
     assert shop.moved(job, "--copy", "buffer") == {"buffer": moved * CLUSTER}
     assert was_read(*files, size=moved * CLUSTER)
 
 
-def test_what_the_page_cache_had_of_the_source_it_keeps(shop: Shop) -> None:
+def test_direct_io_keeps_cached_pages_of_the_source(shop: Shop) -> None:
     _, image = large(shop.here)
     with image.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
@@ -637,7 +635,7 @@ PAUSES = st.sampled_from([0.0, 0.0, 0.0, 0.001, 0.03, 0.12, 0.2, 0.9, 5.0])
 
 @given(RATES, st.lists(st.tuples(PAUSES, st.floats(0.001, 1)), min_size=1, max_size=80))
 @tried(150)
-def test_no_second_sees_more_than_nine_eighths_of_the_rate_and_a_step(
+def test_rate_is_exceeded_by_at_most_an_eighth_and_a_step(
     rate: int, steps: list[tuple[float, float]]
 ) -> None:
     """What a step took of its time by itself is not waited for again, up to that much."""
@@ -650,7 +648,7 @@ def test_no_second_sees_more_than_nine_eighths_of_the_rate_and_a_step(
         assert busiest_second(worker.moves) <= rate * 9 / 8 + worker.pace.step + 1
 
 
-def test_a_worker_that_is_never_idle_gets_all_of_its_rate(clock: Clock) -> None:
+def test_busy_worker_reaches_its_full_rate(clock: Clock) -> None:
     worker = Worker(clock, 8 * MiB)
     start = clock.now
     for _ in range(800):
@@ -659,7 +657,7 @@ def test_a_worker_that_is_never_idle_gets_all_of_its_rate(clock: Clock) -> None:
     assert 99 < clock.now - start <= 100.1
 
 
-def test_a_step_slower_than_the_limit_is_not_slowed_down(clock: Clock) -> None:
+def test_steps_slower_than_the_rate_are_not_delayed(clock: Clock) -> None:
     worker = Worker(clock, 8 * MiB)
     start = clock.now
     for _ in range(50):
@@ -667,7 +665,7 @@ def test_a_step_slower_than_the_limit_is_not_slowed_down(clock: Clock) -> None:
     assert clock.now - start == pytest.approx(25, abs=0.2)
 
 
-def test_who_waits_long_looks_up_again_and_again(clock: Clock) -> None:
+def test_long_wait_polls_every_second(clock: Clock) -> None:
     looks: list[float] = []
     waiting = throttle.Throttle(1)
     start = clock.now
@@ -677,9 +675,7 @@ def test_who_waits_long_looks_up_again_and_again(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
-def test_the_smallest_limit_is_one_and_an_interrupt_ends_the_wait(
-    tmp_path: Path, jobs: str
-) -> None:
+def test_rate_of_one_byte_limits_and_a_signal_ends_the_wait(tmp_path: Path, jobs: str) -> None:
     """A byte a second: the job would last for days, unless it were not limited at all."""
     pair(tmp_path, "A" * 40, "X" * 40)
     base = tmp_path / "base.img"
@@ -692,7 +688,7 @@ def test_the_smallest_limit_is_one_and_an_interrupt_ends_the_wait(
     assert "A" in look(base)
 
 
-def test_without_a_limit_nobody_waits(clock: Clock) -> None:
+def test_worker_without_a_limit_never_waits(clock: Clock) -> None:
     worker = Worker(clock, 0)
     for _ in range(100):
         worker.move(64 * MiB)
@@ -700,7 +696,7 @@ def test_without_a_limit_nobody_waits(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_several_workers_keep_one_limit(workers: int) -> None:
+def test_several_workers_share_one_limit(workers: int) -> None:
     """Each has its part of the rate, and a clock that shows the same time."""
     rate, moves = 8 * MiB, []
     for number in range(workers):
@@ -717,9 +713,7 @@ def test_several_workers_keep_one_limit(workers: int) -> None:
 
 @pytest.mark.parametrize("jobs", ["0", "2"])
 @pytest.mark.parametrize("options", [(), ("--copy", "clone"), ("-S", "4k")])
-def test_a_limited_job_moves_the_right_bytes(
-    xfs: Path, jobs: str, options: tuple[str, ...]
-) -> None:
+def test_limited_job_moves_the_right_bytes(xfs: Path, jobs: str, options: tuple[str, ...]) -> None:
     lay(xfs, "A" * 20, "X" * 11 + "-" * 5 + "0Y--")
     os.truncate(xfs / "top.raw", 19 * CLUSTER + 1536)
     words = ("commit", "--jobs", jobs, "--limit-rate", "64M", *options, "top.add-cow")
@@ -729,7 +723,7 @@ def test_a_limited_job_moves_the_right_bytes(
 
 
 @pytest.mark.parametrize("options", [("-r", "1G"), ("--limit-rate", "0"), ("-r", "1.5g")])
-def test_a_limit_is_written_like_a_size(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_limit_accepts_size_suffixes(tmp_path: Path, options: tuple[str, ...]) -> None:
     pair(tmp_path, "AB", "-X")
     succeed("commit", *options, "top.add-cow", cwd=tmp_path)
     assert look(tmp_path / "base.img") == "AX"
@@ -748,7 +742,7 @@ def test_a_limit_is_written_like_a_size(tmp_path: Path, options: tuple[str, ...]
     ],
     ids=" ".join,
 )
-def test_a_manner_that_cannot_be_is_a_usage_error(
+def test_invalid_copy_options_are_usage_errors(
     warm: Warm, tmp_path: Path, job: str, options: tuple[str, ...]
 ) -> None:
     pair(tmp_path, "AB", "-X")
@@ -761,7 +755,7 @@ def test_a_manner_that_cannot_be_is_a_usage_error(
     assert (bits(tmp_path / "top.add-cow"), look(tmp_path / "base.img")) == (".1", "AB")
 
 
-def test_a_usage_error_names_the_option_and_the_value(tmp_path: Path) -> None:
+def test_usage_error_names_the_option_and_the_value(tmp_path: Path) -> None:
     for option in ("-S", "--limit-rate"):
         said = refused("commit", option, "many", "top.add-cow", cwd=tmp_path, status=64)
         assert option in said
@@ -777,7 +771,7 @@ def priority(here: Path, pid: int) -> str:
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_idle_workers_leave_the_disk_to_others(tmp_path: Path, job: str) -> None:
+def test_idle_option_gives_workers_the_idle_priority(tmp_path: Path, job: str) -> None:
     pair(tmp_path, "ABCD", "-X-Y")
     rules = Rules.write(tmp_path / "rules", rule("image_write", "stop"))
     if job == "commit":
@@ -790,7 +784,7 @@ def test_idle_workers_leave_the_disk_to_others(tmp_path: Path, job: str) -> None
             assert (priority(tmp_path, stopped[0]) == "idle") == bool(options)
 
 
-def test_a_small_job_is_idle_as_well(tmp_path: Path) -> None:
+def test_idle_option_applies_to_a_job_without_workers(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "-X-Y")
     rules = Rules.write(tmp_path / "rules", rule("image_read", "stop"))
     with running("commit", "--idle", "top.add-cow", cwd=tmp_path, rules=rules) as process:
@@ -798,7 +792,7 @@ def test_a_small_job_is_idle_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", ["0", "1", "2"])
-def test_an_idle_job_moves_the_right_bytes(tmp_path: Path, jobs: str) -> None:
+def test_idle_job_moves_the_right_bytes(tmp_path: Path, jobs: str) -> None:
     top = pair(tmp_path, "ABCD" * 8, "-X0-" * 8)
     succeed("commit", "--idle", "--jobs", jobs, "top.add-cow", cwd=tmp_path)
     assert look(tmp_path / "base.img") == "AX0D" * 8
@@ -824,7 +818,7 @@ def half_shared(here: Path, job: str) -> str:
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_what_is_cloned_needs_no_room(xfs: Path, job: str) -> None:
+def test_space_check_does_not_count_cloned_data(xfs: Path, job: str) -> None:
     wanted = half_shared(xfs, job)
     fill(xfs, leave=2 * MiB)
     said = refused(job, "--copy", "buffer", "top.add-cow", cwd=xfs)
@@ -833,7 +827,7 @@ def test_what_is_cloned_needs_no_room(xfs: Path, job: str) -> None:
     assert look(xfs / ("base.img" if job == "commit" else "top.raw")) == wanted
 
 
-def test_what_is_copied_beside_clones_does(xfs: Path) -> None:
+def test_space_check_counts_copied_data(xfs: Path) -> None:
     """Each run is one block too short to be cloned."""
     runs = 40
     pair(xfs, (LONG * "-") * runs, ((LONG - 1) * "A" + "-") * runs)
@@ -843,7 +837,7 @@ def test_what_is_copied_beside_clones_does(xfs: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["commit", "flatten"])
-def test_a_limit_is_no_reason_to_copy_what_can_be_cloned(xfs: Path, job: str) -> None:
+def test_limited_job_still_clones(xfs: Path, job: str) -> None:
     """Steps of a limited worker are never too short for it: the space is not there."""
     half_shared(xfs, job)
     fill(xfs, leave=2 * MiB)
@@ -851,7 +845,7 @@ def test_a_limit_is_no_reason_to_copy_what_can_be_cloned(xfs: Path, job: str) ->
     assert succeed(*words, cwd=xfs).json["moved-by"]["clone"] == LONG * 8 * CLUSTER
 
 
-def test_large_blocks_of_the_file_system_are_cloned_whole(tmp_path: Path) -> None:
+def test_clones_are_aligned_to_large_file_system_blocks(tmp_path: Path) -> None:
     """An end that is no whole block is copied, and clones nothing away from the rest."""
     if os.geteuid() != 0:
         pytest.skip("mounting a file system needs root")

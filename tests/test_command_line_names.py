@@ -23,7 +23,7 @@ def disguised(path: Path, seems: str) -> None:
         ("-o", "backing_file=disk,backing_fmt=raw"),
     ],
 )
-def test_create_refuses_as_raw_what_check_would_call_corrupt(
+def test_create_refuses_a_raw_backing_that_begins_like_another_format(
     tmp_path: Path, words: tuple[str, ...], seems: str
 ) -> None:
     disguised(tmp_path / "disk", seems)
@@ -38,7 +38,7 @@ def test_create_refuses_as_raw_what_check_would_call_corrupt(
     assert addcow("check", "top.add-cow", cwd=tmp_path).status == 2
 
 
-def test_create_refuses_a_chain_that_ends_in_such_a_file(tmp_path: Path) -> None:
+def test_create_refuses_a_chain_on_such_a_backing(tmp_path: Path) -> None:
     disguised(tmp_path / "disk", "qcow2")
     succeed("create", "--force", "-b", "disk", "-F", "raw", "mid.add-cow", cwd=tmp_path)
     line = refused("create", "-b", "mid.add-cow", "-F", "add-cow", "top.add-cow", cwd=tmp_path)
@@ -47,7 +47,7 @@ def test_create_refuses_a_chain_that_ends_in_such_a_file(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("job", ["convert", "manifest"])
-def test_an_overlay_named_as_raw_is_refused(tmp_path: Path, job: str) -> None:
+def test_overlay_given_as_raw_is_refused(tmp_path: Path, job: str) -> None:
     pair(tmp_path, "A", "X")
     words = {
         "convert": ("convert", "-f", "raw", "-O", "raw", "top.add-cow", "new.raw"),
@@ -74,7 +74,7 @@ def test_an_overlay_named_as_raw_is_refused(tmp_path: Path, job: str) -> None:
         ("-o", "image_file="),
     ],
 )
-def test_create_over_a_file_says_that_it_exists(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_create_refuses_an_existing_file(tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "top.add-cow").write_bytes(b"something")
     place = 0 if words in ((), ("1M",), ("nonsense",)) else 2
     line = refused("create", *words[:place], "top.add-cow", *words[place:], cwd=tmp_path)
@@ -108,7 +108,7 @@ DASHES = [
 
 
 @pytest.mark.parametrize("words", DASHES, ids=" ".join)
-def test_a_dash_is_no_name_of_a_file(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_dash_is_not_a_file_name(tmp_path: Path, words: tuple[str, ...]) -> None:
     pair(tmp_path, "A", "X")
     before = {one.name: one.read_bytes() for one in tmp_path.iterdir()}
     line = refused(*words, cwd=tmp_path, status=64)
@@ -117,7 +117,7 @@ def test_a_dash_is_no_name_of_a_file(tmp_path: Path, words: tuple[str, ...]) -> 
     assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == before
 
 
-def test_a_file_of_that_name_can_be_named(tmp_path: Path) -> None:
+def test_file_called_dash_can_be_named_with_a_path(tmp_path: Path) -> None:
     pair(tmp_path, "A", "X")
     succeed("convert", "-O", "raw", "top.add-cow", "./-", cwd=tmp_path)
     succeed("compare", "-F", "raw", "top.add-cow", "./-", cwd=tmp_path)

@@ -128,7 +128,7 @@ def without_warning(stderr: str) -> str:
 
 @EACH
 @BOTH
-def test_a_job_that_is_read_back_tells_the_digest(here: Path, job: str, jobs: str) -> None:
+def test_job_with_verify_reports_the_digest(here: Path, job: str, jobs: str) -> None:
     top = pair(here, "ABCDEFGH", "-X-Y0---")
     seen = guest_digest(view_of(top))
     told = succeed(*command(job, "--jobs", jobs, "--output", "json"), cwd=here)
@@ -138,7 +138,7 @@ def test_a_job_that_is_read_back_tells_the_digest(here: Path, job: str, jobs: st
 
 
 @EACH
-def test_it_tells_nothing_else_than_without(here: Path, job: str) -> None:
+def test_verify_option_adds_only_the_digest_to_the_report(here: Path, job: str) -> None:
     pair(here, "ABCDEFGH", "-X-Y0---")
     shutil.copytree(here, here.parent / "twin")
     plain = succeed(*WORDS[job], "--output", "json", "top.add-cow", cwd=here.parent / "twin").json
@@ -150,7 +150,7 @@ def test_it_tells_nothing_else_than_without(here: Path, job: str) -> None:
 
 
 @EACH
-def test_people_are_told_in_a_second_line(here: Path, job: str) -> None:
+def test_verify_option_prints_a_second_line(here: Path, job: str) -> None:
     top = pair(here, "ABCDEFGH", "-X-Y0---")
     seen = guest_digest(view_of(top))
     first, second = succeed(*command(job), cwd=here).stdout.splitlines()
@@ -160,7 +160,7 @@ def test_people_are_told_in_a_second_line(here: Path, job: str) -> None:
 
 
 @EACH
-def test_quiet_is_quiet(here: Path, job: str) -> None:
+def test_verify_option_with_quiet_prints_nothing(here: Path, job: str) -> None:
     pair(here, "ABCDEFGH", "-X-Y0---")
     told = succeed(*command(job, "-q"), cwd=here)
     assert told.said == ""
@@ -169,7 +169,7 @@ def test_quiet_is_quiet(here: Path, job: str) -> None:
 @EACH
 @CACHES
 @BOTH
-def test_caches_and_processes_make_no_difference(
+def test_verify_option_works_with_every_cache_mode_and_process_count(
     here: Path, job: str, cache: str, jobs: str
 ) -> None:
     wide = Wide.lay(here, "commit" if job.startswith("commit") else "flatten")
@@ -189,7 +189,7 @@ def guest_digest_of(wide: Wide) -> str:
 
 
 @pytest.mark.parametrize("turn", range(16))
-def test_random_chains(here: Path, rng: random.Random, turn: int) -> None:
+def test_verify_option_accepts_random_chains(here: Path, rng: random.Random, turn: int) -> None:
     laid = Layers.some(here, rng, longer=rng.random() < 0.5)
     if laid.top == "base.img":
         succeed("create", "-b", "base.img", "-F", "raw", "o1.add-cow", cwd=here)
@@ -219,7 +219,9 @@ def test_random_chains(here: Path, rng: random.Random, turn: int) -> None:
 @EACH
 @pytest.mark.parametrize("size", [0, 512, 5 * CLUSTER + 512])
 @pytest.mark.parametrize("cluster", [4 * KiB, 2 * MiB])
-def test_odd_sizes_and_nothing_at_all(here: Path, job: str, size: int, cluster: int) -> None:
+def test_verify_option_accepts_odd_sizes_and_empty_disks(
+    here: Path, job: str, size: int, cluster: int
+) -> None:
     with (here / "base.img").open("wb") as file:
         file.write(b"b" * size)
     with (here / "top.raw").open("wb") as file:
@@ -238,14 +240,14 @@ def test_odd_sizes_and_nothing_at_all(here: Path, job: str, size: int, cluster: 
 
 
 @pytest.mark.parametrize("job", ["flatten", "discard"])
-def test_a_flattened_overlay_is_read_back_all_the_same(here: Path, job: str) -> None:
+def test_verify_option_reads_back_a_flat_overlay(here: Path, job: str) -> None:
     top = pair(here, "ABCD", "-X-Y")
     succeed("flatten", "top.add-cow", cwd=here)
     seen = guest_digest(view_of(top))
     assert succeed(*command(job, "--output", "json"), cwd=here).json["guest-digest"] == seen
 
 
-def test_a_flattened_overlay_that_changes_is_seen(here: Path) -> None:
+def test_verify_option_finds_a_changed_flat_overlay(here: Path) -> None:
     pair(here, "ABCD", "-X-Y")
     succeed("flatten", "top.add-cow", cwd=here)
     at = 2 * CLUSTER + 77
@@ -253,7 +255,7 @@ def test_a_flattened_overlay_that_changes_is_seen(here: Path) -> None:
     is_seen(ended, "top.raw", at)
 
 
-def test_a_committed_overlay_is_read_back_all_the_same(here: Path) -> None:
+def test_verify_option_reads_back_a_committed_overlay(here: Path) -> None:
     top = pair(here, "ABCD", "-X-Y")
     seen = guest_digest(view_of(top))
     for _ in range(2):
@@ -261,7 +263,7 @@ def test_a_committed_overlay_is_read_back_all_the_same(here: Path) -> None:
         assert told["guest-digest"] == seen
 
 
-def test_an_overlay_of_nobody_is_flattened(here: Path) -> None:
+def test_verify_option_flattens_an_overlay_without_backing(here: Path) -> None:
     """One without a backing file: it is zeros where it is not local."""
     draw_raw(here / "top.raw", "xYz")
     cow = overlay_bytes(image="top.raw", size=3 * CLUSTER, local=[1])
@@ -277,7 +279,7 @@ def test_an_overlay_of_nobody_is_flattened(here: Path) -> None:
 @EACH
 @BOTH
 @pytest.mark.parametrize("at", [0, 3 * CLUSTER + 5, 8 * CLUSTER - 1])
-def test_a_flipped_byte_is_seen(here: Path, job: str, jobs: str, at: int) -> None:
+def test_verify_option_finds_a_flipped_byte(here: Path, job: str, jobs: str, at: int) -> None:
     pair(here, "ABCDEFGH", "-X-Y0---")
     path = here / target(job)
     ended = met(here, *command(job, "--jobs", jobs), meanwhile=lambda: flip(path, at))
@@ -293,7 +295,7 @@ def test_a_flipped_byte_is_seen(here: Path, job: str, jobs: str, at: int) -> Non
 
 
 @EACH
-def test_programs_get_the_status_and_one_line_too(here: Path, job: str) -> None:
+def test_verify_option_reports_a_difference_in_json(here: Path, job: str) -> None:
     pair(here, "ABCD", "-X-Y")
     path = here / target(job)
     words = command(job, "--output", "json", "-q")
@@ -305,7 +307,7 @@ def test_programs_get_the_status_and_one_line_too(here: Path, job: str) -> None:
 
 @CACHES
 @EACH
-def test_a_flip_in_a_large_image_is_seen(
+def test_verify_option_finds_a_flipped_byte_in_a_large_image(
     here: Path, rng: random.Random, job: str, cache: str
 ) -> None:
     """Where there is data and where there is none, with two processes."""
@@ -316,7 +318,7 @@ def test_a_flip_in_a_large_image_is_seen(
 
 
 @EACH
-def test_data_where_there_was_none_is_seen(here: Path, job: str) -> None:
+def test_verify_option_finds_data_in_a_hole(here: Path, job: str) -> None:
     """It appears in a part of the disk of which nothing was read before."""
     size = 64 * MiB
     draw_raw(here / "base.img", "A")
@@ -332,7 +334,7 @@ def test_data_where_there_was_none_is_seen(here: Path, job: str) -> None:
 
 
 @EACH
-def test_zeros_that_are_lost_are_seen(here: Path, job: str) -> None:
+def test_verify_option_finds_lost_zeros(here: Path, job: str) -> None:
     """What should be data reads as a hole."""
     pair(here, "ABCD", "-X-Y")
     path = here / target(job)
@@ -341,7 +343,7 @@ def test_zeros_that_are_lost_are_seen(here: Path, job: str) -> None:
 
 
 @EACH
-def test_a_file_that_was_cut_short_is_seen(here: Path, job: str) -> None:
+def test_verify_option_finds_a_truncated_file(here: Path, job: str) -> None:
     pair(here, "ABCD", "-X-Y")
     path = here / target(job)
     ended = met(here, *command(job), meanwhile=lambda: os.truncate(path, 3 * CLUSTER))
@@ -349,7 +351,7 @@ def test_a_file_that_was_cut_short_is_seen(here: Path, job: str) -> None:
     assert (here / "top.add-cow").exists()
 
 
-def test_what_lies_behind_the_overlay_is_not_its_business(here: Path) -> None:
+def test_verify_option_ignores_data_after_the_virtual_size(here: Path) -> None:
     top = pair(here, "ABCDEFGH", "-X-Y")
     seen = guest_digest(view_of(top))
     words = command("commit", "--output", "json")
@@ -370,7 +372,7 @@ def chain(here: Path) -> None:
     ("name", "at"),
     [("mid.raw", 0), ("mid.raw", CLUSTER + 9), ("base.img", 5 * CLUSTER), ("base.img", CLUSTER)],
 )
-def test_the_backing_is_read_as_its_guest_reads_it(
+def test_verify_option_reads_the_view_of_an_add_cow_backing(
     here: Path, job: str, name: str, at: int
 ) -> None:
     """Whatever layer below shows there: what is covered by another does not matter."""
@@ -387,7 +389,7 @@ def test_the_backing_is_read_as_its_guest_reads_it(
 
 
 @pytest.mark.parametrize("job", ["commit", "commit -d"])
-def test_bits_of_the_backing_that_got_lost_are_seen(here: Path, job: str) -> None:
+def test_verify_option_finds_lost_bits_of_the_backing(here: Path, job: str) -> None:
     chain(here)
     cow = here / "mid.add-cow"
     ended = met(here, *command(job), meanwhile=lambda: put(cow, CLUSTER, b"\x09"))
@@ -397,7 +399,7 @@ def test_bits_of_the_backing_that_got_lost_are_seen(here: Path, job: str) -> Non
 
 @EACH
 @BOTH
-def test_what_is_lost_while_the_job_works_is_seen(here: Path, job: str, jobs: str) -> None:
+def test_verify_option_finds_data_lost_during_the_job(here: Path, job: str, jobs: str) -> None:
     """A byte that changes after it was written and before it is synced."""
     pair(here, "ABCDEFGH", "-X-Y0---")
     path, at = here / target(job), (1 if job.startswith("commit") else 5) * CLUSTER + 99
@@ -440,7 +442,7 @@ def below(tmp_path: Path) -> Iterator[Below]:
 @EACH
 @CACHES
 @BOTH
-def test_what_is_read_back_comes_from_the_disk(
+def test_verify_option_reads_from_the_disk_and_not_from_memory(
     below: Below, job: str, cache: str, jobs: str
 ) -> None:
     here = below.here
@@ -453,7 +455,7 @@ def test_what_is_read_back_comes_from_the_disk(
 
 
 @EACH
-def test_what_the_job_need_not_write_is_read_from_the_disk_too(below: Below, job: str) -> None:
+def test_verify_option_reads_unwritten_data_from_the_disk(below: Below, job: str) -> None:
     """Clusters that were there already: a flattened disk consists of them as well."""
     here = below.here
     pair(here, "ABCDEFGH", "-X-Y-Z--")
@@ -464,7 +466,7 @@ def test_what_the_job_need_not_write_is_read_from_the_disk_too(below: Below, job
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 @EACH
-def test_small_file_systems_will_do(tmp_path: Path, job: str, kind: str) -> None:
+def test_verify_option_works_on_small_file_systems(tmp_path: Path, job: str, kind: str) -> None:
     mount = mounted(kind, tmp_path)
     place = next(mount)
     try:
@@ -482,7 +484,7 @@ def test_small_file_systems_will_do(tmp_path: Path, job: str, kind: str) -> None
 
 @EACH
 @BOTH
-def test_what_cannot_be_read_back_is_done_and_not_verified(here: Path, job: str, jobs: str) -> None:
+def test_verify_option_reports_a_failed_read_back(here: Path, job: str, jobs: str) -> None:
     pair(here, "ABCDEFGH", "-X-Y0---")
     rules = rules_for(here, rule("read_back"))
     with running(*command(job, "--jobs", jobs), cwd=here, rules=rules) as run:
@@ -500,7 +502,7 @@ def test_what_cannot_be_read_back_is_done_and_not_verified(here: Path, job: str,
 
 
 @EACH
-def test_the_event_is_met_once(here: Path, job: str) -> None:
+def test_read_back_event_occurs_once(here: Path, job: str) -> None:
     pair(here, "ABCD", "-X-Y")
     rules = rules_for(here, rule("read_back", after=1))
     with running(*command(job, "--jobs", "2"), cwd=here, rules=rules) as run:
@@ -508,7 +510,7 @@ def test_the_event_is_met_once(here: Path, job: str) -> None:
 
 
 @EACH
-def test_without_it_nothing_is_read_back(here: Path, job: str) -> None:
+def test_job_without_verify_reads_nothing_back(here: Path, job: str) -> None:
     pair(here, "ABCD", "-X-Y")
     rules = rules_for(here, rule("read_back"))
     with running(*WORDS[job], "top.add-cow", cwd=here, rules=rules) as run:
@@ -519,7 +521,7 @@ def test_without_it_nothing_is_read_back(here: Path, job: str) -> None:
 
 @EACH
 @BOTH
-def test_a_bad_place_that_is_met_before_the_job_stops_it(here: Path, job: str, jobs: str) -> None:
+def test_bad_sector_before_the_job_stops_it(here: Path, job: str, jobs: str) -> None:
     """What cannot be read has no digest; then nothing is changed."""
     pair(here, "ABCDEFGH", "-X-Y0---")
     before = snapshot(here)
@@ -532,7 +534,7 @@ def test_a_bad_place_that_is_met_before_the_job_stops_it(here: Path, job: str, j
 
 
 @EACH
-def test_a_job_that_fails_says_nothing_of_reading_back(here: Path, job: str) -> None:
+def test_failed_job_does_not_mention_the_read_back(here: Path, job: str) -> None:
     pair(here, "ABCDEFGH", "-X-Y0---")
     seen = guest_picture(here / "top.add-cow")
     event = "backing_write" if job.startswith("commit") else "image_write"
@@ -550,7 +552,7 @@ def test_a_job_that_fails_says_nothing_of_reading_back(here: Path, job: str) -> 
 
 @EACH
 @BOTH
-def test_a_kill_while_it_reads_back_costs_nothing(here: Path, job: str, jobs: str) -> None:
+def test_kill_during_the_read_back_costs_nothing(here: Path, job: str, jobs: str) -> None:
     top = pair(here, "ABCDEFGH", "-X-Y0---")
     seen = guest_digest(view_of(top))
     rules = rules_for(here, rule("read_back", "kill", once="on"))
@@ -566,7 +568,7 @@ def test_a_kill_while_it_reads_back_costs_nothing(here: Path, job: str, jobs: st
 
 @EACH
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_reading_back_can_be_stopped(here: Path, job: str, number: signal.Signals) -> None:
+def test_read_back_can_be_stopped(here: Path, job: str, number: signal.Signals) -> None:
     wide = Wide.lay(here, "commit" if job.startswith("commit") else "flatten")
     rules = rules_for(here, rule("read_back", "stop", once="on"))
     with running(*command(job, "--jobs", "2"), cwd=here, rules=rules) as run:
@@ -584,7 +586,7 @@ def test_a_reading_back_can_be_stopped(here: Path, job: str, number: signal.Sign
 
 
 @EACH
-def test_nobody_writes_while_it_reads_back(here: Path, job: str) -> None:
+def test_files_are_locked_during_the_read_back(here: Path, job: str) -> None:
     """A guest that began before the end would be taken for a disk that lies."""
     tool("qemu-io", "--version", cwd=here)
     pair(here, "ABCD", "-X-Y")
@@ -603,7 +605,7 @@ def test_nobody_writes_while_it_reads_back(here: Path, job: str) -> None:
 
 
 @EACH
-def test_manifests_of_changed_layers_go_and_none_is_made(here: Path, job: str) -> None:
+def test_verify_option_removes_manifests_and_makes_none(here: Path, job: str) -> None:
     pair(here, "ABCD", "-X-Y")
     shutil.copytree(here, here.parent / "twin", copy_function=shutil.copy2)
     for place in (here, here.parent / "twin"):
@@ -616,7 +618,7 @@ def test_manifests_of_changed_layers_go_and_none_is_made(here: Path, job: str) -
 
 
 @EACH
-def test_the_digest_is_that_of_the_manifest_of_the_overlay(here: Path, job: str) -> None:
+def test_verify_option_digest_equals_that_of_the_manifest(here: Path, job: str) -> None:
     pair(here, "ABCDEFGH", "-X-Y0---")
     io("top.add-cow", "write -P 0x55 3k 100k", cwd=here)
     seen = made(here)["top.add-cow.manifest"]["guest-digest"]
@@ -646,7 +648,9 @@ MANY = pytest.mark.parametrize("job", ["commit", "flatten", "discard"])
 
 @MANY
 @BOTH
-def test_each_image_of_a_farm_tells_its_digest(here: Path, job: str, jobs: str) -> None:
+def test_farm_job_with_verify_reports_the_digest_of_each_image(
+    here: Path, job: str, jobs: str
+) -> None:
     names = farm_of(here, 5)
     seen = guest_digest(view_of(here / names[0]))
     told = succeed(*farm_command(job, "--jobs", jobs), cwd=here).json
@@ -657,7 +661,7 @@ def test_each_image_of_a_farm_tells_its_digest(here: Path, job: str, jobs: str) 
 
 
 @MANY
-def test_a_farm_that_is_not_to_be_read_back_is_not(here: Path, job: str) -> None:
+def test_farm_job_without_verify_reads_nothing_back(here: Path, job: str) -> None:
     farm_of(here, 2)
     rules = rules_for(here, rule("read_back", once="on"))
     words = ("farm", *WORDS[job], "--output", "json", ".")
@@ -698,7 +702,7 @@ def one_fails(
 
 @MANY
 @BOTH
-def test_an_image_of_a_farm_that_reads_back_differently_ends_alone(
+def test_farm_job_image_with_a_read_back_difference_fails_alone(
     here: Path, job: str, jobs: str
 ) -> None:
     names = farm_of(here, 4)
@@ -709,7 +713,7 @@ def test_an_image_of_a_farm_that_reads_back_differently_ends_alone(
     assert (here / bad / "top.add-cow").exists()
 
 
-def test_a_large_image_of_a_farm_is_read_back_too(here: Path) -> None:
+def test_farm_job_reads_a_split_image_back(here: Path) -> None:
     """So large that it is shared out among the processes, beside small ones."""
     names = farm_of(here, 3)
     (here / "big").mkdir()
@@ -729,7 +733,7 @@ def test_a_large_image_of_a_farm_is_read_back_too(here: Path) -> None:
     assert not any((here / name).exists() for name in (*names, "big/top.add-cow"))
 
 
-def test_a_farm_that_is_stopped_tells_what_was_not_verified(here: Path) -> None:
+def test_stopped_farm_job_reports_unverified_images(here: Path) -> None:
     farm_of(here, 1)
     rules = rules_for(here, rule("read_back", "stop", once="on"))
     with running(*farm_command("flatten", "--jobs", "1"), cwd=here, rules=rules) as run:
@@ -751,7 +755,7 @@ def test_a_farm_that_is_stopped_tells_what_was_not_verified(here: Path) -> None:
 
 @EACH
 @BOTH
-def test_what_is_read_counts_against_a_limit(here: Path, job: str, jobs: str) -> None:
+def test_read_back_counts_against_the_rate(here: Path, job: str, jobs: str) -> None:
     """Once before the job and once after it; moving alone would take a quarter of a second."""
     pair(here, "A" * 16, "-X" * 8)
     begun = time.monotonic()
@@ -761,9 +765,7 @@ def test_what_is_read_counts_against_a_limit(here: Path, job: str, jobs: str) ->
 
 @BOTH
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_limit_holds_nobody_back_who_is_asked_to_stop(
-    here: Path, jobs: str, number: signal.Signals
-) -> None:
+def test_limited_read_back_stops_soon(here: Path, jobs: str, number: signal.Signals) -> None:
     """It would take two minutes to read the disk before the job."""
     pair(here, "A" * 32, "-X" * 16)
     words = command("flatten", "--jobs", jobs, "-r", "16K")
@@ -788,7 +790,7 @@ def is_at_work(processes: list[Process]) -> bool:
 
 
 @BOTH
-def test_a_farm_holds_nothing_that_it_was_refused(here: Path, jobs: str) -> None:
+def test_refused_image_does_not_hinder_the_read_back_of_another(here: Path, jobs: str) -> None:
     """Whoever was refused has had the file mapped that another one is to read back."""
     draw_raw(here / "base.img", "ABCD")
     draw(here / "a.add-cow", "-X--", "base.img")
@@ -802,7 +804,7 @@ def test_a_farm_holds_nothing_that_it_was_refused(here: Path, jobs: str) -> None
 
 
 @pytest.mark.parametrize("job", ["flatten", "discard"])
-def test_what_a_killed_worker_did_is_not_held_against_itself(here: Path, job: str) -> None:
+def test_image_whose_read_back_worker_was_killed_fails(here: Path, job: str) -> None:
     """Done once more, there is nothing to do, and what is there is what is there."""
     names = farm_of(here, 2)
     bad, _ = one_fails(here, names, job, "1", signal.SIGKILL)
@@ -811,7 +813,7 @@ def test_what_a_killed_worker_did_is_not_held_against_itself(here: Path, job: st
 
 @EACH
 @BOTH
-def test_a_disk_that_has_grown_meanwhile_is_another_one(here: Path, job: str, jobs: str) -> None:
+def test_verify_option_finds_a_file_that_has_grown(here: Path, job: str, jobs: str) -> None:
     pair(here, "ABCD", "-X-Y")
     name = "base.img" if job == "commit -d" else "top.raw"
     path, size = here / name, 4 * CLUSTER
