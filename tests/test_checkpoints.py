@@ -20,8 +20,7 @@ from pathlib import Path
 import pytest
 
 import addcow_mp
-from addcow_mp.engine import transfer
-from addcow_mp.engine import transfer_run as run_module
+from addcow_mp.engine import checkpoints, transfer
 from support.call_trace import Trace, broken, judge
 from support.command import CLUSTER, PATIENCE, KiB, MiB, local_clusters, overlay_bytes, succeed
 from support.fault_rules import Rules, rule
@@ -180,8 +179,8 @@ def test_clusters_finished_during_a_sync_are_not_published_by_it(
     job: str,
     short: bool,
 ) -> None:
-    monkeypatch.setattr(run_module, "CHECKPOINT_BYTES", 8 * CLUSTER)
-    monkeypatch.setattr(transfer, "PIECE", CLUSTER)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_BYTES", 8 * CLUSTER)
+    monkeypatch.setattr(transfer, "STEP", CLUSTER)
     clusters = 128
     broken_up = range(0, clusters, 2) if short else range(clusters // 2)
     data = [n in broken_up for n in range(clusters)]
@@ -215,8 +214,8 @@ def test_checkpoint_within_a_task_publishes_only_finished_clusters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Several checkpoints in one task, in clusters of a backing that are larger than the pieces."""
-    monkeypatch.setattr(run_module, "CHECKPOINT_BYTES", 1)
-    monkeypatch.setattr(transfer, "PIECE", 4 * KiB)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(transfer, "STEP", 4 * KiB)
     size = 8 * MiB
     (tmp_path / "base.img").write_bytes(b"b" * size)
     (tmp_path / "mid.raw").write_bytes(b"m" * size)

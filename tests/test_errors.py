@@ -36,10 +36,10 @@ from addcow_mp import AddcowError
 from addcow_mp.cli.main import run
 from addcow_mp.device import holders, holes
 from addcow_mp.device.files import File
-from addcow_mp.engine import transfer_run as run_module
-from addcow_mp.engine.fd_passing import Work
-from addcow_mp.engine.pool import Failed, Pool
+from addcow_mp.engine import checkpoints
+from addcow_mp.engine.pool import Pool
 from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.worker import Failed, Work, WorkerContext
 from addcow_mp.jobs.commit import commit as commit_job
 from addcow_mp.jobs.compare import compare as compare_job
 from addcow_mp.jobs.options import Hooks, RunOptions
@@ -387,13 +387,13 @@ def compare_error(here: Path) -> None:
 
 
 class _Killed:
-    def __call__(self, task: Task, slot: int) -> object:  # noqa: ARG002
+    def __call__(self, task: Task, worker: WorkerContext) -> object:  # noqa: ARG002
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
 
 
 class _Faulty:
-    def __call__(self, task: Task, slot: int) -> object:  # noqa: ARG002
+    def __call__(self, task: Task, worker: WorkerContext) -> object:  # noqa: ARG002
         raise ZeroDivisionError("division by zero")
 
 
@@ -950,7 +950,7 @@ def test_aborted_job_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.Monkey
         fdatasync(fd)
 
     monkeypatch.setattr(os, "fdatasync", slow)
-    monkeypatch.setattr(run_module, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_BYTES", 1)
     top, size = tmp_path / "top.add-cow", 2048 * CLUSTER
     draw_raw(tmp_path / "base.img", "A")
     draw_raw(tmp_path / "top.raw", "X")

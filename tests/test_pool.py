@@ -30,23 +30,15 @@ import pytest
 
 import addcow_mp
 from addcow_mp import AddcowError, FileError, SyncError, WorkerError
-from addcow_mp.engine import transfer_run as run_module
-from addcow_mp.engine.done_map import DoneMap
-from addcow_mp.engine.fd_passing import PackedWork, Work
-from addcow_mp.engine.pool import (
-    AHEAD,
-    TRIES,
-    Done,
-    Failed,
-    ParentRole,
-    Pool,
-    serve,
-    usable_cpus,
-)
+from addcow_mp.engine import checkpoints
+from addcow_mp.engine.done_map import TOP, DoneMap, Totals
+from addcow_mp.engine.fd_passing import Packed
+from addcow_mp.engine.pool import AHEAD, TRIES, ParentRole, Pool, usable_cpus
 from addcow_mp.engine.publisher import Publisher
+from addcow_mp.engine.stop_flag import StopFlag
 from addcow_mp.engine.tasks import Task
-from addcow_mp.engine.transfer import TOP, Totals
-from addcow_mp.engine.transfer_run import Assignment, run_transfer
+from addcow_mp.engine.transfer_run import Processes, TransferRun, run_transfer
+from addcow_mp.engine.worker import Done, Failed, Place, Work, WorkerContext, serve
 from support.command import PATIENCE, local_clusters
 from support.pool_work import Bad, DiesOnce, Marks, Plain, Waits, log_of, refuse, tasks_of, tries
 
@@ -265,8 +257,8 @@ def test_done_map_is_private_without_workers() -> None:
     board = DoneMap.create((100, 0, 9), 0)
     board.marks(0).set(7, 8)
     board.marks(2).set(8, 9)
-    board.count(0, 5)
-    board.count(0, 6)
+    board.add(0, (5,))
+    board.add(0, (6,))
     assert [board.marks(at).count(0, size) for at, size in enumerate((100, 0, 9))] == [1, 0, 1]
     assert board.total == 11
     board.close()
@@ -545,7 +537,10 @@ def test_worker_without_a_reader_ends_quietly(
 ) -> None:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, PackedWork(Plain(tmp_path)), 0, 0))
+    stop = StopFlag()
+    stop.share()
+    packed = Packed((Plain(tmp_path), stop))
+    process = context.Process(target=serve, args=(theirs, packed, Place(0, os.getpid())))
     process.start()
     theirs.close()
     assert ours.poll(PATIENCE)
@@ -618,10 +613,10 @@ def test_clusters_finished_by_dead_and_other_workers_are_published(
     board = DoneMap.create((64,), 2)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Marks(board, fatal=3)
-    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    job = TransferRun(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     try:
         with pytest.raises(WorkerError) as caught:
-            run_transfer(job, 2)
+            run_transfer(job, Processes(2))
     finally:
         board.close()
     died = "a worker process ended with signal SIGKILL at this place"
@@ -633,8 +628,8 @@ def test_clusters_finished_by_dead_and_other_workers_are_published(
 class CannotSync(Marks):
     """Does everything, and then hears that some of it may not have reached the disk."""
 
-    def __call__(self, task: Task, slot: int) -> Totals:
-        amount = super().__call__(task, slot)
+    def __call__(self, task: Task, worker: WorkerContext) -> Totals:
+        amount = super().__call__(task, worker)
         if task.number == 1:
             raise SyncError(path="top.raw", action="make its data durable", reason="EIO", errno=5)
         return amount
@@ -644,14 +639,14 @@ class CannotSync(Marks):
 def test_nothing_is_published_after_a_failed_sync_in_a_worker(
     overlay: addcow_mp.Overlay, jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", PATIENCE)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", PATIENCE)
     board = DoneMap.create((64,), jobs)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = CannotSync(board, fatal=-1)
-    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    job = TransferRun(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     try:
         with pytest.raises(AddcowError):
-            run_transfer(job, jobs)
+            run_transfer(job, Processes(jobs))
     finally:
         board.close()
     assert local_clusters(Path(overlay.path)) == []
@@ -661,8 +656,8 @@ def test_nothing_is_published_after_a_failed_sync_in_a_worker(
 class CannotReadNorSync(CannotSync):
     """Fails at its first task for another reason than at its second one."""
 
-    def __call__(self, task: Task, slot: int) -> Totals:
-        amount = super().__call__(task, slot)
+    def __call__(self, task: Task, worker: WorkerContext) -> Totals:
+        amount = super().__call__(task, worker)
         if task.number == 0:
             refuse()
         return amount
@@ -671,14 +666,14 @@ class CannotReadNorSync(CannotSync):
 def test_nothing_is_published_when_the_second_failure_is_a_sync(
     overlay: addcow_mp.Overlay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", PATIENCE)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", PATIENCE)
     board = DoneMap.create((64,), 1)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = CannotReadNorSync(board, fatal=-1)
-    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    job = TransferRun(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     try:
         with pytest.raises(AddcowError):
-            run_transfer(job, 1)
+            run_transfer(job, Processes(1))
     finally:
         board.close()
     assert local_clusters(Path(overlay.path)) == []
@@ -691,11 +686,11 @@ class Stillborn(Marks):
     def __reduce__(self) -> tuple[Any, ...]:
         return (os._exit, (3,))
 
-    def __call__(self, task: Task, slot: int) -> Totals:
+    def __call__(self, task: Task, worker: WorkerContext) -> Totals:
         if task.number >= 2:
             for child in active_children():
                 child.join()
-        return super().__call__(task, slot)
+        return super().__call__(task, worker)
 
 
 def test_clusters_moved_by_the_parent_are_published_when_workers_cannot_start(
@@ -704,11 +699,10 @@ def test_clusters_moved_by_the_parent_are_published_when_workers_cannot_start(
     board = DoneMap.create((64,), 1)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Stillborn(board, fatal=-1)
-    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
-    job.parent_role = ParentRole.START
+    job = TransferRun(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     try:
         with pytest.raises(AddcowError, match="could not start: it ended with status 3"):
-            run_transfer(job, 1)
+            run_transfer(job, Processes(1, ParentRole.START))
         finished = marked(board)
     finally:
         board.close()
@@ -720,8 +714,8 @@ def test_stopped_job_publishes_finished_clusters(overlay: addcow_mp.Overlay) -> 
     board = DoneMap.create((64,), 0)
     publisher = Publisher(overlay.image.file, board, overlay=overlay, value=1)
     work = Marks(board, fatal=-1)
-    job = Assignment(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
+    job = TransferRun(work, tasks_of(4), overlay.geometry, board, publisher, overlay.path)
     with pytest.raises(AddcowError, match="stopped; finished work is kept"):
-        run_transfer(job, 0, stopping=lambda: board.total >= 32)
+        run_transfer(job, Processes(0), stopping=lambda: board.total >= 32)
     board.close()
     assert local_clusters(Path(overlay.path)) == list(range(32))

@@ -29,7 +29,7 @@ import pytest
 import addcow_mp
 from addcow_mp import AddcowError, SyncError
 from addcow_mp.cli.main import run
-from addcow_mp.engine import transfer_run as run_module
+from addcow_mp.engine import checkpoints
 from support.call_trace import Call, Trace, broken, frees_after_bits, judge, name_of
 from support.command import (
     ALL_ALLOCATED,
@@ -285,7 +285,7 @@ def wide(here: Path, local: range) -> Path:
 def test_every_checkpoint_of_a_flatten_keeps_the_order(
     tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_BYTES", 1)
     top = wide(tmp_path, range(1, 40, 2))
     addcow_mp.flatten(top, jobs=0)
     assert trace.story().count("bits top.add-cow") > 1
@@ -296,7 +296,7 @@ def test_every_checkpoint_of_a_flatten_keeps_the_order(
 def test_every_checkpoint_of_a_commit_keeps_the_order(
     tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_BYTES", 1)
     top = wide(tmp_path, range(1, 1024))
     addcow_mp.commit(top, jobs=0)
     assert trace.story().count("bits top.add-cow") > 1

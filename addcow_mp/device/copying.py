@@ -66,18 +66,6 @@ class CopyOptions:
     sparse: int = 0
     rate: int = 0
 
-    @property
-    def is_for_workers(self) -> bool:
-        """Whether the process that hands out the work has to keep out of it.
-
-        It would exceed a limit that the others share, and could not be reached while it waits.
-        """
-        return self.rate > 0
-
-    def rate_of_each(self, processes: int) -> int:
-        """The limit of each of so many processes, 0 = none."""
-        return max(1, self.rate // max(1, processes)) if self.rate else 0
-
 
 #: Cloning takes 50 us a call and more whatever the length: shorter runs are copied sooner.
 CLONE_FROM = 512 * KiB

@@ -14,7 +14,6 @@ A side that is shorter reads as zeros behind its end.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from addcow_mp.device.extent import Extent, ExtentKind, joined
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
 from addcow_mp.engine.tasks import Task
-from addcow_mp.engine.transfer import end_orphan
+from addcow_mp.engine.worker import WorkerContext
 from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import SECTOR, KiB, MiB, round_down
@@ -59,25 +58,24 @@ class Comparison:
         self.first_only = first_only
         self._files = [list(side.files()) for side in self.sides]
         self._window = reading
-        self.parent: int | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         parts = (*self.sides, self.geometry, self.first_only)
-        return (_received, parts, {"parent": os.getpid(), "_window": mapped})
+        return (_received, parts, {"_window": mapped})
 
-    def __call__(self, task: Task, slot: int) -> Differences:  # noqa: ARG002
+    def __call__(self, task: Task, worker: WorkerContext) -> Differences:
         """The differences within ``task``, which is in units of the geometry's clusters."""
         start, stop = self.geometry.span(task.first, task.stop)
         found: list[Run] = []
-        for run in merged(self._differences(start, stop)):
+        for run in merged(self._differences(start, stop, worker)):
             if len(found) == (1 if self.first_only else MOST):
                 return Differences(tuple(found), complete=False)
             found.append(run)
         return Differences(tuple(found))
 
-    def _differences(self, start: int, stop: int) -> Iterator[Run]:
+    def _differences(self, start: int, stop: int, worker: WorkerContext) -> Iterator[Run]:
         for one, other in overlapping(*(_padded(side, start, stop) for side in self.sides)):
-            end_orphan(self.parent)
+            worker.check(self.sides[0].path)
             if not self._equal_unread(one, other):
                 for first, last in _windows(one.start, one.stop):
                     yield from self._compared(one, other, first, last)

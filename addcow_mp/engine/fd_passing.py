@@ -1,108 +1,100 @@
-"""Delivery: how a work reaches a process, with the descriptors that it needs.
+"""Sends objects that own open files to worker processes, with the files' descriptors.
 
-A process that is being started is handed its first work by multiprocessing itself. Later ones
-go through its pipe: descriptors behind the pickled words, as the kernel passes them from process
-to process, so that no path is opened twice and locks stay with the file that is open.
-What goes wrong in unpacking is told in words at the other end; it does not end the process.
+multiprocessing itself sends the first object, when a process starts. Later objects go through the
+pipe of the process: the kernel passes descriptors behind the pickled object, so no path is opened
+twice and locks stay with the open file. An error in unpickling is returned, not raised: it does not
+end the process.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from addcow_mp.errors import AddcowError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from addcow_mp.engine.tasks import Task
-
-
-class Work(Protocol):
-    """What a worker does with a task; ``slot`` numbers the worker."""
-
-    def __call__(self, task: Task, slot: int) -> object:
-        """Do ``task``; what is returned crosses to the parent."""
-
 
 class UnstartedError(AddcowError):
-    """A worker process ended, or met an error, before it was ready for its first task."""
+    """A worker process ended or met an error before it was ready for its first task."""
 
     template = "a worker process could not start: {cause}"
 
 
-class PackedWork:
-    """Work on its way to a process that is being started.
+class Packed:
+    """An object on its way to a process that is starting.
 
-    Packed at that moment, as descriptors must be; unpacked where an error in it can be told.
+    It is pickled while the process starts, which is when descriptors can be passed, and unpickled
+    where an error can be reported.
     """
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, content: object) -> None:
+        self._content = content
 
     def __reduce__(self) -> tuple[object, ...]:
         from multiprocessing.reduction import ForkingPickler
 
-        return (ReceivedWork, (bytes(ForkingPickler.dumps(self._work)),))
+        return (Received, (bytes(ForkingPickler.dumps(self._content)),))
 
 
-class ReceivedWork:
-    """The same at the other end."""
+class Received:
+    """The pickled object in the process that received it."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
 
-    def unpacked(self) -> Work | UnstartedError:
-        """The work, or what a file had against its being unpacked."""
+    def unpacked(self) -> Any | UnstartedError:
+        """Return the object, or the error of a file that it needs."""
         import pickle
 
         try:
-            work: Work = pickle.loads(self._content)  # noqa: S301 - the parent's own words
+            return pickle.loads(self._content)  # noqa: S301 - the parent wrote it
         except (AddcowError, OSError) as error:
             return UnstartedError(cause=str(error))
-        return work
 
 
 # To a process that is running
 
 
 @dataclass(frozen=True)
-class LentWork:
-    """Word of work ``number``, packed; so many descriptors follow."""
+class Lent:
+    """The message that object ``number`` and so many descriptors follow in the pipe."""
 
     number: int
-    packed: ReceivedWork
+    packed: Received
     descriptors: int
 
-    def received(self, pipe: Connection) -> Work | UnstartedError:
-        """Take the descriptors and unpack the work; those that it did not take are closed."""
-        _arrived[:] = _receive(pipe, self.descriptors)
+    def unpacked(self, pipe: Connection) -> Any | UnstartedError:
+        """Receive the descriptors and unpickle the object; close descriptors that it left."""
+        _received_fds[:] = _receive(pipe, self.descriptors)
         try:
             return self.packed.unpacked()
         finally:
-            for fd in filter(_is_left, _arrived):
-                os.close(fd)
-            _arrived.clear()
+            for fd in _received_fds:
+                if fd != _TAKEN:
+                    os.close(fd)
+            _received_fds.clear()
 
 
-def lend(pipe: Connection, number: int, work: Work) -> None:
-    """Send ``work`` to the process at the other end. Raises :class:`OSError` when it has died."""
+def lend(pipe: Connection, number: int, content: object) -> None:
+    """Send ``content`` to the process at the other end. Raises :class:`OSError` when it died."""
     import socket
     from multiprocessing import context
     from multiprocessing.reduction import ForkingPickler
 
-    envelope: Any = _Envelope()
-    context.set_spawning_popen(envelope)
+    collector: Any = _Collector()
+    context.set_spawning_popen(collector)
     try:
-        content = bytes(ForkingPickler.dumps(work))
+        pickled = bytes(ForkingPickler.dumps(content))
     finally:
         context.set_spawning_popen(None)
-    pipe.send(LentWork(number, ReceivedWork(content), len(envelope.fds)))
-    if envelope.fds:
+    pipe.send(Lent(number, Received(pickled), len(collector.fds)))
+    if collector.fds:
         with socket.socket(fileno=os.dup(pipe.fileno())) as channel:
-            socket.send_fds(channel, [b"."], envelope.fds)
+            socket.send_fds(channel, [b"."], collector.fds)
 
 
 def _receive(pipe: Connection, count: int) -> list[int]:
@@ -117,37 +109,33 @@ def _receive(pipe: Connection, count: int) -> list[int]:
     return list(fds)
 
 
-class _Envelope:
-    """Collects descriptors that are packed, as the start of a process would."""
+class _Collector:
+    """Collects the descriptors of an object while it is pickled, as a starting process does."""
 
     def __init__(self) -> None:
         self.fds: list[int] = []
 
     def duplicate_for_child(self, fd: int) -> int:
-        """Note that ``fd`` is to be sent; its number among the others."""
+        """Add ``fd`` to those that are sent, and return its number among them."""
         self.fds.append(fd)
         return len(self.fds) - 1
 
-    def DupFd(self, number: int) -> _Arriving:  # noqa: N802 - multiprocessing's name
-        """What stands for the descriptor in the pickled words."""
-        return _Arriving(number)
+    def DupFd(self, number: int) -> _SentFd:  # noqa: N802 - multiprocessing's name
+        """Return what replaces the descriptor in the pickled object."""
+        return _SentFd(number)
 
 
 @dataclass(frozen=True)
-class _Arriving:
+class _SentFd:
     number: int
 
     def detach(self) -> int:
-        """The descriptor, at the other end; it is the caller's from here on."""
-        fd, _arrived[self.number] = _arrived[self.number], _TAKEN
+        """Return the descriptor in the receiving process; the caller owns it from then on."""
+        fd, _received_fds[self.number] = _received_fds[self.number], _TAKEN
         return fd
 
 
 _TAKEN = -1
 
-#: The descriptors of the work that is being unpacked.
-_arrived: list[int] = []
-
-
-def _is_left(fd: int) -> bool:
-    return fd != _TAKEN
+#: The descriptors of the object that is being unpickled.
+_received_fds: list[int] = []

@@ -11,7 +11,6 @@ Header and bitmap of an overlay have a digest each, of all their bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 from bitarray import bitarray
@@ -23,7 +22,7 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.tasks import Task
-from addcow_mp.engine.transfer import end_orphan
+from addcow_mp.engine.worker import WorkerContext
 from addcow_mp.format.bits import Run, between, merged, runs
 from addcow_mp.format.manifest import (
     DIGEST,
@@ -166,18 +165,17 @@ class LeafHasher:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.parent: int | None = None
         self._buffer = new_buffer()
         self._hasher = Hasher(layer, buffer=self._buffer)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (LeafHasher, (self.layer,), {"parent": os.getpid()})
+        return (LeafHasher, (self.layer,))
 
-    def __call__(self, task: Task, slot: int) -> bytes:  # noqa: ARG002
+    def __call__(self, task: Task, worker: WorkerContext) -> bytes:
         """The records of the groups ``[first, stop)``."""
         packed = []
         for number in groups_of(self.layer, task.first, task.stop):
-            end_orphan(self.parent)
+            worker.check(self.layer.path)
             packed.append(self.group(number).pack(number))
         return b"".join(packed)
 

@@ -1,28 +1,23 @@
-"""The pool: processes that do tasks, and what happens when one of them dies.
+"""The pool: starts worker processes, deals out tasks to them, and handles the death of one.
 
-The parent owns the processes: one pipe and one sentinel each. A worker that dies (a
-file that shrinks under a mapping, the memory killer, a kill) closes its pipe, which
-wakes the parent; the task it was at is tried once more in a fresh process, and
-fails for good when that one dies too. Nobody waits for an answer that cannot come, and
-one task's failure is that task's. The parent's death closes the pipes as well, on which
-the workers end.
+The parent owns the processes: one pipe and one sentinel each. A worker process that dies (a file
+that shrinks under a mapping, the memory killer, a kill) closes its pipe, which wakes the parent.
+Its task is tried once more in a fresh process and fails if that process dies too; other tasks are
+not affected. When the parent dies, the pipes close and the worker processes end.
 
-Processes are spawned, never forked: a worker starts from nothing and receives what it
-needs, descriptors included, once. The pool knows tasks by their numbers and no images.
+Processes are spawned, never forked. Each receives its work and the descriptors that the work needs
+once. The pool knows numbers of tasks and no images.
 
-With ``jobs`` 0 the same calls are made in this process, one after the other, and so they are
-when the system has no room for any process; with room for some, these do the work. It can also
-take part beside its workers (:class:`ParentRole`): a process less to start, and none at all for a
-job that is done before one would stand ready.
+With ``jobs`` 0, or when the system has no room for a process, the parent does the tasks itself, one
+after the other. It can also take part beside its workers (:class:`ParentRole`): one process less to
+start, and none for a job that ends before another process would be ready.
 
-A pool is made for one work. Others can be lent to it while it runs: their tasks go before those
-of its own, in the same processes, and what comes of either is kept for whoever asks for it.
+A pool is made for one work. Other works can be lent to it while it runs: their tasks precede those
+of its own work, in the same processes. Results are kept for each work until they are asked for.
 """
 
 from __future__ import annotations
 
-import errno
-import gc
 import os
 import signal
 import time
@@ -31,185 +26,85 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from addcow_mp.engine.fd_passing import (
-    LentWork,
-    PackedWork,
-    ReceivedWork,
-    UnstartedError,
-    Work,
-    lend,
-)
+from addcow_mp.engine.fd_passing import Packed, UnstartedError, lend
+from addcow_mp.engine.stop_flag import StopFlag, never
 from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.throttle import Throttle, share_of
+from addcow_mp.engine.worker import (
+    OWN,
+    Done,
+    Failed,
+    Order,
+    Place,
+    Withdrawal,
+    Work,
+    WorkerContext,
+    attempt,
+    serve,
+)
 from addcow_mp.errors import AddcowError, ResourceError, is_shortage
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
-#: Tasks given to a worker ahead of time, the one it is at included: it never waits for
-#: the parent while the parent syncs, and a death costs no more than one of them.
+#: Tasks that a worker process has at a time, the current one included: it does not wait for the
+#: parent while the parent syncs, and its death affects one task.
 AHEAD = 2
 
-#: Times that a task may usually meet the death of its worker before it has failed, and that
-#: workers may die before they have begun.
+#: How often a task may meet the death of its process before it fails, and how many processes may
+#: die before their first task.
 TRIES = 2
 
-#: Seconds of work left for which starting processes pays: it takes about half of that.
+#: Seconds of remaining work for which more processes pay: they start in about half of that.
 WORTH = 0.1
 
-#: What is said of a task whose worker died, where there is no room for another one.
-_NOT_AGAIN = "an error, and there is no room to start another,"
-
-#: A worker's first message. Tasks are kept back until it comes.
-READY = "ready"
-
-#: Seconds between looks at the progress counters while no result arrives.
+#: Seconds between two steps of a pool while no result arrives.
 TICK = 0.2
 
+#: The status of a task whose process died and cannot be replaced.
+_NO_ROOM_AGAIN = "an error, and there is no room to start another,"
 
-#: Signals that are blocked in workers: they go to the whole group, or to each process, and the
-#: parent decides what they mean.
+#: Signals that are blocked in worker processes: the parent, which also receives them, handles them.
 _FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU}
 
 
 class ParentRole(Enum):
-    """What part of the work the process takes that hands it out."""
+    """The part of the work that the parent does."""
 
     NONE = "none"
-    START = "tasks, as long as its workers are starting: a small job is done by then"
-    FULL = "that of one of the processes"
-    FIRST = "the same; the others are started if its first tasks take long enough"
+    START = "tasks, until its worker processes are ready: a small job ends before that"
+    FULL = "as much as a worker process"
+    FIRST = "the same; worker processes start when its first tasks take long enough"
 
 
 SHARING = (ParentRole.FULL, ParentRole.FIRST)
 
-#: The number of the work that a pool is made for; those lent to it have others.
-OWN = 0
-
-Order = tuple[int, Task]
-"""A task, and the number of the work that it belongs to."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """A task that was finished, and what came of it: a small frozen dataclass."""
-
-    task: Task
-    result: Any
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A task that was not finished, and why."""
-
-    task: Task
-    error: AddcowError
-
 
 class DiedError(AddcowError):
-    """The process that worked on a task ended without an answer, every time."""
+    """Each process that worked on a task ended without an answer."""
 
     template = "a worker process ended with {status} at this place"
 
 
-class UnexpectedError(AddcowError):
-    """A fault in this program, met by a worker."""
-
-    template = "unexpected {error}; please report it"
-
-
 def usable_cpus() -> int:
-    """The processors that this process may run on."""
+    """Return how many processors this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
-def attempt(work: Work, task: Task, slot: int) -> Done | Failed:
-    """Do one task and say how it went; never raises for what a file or a user can cause."""
-    try:
-        return Done(task, work(task, slot))
-    except AddcowError as error:
-        return Failed(task, error.without_traceback())
-    except Exception as error:
-        return Failed(task, _explained(error))
+class _Assigned(NamedTuple):
+    """A work of the pool, and its context in the parent."""
 
-
-def _explained(error: Exception) -> AddcowError:
-    if isinstance(error, MemoryError):
-        error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    if isinstance(error, OSError) and is_shortage(error):
-        return ResourceError.of("work on it", error)
-    return UnexpectedError(error=repr(error))
-
-
-@dataclass(frozen=True)
-class _Withdrawal:
-    """Word that no more tasks of work ``number`` will come."""
-
-    number: int
-
-
-def serve(pipe: Connection, packed: ReceivedWork, slot: int, parent: int) -> None:
-    """A worker's life: do the tasks that come through the pipe until it closes.
-
-    ``parent`` is whom to tell that the limit of processor time is reached; 0 = nobody.
-    """
-    _pass_on_the_limit(parent)
-    # What is imported stays: looking for garbage among it again and again finds none.
-    gc.set_threshold(50_000)
-    work = packed.unpacked()
-    try:
-        pipe.send(work if isinstance(work, UnstartedError) else READY)
-        if not isinstance(work, UnstartedError):
-            _serve(pipe, {OWN: work}, slot)
-    except (EOFError, OSError):
-        # No tidying up: the parent is gone or done, and the board is its to release.
-        os._exit(0)
-
-
-def _who_heeds_the_limit() -> int:
-    """This process, if it knows what to do about SIGXCPU."""
-    return os.getpid() if callable(signal.getsignal(signal.SIGXCPU)) else 0
-
-
-def _pass_on_the_limit(parent: int) -> None:
-    """Let ``parent`` know when this process reaches its limit of processor time."""
-
-    def tell(number: int, _: object) -> None:
-        if parent and os.getppid() == parent:
-            os.kill(parent, number)
-
-    if parent:
-        signal.signal(signal.SIGXCPU, tell)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGXCPU})
-
-
-def _serve(pipe: Connection, works: dict[int, Work | UnstartedError], slot: int) -> None:
-    while True:
-        message: Order | LentWork | _Withdrawal = pipe.recv()
-        if isinstance(message, LentWork):
-            works[message.number] = message.received(pipe)
-        elif isinstance(message, _Withdrawal):
-            _release(works.pop(message.number))
-        else:
-            number, task = message
-            work = works[number]
-            if isinstance(work, UnstartedError):
-                pipe.send((number, Failed(task, work)))
-            else:
-                pipe.send((number, attempt(work, task, slot)))
-
-
-def _release(work: Work | UnstartedError) -> None:
-    """Let go of what a lent work has open here."""
-    close: Callable[[], None] | None = getattr(work, "close", None)
-    if close is not None:
-        close()
+    work: Work
+    context: WorkerContext
 
 
 @dataclass
 class _Worker:
+    """A worker process as the parent sees it: its orders, and the works that it has."""
+
     process: SpawnProcess
     pipe: Connection
     slot: int
@@ -218,13 +113,12 @@ class _Worker:
     ready: bool = False
     used: bool = False
 
-    def give(self, order: Order, work: Work) -> bool:
-        """Hand over a task; false when the worker has died, as its sentinel will say."""
-        number, _ = order
+    def give(self, order: Order, assigned: _Assigned) -> bool:
+        """Send a task. Returns false when the process has died, as its sentinel will show."""
         try:
-            if number not in self.works:
-                lend(self.pipe, number, work)
-                self.works.add(number)
+            if order.number not in self.works:
+                lend(self.pipe, order.number, (assigned.work, assigned.context.stop))
+                self.works.add(order.number)
             self.pipe.send(order)
         except OSError:
             return False
@@ -233,20 +127,36 @@ class _Worker:
         return True
 
     def withdraw(self, number: int) -> None:
-        """Let the worker forget a work that was lent."""
+        """Make the process close a lent work."""
         if number in self.works:
             self.works.discard(number)
             try:
-                self.pipe.send(_Withdrawal(number))
+                self.pipe.send(Withdrawal(number))
             except OSError:
-                return  # it has died, as its sentinel will say
+                return  # it has died, as its sentinel will show
+
+    def end(self) -> None:
+        """End a process that is idle or whose work is no longer needed."""
+        self.pipe.close()
+        # It would end on the closed pipe; one that hangs in the kernel must not block the parent.
+        self.process.kill()
+        self.process.join()
+
+    @property
+    def exit_status(self) -> str:
+        """How the process ended, for an error."""
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"signal {signal.Signals(-code).name}"
+        return f"status {code}"
 
 
 class Pool:
-    """``jobs`` processes doing ``work``. A context manager: leaving it ends them.
+    """``jobs`` processes that do ``work``. A context manager: leaving it ends them.
 
-    ``parent_role`` says what of the work this process does; its counter is behind the workers'.
-    ``tries``: how many times a task may meet the death of its worker before it has failed.
+    ``parent_role``: the part that the parent takes; its slot is behind those of the workers.
+    ``tries``: how often a task may meet the death of its process before it fails. ``rate``: bytes
+    per second for all processes together, 0 = no limit. ``stopping``: asked whether all must stop.
     """
 
     def __init__(
@@ -256,182 +166,205 @@ class Pool:
         *,
         parent_role: ParentRole = ParentRole.NONE,
         tries: int = TRIES,
+        rate: int = 0,
+        stopping: Callable[[], bool] = never,
     ) -> None:
-        self._works: dict[int, Work] = {OWN: work}
+        self.jobs = jobs
+        self._rate = share_of(rate, jobs)
+        self._throttle = Throttle(self._rate)
+        self._assigned = {OWN: self._assign(work, stopping)}
         self._numbers = count(OWN + 1)
         self._parent_role = parent_role
-        self._jobs = jobs
         self._most_tries = tries
         self._done_here = 0
-        #: Whether other processes are worth their start; with Part.FIRST that shows in time.
+        #: Whether more processes are worth their start; with ParentRole.FIRST this is measured.
         self._pays = parent_role is not ParentRole.FIRST
         self._workers: list[_Worker] = []
         #: Whether the system refused to start a process.
         self._has_no_room = False
         self._waiting: deque[Order] = deque()
-        self._suspects: deque[Order] = deque()
-        self._tries: Counter[tuple[int, int]] = Counter()
+        #: Tasks whose process died, to be tried again.
+        self._retries: deque[Order] = deque()
+        self._deaths: Counter[tuple[int, int]] = Counter()
+        #: Processes that died before they were ready.
         self._unstarted = 0
-        #: Of each work: tasks that are still to come back, and results that nobody took yet.
-        self._left: Counter[int] = Counter()
+        #: For each work: its unfinished tasks, and its results that were not asked for yet.
+        self._unfinished: Counter[int] = Counter()
         self._results: defaultdict[int, list[Done | Failed]] = defaultdict(list)
+
+    def _assign(self, work: Work, stopping: Callable[[], bool]) -> _Assigned:
+        return _Assigned(work, WorkerContext(self.jobs, self._throttle, StopFlag(), stopping))
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
-            _end(worker)
+            worker.end()
         self._workers.clear()
+        self._assigned[OWN].context.stop.close()
 
-    @property
-    def jobs(self) -> int:
-        """How many processes there may be; the counter of this one is behind theirs."""
-        return self._jobs
+    # What a caller asks for
 
     def start(self, most: int) -> None:
-        """Start up to ``most`` processes now: there will be tasks before they stand ready."""
+        """Start up to ``most`` processes now, before there are tasks for them."""
         for slot in self._free_slots()[:most]:
-            self._engage(slot)
+            self._start_worker(slot)
 
     def run(
-        self,
-        tasks: Sequence[Task],
-        stopping: Callable[[], bool] = lambda: False,
-        work: Work | None = None,
-    ) -> Iterator[Done | Failed | None]:
-        """Do the tasks, yielding each result as it comes, and None at every tick.
+        self, tasks: Sequence[Task], enough: Callable[[], bool] = never
+    ) -> Iterator[Done | Failed]:
+        """Do the tasks and yield each result as it arrives.
 
-        When ``stopping()`` turns true, no new task is begun; those begun are finished. The
-        tasks are those of the pool's own work, or of ``work``, lent to it until they are done.
+        When ``enough()`` is true or all must stop, no further task begins.
         """
-        number = OWN if work is None else self._lend(work)
-        try:
-            # What is lent goes first: somebody waits for it.
-            self._add(number, tasks, first=number != OWN)
-            while self._left[number] or self._results[number]:
-                if stopping():
-                    self.abandon(number)
-                yield from self.turn(number)
-                yield None
-        except UnstartedError:
-            yield from self.take(number)
-            raise
-        finally:
-            if work is not None:
-                self._withdraw(number)
+        self.add(tasks)
+        yield from self._steps(OWN, enough)
 
-    def _lend(self, work: Work) -> int:
+    def run_lent(
+        self,
+        work: Work,
+        tasks: Sequence[Task],
+        stopping: Callable[[], bool],
+        enough: Callable[[], bool] = never,
+    ) -> Iterator[Done | Failed]:
+        """Do the tasks of another work, as :meth:`run` does; it is returned afterwards."""
         number = next(self._numbers)
-        self._works[number] = work
-        return number
+        assigned = self._assigned[number] = self._assign(work, stopping)
+        try:
+            assigned.context.stop.share()
+        except OSError as error:
+            raise ResourceError.of("get memory to share with other processes", error) from error
+        try:
+            # Lent tasks precede others: a job waits for them.
+            self._add(number, tasks, first=True)
+            yield from self._steps(number, enough)
+        finally:
+            self._withdraw(number)
 
-    def _withdraw(self, number: int) -> None:
-        self.abandon(number)
-        for worker in self._workers:
-            worker.withdraw(number)
-        del self._works[number]
+    def add(self, tasks: Sequence[Task], *, first: bool = False) -> None:
+        """Add tasks of the pool's own work; :meth:`step` returns their results."""
+        self._add(OWN, tasks, first=first)
+
+    def step(self, number: int = OWN) -> list[Done | Failed]:
+        """Deal out tasks, do one here if the parent takes part, and return new results.
+
+        Waits a moment for results. Those of other works are kept.
+        """
+        self._start_workers()
+        self._deal_out()
+        if not self._results[number]:
+            wait = TICK
+            if self._waiting and self._parent_works:
+                self._do_here(self._waiting.popleft())
+                self._start_workers()
+                wait = 0
+            self._receive_answers(wait)
+        return self._results.pop(number, [])
+
+    def was_retried(self, task: Task) -> bool:
+        """Return whether a process died at this task of the pool's own work."""
+        return bool(self._deaths[OWN, task.number])
+
+    def stop(self) -> None:
+        """Tell all processes to end their tasks of the pool's own work."""
+        self._assigned[OWN].context.stop.set()
+
+    def drop_waiting(self, number: int = OWN) -> list[Task]:
+        """Drop and return the tasks that have not begun."""
+        dropped = [one.task for one in (*self._waiting, *self._retries) if one.number == number]
+        if dropped:
+            self._waiting = deque(one for one in self._waiting if one.number != number)
+            self._retries = deque(one for one in self._retries if one.number != number)
+            self._unfinished[number] -= len(dropped)
+        return dropped
+
+    # Works
 
     def _add(self, number: int, tasks: Sequence[Task], *, first: bool) -> None:
-        orders = [(number, task) for task in tasks]
+        orders = [Order(number, task) for task in tasks]
         if first:
             self._waiting.extendleft(reversed(orders))
         else:
             self._waiting.extend(orders)
-        self._left[number] += len(orders)
+        self._unfinished[number] += len(orders)
 
-    def add(self, tasks: Sequence[Task], *, first: bool = False) -> None:
-        """Take further tasks of the pool's own work; what comes of them :meth:`turn` says."""
-        self._add(OWN, tasks, first=first)
+    def _steps(self, number: int, enough: Callable[[], bool]) -> Iterator[Done | Failed]:
+        context = self._assigned[number].context
+        try:
+            while self._unfinished[number] or self._results[number]:
+                if context.must_stop() or enough():
+                    self.drop_waiting(number)
+                yield from self.step(number)
+        except UnstartedError:
+            yield from self._results.pop(number, [])
+            raise
 
-    def was_retried(self, task: Task) -> bool:
-        """Whether a worker has died at this task of the pool's own."""
-        return bool(self._tries[OWN, task.number])
+    def _withdraw(self, number: int) -> None:
+        self.drop_waiting(number)
+        for worker in self._workers:
+            worker.withdraw(number)
+        self._assigned.pop(number).context.stop.close()
 
-    def abandon(self, number: int = OWN) -> list[Task]:
-        """Forget the tasks that nobody has begun; returns them."""
-        dropped = [task for owner, task in (*self._waiting, *self._suspects) if owner == number]
-        self._waiting = deque(one for one in self._waiting if one[0] != number)
-        self._suspects = deque(one for one in self._suspects if one[0] != number)
-        self._left[number] -= len(dropped)
-        return dropped
-
-    def turn(self, number: int = OWN) -> list[Done | Failed]:
-        """Hand out tasks, do one here if this process takes part, and return what has come back.
-
-        Waits a moment for it. Results of other works are kept for those who ask for them.
-        """
-        self._staff()
-        self._hand_out()
-        if not self._results[number]:
-            if self._waiting and self._takes_part:
-                order = self._waiting.popleft()
-                self._file(order[0], self._attempt(order))
-                self._staff()
-                self._gather(patience=0)
-            else:
-                self._gather(patience=TICK)
-        return self.take(number)
-
-    def take(self, number: int = OWN) -> list[Done | Failed]:
-        """What has come back and was not taken yet."""
-        return self._results.pop(number, [])
-
-    def _file(self, number: int, result: Done | Failed) -> None:
-        self._left[number] -= 1
+    def _record(self, number: int, result: Done | Failed) -> None:
+        self._unfinished[number] -= 1
         self._results[number].append(result)
 
+    # The parent's own part
+
     @property
-    def _takes_part(self) -> bool:
+    def _parent_works(self) -> bool:
         starting = self._parent_role is ParentRole.START and not self._all_ready
-        alone = self._jobs == 0 or (self._has_no_room and not self._workers)
+        alone = self.jobs == 0 or (self._has_no_room and not self._workers)
         return alone or self._parent_role in SHARING or starting
 
-    def _attempt(self, order: Order) -> Done | Failed:
-        """Do a task here; see from it whether the rest is worth other processes."""
-        number, task = order
+    def _do_here(self, order: Order) -> None:
+        """Do a task in the parent; measure whether the others are worth more processes."""
         begun = time.monotonic()
-        result = attempt(self._works[number], task, self._jobs)
+        self._record(order.number, attempt(*self._attempted(order)))
         seconds = time.monotonic() - begun
-        # The very first task also pays for what is done once, and says little about the others.
+        # The first task includes one-time costs, and says little about the others.
         if self._parent_role is ParentRole.FIRST and self._done_here and not self._pays:
-            left = sum(one.weight for _, one in self._waiting)
-            self._pays = seconds * left > WORTH * max(1, task.weight)
+            left = sum(one.task.weight for one in self._waiting)
+            self._pays = seconds * left > WORTH * max(1, order.task.weight)
         self._done_here += 1
-        return result
 
-    def _staff(self) -> None:
-        """Start processes, as many as have something to do."""
+    def _attempted(self, order: Order) -> tuple[Work, Task, WorkerContext]:
+        work, context = self._assigned[order.number]
+        return work, order.task, context
+
+    # Starting processes
+
+    def _start_workers(self) -> None:
+        """Start as many processes as there are tasks for."""
         free = self._free_slots() if self._pays else []
         if free:
             wanted = len(self._waiting) - sum(1 for worker in self._workers if not worker.orders)
             for slot in free[: max(0, wanted)]:
-                self._engage(slot)
+                self._start_worker(slot)
 
     def _free_slots(self) -> list[int]:
-        """The numbers of processes that could still be started."""
-        others = self._jobs - (self._parent_role in SHARING)
+        """Return the slots of processes that could still be started."""
+        others = self.jobs - (self._parent_role in SHARING)
         if self._has_no_room or len(self._workers) >= others:
             return []
         return sorted(set(range(others)) - {worker.slot for worker in self._workers})
 
-    def _engage(self, slot: int) -> None:
-        """Start a process; where the system has no room for it, go on with fewer.
-
-        With none at all this process does the work itself.
-        """
+    def _start_worker(self, slot: int) -> None:
+        """Start a process. Without room for it those that exist do the work, or the parent."""
         if self._has_no_room:
             return
         try:
-            self._workers.append(self._start(slot))
+            self._workers.append(self._new_worker(slot))
         except OSError as error:
             if not is_shortage(error):
                 raise
             self._has_no_room = True
 
-    def _start(self, slot: int) -> _Worker:
+    def _new_worker(self, slot: int) -> _Worker:
         from multiprocessing import get_context
 
+        self._assigned[OWN].context.stop.share()
         ours, theirs = get_context("spawn").Pipe()
         try:
             return _Worker(self._spawn(theirs, slot), ours, slot)
@@ -444,11 +377,15 @@ class Pool:
     def _spawn(self, theirs: Connection, slot: int) -> SpawnProcess:
         from multiprocessing import get_context, resource_tracker
 
-        arguments = (theirs, PackedWork(self._works[OWN]), slot, _who_heeds_the_limit())
+        work, context = self._assigned[OWN]
+        # This process passes the limit on only if it handles the signal itself.
+        handles_limit = callable(signal.getsignal(signal.SIGXCPU))
+        place = Place(slot, os.getpid(), self._rate, passes_limit=handles_limit)
+        arguments = (theirs, Packed((work, context.stop)), place)
         process = get_context("spawn").Process(target=serve, args=arguments, daemon=True)
-        # Requests to stop go to the whole group; the parent decides what they mean. Blocked
-        # signals stay blocked in the new process, from its first instant on.
-        resource_tracker.ensure_running()  # which unblocks them, when it starts its process
+        # Requests to stop reach the whole process group, and the parent handles them. Signals that
+        # are blocked here are blocked in the new process from its first instruction on.
+        resource_tracker.ensure_running()  # its process unblocks them, so it starts before
         old = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
         try:
             process.start()
@@ -456,46 +393,43 @@ class Pool:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         return process
 
-    def _hand_out(self) -> None:
-        self._hand_out_suspects()
-        # Nobody takes a second task while it may be the last one for somebody else.
-        enough = self._all_ready and len(self._waiting) > len(self._workers)
-        for depth in range(AHEAD if enough else 1):
+    # Dealing out tasks
+
+    @property
+    def _all_ready(self) -> bool:
+        return all(worker.ready for worker in self._workers)
+
+    def _deal_out(self) -> None:
+        self._deal_out_retries()
+        # No process gets a second task that may be the last one for another process.
+        many = self._all_ready and len(self._waiting) > len(self._workers)
+        for depth in range(AHEAD if many else 1):
             for worker in self._workers:
                 free = worker.ready and len(worker.orders) == depth
                 if self._waiting and free and self._give(worker, self._waiting[0]):
                     self._waiting.popleft()
 
     def _give(self, worker: _Worker, order: Order) -> bool:
-        return worker.give(order, self._works[order[0]])
+        return worker.give(order, self._assigned[order.number])
 
-    @property
-    def _all_ready(self) -> bool:
-        return all(worker.ready for worker in self._workers)
-
-    def _hand_out_suspects(self) -> None:
-        """What killed a worker is tried again in a fresh process."""
-        if self._has_no_room:
-            self._fail_suspects()
+    def _deal_out_retries(self) -> None:
+        """Try tasks whose process died again, each in a fresh process."""
+        while self._has_no_room and self._retries:
+            number, task = self._retries.popleft()
+            self._record(number, Failed(task, DiedError(status=_NO_ROOM_AGAIN)))
         for worker in list(self._workers):
-            if self._suspects and worker.ready and not worker.orders:
+            if self._retries and worker.ready and not worker.orders:
                 if worker.used:
-                    self._renew(worker)
-                elif self._give(worker, self._suspects[0]):
-                    self._suspects.popleft()
+                    self._workers.remove(worker)
+                    worker.end()
+                    self._start_worker(worker.slot)
+                elif self._give(worker, self._retries[0]):
+                    self._retries.popleft()
 
-    def _fail_suspects(self) -> None:
-        while self._suspects:
-            number, task = self._suspects.popleft()
-            self._file(number, Failed(task, DiedError(status=_NOT_AGAIN)))
+    # Answers
 
-    def _renew(self, worker: _Worker) -> None:
-        self._workers.remove(worker)
-        _end(worker)
-        self._engage(worker.slot)
-
-    def _gather(self, patience: float) -> None:
-        """File what the workers have answered, waiting for it as long as that."""
+    def _receive_answers(self, wait_for: float) -> None:
+        """Record the answers of the workers; wait up to ``wait_for`` seconds for the first."""
         if not self._workers:
             return
         from multiprocessing.connection import wait
@@ -503,11 +437,11 @@ class Pool:
         sources: dict[Any, _Worker] = {}
         for worker in self._workers:
             sources[worker.pipe] = sources[worker.process.sentinel] = worker
-        ready = wait(list(sources), timeout=patience)
+        ready = wait(list(sources), timeout=wait_for)
         for worker in {sources[source].slot: sources[source] for source in ready}.values():
-            self._answers(worker)
+            self._read_answers(worker)
 
-    def _answers(self, worker: _Worker) -> None:
+    def _read_answers(self, worker: _Worker) -> None:
         try:
             while worker.pipe.poll():
                 answer: tuple[int, Done | Failed] | UnstartedError | str = worker.pipe.recv()
@@ -517,44 +451,28 @@ class Pool:
                     worker.ready = True
                     continue
                 worker.orders.popleft()
-                self._file(*answer)
+                self._record(*answer)
         except (EOFError, OSError):
-            self._bury(worker)
+            self._replace_dead(worker)
 
-    def _bury(self, worker: _Worker) -> None:
-        """A worker has died: its task is suspect, or has failed; the worker is replaced."""
+    def _replace_dead(self, worker: _Worker) -> None:
+        """Replace a process that died; its current task is tried again, or has failed."""
         worker.process.join()
         worker.pipe.close()
         self._workers.remove(worker)
         self._unstarted += not worker.ready
         if self._unstarted >= TRIES:
-            status = _status(worker.process.exitcode)
-            raise UnstartedError(cause=f"it ended with {status}; try --jobs 0")
+            raise UnstartedError(cause=f"it ended with {worker.exit_status}; try --jobs 0")
         if worker.orders:
-            self._suspect(worker.orders.popleft(), worker)
+            self._retry_or_fail(worker.orders.popleft(), worker)
             self._waiting.extendleft(reversed(worker.orders))
-        if self._waiting or self._suspects:
-            self._engage(worker.slot)
+        if self._waiting or self._retries:
+            self._start_worker(worker.slot)
 
-    def _suspect(self, order: Order, worker: _Worker) -> None:
+    def _retry_or_fail(self, order: Order, worker: _Worker) -> None:
         number, task = order
-        self._tries[number, task.number] += 1
-        if self._tries[number, task.number] < self._most_tries:
-            self._suspects.append(order)
+        self._deaths[number, task.number] += 1
+        if self._deaths[number, task.number] < self._most_tries:
+            self._retries.append(order)
         else:
-            status = _status(worker.process.exitcode)
-            self._file(number, Failed(task, DiedError(status=status)))
-
-
-def _end(worker: _Worker) -> None:
-    """End a worker that has nothing to do, or whose work was not asked for any more."""
-    worker.pipe.close()
-    # It would end on the closed pipe; one that hangs in the kernel must not keep the parent.
-    worker.process.kill()
-    worker.process.join()
-
-
-def _status(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"signal {signal.Signals(-code).name}"
-    return f"status {code}"
+            self._record(number, Failed(task, DiedError(status=worker.exit_status)))

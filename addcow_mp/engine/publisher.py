@@ -27,8 +27,7 @@ from typing import NamedTuple
 from addcow_mp.device import faults
 from addcow_mp.device.files import File
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.engine.done_map import DoneMap
-from addcow_mp.engine.transfer import BELOW, TOP
+from addcow_mp.engine.done_map import BELOW, TOP, DoneMap
 from addcow_mp.errors import FileError
 from addcow_mp.format.bitmap import SparseBits
 from addcow_mp.format.bits import Run, merged
@@ -61,7 +60,7 @@ class Publisher:
         frees: bool = False,
     ) -> None:
         self._data = data
-        self._board = done_map
+        self._done_map = done_map
         self._overlay = overlay
         self._value = value
         self._backing = backing
@@ -87,7 +86,7 @@ class Publisher:
             self._publish(self._overlay, finished.ended, parts, last=last)
 
     def _marked(self, layer: int, ranges: Iterable[Run]) -> SparseBits:
-        return SparseBits.of(self._board.marks(layer), ranges)
+        return SparseBits.of(self._done_map.marks(layer), ranges)
 
     def _marked_below(self, finished: Finished, source: Geometry) -> SparseBits:
         if self._backing is None:

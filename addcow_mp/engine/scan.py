@@ -20,25 +20,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from addcow_mp.engine.fd_passing import Work
-from addcow_mp.engine.pool import Failed, ParentRole, Pool, usable_cpus
+from addcow_mp.engine.pool import ParentRole, Pool, usable_cpus
+from addcow_mp.engine.stop_flag import never
 from addcow_mp.engine.tasks import TASK_BYTES, Task
 from addcow_mp.engine.transfer_run import Progress, no_progress
-from addcow_mp.errors import RestartsError
+from addcow_mp.engine.worker import Failed, Work
+from addcow_mp.errors import RestartsError, StoppedError
 
 
 @dataclass(frozen=True)
 class ScanOptions:
     """Who takes part in a scan.
 
-    ``jobs``: processes as asked for, None = as many as pay. ``is_limited``: a rate limit holds.
-    ``maps``: tasks map files. ``many``: so many tasks that processes are started at once.
+    ``jobs``: processes as asked for, None = as many as pay. ``rate``: bytes per second for all
+    processes together, 0 = no limit. ``maps``: tasks map files. ``many``: so many tasks that
+    processes are started at once.
     ``counts``: tasks weigh things, not bytes, so that their weight does not tell whether another
     process pays.
     """
 
     jobs: int | None = None
-    is_limited: bool = False
+    rate: int = 0
     maps: bool = False
     many: bool = False
     counts: bool = False
@@ -49,19 +51,15 @@ class ScanOptions:
             return self.jobs if self.counts else min(self.jobs, len(tasks))
         if not self.counts and sum(task.weight for task in tasks) <= TASK_BYTES:
             return 0
-        most = 1 if self.is_limited else usable_cpus()
+        most = 1 if self.rate else usable_cpus()
         return most if self.counts else min(most, len(tasks))
 
     @property
     def parent_role(self) -> ParentRole:
         """What this process does itself."""
-        if self.is_limited or self.maps:
+        if self.rate or self.maps:
             return ParentRole.NONE
         return ParentRole.FULL if self.many else ParentRole.FIRST
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,17 @@ class ScanHooks:
 
     name: str
     failed: Callable[[Failed], Any]
-    stopping: Callable[[], bool] = _never
-    enough: Callable[[], bool] = _never
+    stopping: Callable[[], bool] = never
+    enough: Callable[[], bool] = never
     progress: Progress = no_progress
 
 
-def scan_pool(work: Work, tasks: Sequence[Task], options: ScanOptions) -> Pool:
-    """The processes of a scan; those who deal out tasks themselves use it directly."""
-    return Pool(work, options.processes(tasks), parent_role=options.parent_role)
+def scan_pool(
+    work: Work, tasks: Sequence[Task], options: ScanOptions, stopping: Callable[[], bool]
+) -> Pool:
+    """Return the processes of a scan, for callers that deal out tasks themselves."""
+    role, rate = options.parent_role, options.rate
+    return Pool(work, options.processes(tasks), parent_role=role, rate=rate, stopping=stopping)
 
 
 def scan(
@@ -92,9 +93,9 @@ def scan(
     Raises :class:`RestartsError` when it is stopped before all are done.
     """
     done, left, total = 0, len(tasks), sum(task.weight for task in tasks)
-    with scan_pool(work, tasks, options) as pool:
-        for result in pool.run(tasks, lambda: hooks.stopping() or hooks.enough()):
-            if result is None:
+    with scan_pool(work, tasks, options, hooks.stopping) as pool:
+        for result in pool.run(tasks, hooks.enough):
+            if isinstance(result, Failed) and isinstance(result.error, StoppedError):
                 continue
             answer = hooks.failed(result) if isinstance(result, Failed) else result.result
             done, left = done + result.task.weight, left - 1

@@ -1,4 +1,4 @@
-"""Keeping back: no more bytes per second than allowed, and no more disk than others leave."""
+"""Limits what a process takes of a disk: bytes per second, and its input/output priority."""
 
 from __future__ import annotations
 
@@ -8,45 +8,51 @@ from collections.abc import Callable
 
 from addcow_mp.units import KiB
 
-#: How many steps a limited worker makes a second: what it moves between two pauses.
+#: Steps of a limited process in one second: it moves that much between two pauses.
 STEPS_PER_SECOND = 8
 
-#: Steps are never smaller: a limit below it is kept by longer pauses.
+#: The smallest step: a limit below it makes the pauses longer.
 SMALLEST_STEP = 64 * KiB
 
-#: Seconds that a worker sleeps without looking whether its parent is still there.
+#: The longest sleep in seconds: after it, a process checks whether it must end.
 LONGEST_PAUSE = 0.5
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "ppc64le": 273, "s390x": 282, "riscv64": 30}
 _WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
 
 
-class Throttle:
-    """A limit of ``rate`` bytes per second for one worker; 0 = none."""
+def share_of(rate: int, processes: int) -> int:
+    """Return the limit of each of ``processes`` under a common ``rate``; 0 = no limit."""
+    # Less than one byte a second is still a limit, not none.
+    return max(1, rate // max(1, processes)) if rate else 0
 
-    def __init__(self, rate: int) -> None:
-        self._rate = rate
+
+class Throttle:
+    """A limit of ``rate`` bytes per second for one process; 0 = no limit."""
+
+    def __init__(self, rate: int = 0) -> None:
+        self.rate = rate
         self.step = max(SMALLEST_STEP, rate // STEPS_PER_SECOND)
         self._free_at = time.monotonic()
 
     def spend(self, length: int, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait until ``length`` bytes, already moved, have had their time.
+        """Sleep as long as ``length`` bytes, already moved, may take.
 
-        ``meanwhile`` is called again and again: what else has to be kept an eye on.
+        ``meanwhile`` is called after each sleep.
         """
-        if not self._rate:
+        if not self.rate:
             return
         now = time.monotonic()
-        self._free_at = max(self._free_at, now - 1 / STEPS_PER_SECOND) + length / self._rate
+        self._free_at = max(self._free_at, now - 1 / STEPS_PER_SECOND) + length / self.rate
         while (left := self._free_at - time.monotonic()) > 0:
             time.sleep(min(left, LONGEST_PAUSE))
             meanwhile()
 
 
 def use_idle_priority() -> None:
-    """Let this process wait for the disk until nobody else wants it, where that can be said.
+    """Give this process the disk only when no other process wants it, where the system can.
 
-    So do the threads and processes that it starts from then on.
+    Threads and processes that it starts later inherit this.
     """
     number = _IOPRIO_SET.get(os.uname().machine)
     if number is not None:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Identity, Named, Unexamined, examined, is_gone, named_by
-from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
+from addcow_mp.engine.worker import Failed, WorkerContext
 from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import Found, files_of, without_backups
 from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
@@ -90,7 +90,7 @@ class _Checks:
     def __reduce__(self) -> tuple[object, ...]:
         return (_Checks, (self.paths, self.access))
 
-    def __call__(self, task: Task, slot: int) -> list[Checked]:  # noqa: ARG002
+    def __call__(self, task: Task, worker: WorkerContext) -> list[Checked]:  # noqa: ARG002
         self._quick_check = self._quick_check or QuickCheck(self.access)
         looked_at = map(self._checked, self.paths[task.first : task.stop])
         return [one for one in looked_at if one is not None]

@@ -28,10 +28,11 @@ from addcow_mp.device import faults
 from addcow_mp.device.discovery import Identity
 from addcow_mp.device.files import free_bytes, sync_directory
 from addcow_mp.device.syscalls import die_with_parent
-from addcow_mp.engine.done_map import DoneMap
 from addcow_mp.engine.fd_passing import UnstartedError
-from addcow_mp.engine.pool import TRIES, Done, ParentRole, Pool, usable_cpus
+from addcow_mp.engine.pool import TRIES, ParentRole, Pool, usable_cpus
 from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.throttle import share_of
+from addcow_mp.engine.worker import Done, WorkerContext
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.image_job import ImageJob
 from addcow_mp.farm.plan import Plan, State, Step
@@ -104,26 +105,24 @@ class _Whole(Task):
 
 
 class _ImageJobs:
-    """Runs errands, one a task, in this process or a worker; ``done_map`` says when to stop."""
+    """Runs the jobs of images, one a task, in this process or a worker process."""
 
-    def __init__(self, options: RunOptions, hooks: Hooks, done_map: DoneMap) -> None:
+    def __init__(self, options: RunOptions) -> None:
         self.options = options
-        self.hooks = hooks
-        self.done_map = done_map
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_received, (self.options, self.done_map, os.getpid()))
+        return (_received, (self.options, os.getpid()))
 
-    def __call__(self, task: Task, slot: int) -> Report:  # noqa: ARG002
+    def __call__(self, task: Task, worker: WorkerContext) -> Report:
         assert isinstance(task, _Whole)  # noqa: S101 - what this work is given
-        return task.image_job.run(self.options, self.hooks)
+        return task.image_job.run(self.options, Hooks(stopping=worker.must_stop))
 
 
-def _received(options: RunOptions, done_map: DoneMap, parent: int) -> _ImageJobs:
+def _received(options: RunOptions, parent: int) -> _ImageJobs:
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # it died before
-    return _ImageJobs(options, Hooks(stopping=lambda: done_map.stopped), done_map)
+    return _ImageJobs(options)
 
 
 # Order and space
@@ -247,25 +246,28 @@ class _Farm:
             if step.state is not State.READY:
                 self._end(step)
         self.watch.progress(self._done)
-        done_map = DoneMap.create((0, 0), 0)
-        try:
-            with self._pool(done_map) as pool:
-                while self._agenda.left and not self._is_over:
-                    self._turn(pool)
-                self._wind_up(pool, done_map)
-        finally:
-            done_map.close()
+        with self._pool() as pool:
+            while self._agenda.left and not self._is_over:
+                self._turn(pool)
+            self._wind_up(pool)
 
-    def _pool(self, done_map: DoneMap) -> Pool:
+    def _pool(self) -> Pool:
         copy_options = self._options.copy_options
         # Each process keeps its share of a limit, whatever image it is at.
-        each = replace(copy_options, rate=copy_options.rate_of_each(self._jobs))
-        work = _ImageJobs(replace(self._options, jobs=0, copy_options=each), self._hooks, done_map)
+        each = replace(copy_options, rate=share_of(copy_options.rate, self._jobs))
+        work = _ImageJobs(replace(self._options, jobs=0, copy_options=each))
         # Fault rules are for workers, and so are limits: this process would exceed them.
-        part = ParentRole.NONE if faults.armed or copy_options.is_for_workers else ParentRole.FIRST
+        part = ParentRole.NONE if faults.armed or copy_options.rate else ParentRole.FIRST
         # Once more would hold what a job has left behind against itself, and find it as it was.
         tries = 1 if self._verifies else TRIES
-        return Pool(work, self._jobs, parent_role=part, tries=tries)
+        return Pool(
+            work,
+            self._jobs,
+            parent_role=part,
+            tries=tries,
+            rate=copy_options.rate,
+            stopping=self._hooks.stopping,
+        )
 
     @property
     def _is_over(self) -> bool:
@@ -338,7 +340,7 @@ class _Farm:
     # What has become of a step
 
     def _take_all(self, pool: Pool) -> None:
-        for result in pool.turn():
+        for result in pool.step():
             number = result.task.number
             if isinstance(result, Done):
                 self._finish(number, result.result)
@@ -371,11 +373,11 @@ class _Farm:
         self._failed = self._failed or step.state in (State.FAILED, State.REFUSED)
         self.watch.ended(step)
 
-    def _wind_up(self, pool: Pool, done_map: DoneMap) -> None:
+    def _wind_up(self, pool: Pool) -> None:
         """Let nothing more begin, and wait for what is under way."""
         if self._hooks.stopping():
-            done_map.stop()
-        for task in pool.abandon():
+            pool.stop()
+        for task in pool.drop_waiting():
             self._under_way.discard(task.number)
         while self._under_way:
             self._take_all(pool)

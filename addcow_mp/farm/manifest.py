@@ -9,19 +9,16 @@ processes together, after the others. An image that fails does not end the other
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 
-from addcow_mp.engine.done_map import DoneMap
-from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
+from addcow_mp.engine.worker import Failed, WorkerContext
 from addcow_mp.errors import AddcowError, StoppedError
 from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.jobs.manifest import Made, create
-from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions, never
+from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.units import MiB
 
 #: Images with more bytes to read are done by all processes together: others can help for longer
@@ -57,34 +54,17 @@ class FarmManifests:
         return 1 if failed or self.places.unexamined else 0
 
 
+@dataclass(frozen=True)
 class _Work:
-    """The work of a task: the manifests of one image; ``done_map`` says when to stop."""
+    """The work of a task: the manifests of one image. Picklable to a worker process."""
 
-    def __init__(
-        self,
-        paths: list[str],
-        options: RunOptions,
-        done_map: DoneMap,
-        *,
-        replaces: bool,
-        stopping: Callable[[], bool] = never,
-    ) -> None:
-        self.paths = paths
-        self.options = options
-        self.done_map = done_map
-        self.replaces = replaces
-        self.hooks = Hooks(stopping=partial(done_map.stops_by, stopping))
+    paths: list[str]
+    options: RunOptions
+    replaces: bool
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_received, (self.paths, self.options, self.done_map, self.replaces))
-
-    def __call__(self, task: Task, slot: int) -> ImageManifests:  # noqa: ARG002
-        path = self.paths[task.first]
-        return _of_image(path, self.options, self.hooks, replaces=self.replaces)
-
-
-def _received(paths: list[str], options: RunOptions, done_map: DoneMap, replaces: bool) -> _Work:
-    return _Work(paths, options, done_map, replaces=replaces)
+    def __call__(self, task: Task, worker: WorkerContext) -> ImageManifests:
+        path, hooks = self.paths[task.first], Hooks(stopping=worker.must_stop)
+        return _of_image(path, self.options, hooks, replaces=self.replaces)
 
 
 def _of_image(path: str, options: RunOptions, hooks: Hooks, *, replaces: bool) -> ImageManifests:
@@ -137,17 +117,13 @@ def _small_ones(
     paths: list[str], options: RunOptions, hooks: Hooks, replaces: bool
 ) -> Iterator[ImageManifests]:
     def failed(result: Failed) -> ImageManifests:
-        if isinstance(result.error, StoppedError):
-            raise result.error
         return ImageManifests(paths[result.task.first], problem=result.error)
 
-    with closing(DoneMap.create((), 0)) as done_map:
-        alone, stopping = replace(options, jobs=0), hooks.stopping
-        work = _Work(paths, alone, done_map, replaces=replaces, stopping=stopping)
-        scan_hooks = ScanHooks(f"{len(paths)} images", failed, work.hooks.stopping)
-        scan_options = replace(options.scan_options, counts=True)
-        for _, one in scan(work, equal_tasks(len(paths), 1), scan_options, scan_hooks):
-            yield one
+    work = _Work(paths, replace(options, jobs=0), replaces)
+    scan_hooks = ScanHooks(f"{len(paths)} images", failed, hooks.stopping)
+    scan_options = replace(options.scan_options, counts=True)
+    for _, one in scan(work, equal_tasks(len(paths), 1), scan_options, scan_hooks):
+        yield one
 
 
 def _large_ones(

@@ -26,10 +26,10 @@ from typing import NamedTuple
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Identity, Named, Unexamined
 from addcow_mp.device.files import free_bytes
-from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, ScanOptions, scan
 from addcow_mp.engine.space import SpaceNeeded
 from addcow_mp.engine.tasks import Task, equal_tasks
+from addcow_mp.engine.worker import Failed, WorkerContext
 from addcow_mp.errors import AddcowError, DependantsError, FileError, SpaceError
 from addcow_mp.farm.dependency_index import DependencyIndex
 from addcow_mp.farm.graph import Graph
@@ -205,7 +205,7 @@ class _Estimates:
     def __reduce__(self) -> tuple[object, ...]:
         return (_Estimates, (self.image_jobs, self.options))
 
-    def __call__(self, task: Task, slot: int) -> list[Estimate | AddcowError | None]:  # noqa: ARG002
+    def __call__(self, task: Task, worker: WorkerContext) -> list[Estimate | AddcowError | None]:  # noqa: ARG002
         return [estimate_of(one, self.options) for one in self.image_jobs[task.first : task.stop]]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, ESTIMATING, open_chain
@@ -24,15 +25,18 @@ from addcow_mp.device.magic import resembles
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.allocation import alignment, allocated_stretches
+from addcow_mp.engine.selection import AllocatedClusters
+from addcow_mp.engine.space import space_for
+from addcow_mp.engine.targets import OverlayTarget, RawTarget, Target
 from addcow_mp.engine.tasks import Task, cut
-from addcow_mp.engine.transfer import OverlayTarget, RawTarget, Target, Which
+from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.errors import ImageError, RestartsError, StoppedError
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.report import Estimate, Reach, Report, reporting
-from addcow_mp.jobs.transfer_job import Movement, move, refuse_unwritable, space
+from addcow_mp.jobs.transfer_job import move, refuse_unwritable
 from addcow_mp.units import round_down
 
 
@@ -52,11 +56,11 @@ def commit(
     """
     uses = COMMIT_KEEPING if keep else COMMIT
     with reporting("commit", path) as report, open_chain(path, uses, options.access) as overlay:
-        movement = _movement(overlay, options, shared, keep=keep)
+        plan = _plan(overlay, options, shared, keep=keep)
         proof = _proof(overlay, keep=keep) if verifies else None
         with reading_back(overlay, proof, options, hooks, report) as job_hooks:
             with _saying_what_is_kept(overlay.path, keep=keep):
-                move(movement, report, options, job_hooks, shared.pool)
+                move(plan, report, options, job_hooks, shared.pool)
             report.reach = Reach.DONE
             report.warnings += _raw_link_warnings(overlay)
     return report
@@ -81,13 +85,13 @@ def estimate(
     with open_chain(path, ESTIMATING, options.access) as overlay:
         if overlay.backing is None or (_is_done(overlay) and not receives):
             return None
-        movement = _movement(overlay, options, shared, keep=False)
-        refuse_unwritable(movement, _opened_to_write(overlay), options.access)
-        target = movement.target.file
+        plan = _plan(overlay, options, shared, keep=False)
+        refuse_unwritable(plan, _opened_to_write(overlay), options.access)
+        target = plan.target.file
         device = target.status.st_dev
         gives_back = overlay.image.file.status.st_dev == device
-        taken = space(movement, options)
-        return Estimate(movement.weight, taken, target.path, device, gives_back)
+        taken = space_for(plan, options.copy_options)
+        return Estimate(plan.weight, taken, target.path, device, gives_back)
 
 
 def _opened_to_write(overlay: Overlay) -> list[File]:
@@ -106,7 +110,7 @@ def _is_done(overlay: Overlay) -> bool:
     return overlay.allocated_clusters == 0 and (data is None or data >= end)
 
 
-def _movement(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) -> Movement:
+def _plan(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) -> TransferPlan:
     """What is moved, once it is known that it may be."""
     backing = _accepted_backing(overlay)
     if not options.access.force:
@@ -115,17 +119,18 @@ def _movement(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bo
     changed = [*_cow_of(backing), *changed]
     refuse_dependants(overlay, changed, options.access, around=shared.nearby)
     refuse_linked(_written(overlay, backing, keep=keep), force=options.access.force)
-    target, tasks = _target(backing), _tasks(overlay, backing)
-    movement = Movement(overlay, overlay.geometry, Which.LOCAL, target, tasks)
-    movement.publish = None if keep else (overlay, 0)
+    changes = not _is_done(overlay) or _grows(overlay, backing)
     # Tasks cover every cluster, also those that an earlier commit cleared and was cut off before
     # it freed their space: it is freed with the others.
-    movement.frees = not keep
-    if not _is_done(overlay) or _grows(overlay, backing):
-        # With ``keep``, too: what lies below the overlay is not what its manifest says then.
-        movement.changed = (backing, overlay)
-    movement.prepare = lambda: _prepare(overlay, backing, keep=keep)
-    return movement
+    return TransferPlan(
+        AllocatedClusters(overlay),
+        _target(backing),
+        _tasks(overlay, backing),
+        bit=None if keep else 0,
+        # With ``keep``, too: the overlay's manifest also describes what lies below it.
+        changed=(backing, overlay) if changes else (),
+        prepare=partial(_prepare, overlay, backing, keep=keep),
+    )
 
 
 def _grows(overlay: Overlay, backing: Layer) -> bool:

@@ -16,9 +16,9 @@ from addcow_mp.device.extent import Extent, ExtentKind, joined
 from addcow_mp.device.layer import Layer
 from addcow_mp.engine.allocation import alignment, data_stretches
 from addcow_mp.engine.compare import Comparison, Differences, overlapping
-from addcow_mp.engine.pool import Failed, attempt
 from addcow_mp.engine.scan import ScanHooks, ScanOptions, scan
 from addcow_mp.engine.tasks import Task, cut
+from addcow_mp.engine.worker import Failed, WorkerContext, attempt
 from addcow_mp.errors import AddcowError, StoppedError, WorkerError
 from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
@@ -123,7 +123,7 @@ def _look(
 
     def failed(result: Failed) -> Differences:
         """What kills a process that maps it is named by one that reads it."""
-        again = attempt(work, result.task, 0)
+        again = attempt(work, result.task, WorkerContext())
         if isinstance(again, Failed):
             raise _failed(one, other, again)
         differences: Differences = again.result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import open_layer, readers_of_chain
@@ -22,14 +23,16 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.permissions import Readers
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.allocation import alignment, data_stretches
+from addcow_mp.engine.selection import WholeView
+from addcow_mp.engine.targets import RawTarget
 from addcow_mp.engine.tasks import cut
-from addcow_mp.engine.transfer import RawTarget, Which
+from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.errors import StoppedError, UnfinishedError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.jobs.report import Report, reporting
-from addcow_mp.jobs.transfer_job import Movement, move
+from addcow_mp.jobs.transfer_job import move
 from addcow_mp.units import KiB
 
 #: A raw source has no clusters; tasks and reports are then in units of this size.
@@ -87,9 +90,9 @@ def _copy(layer: Layer, target: File, report: Report, options: RunOptions, hooks
     target.cluster_size = geometry.cluster_size
     stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
     tasks = cut(stretches, geometry.clusters)
-    movement = Movement(layer, geometry, Which.ALL, RawTarget(target, fresh=True), tasks)
-    movement.prepare = lambda: target.grow(layer.size)
-    move(movement, report, options, hooks)
+    grow = partial(target.grow, layer.size)
+    selection, raw = WholeView(layer, geometry), RawTarget(target, is_fresh=True)
+    move(TransferPlan(selection, raw, tasks, prepare=grow), report, options, hooks)
 
 
 def _unit(layer: Layer) -> int:

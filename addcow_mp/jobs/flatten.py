@@ -11,22 +11,26 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
+from functools import partial
 
 from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain, readers_of_chain
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.permissions import narrow, narrowed_mode
 from addcow_mp.engine.allocation import alignment, unallocated_stretches
-from addcow_mp.engine.space import SpaceNeeded
+from addcow_mp.engine.selection import MissingClusters
+from addcow_mp.engine.space import SpaceNeeded, space_for
+from addcow_mp.engine.targets import RawTarget
 from addcow_mp.engine.tasks import cut
-from addcow_mp.engine.transfer import RawTarget, Which
+from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.errors import SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
 from addcow_mp.jobs.report import Estimate, Reach, Report, ending, reporting
-from addcow_mp.jobs.transfer_job import Movement, move, refuse_unwritable, space
+from addcow_mp.jobs.transfer_job import move, refuse_unwritable
 
 
 def flatten(
@@ -47,12 +51,11 @@ def flatten(
     uses = DISCARD if discard else WRITE
     with reporting("flatten", path) as report, open_chain(path, uses, options.access) as overlay:
         _refuse(overlay, options, shared, discard=discard)
-        movement = None if overlay.all_allocated else _movement(overlay)
+        plan = None if overlay.all_allocated else _plan(overlay, partial(_narrow, overlay, report))
         proof = Proof(overlay, overlay, (overlay,)) if verifies else None
         with reading_back(overlay, proof, options, hooks, report) as job_hooks:
-            if movement is not None:
-                movement.prepare = lambda: _narrow(overlay, report)
-                move(movement, report, options, job_hooks, shared.pool)
+            if plan is not None:
+                move(plan, report, options, job_hooks, shared.pool)
                 _set_flag(overlay)
                 report.reach = Reach.DONE
         if discard:
@@ -77,12 +80,12 @@ def estimate(
             for file in written:
                 options.access.refuse_unwritable(file)
             return Estimate(0, SpaceNeeded(), image.path, image.status.st_dev)
-        movement = _movement(overlay)
-        refuse_unwritable(movement, written, options.access)
+        plan = _plan(overlay)
+        refuse_unwritable(plan, written, options.access)
         _refuse_unnarrowable(overlay)
-        taken, bits = space(movement, options), overlay.bitmap.hole_bytes()
+        taken, bits = space_for(plan, options.copy_options), overlay.bitmap.hole_bytes()
         taken = SpaceNeeded(taken.peak + bits, taken.kept + bits, taken.freed)
-        return Estimate(movement.weight, taken, image.path, image.status.st_dev)
+        return Estimate(plan.weight, taken, image.path, image.status.st_dev)
 
 
 def _refuse(overlay: Overlay, options: RunOptions, shared: Shared, *, discard: bool) -> None:
@@ -95,14 +98,13 @@ def _refuse(overlay: Overlay, options: RunOptions, shared: Shared, *, discard: b
         refuse_unremovable(overlay)
 
 
-def _movement(overlay: Overlay) -> Movement:
+def _plan(overlay: Overlay, prepare: Callable[[], object] = lambda: None) -> TransferPlan:
     refuse_short(overlay)
     _refuse_without_room_for_bits(overlay)
-    geometry, target = overlay.geometry, RawTarget(overlay.image.file)
-    tasks = cut(unallocated_stretches(overlay, alignment(overlay.cluster_size)), geometry.clusters)
-    movement = Movement(overlay, geometry, Which.MISSING, target, tasks, publish=(overlay, 1))
-    movement.changed = (overlay,)
-    return movement
+    aligned = alignment(overlay.cluster_size)
+    tasks = cut(unallocated_stretches(overlay, aligned), overlay.geometry.clusters)
+    selection, target = MissingClusters(overlay), RawTarget(overlay.image.file)
+    return TransferPlan(selection, target, tasks, bit=1, changed=(overlay,), prepare=prepare)
 
 
 _NARROWING = "let no more users read it than may read its backing file"

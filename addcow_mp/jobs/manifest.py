@@ -29,9 +29,9 @@ from addcow_mp.device.permissions import Readers, settle
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.allocation import data_stretches
 from addcow_mp.engine.layer_digest import LeafHasher, cow_digests, file_of, is_fully_allocated
-from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, cut
+from addcow_mp.engine.worker import Failed
 from addcow_mp.errors import FileError, ImageError, ManifestError, RestartsError
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW

@@ -15,16 +15,12 @@ from typing import TYPE_CHECKING
 from addcow_mp.device.access import Access
 from addcow_mp.device.copying import CopyOptions
 from addcow_mp.engine.scan import ScanOptions
+from addcow_mp.engine.stop_flag import never
 from addcow_mp.engine.transfer_run import Progress, no_progress
 
 if TYPE_CHECKING:
     from addcow_mp.device.discovery import NearbyOverlays
     from addcow_mp.engine.pool import Pool
-
-
-def never() -> bool:
-    """Return that there is no reason to stop."""
-    return False
 
 
 def ignore(_: str) -> None:
@@ -48,7 +44,7 @@ class RunOptions:
     @property
     def scan_options(self) -> ScanOptions:
         """The processes of a scan."""
-        return ScanOptions(self.jobs, is_limited=self.copy_options.rate > 0)
+        return ScanOptions(self.jobs, self.copy_options.rate)
 
 
 @dataclass(frozen=True)

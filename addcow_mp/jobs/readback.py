@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from addcow_mp.device import faults
 from addcow_mp.device.chain import open_layer
@@ -24,18 +24,16 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.page_cache import drop_cached, refuse_unknowable
 from addcow_mp.engine.allocation import data_stretches
-from addcow_mp.engine.done_map import DoneMap
-from addcow_mp.engine.pool import Failed
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.engine.view_digest import View
+from addcow_mp.engine.worker import Failed
 from addcow_mp.errors import (
     AddcowError,
     FileError,
     ImageError,
     NotReadBackError,
     ReadBackError,
-    RestartsError,
     StoppedError,
     UnverifiedError,
 )
@@ -72,34 +70,22 @@ class ViewDigests:
 def digest_view(layer: Layer, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
     """See the first ``size`` bytes of ``layer``. Raises :class:`RestartsError` when stopped."""
     tasks = _tasks(layer, size)
-    scan_options = options.scan_options
     nodes = dict[int, bytes]()
 
-    def failed(result: Failed) -> dict[int, bytes]:
-        raise _told(layer, result)
+    def failed(result: Failed) -> None:
+        start, stop = result.task.first * GROUP, min(result.task.stop * GROUP, layer.size)
+        action = f"look at what is seen from {start} to {stop}"
+        raise FileError(path=layer.path, action=action, reason=str(result.error))
 
-    with closing(DoneMap.create((), 0)) as done_map:
-        stopping = partial(done_map.stops_by, hooks.stopping)
-        scan_hooks = ScanHooks(layer.path, failed, stopping, progress=hooks.progress)
-        rate = options.copy_options.rate_of_each(scan_options.processes(tasks))
-        work = View(layer, size, done_map, rate)
-        work.stopping = hooks.stopping
-        for _, found in scan(work, tasks, scan_options, scan_hooks):
-            nodes |= found
+    scan_hooks = ScanHooks(layer.path, failed, hooks.stopping, progress=hooks.progress)
+    for _, found in scan(View(layer, size), tasks, options.scan_options, scan_hooks):
+        nodes |= found
     return ViewDigests(size, nodes, sum(task.weight for task in tasks))
 
 
 def _tasks(layer: Layer, size: int) -> list[Task]:
     geometry = Geometry(size, GROUP)
     return cut(data_stretches(list(layer.files()), geometry, 1), geometry.clusters)
-
-
-def _told(layer: Layer, result: Failed) -> AddcowError:
-    if isinstance(result.error, StoppedError):
-        return RestartsError(path=layer.path)
-    start, stop = result.task.first * GROUP, min(result.task.stop * GROUP, layer.size)
-    action = f"look at what is seen from {start} to {stop}"
-    return FileError(path=layer.path, action=action, reason=str(result.error))
 
 
 # Around a job

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from addcow_mp.device.copying import CopyMethod
-from addcow_mp.engine.transfer import Totals
+from addcow_mp.engine.done_map import Totals
 from addcow_mp.errors import AddcowError, CleanupError, StoppedError
 
 if TYPE_CHECKING:

@@ -1,86 +1,40 @@
-"""What commit, flatten and convert share: from a plan to an assignment carried out."""
+"""What commit, flatten and convert share: carrying out a transfer plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from addcow_mp.device import faults
 from addcow_mp.device.access import Access
+from addcow_mp.device.copying import CopyOptions
 from addcow_mp.device.files import File
-from addcow_mp.device.layer import Layer
 from addcow_mp.device.manifest_file import invalidate_all, refuse_unremovable_manifests
-from addcow_mp.device.overlay import Overlay
-from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.done_map import DoneMap, Totals
 from addcow_mp.engine.pool import ParentRole, Pool
 from addcow_mp.engine.publisher import Publisher
-from addcow_mp.engine.space import SpaceNeeded, refuse_without_space, space_for
-from addcow_mp.engine.tasks import Task
-from addcow_mp.engine.transfer import OverlayTarget, Target, Totals, Transfer, Which
-from addcow_mp.engine.transfer_run import Assignment, run_transfer, workers_for
-from addcow_mp.format.geometry import Geometry
+from addcow_mp.engine.space import refuse_without_space
+from addcow_mp.engine.transfer import Transfer
+from addcow_mp.engine.transfer_plan import TransferPlan
+from addcow_mp.engine.transfer_run import Processes, TransferRun, run_transfer, workers_for
 from addcow_mp.jobs.options import Hooks, RunOptions
 from addcow_mp.jobs.report import Report
 from addcow_mp.units import GiB
 
-#: Bytes that take longer to copy, on any machine, than processes to start.
+#: Copying so many bytes takes longer, on any machine, than starting a process.
 LARGE = 1 * GiB
 
 
-@dataclass
-class Movement:
-    """What a job moves: ``which`` clusters of ``source``, cut into ``tasks``, into ``target``.
+def refuse_unwritable(plan: TransferPlan, written: list[File], access: Access) -> None:
+    """Raise when the job, which has opened its files for reading only, could not change them.
 
-    ``publish`` is the overlay whose bits become the given value for what was moved; an add-cow
-    target's own bits are published before them. ``frees`` then gives back the space of what was
-    moved. ``prepare`` is called when nothing is left to refuse. ``changed``: the layers whose files
-    become others by it.
-    """
-
-    source: Layer
-    geometry: Geometry
-    which: Which
-    target: Target
-    tasks: list[Task]
-    publish: tuple[Overlay, int] | None = None
-    frees: bool = False
-    changed: tuple[Layer, ...] = ()
-    prepare: Callable[[], None] = lambda: None
-
-    @property
-    def weight(self) -> int:
-        """About how many bytes there are to move."""
-        return sum(task.weight for task in self.tasks)
-
-    def transfer(self, done_map: DoneMap, options: RunOptions, workers: int) -> Transfer:
-        """The work of one task."""
-        parts = (self.source, self.geometry, self.which, self.target)
-        return Transfer(*parts, done_map, options.copy_options, workers)
-
-
-def space(movement: Movement, options: RunOptions) -> SpaceNeeded:
-    """The space that ``movement`` would take, and give back; nothing is moved."""
-    done_map = DoneMap.create((0, 0), 0)
-    try:
-        work = movement.transfer(done_map, options, 1)
-        return space_for(work, movement.tasks, 1, frees=movement.frees)
-    finally:
-        done_map.close()
-
-
-def refuse_unwritable(movement: Movement, written: list[File], access: Access) -> None:
-    """Raise when a file that the job has open for reading yet could not be changed by it.
-
-    ``written`` are the files that the job will open for writing.
+    ``written``: the files that the job will open for writing.
     """
     for file in written:
         access.refuse_unwritable(file)
-    for layer in movement.changed:
+    for layer in plan.changed:
         refuse_unremovable_manifests(layer)
 
 
 def move(
-    movement: Movement,
+    plan: TransferPlan,
     report: Report,
     options: RunOptions,
     hooks: Hooks,
@@ -90,46 +44,54 @@ def move(
 
     ``pool``: processes that work for several jobs; None = the job starts its own.
     """
-    tasks, geometry, target = movement.tasks, movement.geometry, movement.target
-    report.warnings = movement.source.warnings()
-    below = _published_target(target)
-    report.jobs = workers_for(options.jobs, tasks) if pool is None else pool.jobs
-    layers = (geometry.clusters, below.geometry.clusters if below is not None else 0)
-    done_map = DoneMap.create(layers, report.jobs)
+    selection, target = plan.selection, plan.target
+    report.warnings = selection.layer.warnings()
+    report.jobs = workers_for(options.jobs, plan.tasks) if pool is None else pool.jobs
+    received = target.published.geometry.clusters if target.published is not None else 0
+    done_map = DoneMap.create((selection.geometry.clusters, received), report.jobs)
     try:
-        overlay, value = movement.publish if movement.publish is not None else (None, 0)
-        publisher = Publisher(
-            target.file, done_map, overlay=overlay, value=value, backing=below, frees=movement.frees
-        )
-        work = movement.transfer(done_map, options, max(1, report.jobs))
-        refuse_without_space(work, tasks, report.jobs, frees=movement.frees)
+        refuse_without_space(plan, options.copy_options, report.jobs)
         report.working()
-        for layer in movement.changed:
+        for layer in plan.changed:
             invalidate_all(layer, durable=target.file.durable)
-        movement.prepare()
-        job = Assignment(work, tasks, geometry, done_map, publisher, movement.source.path)
-        job.parent_role = _parent_role(options, work, tasks)
-        job.crew = pool
-        run_transfer(job, report.jobs, hooks.progress, hooks.stopping)
+        plan.prepare()
+        processes = _processes(plan, options, report.jobs, pool)
+        run = _run(plan, done_map, options.copy_options)
+        run_transfer(run, processes, hooks.progress, hooks.stopping)
     finally:
         report.totals = Totals.on(done_map)
         done_map.close()
 
 
-def _parent_role(options: RunOptions, work: Transfer, tasks: list[Task]) -> ParentRole:
-    """What this process does itself: all it can, unless so many workers were asked for."""
+def _run(plan: TransferPlan, done_map: DoneMap, options: CopyOptions) -> TransferRun:
+    publisher = Publisher(
+        plan.target.file,
+        done_map,
+        overlay=plan.published,
+        value=plan.bit or 0,
+        backing=plan.target.published,
+        frees=plan.frees,
+    )
+    selection = plan.selection
+    work = Transfer(selection, plan.target, done_map, options)
+    return TransferRun(
+        work, plan.tasks, selection.geometry, done_map, publisher, selection.layer.path
+    )
+
+
+def _processes(plan: TransferPlan, options: RunOptions, jobs: int, pool: Pool | None) -> Processes:
+    if pool is not None:
+        return Processes(jobs, shared=pool)
+    return Processes(jobs, _parent_role(plan, options), options.copy_options.rate)
+
+
+def _parent_role(plan: TransferPlan, options: RunOptions) -> ParentRole:
+    """Return what this process does itself: all it can, unless workers were asked for."""
     # Fault rules are for workers, and so are limits: this process would exceed them.
-    if faults.armed or options.copy_options.is_for_workers:
+    if faults.armed or options.copy_options.rate:
         return ParentRole.NONE
     if options.jobs is not None:
         return ParentRole.START
-    # What is small, or can be cloned, is often done before another process has started.
-    small = sum(task.weight for task in tasks) < LARGE
-    return ParentRole.FIRST if small or work.may_clone else ParentRole.FULL
-
-
-def _published_target(target: Target) -> Overlay | None:
-    """The add-cow backing whose bits change, if the target is one that has bits."""
-    if isinstance(target, OverlayTarget) and not target.overlay.all_allocated:
-        return target.overlay
-    return None
+    # A small or cloned transfer often ends before another process has started.
+    is_short = plan.weight < LARGE or plan.may_clone(options.copy_options)
+    return ParentRole.FIRST if is_short else ParentRole.FULL

@@ -12,10 +12,9 @@ much there is to read is estimated by the length of manifests, and corrected by 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import count
 
 from addcow_mp.device.access import Access
@@ -23,9 +22,9 @@ from addcow_mp.device.discovery import Identity
 from addcow_mp.device.files import identity_at
 from addcow_mp.device.headers import load_header, load_names, resolve
 from addcow_mp.device.manifest_file import manifest_of
-from addcow_mp.engine.done_map import DoneMap
-from addcow_mp.engine.pool import Done, Failed, Pool
+from addcow_mp.engine.pool import Pool
 from addcow_mp.engine.scan import scan_pool
+from addcow_mp.engine.worker import Done, Failed
 from addcow_mp.errors import AddcowError, RestartsError
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import weight_of_length
@@ -190,24 +189,20 @@ def verifiers(
     Where that is many they are started at once, so that they stand ready when it is known.
     """
     scan_options = replace(options.scan_options, counts=True, many=layers >= MANY)
-    with closing(DoneMap.create((), 0)) as done_map:
-        rate = options.copy_options.rate_of_each(scan_options.processes(()))
-        work = VerifyWork(options.access, done_map, sample, rate)
-        work.stopping = hooks.stopping
-        with scan_pool(work, (), scan_options) as pool:
-            if layers >= MANY and not hooks.stopping():
-                pool.start(layers // MANY)
-            yield Verifiers(pool, options.access, hooks, done_map)
+    work = VerifyWork(options.access, sample)
+    with scan_pool(work, (), scan_options, hooks.stopping) as pool:
+        if layers >= MANY and not hooks.stopping():
+            pool.start(layers // MANY)
+        yield Verifiers(pool, options.access, hooks)
 
 
 class Verifiers:
     """What :func:`verifiers` yields. Used once."""
 
-    def __init__(self, pool: Pool, access: Access, hooks: Hooks, done_map: DoneMap) -> None:
+    def __init__(self, pool: Pool, access: Access, hooks: Hooks) -> None:
         self._pool = pool
         self._access = access
         self._hooks = hooks
-        self._board = done_map
 
     def verify(self, targets: list[LayerRef]) -> list[LayerReport]:
         """Verify ``targets``; verdicts are in their order.
@@ -228,7 +223,7 @@ class Verifiers:
     def look(self, targets: list[LayerRef], parts: Sequence[LeafRange]) -> Iterator[Verified]:
         """Look at ``parts`` of ``targets``, in about this order; ends early when it is stopped."""
         dealing = _Dealing(self._pool, targets, max(1, self._pool.jobs))
-        return dealing.all(parts, partial(self._board.stops_by, self._hooks.stopping))
+        return dealing.all(parts)
 
 
 class _Dealing:
@@ -240,11 +235,10 @@ class _Dealing:
         self._jobs = jobs
         self._numbers = count()
 
-    def all(self, parts: Sequence[LeafRange], stopping: Callable[[], bool]) -> Iterator[Verified]:
+    def all(self, parts: Sequence[LeafRange]) -> Iterator[Verified]:
         size = max(1, min(BATCH, len(parts) // (self._jobs * SHARES)))
-        for result in self._pool.run(self._parcels(parts, size), stopping):
-            if result is not None:
-                yield from self._seen(result)
+        for result in self._pool.run(self._parcels(parts, size)):
+            yield from self._seen(result)
 
     def _parcels(self, parts: Sequence[LeafRange], size: int) -> list[VerifyTask]:
         groups = [tuple(parts[at : at + size]) for at in range(0, len(parts), size)]

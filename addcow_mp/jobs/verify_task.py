@@ -14,10 +14,9 @@ may want the rest; what is left comes back with what was seen, also when all sha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -36,11 +35,10 @@ from addcow_mp.device.locks import READING
 from addcow_mp.device.manifest_file import manifest_of
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.engine.done_map import DoneMap
 from addcow_mp.engine.layer_digest import cow_digests, file_of
 from addcow_mp.engine.tasks import Task
-from addcow_mp.engine.throttle import STEPS_PER_SECOND, Throttle
-from addcow_mp.engine.transfer import end_orphan
+from addcow_mp.engine.throttle import STEPS_PER_SECOND
+from addcow_mp.engine.worker import WorkerContext
 from addcow_mp.errors import AddcowError, ManifestError, StoppedError
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import (
@@ -105,39 +103,33 @@ class Verified(NamedTuple):
 class VerifyWork:
     """The work of a task. Layers are opened for it; manifests are kept from one to the next.
 
-    ``done_map`` says when to stop; ``sample``: what to read, None = all; ``rate``: bytes per second
-    for this process, 0 = no limit.
+    ``sample``: what to read, None = all.
     """
 
     def __init__(
         self,
         access: Access,
-        done_map: DoneMap,
         sample: Sample | None = None,
-        rate: int = 0,
     ) -> None:
         self.access = access
-        self.done_map = done_map
         self.sample = sample
-        self.rate = rate
-        self.parent: int | None = None
-        #: Asked by the process that hands out the work, beside the board.
-        self.stopping: Callable[[], bool] = lambda: False
+        #: The process that does the current task.
+        self._worker = WorkerContext()
         self.buffer = new_buffer()
         self._manifests = _Manifests()
         self._beside: dict[str, Access] = {}
         self._reachable: dict[tuple[str, tuple[str, ...]], bool] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        shared = (self.access, self.done_map, self.sample, self.rate)
-        return (VerifyWork, shared, {"parent": os.getpid()})
+        return (VerifyWork, (self.access, self.sample))
 
-    def __call__(self, task: Task, slot: int) -> list[Verified]:  # noqa: ARG002
+    def __call__(self, task: Task, worker: WorkerContext) -> list[Verified]:
         """What was seen of the parts of a :class:`VerifyTask` that were begun, in order."""
         assert isinstance(task, VerifyTask)  # noqa: S101 - what this work is given
+        self._worker = worker
         allowance, verified = self._allowance, list[Verified]()
         for part, target in zip(task.parts, task.targets, strict=True):
-            if allowance > 0 and not self._shall_stop():
+            if allowance > 0 and not worker.must_stop():
                 look = _Look(self, part, target, allowance)
                 verified.append(look.verified())
                 allowance -= look.leaves
@@ -146,33 +138,22 @@ class VerifyWork:
     @property
     def _allowance(self) -> int:
         """Leaves in one task: with a limit what takes about a second, which a crash may cost."""
-        return (
-            min(GROUPS_PER_TASK * FAN, max(1, self.rate // LEAF))
-            if self.rate
-            else GROUPS_PER_TASK * FAN
-        )
+        rate, most = self._worker.throttle.rate, GROUPS_PER_TASK * FAN
+        return min(most, max(1, rate // LEAF)) if rate else most
 
     @property
     def step(self) -> int:
         """Leaves that are compared at once, which a stop may cost."""
-        return min(FAN, max(1, self.rate // LEAF // STEPS_PER_SECOND)) if self.rate else FAN
-
-    @cached_property
-    def _throttle(self) -> Throttle:
-        return Throttle(self.rate)
-
-    def _shall_stop(self) -> bool:
-        return self.done_map.stopped or self.stopping()
+        rate = self._worker.throttle.rate
+        return min(FAN, max(1, rate // LEAF // STEPS_PER_SECOND)) if rate else FAN
 
     def spend(self, length: int) -> None:
         """Take note of bytes that were read. Raises :class:`StoppedError` when all shall stop."""
-        self._throttle.spend(length, self.look_up)
+        self._worker.spend(length, "")
 
     def look_up(self) -> None:
         """See whether to go on. Raises :class:`StoppedError`."""
-        end_orphan(self.parent)
-        if self._shall_stop():
-            raise StoppedError(path="")
+        self._worker.check("")
 
     def access_for(self, target: LayerRef) -> Access:
         """How the layer may be opened, and what it names."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from addcow_mp import FileError
-from addcow_mp.engine.done_map import DoneMap
+from addcow_mp.engine.done_map import TOP, DoneMap, Totals
 from addcow_mp.engine.tasks import Task
-from addcow_mp.engine.transfer import TOP, Totals
+from addcow_mp.engine.worker import WorkerContext
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plain:
 
     directory: Path
 
-    def __call__(self, task: Task, slot: int) -> Totals:  # noqa: ARG002 - slot is for boards
+    def __call__(self, task: Task, worker: WorkerContext) -> Totals:  # noqa: ARG002 - a slot is for boards
         with (self.directory / "log").open("a") as log:
             log.write(f"{task.number} {os.getpid()}\n")
         self.act(task)
@@ -115,14 +115,14 @@ class Marks:
     board: DoneMap
     fatal: int
 
-    def __call__(self, task: Task, slot: int) -> Totals:
+    def __call__(self, task: Task, worker: WorkerContext) -> Totals:
         half = (task.first + task.stop) // 2
         self.board.marks(TOP).set(task.first, half)
-        self.board.count(slot, half - task.first)
+        self.board.add(worker.slot, (half - task.first,))
         if task.number == self.fatal:
             kill_myself()
         self.board.marks(TOP).set(half, task.stop)
-        self.board.count(slot, task.stop - half)
+        self.board.add(worker.slot, (task.stop - half,))
         return Totals()
 
 

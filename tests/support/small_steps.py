@@ -38,7 +38,7 @@ MiB = 1024 * KiB
 
 SMALL = {
     "TASK_BYTES": 128 * KiB,
-    "PIECE": 32 * KiB,
+    "STEP": 32 * KiB,
     "CHECKPOINT_BYTES": 256 * KiB,
     "CHECKPOINT_SECONDS": 0.05,
 }
@@ -49,10 +49,20 @@ Sync = Callable[[int], None]
 def take_small_steps() -> None:
     """Replace the sizes wherever they were imported to, default arguments included."""
     # All that have them: later imports find the small ones at home.
-    from addcow_mp.engine import allocation, space, tasks, transfer, transfer_run
+    from addcow_mp.engine import (
+        allocation,
+        checkpoints,
+        run_marks,
+        space,
+        tasks,
+        transfer,
+        transfer_plan,
+        transfer_run,
+    )
 
     taken = set()
-    for module in (tasks, transfer_run, space, allocation, transfer):
+    modules = (tasks, transfer_run, checkpoints, space, allocation, transfer, run_marks)
+    for module in (*modules, transfer_plan):
         for name in SMALL.keys() & vars(module).keys():
             setattr(module, name, SMALL[name])
             taken.add(name)
