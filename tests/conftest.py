@@ -14,7 +14,7 @@ from hypothesis import settings
 from support import seed
 from support.call_trace import Trace, watch_syncs, watch_the_kernel, watch_writes
 from support.command import KiB
-from support.file_systems import clear, made_disk
+from support.file_systems import clear, made_disk, mounted
 from support.warm import Warm
 
 # Whoever starts the suite in the background, or under nohup, has it ignore these, and whatever
@@ -123,3 +123,9 @@ def fresh(disk: Path) -> Iterator[Path]:
 def _mounted(kind: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
     for disk in made_disk(kind, factory.mktemp("disk")):
         yield disk.mountpoint
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of four MiB, or a little more, for files of the test alone."""
+    yield from mounted(request.param, tmp_path)

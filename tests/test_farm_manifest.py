@@ -77,7 +77,7 @@ def test_farm_manifest_create_continues_after_a_failed_image(farm: Path) -> None
 def test_base_outside_the_roots_is_refused_for_each_image(farm: Path) -> None:
     result = addcow(*CREATE, "farm", cwd=farm)
     assert result.status == 1
-    assert result.stderr.count("allow it with --root") == COUNT + 1
+    assert result.stderr.count("use --root") == COUNT + 1
     assert not list(farm.rglob("*.manifest"))
 
 

@@ -46,6 +46,7 @@ from support.command import (
 from support.fault_rules import Rules, rule
 from support.file_systems import disks, fill, mounted, remount
 from support.manifests import (
+    WIDE,
     Layers,
     form,
     kind,
@@ -57,9 +58,6 @@ from support.manifests import (
 from support.page_cache import uncache
 from support.processes import Ended, Job, memory_of, running
 from support.warm import Warm
-from test_space import disk
-
-__all__ = ["disk"]  # a fixture
 
 BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
 
@@ -164,8 +162,6 @@ def three(here: Path) -> Chain:
     draw(here / "top.add-cow", "P--Q--R-y-" * 3, "mid.add-cow", backing_format="add-cow")
     return Chain.of(here, "top.add-cow")
 
-
-WIDE = 2048 * MiB
 
 #: Where something is, in a wide file: 4 KiB of each MiB.
 STEP = MiB

@@ -202,7 +202,7 @@ with loop_disk(sys.argv[1], Path(sys.argv[2])) as disk:
 
 
 def test_killed_test_leaves_no_loop_device(disk: Disk, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     # Returns when the last holder of the pipe has ended, which is the one that tidies up.
     done = subprocess.run(
         [sys.executable, "-c", KILLED, disk.kind, tmp_path],

@@ -53,12 +53,6 @@ HOLES = 40 * "-"
 # ---- small disks ----
 
 
-@pytest.fixture(params=["tmpfs", "ext4"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system of four MiB, or a little more, for files of the test alone."""
-    yield from mounted(request.param, tmp_path)
-
-
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Path]:
     """The same as a tmpfs, whose space can be used to the last page."""

@@ -37,6 +37,9 @@ USAGE = 64
 # Well beyond what any command here needs, and far below the patience of whoever waits.
 PATIENCE = 60.0
 
+#: How a test starts addcow with its own streams.
+ADDCOW = [sys.executable, "-m", "addcow_mp"]
+
 _HEADER = struct.Struct("<4sIIIIIQQI16s16s")
 _PROMPT = re.compile(r"^(?:[\w-]+> )+", re.MULTILINE)
 

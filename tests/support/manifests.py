@@ -16,6 +16,7 @@ import oracle
 from support.command import (
     ALL_ALLOCATED,
     KiB,
+    MiB,
     Result,
     addcow,
     overlay_bytes,
@@ -23,6 +24,9 @@ from support.command import (
     virtual_size,
 )
 from support.processes import Ended
+
+#: The size of a sparse layer of many parts.
+WIDE = 2048 * MiB
 
 LEAF = 64 * KiB
 

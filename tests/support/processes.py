@@ -183,3 +183,11 @@ def memory_of(job: Job) -> set[str]:
         with suppress(OSError):
             found |= shared_memory(one.pid)
     return found
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Look until the condition holds; fail when it does not within all patience."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(LOOK_AGAIN)
