@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import addcow_mp
 from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import (
-    FIELDS,
     FIXED_SIZE,
     KNOWN_FORMATS,
     Header,
@@ -84,7 +83,7 @@ HEADERS = st.builds(
 
 def changed(header: Header, field: str, value: Any) -> Header:
     """The same header with another value in one field."""
-    return Header(*(value if one.name == field else getattr(header, one.name) for one in FIELDS))
+    return header._replace(**{field: value})
 
 
 # ---- where the fields are ----
@@ -92,7 +91,7 @@ def changed(header: Header, field: str, value: Any) -> Header:
 
 def test_the_fixed_header_is_76_bytes_without_a_gap() -> None:
     assert FIXED_SIZE == 76
-    assert [field.name for field in FIELDS] == list(PLACES)
+    assert Header._fields == tuple(PLACES)
     assert sum(length for _, length in PLACES.values()) == 76
 
 

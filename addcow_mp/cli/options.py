@@ -383,7 +383,7 @@ class CopyingOptions(OptionGroup):
 
     def copy_options(self, *, usual: str = "0") -> CopyOptions:
         """How to copy; ``usual`` is what -S is where no way is pinned."""
-        from addcow_mp.device.copying import Copy, CopyOptions
+        from addcow_mp.device.copying import CopyMethod, CopyOptions
         from addcow_mp.errors import UsageError
         from addcow_mp.units import SECTOR, parse_size
 
@@ -399,7 +399,8 @@ class CopyingOptions(OptionGroup):
                 message=f"invalid -S '{self.sparse}': give a multiple of {SECTOR}, or 0"
             )
         direct = self.cache is CacheMode.none
-        return CopyOptions(Copy(copy.value), direct, block, rate_of(self.rate))
+        method = None if copy is CopyWay.auto else CopyMethod(copy.value)
+        return CopyOptions(method, direct, block, rate_of(self.rate))
 
 
 def rate_of(text: str | None) -> int:

@@ -1,9 +1,8 @@
-"""Opening a chain: every file once, then the layers.
+"""Opening a chain: each file is opened once, then the layers are built.
 
-All files of a chain are different files by device and inode, which catches an image that is
-its own backing under any spelling, and cycles. Every file is locked as it is opened, in the
-way that the operation will use it. What can be refused is refused here, before anything has
-been changed.
+All files of a chain must differ by device and inode. That catches cycles, and an image that is its
+own backing file under any path. Each file is locked when it is opened, for the use that the
+operation makes of it. Everything that can be refused is refused here, before any change.
 """
 
 from __future__ import annotations
@@ -32,72 +31,69 @@ from addcow_mp.format.header import ADD_COW, RAW, Header
 
 
 class Use(NamedTuple):
-    """How one layer's files are used: ``cow``, also a raw layer's only file, and ``image``."""
+    """The use of one layer's files: ``cow`` (also a raw layer's only file) and ``image``."""
 
     cow: Claim
     image: Claim
 
 
 Uses = Mapping[int, Use]
-"""How the layers of a chain are used, by depth; layers not in it are read."""
+"""The use of each layer of a chain, by depth; other layers are read."""
 
 READ: Uses = {}
-#: The overlay itself is written (write, flatten).
+#: The overlay is written (write, flatten).
 WRITE: Uses = {0: Use(WRITING, WRITING)}
-#: The same, and in the end the image file, cut to the virtual size, is all that is left.
+#: The overlay is written; in the end only the image file stays, cut to the virtual size.
 DISCARD: Uses = {0: Use(WRITING, RESIZING)}
-#: Overlay and backing are written, and the backing may grow.
+#: Overlay and backing file are written, and the backing file may grow.
 COMMIT: Uses = {0: Use(RESIZING, WRITING), 1: Use(RESIZING, RESIZING)}
-#: Nothing is written yet: a look at what a commit will do, also where ALL_ALLOCATED is set.
+#: Nothing is written: a commit is estimated. The backing file is read even with ALL_ALLOCATED.
 ESTIMATING: Uses = {1: Use(READING, READING)}
-#: Only the backing is written.
+#: Only the backing file is written.
 COMMIT_KEEPING: Uses = {1: Use(RESIZING, RESIZING)}
 
 
 def open_chain(path: str, uses: Uses = READ, access: Access | None = None) -> Overlay:
-    """Open and lock the add-cow overlay at ``path`` and all files below it.
-
-    Raises :class:`AddcowError` with nothing left open.
-    """
+    """Open and lock the overlay at ``path`` and all files below it. Raises :class:`AddcowError`."""
     overlay = open_layer(path, ADD_COW, uses, access)
-    assert isinstance(overlay, Overlay)  # noqa: S101 - what that format is opened as
+    assert isinstance(overlay, Overlay)  # noqa: S101 - the class of that format
     return overlay
 
 
 def open_layer(path: str, format_: str, uses: Uses = READ, access: Access | None = None) -> Layer:
-    """Open ``path`` as ``raw`` or ``add-cow``; any other format is refused by name."""
-    return _Opening(uses, access or Access()).layer(path, format_, 0)
+    """Open ``path`` as ``raw`` or ``add-cow``, and all files below it.
+
+    Raises :class:`AddcowError`, with nothing left open.
+    """
+    opening = _Opening(uses, access or Access())
+    try:
+        return opening.layer(path, format_, 0)
+    except BaseException:
+        for file in opening.opened:
+            file.close()
+        raise
 
 
 class _Opening:
-    """The state of one opening: how files are used, and what is open already."""
+    """The state while a chain is opened: the use of its files, and the files that are open."""
 
     def __init__(self, uses: Uses, access: Access) -> None:
-        self.uses = uses
-        self.access = access
-        self.seen: dict[tuple[int, int], str] = {}
+        self._uses = uses
+        self._access = access
+        self._seen: dict[tuple[int, int], str] = {}
+        self._has_device = False
         self.opened: list[File] = []
-        self.has_device = False
 
     def layer(self, path: str, format_: str, depth: int) -> Layer:
-        try:
-            return self._layer(path, format_, depth)
-        except BaseException:
-            for file in self.opened:
-                file.close()
-            raise
-
-    def _layer(self, path: str, format_: str, depth: int) -> Layer:
+        """Open one layer and those below."""
         if format_ == ADD_COW:
-            return self.overlay(path, depth)
+            return self._overlay(path, depth)
         if format_ != RAW:
-            raise UnsupportedError(
-                path=path,
-                problem=f"format '{format_}' is not opened here; convert it to raw first",
-            )
+            problem = f"format '{format_}' is not opened here; convert it to raw first"
+            raise UnsupportedError(path=path, problem=problem)
         return RawLayer(self._open(path, self._use(depth).cow, BACKING))
 
-    def overlay(self, path: str, depth: int) -> Overlay:
+    def _overlay(self, path: str, depth: int) -> Overlay:
         if depth >= MAX_DEPTH:
             raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
         cow = self._open(path, self._use(depth).cow, COW)
@@ -106,34 +102,33 @@ class _Opening:
         refuse_image_format(path, names)
         with errors_naming(cow, names.image, "image file") as target:
             image = self._open(target, self._use(depth).image, IMAGE if depth == 0 else BACKING)
-        return Overlay(cow, image, self._backing(cow, header, names, depth))
+        return Overlay(cow, image, self._backing(cow, header, names, depth), header)
 
     def _backing(self, cow: File, header: Header, names: Names, depth: int) -> Layer | None:
         if names.backing is None or names.backing_format is None:
             return None
-        # With ALL_ALLOCATED the backing may be gone: only a job that writes it needs it.
-        if header.all_allocated and depth + 1 not in self.uses:
+        # With ALL_ALLOCATED the backing file may be missing: only a job that uses it needs it.
+        if header.all_allocated and depth + 1 not in self._uses:
             return None
         with errors_naming(cow, names.backing, "backing file") as target:
-            return self._layer(target, names.backing_format, depth + 1)
+            return self.layer(target, names.backing_format, depth + 1)
 
     def _use(self, depth: int) -> Use:
-        return self.uses.get(depth, Use(READING, READING))
+        return self._uses.get(depth, Use(READING, READING))
 
     def _open(self, path: str, claim: Claim, role: str) -> File:
         named = not self.opened
-        if self.has_device:
-            # A device that is held already cannot be opened once more, which tells less.
-            self._refuse_met(path, identity_at(path))
-        file = open_claimed(self.access, path, claim, role, named=named, accept=self._accept)
+        if self._has_device:
+            # Opening a claimed device again would fail with a less helpful error.
+            self._refuse_seen(path, identity_at(path))
+        file = open_claimed(self._access, path, claim, role, named=named, check=self._check)
         self.opened.append(file)
         if named:
-            self.access = self.access.beside(file.base)
+            self._access = self._access.beside(file.base)
         return file
 
-    def _refuse_met(self, path: str, identity: tuple[int, int] | None) -> None:
-        """Raise when the file is in the chain already."""
-        other = None if identity is None else self.seen.get(identity)
+    def _refuse_seen(self, path: str, identity: tuple[int, int] | None) -> None:
+        other = None if identity is None else self._seen.get(identity)
         if other is not None:
             raise ImageError(
                 path=path,
@@ -141,34 +136,33 @@ class _Opening:
                 "backing file must be different files",
             )
 
-    def _accept(self, file: File) -> None:
-        self._refuse_met(file.path, file.identity)
-        self.seen[file.identity] = file.path
-        self.has_device = self.has_device or is_device(file.identity)
-        if self.has_device:
+    def _check(self, file: File) -> None:
+        self._refuse_seen(file.path, file.identity)
+        self._seen[file.identity] = file.path
+        self._has_device = self._has_device or is_device(file.identity)
+        if self._has_device:
             from addcow_mp.device.holders import refuse_same_storage
 
             refuse_same_storage(file, self.opened)
 
 
 def depth_of(layer: Layer | None) -> int:
-    """How many overlays lie above the raw file at the end of the chain."""
+    """The number of overlays in the chain."""
     depth = 0
     while isinstance(layer, Overlay):
         depth, layer = depth + 1, layer.backing
     return depth
 
 
-def files_of_chain(layer: Layer | None) -> Iterator[File]:
-    """Every open file of the chain: raw files and ``.add-cow`` files, from the top down."""
+def readers_of_chain(layer: Layer | None) -> Readers:
+    """The users who may read every file of the chain."""
+    return readers_of(file.fd for file in _files_of_chain(layer))
+
+
+def _files_of_chain(layer: Layer | None) -> Iterator[File]:
     while layer is not None:
         yield next(layer.files())
         if not isinstance(layer, Overlay):
             return
         yield layer.cow
         layer = layer.backing
-
-
-def readers_of_chain(layer: Layer | None) -> Readers:
-    """Who may read what ``layer`` shows: whoever may read every file of the chain."""
-    return readers_of(file.fd for file in files_of_chain(layer))

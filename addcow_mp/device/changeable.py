@@ -1,10 +1,10 @@
-"""What stands against changing a file, asked for before it is needed.
+"""Reasons why a file cannot be changed or removed, found before the change.
 
-Permission bits are the least of it: a file can be immutable or append-only (chattr), its file
-system or device read-only, and whether a name can be removed is a matter of its directory. The
-proof that a file can be written is opening it for writing, which
-:meth:`addcow_mp.device.access.Access.refuse_unwritable` does; here is what the kernel's answer
-means, and what removing takes, for which there is no harmless try.
+Permission bits are not the only reason: a file can be immutable or append-only (chattr), its file
+system or device read-only, and removing a name depends on its directory. The only proof that a file
+can be written is to open it (:meth:`addcow_mp.device.access.Access.refuse_unwritable`); this module
+explains the kernel's answer. Removing cannot be tried without effect, so its conditions are checked
+one by one.
 """
 
 from __future__ import annotations
@@ -22,35 +22,32 @@ _FS_IOC_GETFLAGS = 0x80086601
 _BLKROGET = 0x125E
 _APPEND_ONLY, _IMMUTABLE = 0x20, 0x10
 
-_LOOKING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
 def why_not_writable(path: str, error: OSError) -> str:
-    """What ``error``, met in opening the file at ``path`` for writing, means."""
+    """The reason for ``error``, which opening the file at ``path`` for writing has raised."""
     reason = error.strerror or str(error)
-    if error.errno == errno.EPERM:
-        return _attribute(path) or reason
-    return reason
+    return _attribute(path) or reason if error.errno == errno.EPERM else reason
 
 
 def why_not_removable(path: str) -> str | None:
-    """Why the name of the file that ``path`` leads to cannot be removed; None when it can."""
+    """Why the file that ``path`` leads to cannot be removed; None if it can."""
     path = os.path.realpath(path)
     directory = os.path.dirname(path)
     attribute = _attribute(path)
     if attribute is not None:
         return attribute
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
-        return f"{_closed(directory)}: {directory}"
+        return f"{_why_not_accessible(directory)}: {directory}"
     if _attribute(directory) is not None:  # an immutable one was not accessible
         return f"its directory is append-only: {directory}; chattr -a ends that"
-    if _is_others(path, directory):
+    if _is_sticky(path, directory):
         return f"it belongs to another user, in a directory with the sticky bit: {directory}"
     return None
 
 
-def _closed(directory: str) -> str:
-    """Why a directory may not be written."""
+def _why_not_accessible(directory: str) -> str:
     try:
         if os.statvfs(directory).f_flag & os.ST_RDONLY:
             return "its file system is mounted read-only"
@@ -61,9 +58,9 @@ def _closed(directory: str) -> str:
 
 
 def _attribute(path: str) -> str | None:
-    """The attribute of a file that keeps everybody from changing it, and what ends that."""
+    """The attribute that protects a file from every user, and how to clear it; None if none."""
     try:
-        fd = os.open(path, _LOOKING)
+        fd = os.open(path, _READING)
     except OSError:
         return None
     try:
@@ -80,15 +77,15 @@ def _attribute(path: str) -> str | None:
 
 
 def is_read_only(device: File) -> bool:
-    """Whether an open block device takes no writes."""
+    """Whether an open block device refuses writes."""
     answer = bytearray(4)
     with device.doing("ask whether it is read-only"):
         fcntl.ioctl(device.fd, _BLKROGET, answer)
     return any(answer)
 
 
-def _is_others(path: str, directory: str) -> bool:
-    """Whether the sticky bit of the directory keeps this user from removing the file."""
+def _is_sticky(path: str, directory: str) -> bool:
+    """Whether the sticky bit of the directory forbids this user to remove the file."""
     try:
         holder, file = os.stat(directory), os.lstat(path)
     except OSError:

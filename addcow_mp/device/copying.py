@@ -1,15 +1,15 @@
-"""The ways to move a run of bytes from one file to another, at the same offset.
+"""Methods to copy a run of bytes from one file to another, at the same offset.
 
-- *clone*: the file system lets both files share the blocks (FICLONERANGE: XFS, btrfs,
-  bcachefs). Costs the same for a megabyte as for a gigabyte, so it pays for long runs.
+- *clone*: both files share the blocks (FICLONERANGE: XFS, btrfs, bcachefs). It costs the same for a
+  megabyte as for a gigabyte, so it pays for long runs.
 - *range*: copy_file_range, a copy inside the kernel.
-- *buffer*: read and write through a small buffer that stays in the processor's cache. The
-  fastest plain copy there is here; it alone can look for zeros on the way.
-- *direct*: the same past the page cache (O_DIRECT), which stays as it was.
+- *buffer*: read and write through a small buffer that stays in the processor's cache. It is the
+  fastest method that moves bytes, and the only one that can look for zeros.
+- *direct*: like *buffer*, but past the page cache (O_DIRECT), which stays as it was.
 
-One :class:`Copier` picks a way for every run, by what was asked for, how long the run is and
-what these two files have answered before; where a way does not work between them, the next
-one is used from then on. What is counted is what was done.
+:class:`Copier` chooses a method for each run, by the options, the length of the run and the earlier
+answers of the two files: a method that does not work between them is not tried again. It counts the
+bytes that each method has copied.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
@@ -35,7 +35,7 @@ from addcow_mp.units import KiB, MiB, round_down, round_up
 
 
 class CopyMethod(StrEnum):
-    """How bytes were moved."""
+    """A method to copy bytes; users can pin all but *direct*."""
 
     CLONE = "clone"
     RANGE = "range"
@@ -43,46 +43,37 @@ class CopyMethod(StrEnum):
     DIRECT = "direct"
 
 
-class Copy(StrEnum):
-    """What a user may pin."""
-
-    AUTO = "auto"
-    CLONE = "clone"
-    RANGE = "range"
-    BUFFER = "buffer"
-
-
 @dataclass(frozen=True)
 class CopyOptions:
-    """How runs are to be moved.
+    """How runs are copied.
 
-    ``copy``: the way, or auto. ``direct``: past the page cache. ``sparse``: blocks of so many
-    zero bytes become holes; 0 = do not look. ``rate``: bytes per second for all workers
-    together; 0 = no limit.
+    ``method``: the pinned method; None = choose. ``direct``: past the page cache. ``sparse``:
+    aligned blocks of so many zero bytes become holes; 0 = do not look for zeros. ``rate``: bytes
+    per second for all workers together; 0 = no limit.
     """
 
-    copy: Copy = Copy.AUTO
+    method: CopyMethod | None = None
     direct: bool = False
     sparse: int = 0
     rate: int = 0
 
 
-#: Cloning takes 50 us a call and more whatever the length: shorter runs are copied sooner.
+#: A clone takes 50 us or more whatever the length: shorter runs are copied sooner.
 CLONE_FROM = 512 * KiB
 
-#: Runs up to this length need no more than one read and one write, and nobody would clone them.
+#: Runs up to this length need only one read and one write, and are too short to be cloned.
 SHORT = WRITE_STEP
 
-#: One request of copy_file_range; also the longest time that an interrupt has to wait.
+#: One request of copy_file_range; an interrupt waits for its end.
 RANGE_STEP = 64 * MiB
 
-#: Direct requests: long enough for the disk, aligned as every disk wants it.
+#: Direct requests: long enough for the disk, aligned as every disk needs it.
 DIRECT_STEP, DIRECT_BLOCK = 1 * MiB, 4 * KiB
 
-#: Runs from this length on are preallocated where that pays: below, the call costs more.
+#: Shorter runs are not preallocated: the call costs more than it saves.
 PREALLOCATE_FROM = 1 * MiB
 
-#: Answers that mean "not between these two files", not "something is broken".
+#: Errors that mean "not between these two files", not "something is broken".
 _CANNOT = (
     errno.EXDEV,
     errno.EOPNOTSUPP,
@@ -98,26 +89,25 @@ _FICLONERANGE = 0x4020940D
 
 
 def clonable(copy_options: CopyOptions, start: int, stop: int, block: int) -> tuple[int, int]:
-    """The part of a run that is cloned where the file system can: whole blocks, or nothing."""
-    # Shared blocks cost nothing, zeros or not: with AUTO, too, nobody looks at them.
-    long_enough = copy_options.copy is Copy.AUTO and stop - start >= CLONE_FROM
-    if copy_options.direct or not (long_enough or copy_options.copy is Copy.CLONE):
+    """The part of a run that is cloned if the file system can: whole blocks, or nothing."""
+    # Shared blocks use no space, zeros or not, so a clone never looks for zeros.
+    long_enough = copy_options.method is None and stop - start >= CLONE_FROM
+    if copy_options.direct or not (long_enough or copy_options.method is CopyMethod.CLONE):
         return start, start
     return round_up(start, block), round_down(stop, block)
 
 
-@dataclass
 class Copier:
-    """Moves runs into ``target``. Counts in ``moved`` how many bytes went which way."""
+    """Copies runs into ``target``; ``moved`` counts the bytes that each method has copied."""
 
-    target: File
-    copy_options: CopyOptions = CopyOptions()
-    moved: dict[CopyMethod, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, target: File, copy_options: CopyOptions) -> None:
+        self.target = target
+        self.copy_options = copy_options
+        self.moved: dict[CopyMethod, int] = {}
+        #: Methods that do not work from a source, by its descriptor.
         self._cannot: set[tuple[CopyMethod, int]] = set()
-        self._preallocates = filesystem_of(self.target) == "ext4"
-        self._block = self.target.block_size
+        self._preallocates = filesystem_of(target) == "ext4"
+        self._block = target.block_size
         self._direct: dict[int, int] = {}
         self._views: dict[int, memoryview] = {}
 
@@ -127,54 +117,50 @@ class Copier:
 
     @cached_property
     def buffer(self) -> memoryview:
-        """What is read and written through; made when it is needed first."""
+        """The buffer for reading and writing, made when it is first needed."""
         return new_buffer()
 
     def move(self, source: File, start: int, stop: int) -> None:
-        """Move ``[start, stop)`` from ``source``. Raises :class:`FileError`."""
+        """Copy ``[start, stop)`` from ``source``. Raises :class:`FileError`."""
         if self.copy_options.direct:
-            self._move_direct(source, start, stop)
+            self._copy_past_cache(source, start, stop)
             return
-        if self._may(CopyMethod.CLONE, source):
-            start, stop = self._clone(source, start, stop)
-        if (
-            start < stop
-            and self._may(CopyMethod.RANGE, source)
-            and self.copy_options.copy is Copy.RANGE
-        ):
+        start = self.clone(source, start, stop)
+        if self.copy_options.method is CopyMethod.RANGE and start < stop:
             start = self._copy_range(source, start, stop)
-        if start < stop:
-            self._copy(source, start, stop)
+        self._copy(source, start, stop)
 
     def clone(self, source: File, start: int, stop: int) -> int:
-        """Clone what can be of ``[start, stop)``; returns where what is left begins."""
-        if self.copy_options.direct or not self._may(CopyMethod.CLONE, source):
+        """Clone a part of ``[start, stop)`` and copy what lies before; returns where it ends."""
+        first, last = clonable(self.copy_options, start, stop, self._block)
+        # A length of 0 would mean "to the end of the source".
+        if first >= last or not self._clone_blocks(source, first, last):
             return start
-        return self._clone(source, start, stop)[0]
+        self._count(CopyMethod.CLONE, last - first)
+        self._copy(source, start, first)
+        return last
 
-    def announce(self, start: int, stop: int) -> None:
-        """Take note that ``[start, stop)`` is moved next, in steps: it is placed as one piece."""
+    def preallocate(self, start: int, stop: int) -> None:
+        """Make the file system allocate ``[start, stop)``, which is copied next, in one extent."""
         plain = not self.copy_options.direct and not self.copy_options.sparse
         if plain and self._preallocates and stop - start >= PREALLOCATE_FROM:
-            self._preallocate(start, stop)
+            data = self.target.next_data(start)
+            if data is None or data >= stop:
+                with self.target.doing(f"allocate {stop - start} bytes at {start}"):
+                    self._preallocates = holes.allocate(self.target.fd, start, stop)
 
     @property
     def copies_plainly(self) -> bool:
-        """Whether nothing but reading and writing is done with runs too short to be cloned."""
-        usual = self.copy_options.copy in (Copy.AUTO, Copy.BUFFER)
-        special = (
-            self.copy_options.direct
-            or self.copy_options.sparse
-            or self.copy_options.rate
-            or faults.armed
-        )
-        return usual and not special
+        """Whether runs too short to be cloned are only read and written."""
+        options = self.copy_options
+        usual = options.method in (None, CopyMethod.BUFFER)
+        return usual and not (options.direct or options.sparse or options.rate or faults.armed)
 
     def move_short(self, source: File, start: int, stop: int) -> bool:
-        """Move ``[start, stop)`` with one read and one write; false when that cannot be.
+        """Copy ``[start, stop)`` with one read and one write; False if that is impossible.
 
-        It cannot if the run is long enough to be cloned, or has a hole, or if something fails:
-        :meth:`move` then meets the same again, and can tell.
+        It is if the run is longer than :data:`SHORT`, contains a hole, or if a call fails:
+        :meth:`move` then has the same failure and raises it.
         """
         length, fd = stop - start, source.fd
         if length > SHORT:
@@ -194,48 +180,40 @@ class Copier:
             self._count(CopyMethod.BUFFER, length)
         return moved
 
-    def _may(self, way: CopyMethod, source: File) -> bool:
-        return (way, source.fd) not in self._cannot
+    def _count(self, method: CopyMethod, length: int) -> None:
+        self.moved[method] = self.moved.get(method, 0) + length
 
-    def _count(self, way: CopyMethod, length: int) -> None:
-        self.moved[way] = self.moved.get(way, 0) + length
-
-    # Clone
-
-    def _clone(self, source: File, start: int, stop: int) -> tuple[int, int]:
-        """Clone what can be of a run; returns what is left, a tail or all of it."""
-        first, last = clonable(self.copy_options, start, stop, self._block)
-        # A length of 0 would mean "to the end of the source".
-        if first >= last or not self._cloned(source, first, last):
-            return start, stop
-        self._count(CopyMethod.CLONE, last - first)
-        if start < first:
-            self._copy(source, start, first)
-        return last, stop
-
-    def _cloned(self, source: File, start: int, stop: int) -> bool:
-        self._pass_fault_points(source, start, stop)
-        request = struct.pack("qQQQ", source.fd, start, stop - start, start)
-        try:
-            fcntl.ioctl(self.target.fd, _FICLONERANGE, request)
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise FileError.of(self.target.path, f"clone at {start}", error) from error
-            self._cannot.add((CopyMethod.CLONE, source.fd))
-            return False
-        return True
+    def _check(self, method: CopyMethod, source: File, error: OSError, place: int) -> None:
+        """Remember that ``method`` does not work from ``source``, or raise a real error."""
+        if error.errno not in _CANNOT:
+            verb = "clone" if method is CopyMethod.CLONE else "copy"
+            raise FileError.of(self.target.path, f"{verb} at {place}", error) from error
+        self._cannot.add((method, source.fd))
 
     def _pass_fault_points(self, source: File, start: int, stop: int) -> None:
         if faults.armed:
             for file, verb in ((source, "read"), (self.target, "write")):
                 with file.doing(f"{verb} at {start}"):
-                    if file.meet(verb, start, stop - start) < stop - start:
-                        raise faults.failure()
+                    file.fault_point(verb, start, stop - start)
 
-    # Copy inside the kernel
+    # Without moving bytes through this process
+
+    def _clone_blocks(self, source: File, start: int, stop: int) -> bool:
+        if (CopyMethod.CLONE, source.fd) in self._cannot:
+            return False
+        self._pass_fault_points(source, start, stop)
+        request = struct.pack("qQQQ", source.fd, start, stop - start, start)
+        try:
+            fcntl.ioctl(self.target.fd, _FICLONERANGE, request)
+        except OSError as error:
+            self._check(CopyMethod.CLONE, source, error, start)
+            return False
+        return True
 
     def _copy_range(self, source: File, start: int, stop: int) -> int:
-        """Copy until the end or until the kernel cannot; returns how far it came."""
+        """Copy to the end, or until the kernel cannot; returns where it has stopped."""
+        if (CopyMethod.RANGE, source.fd) in self._cannot:
+            return start
         self._pass_fault_points(source, start, stop)
         position = start
         while position < stop:
@@ -243,98 +221,76 @@ class Copier:
             try:
                 done = os.copy_file_range(source.fd, self.target.fd, step, position, position)
             except OSError as error:
-                if error.errno not in _CANNOT:
-                    raise FileError.of(self.target.path, f"copy at {position}", error) from error
-                self._cannot.add((CopyMethod.RANGE, source.fd))
+                self._check(CopyMethod.RANGE, source, error, position)
                 break
-            if done == 0:  # the source ends early: the plain copy says so
+            if done == 0:  # the source has become shorter: the plain copy reports it
                 break
             position += done
         self._count(CopyMethod.RANGE, position - start)
         return position
 
-    # Plain copy
+    # Through a buffer
 
     def _copy(self, source: File, start: int, stop: int) -> None:
+        if start >= stop:
+            return
         if self.copy_options.sparse:
-            self._copy_sparse(source, start, stop)
+            for offset in range(start, stop, len(self.buffer)):
+                view = self.buffer[: stop - offset]
+                source.read_into(view, offset)
+                self._write_sparse(view, offset, self.copy_options.sparse, self.target.write)
         else:
             copy(source, self.target, start, stop, self.buffer)
         self._count(CopyMethod.BUFFER, stop - start)
 
-    def _preallocate(self, start: int, stop: int) -> None:
-        """Let the file system place a run that goes into a hole at once, as one piece."""
-        data = self.target.next_data(start)
-        if data is None or data >= stop:
-            with self.target.doing(f"allocate {stop - start} bytes at {start}"):
-                self._preallocates = holes.allocate(self.target.fd, start, stop)
-
-    def _copy_sparse(self, source: File, start: int, stop: int) -> None:
-        for offset in range(start, stop, len(self.buffer)):
-            view = self.buffer[: stop - offset]
-            source.read_into(view, offset)
-            position = 0
-            for first, last in nonzero_runs(view, self.copy_options.sparse):
-                self._make_zero(offset + position, offset + first)
-                self.target.write(view[first:last], offset + first)
-                position = last
-            self._make_zero(offset + position, offset + len(view))
-
-    def _make_zero(self, start: int, stop: int) -> None:
-        if start < stop:
-            self.target.make_zero(start, stop)
+    def _write_sparse(
+        self, view: memoryview, offset: int, block: int, write: Callable[[memoryview, int], None]
+    ) -> None:
+        """Write what is not zero in ``view``; make blocks of zeros holes, unless ``block`` is 0."""
+        position = 0
+        for first, last in nonzero_runs(view, block) if block else [(0, len(view))]:
+            self.target.make_zero(offset + position, offset + first)
+            write(view[first:last], offset + first)
+            position = last
+        self.target.make_zero(offset + position, offset + len(view))
 
     # Past the page cache
 
-    def _move_direct(self, source: File, start: int, stop: int) -> None:
-        first, last = round_up(start, DIRECT_BLOCK), round_down(stop, DIRECT_BLOCK)
-        if first >= last or not self._may(CopyMethod.DIRECT, source):
-            self._copy_edge(source, start, stop)
-            return
-        try:
-            self._copy_direct(source, first, last)
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise FileError.of(self.target.path, f"copy at {start}", error) from error
-            self._cannot.add((CopyMethod.DIRECT, source.fd))
-            self._copy_edge(source, start, stop)
-            return
-        self._copy_edge(source, start, first)
-        self._copy_edge(source, last, stop)
+    def _copy_past_cache(self, source: File, start: int, stop: int) -> None:
+        """Copy whole blocks directly, and less than a block at each end through the page cache.
 
-    def _copy_direct(self, source: File, start: int, stop: int) -> None:
-        here, there = self._direct_fd(source), self._direct_fd(self.target)
-        buffer = self._direct_buffer
-        self._pass_fault_points(source, start, stop)
-        for offset in range(start, stop, DIRECT_STEP):
-            view = buffer[: stop - offset]
-            if os.preadv(here, [view], offset) != len(view):
-                raise OSError(errno.EINVAL, "short direct read")
-            self._write_direct(there, view, offset)
-        self._count(CopyMethod.DIRECT, stop - start)
-
-    def _write_direct(self, there: int, view: memoryview, offset: int) -> None:
-        """Write ``view``, or what of it is not zero when zeros are looked for."""
-        block = round_up(self.copy_options.sparse, DIRECT_BLOCK)
-        position = 0
-        for first, last in nonzero_runs(view, block) if block else [(0, len(view))]:
-            self._make_zero(offset + position, offset + first)
-            if os.pwrite(there, view[first:last], offset + first) != last - first:
-                raise OSError(errno.EINVAL, "short direct write")
-            position = last
-        self._make_zero(offset + position, offset + len(view))
-
-    def _copy_edge(self, source: File, start: int, stop: int) -> None:
-        """What is no whole block goes through the cache: a page at most, at each end of a run.
-
-        Syncing here to drop it again is not for a worker: it would take the answer of a
-        failed sync away from the parent.
+        The ends are not synced and dropped from the cache: a worker's sync would take the error of
+        a failed sync away from the parent.
         """
-        if start < stop:
+        first, last = round_up(start, DIRECT_BLOCK), round_down(stop, DIRECT_BLOCK)
+        if first >= last or not self._copy_direct(source, first, last):
             self._copy(source, start, stop)
+            return
+        self._copy(source, start, first)
+        self._copy(source, last, stop)
+
+    def _copy_direct(self, source: File, start: int, stop: int) -> bool:
+        if (CopyMethod.DIRECT, source.fd) in self._cannot:
+            return False
+        self._pass_fault_points(source, start, stop)
+        block = round_up(self.copy_options.sparse, DIRECT_BLOCK)
+        try:
+            here = self._direct_fd(source)
+            for offset in range(start, stop, DIRECT_STEP):
+                view = self._direct_buffer[: stop - offset]
+                _refuse_partial(os.preadv(here, [view], offset), view)
+                self._write_sparse(view, offset, block, self._write_direct)
+        except OSError as error:
+            self._check(CopyMethod.DIRECT, source, error, start)
+            return False
+        self._count(CopyMethod.DIRECT, stop - start)
+        return True
+
+    def _write_direct(self, view: memoryview, offset: int) -> None:
+        _refuse_partial(os.pwrite(self._direct_fd(self.target), view, offset), view)
 
     def _direct_fd(self, file: File) -> int:
-        """The same open file past the cache; the locks stay with the descriptor it came from."""
+        """A descriptor of the same file with O_DIRECT; the locks stay with the first descriptor."""
         if file.fd not in self._direct:
             mode = os.O_RDWR if file is self.target else os.O_RDONLY
             flags = mode | os.O_DIRECT | os.O_CLOEXEC
@@ -342,15 +298,20 @@ class Copier:
         return self._direct[file.fd]
 
 
+def _refuse_partial(done: int, view: memoryview) -> None:
+    if done != len(view):
+        raise OSError(errno.EINVAL, "incomplete direct request")
+
+
 def nonzero_runs(view: memoryview, block: int) -> Iterator[Run]:
-    """The runs of blocks of ``block`` bytes in ``view`` that hold other bytes than 0."""
+    """The runs of blocks of ``block`` bytes in ``view`` that are not all zero."""
     end = len(view)
     zero = ((start, min(start + block, end)) for start in _zero_blocks(view, block))
     return between(zero, 0, end)
 
 
 def _zero_blocks(view: memoryview, block: int) -> Iterator[int]:
-    """Where the blocks begin that are all 0. Few are looked at: most begin with something else."""
+    """Where the blocks of zeros begin. The first 8 bytes of most other blocks are not zero."""
     bits = bitarray(buffer=view)
     heads = view.cast("Q")[:: block // 8].tolist() if len(view) % 8 == 0 else None
     for number, start in enumerate(range(0, len(view), block)):

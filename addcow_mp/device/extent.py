@@ -1,7 +1,6 @@
 """An extent: a range of the guest's view that one file, or no file, supplies.
 
-Each file of a chain holds guest data at the data's own offset, so an extent needs no second
-offset: it says which file supplies it, by depth, and whether that file holds data there.
+Each file of a chain holds guest data at the guest's own offset, so an extent has only one offset.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class ExtentKind(IntEnum):
 
 
 class Extent(NamedTuple):
-    """The bytes ``[start, stop)`` of the guest's view, with qemu-img map's words.
+    """The bytes ``[start, stop)`` of the guest's view; the properties are named as in qemu-img map.
 
     ``depth`` 0 is the image file, 1 the backing file, and so on. All numbers are bytes.
     """
@@ -45,22 +44,22 @@ class Extent(NamedTuple):
 
     @property
     def data(self) -> bool:
-        """Whether that file holds bytes there."""
+        """Whether that file holds bytes there, and not a hole."""
         return self.kind is ExtentKind.DATA
 
     @property
     def zero(self) -> bool:
-        """Whether it certainly reads as zeros."""
+        """Whether it is known to read as zeros."""
         return not self.data
 
     @property
     def offset(self) -> int | None:
-        """Where it lies in the file at its depth; None where no file supplies it."""
+        """Its offset in the file at its depth; None if no file supplies it."""
         return self.start if self.present else None
 
     def __repr__(self) -> str:
-        words = ("data" if self.data else "zero") if self.present else "absent"
-        return f"Extent({self.start}, {self.length}, depth={self.depth}, {words})"
+        state = ("data" if self.data else "zero") if self.present else "absent"
+        return f"Extent({self.start}, {self.length}, depth={self.depth}, {state})"
 
 
 def joined(extents: Iterable[Extent]) -> Iterator[Extent]:

@@ -1,7 +1,7 @@
-"""Rules for fault points: what they say, and the files they are read from.
+"""Rules for fault points, and the files that contain them.
 
-Apart from :mod:`addcow_mp.device.faults`, which every operation passes, because nearly no
-process ever has a rule.
+This is apart from :mod:`addcow_mp.device.faults`, which every process imports, because hardly any
+process has rules.
 """
 
 from __future__ import annotations
@@ -12,28 +12,14 @@ from dataclasses import dataclass
 
 from addcow_mp.errors import UsageError
 
-#: Every event, in about the order in which a job meets them.
+#: Every event, roughly in the order in which they happen in a job.
 EVENTS = (
-    "header_read",
-    "header_write",
-    "bitmap_load",
-    "bitmap_update",
-    "bitmap_sync",
-    "image_read",
-    "image_write",
-    "backing_read",
-    "backing_write",
-    "target_write",
-    "cow_read",
-    "cow_write",
-    "data_sync",
-    "publish",
-    "punch",
-    "image_cut",
-    "discard",
-    "create",
-    "directory_sync",
-    "read_back",
+    *("header_read", "header_write"),
+    *("bitmap_load", "bitmap_update", "bitmap_sync"),
+    *("image_read", "image_write", "backing_read", "backing_write", "target_write"),
+    *("cow_read", "cow_write"),
+    *("data_sync", "publish", "punch", "image_cut", "discard"),
+    *("create", "directory_sync", "read_back"),
 )
 
 ACTIONS = ("error", "short", "stop", "kill")
@@ -41,7 +27,7 @@ ACTIONS = ("error", "short", "stop", "kill")
 
 @dataclass
 class Rule:
-    """What happens at ``event``; ``marker`` is a file that makes ``once`` hold in all processes."""
+    """What happens at ``event``; the file ``marker`` makes ``once`` hold in all processes."""
 
     event: str
     action: str = "error"
@@ -51,7 +37,7 @@ class Rule:
     cluster: int | None = None
     marker: str | None = None
     _seen: int = 0
-    _spent: bool = False
+    _used: bool = False
 
     def __post_init__(self) -> None:
         if self.event not in EVENTS or self.action not in ACTIONS:
@@ -61,21 +47,20 @@ class Rule:
             )
 
     def applies(self, event: str, clusters: tuple[int, int] | None) -> bool:
-        """Whether this rule strikes now; counts the events that it lets go by."""
-        if event != self.event or self._spent:
+        """Whether this rule applies now; counts the events that ``after`` skips."""
+        if event != self.event or self._used:
             return False
         if self.cluster is not None and not (
             clusters and clusters[0] <= self.cluster < clusters[1]
         ):
             return False
         self._seen += 1
-        return self._seen > self.after and self._take()
+        return self._seen > self.after and self._use()
 
-    def _take(self) -> bool:
-        if not self.once:
-            return True
-        self._spent = True
-        if self.marker is None:
+    def _use(self) -> bool:
+        """Whether no process has used this rule, if it holds only once."""
+        self._used = self.once
+        if not self.once or self.marker is None:
             return True
         try:
             os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
@@ -90,21 +75,22 @@ def load(path: str) -> list[Rule]:
 
     try:
         with open(path, encoding="utf-8") as file:
-            before, *sections = file.read().split("[inject-error]")
-        _refuse_other_sections(before, sections)
-        return [_rule(_words(text), f"{path}.hit-{n}") for n, text in enumerate(sections)]
+            sections = _sections(file.read())
+        return [_rule(_keys(one), f"{path}.hit-{n}") for n, one in enumerate(sections)]
     except (OSError, Error, ValueError, TypeError) as error:
-        told = " ".join(str(error).split())
-        raise UsageError(message=f"{path}: not a rule file: {told}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(message=f"{path}: not a rule file: {reason}") from error
 
 
-def _refuse_other_sections(before: str, sections: list[str]) -> None:
+def _sections(text: str) -> list[str]:
+    before, *sections = text.split("[inject-error]")
     if not sections or any(line.strip() and line[0] != "#" for line in before.splitlines()):
         raise ValueError("it has to begin with [inject-error]")
+    return sections
 
 
-def _words(text: str) -> dict[str, str]:
-    """The words of one section, which is all that follows its heading."""
+def _keys(text: str) -> dict[str, str]:
+    """Keys and values of one section; ``text`` is everything after its heading."""
     from configparser import ConfigParser
 
     parser = ConfigParser(inline_comment_prefixes=("#",), interpolation=None)
@@ -114,16 +100,16 @@ def _words(text: str) -> dict[str, str]:
     return {key: value.strip('"') for key, value in parser["rule"].items()}
 
 
-def _rule(given: dict[str, str], marker: str) -> Rule:
-    unknown = set(given) - {"event", "action", "errno", "after", "once", "cluster"}
-    if "event" not in given or unknown:
+def _rule(keys: dict[str, str], marker: str) -> Rule:
+    unknown = set(keys) - {"event", "action", "errno", "after", "once", "cluster"}
+    if "event" not in keys or unknown:
         raise ValueError(f"a rule needs an event, and has no {', '.join(unknown) or 'other words'}")
     return Rule(
-        given["event"],
-        given.get("action", "error"),
-        errno=int(given.get("errno", str(errno.EIO)), 0),
-        after=int(given.get("after", "0"), 0),
-        once=("off", "on").index(given.get("once", "off")) == 1,
-        cluster=int(given["cluster"], 0) if "cluster" in given else None,
+        keys["event"],
+        keys.get("action", "error"),
+        errno=int(keys.get("errno", str(errno.EIO)), 0),
+        after=int(keys.get("after", "0"), 0),
+        once=("off", "on").index(keys.get("once", "off")) == 1,
+        cluster=int(keys["cluster"], 0) if "cluster" in keys else None,
         marker=marker,
     )

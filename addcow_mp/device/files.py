@@ -1,14 +1,14 @@
-"""Open files, and the few ways in which bytes reach them.
+"""Open files, and the ways in which bytes are written to them.
 
-A file is used by its descriptor from its opening on: what was checked is what is written.
-Data is read and written by position (pread, pwrite), never through a writable mapping: a
-store into a mapping of a full disk is a SIGBUS, a pwrite is an ENOSPC.
+A file is used through its descriptor from the moment it is opened, so the file that was checked is
+the file that is written. Data is read and written by position (pread, pwrite), never through a
+writable mapping: on a full disk, a store into a mapping is a SIGBUS, a pwrite is an ENOSPC.
 
-A file remembers when a sync of it failed. After one failure the kernel forgets which pages
-did not reach the disk, so a second sync would succeed and prove nothing: :meth:`File.sync`
-then refuses for good.
+A file remembers that a sync of it failed. After a failure the kernel forgets which pages did not
+reach the disk, so a second sync would succeed and prove nothing: :meth:`File.sync` then always
+fails.
 
-Every operation is a fault point, named by the file's role.
+Every operation is a fault point, named after the file's role.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ from typing import Any
 
 from addcow_mp.device import faults, holes, syscalls
 from addcow_mp.device.location import base_path, real_path
-from addcow_mp.device.permissions import EVERYBODY, Readers, settle
+from addcow_mp.device.permissions import EVERYBODY, Readers, set_readers
 from addcow_mp.errors import AddcowError, FileError, ImageError, NoLocksError, SyncError
 from addcow_mp.format.bitmap import write_all
 from addcow_mp.units import MAX_SIZE, KiB, MiB, round_up
 
-#: One buffer to copy or hash through: small enough to stay in the processor's cache between read
-#: and write, and a sixth faster than 256 KiB, which are four calls for one.
+#: One buffer to copy or hash through: it fits the processor's cache, and is a sixth faster than
+#: 256 KiB, which needs four times as many calls.
 BUFFER_SIZE = 1 * MiB
 
 _ZEROS = bytes(64 * KiB)
 
-#: Answers that mean "there are no locks here"; a sandbox answers EPERM.
+#: Answers of a file system or a sandbox without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+
+#: The role of a file in its chain: the first part of the names of its fault points.
+COW, IMAGE, BACKING, TARGET = "cow", "image", "backing", "target"
 
 
 def new_buffer(size: int = BUFFER_SIZE) -> memoryview:
-    """Memory to read into again and again, in whole pages.
+    """A reusable buffer in whole pages.
 
-    A bytearray of this size begins 16 bytes behind a page: copying through it takes a quarter
-    longer, hashing from it a sixth. Making one costs more than a small copy: keep it.
+    A bytearray of this size begins 16 bytes behind a page, which makes copying a quarter slower and
+    hashing a sixth. Making a buffer costs more than a small copy, so callers keep it.
     """
     try:
         return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -52,16 +55,12 @@ def new_buffer(size: int = BUFFER_SIZE) -> memoryview:
         raise MemoryError from error
 
 
-#: What a file is in its chain: names its fault points.
-COW, IMAGE, BACKING, TARGET = "cow", "image", "backing", "target"
-
-
 class File:
     """An open file. Offsets and lengths are in bytes.
 
-    Picklable to a process that is being started, which receives a duplicate of the
-    descriptor, not the path to open again: locks stay held until the last process that
-    could write has ended.
+    A file can be pickled for a process that is being started, which receives a duplicate of the
+    descriptor and does not open the path again. So locks are held until the last process that could
+    write has ended.
     """
 
     def __init__(self, path: str, fd: int, *, writable: bool) -> None:
@@ -71,20 +70,20 @@ class File:
         self.role = BACKING
         #: Whether syncs are carried out.
         self.durable = True
-        #: Lets go of locks before the file is closed; a duplicate in a worker has none.
-        self.let_go: Callable[[], None] | None = None
-        #: Of the overlay that is worked on: fault rules count in its clusters.
+        #: Releases the locks before the file is closed; None in a worker's duplicate.
+        self.release_locks: Callable[[], None] | None = None
+        #: Cluster size of the overlay in use: fault rules count in its clusters.
         self.cluster_size = 64 * KiB
         self._sync_error: OSError | None = None
 
     @classmethod
     def create(cls, path: str, readers: Readers = EVERYBODY) -> File:
-        """Create a file that must not exist yet, for ``readers``, and open it for writing."""
+        """Create a new file that only ``readers`` may read, and open it for writing."""
         try:
             if faults.armed:
                 faults.hit("create")
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, readers.mode)
-            settle(fd, readers)
+            set_readers(fd, readers)
         except FileExistsError as error:
             raise it_exists(path) from error
         except (OSError, ValueError) as error:
@@ -97,19 +96,17 @@ class File:
         state = {"role": self.role, "durable": self.durable, "cluster_size": self.cluster_size}
         return (_received, (self.path, DupFd(self.fd), self.writable), state)
 
-    # What it is
+    # Properties
 
     @property
     def status(self) -> os.stat_result:
-        """What the system says of the file; a file system that has died says nothing."""
-        try:
+        """The result of fstat. Raises :class:`FileError` if the file system has died."""
+        with self.doing("look at it"):
             return os.fstat(self.fd)
-        except OSError as error:
-            raise FileError.of(self.path, "look at it", error) from error
 
     @property
     def length(self) -> int:
-        """The file's length, or the device's size, at this moment."""
+        """The current length of the file, or the size of the device."""
         status = self.status
         if stat.S_ISBLK(status.st_mode):
             with self.doing("look at its size"):
@@ -118,7 +115,7 @@ class File:
 
     @property
     def is_device(self) -> bool:
-        """Whether it is a block device, whose length nobody can change."""
+        """Whether it is a block device, which cannot grow or shrink."""
         return is_device(self.identity)
 
     @property
@@ -128,7 +125,7 @@ class File:
 
     @cached_property
     def real(self) -> str:
-        """The path at which the file lies, without links."""
+        """The file's path without links."""
         return real_path(self.fd, self.path)
 
     @cached_property
@@ -138,7 +135,7 @@ class File:
 
     @property
     def allocated(self) -> int:
-        """Bytes of disk that the file takes."""
+        """Bytes of disk space that the file uses."""
         return self.status.st_blocks * 512
 
     @property
@@ -154,20 +151,20 @@ class File:
             return os.fstatvfs(self.fd).f_frsize
 
     def close(self) -> None:
-        """Let go of locks and close the descriptor; calling it twice does no harm."""
+        """Release the locks and close the descriptor; a second call does nothing."""
         if self.fd < 0:
             return
-        if self.let_go is not None:
-            # A mapping of the file has a duplicate of the descriptor, which would hold locks.
+        if self.release_locks is not None:
+            # A mapping of the file has a duplicate of the descriptor, which would keep the locks.
             with contextlib.suppress(OSError):
-                self.let_go()
+                self.release_locks()
         fd, self.fd = self.fd, -1
         with self.doing("close it"):
             os.close(fd)
 
     @contextlib.contextmanager
     def doing(self, action: str) -> Iterator[None]:
-        """Turn an :class:`OSError` of the block into a :class:`FileError` naming this file."""
+        """Turn an :class:`OSError` of the block into a :class:`FileError` that names this file."""
         try:
             yield
         except OSError as error:
@@ -178,12 +175,23 @@ class File:
 
     # Reading and writing
 
+    def fault_point(self, verb: str, offset: int, length: int, *, partial: bool = False) -> int:
+        """Apply the fault rules for ``verb``; returns how many bytes to process before failing.
+
+        Raises :class:`OSError`. The result is below ``length`` only with ``partial``.
+        """
+        role = "header" if self.role == COW else self.role
+        allowed = faults.cut(f"{role}_{verb}", length, self._clusters(offset, length))
+        if allowed < length and not partial:
+            raise faults.failure()
+        return allowed
+
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` on; the file must be that long."""
         length, start = len(view), offset
         try:
             if faults.armed:
-                self.meet_read(offset, length)
+                self.fault_point("read", offset, length)
             while view:
                 done = os.preadv(self.fd, [view], offset)
                 if done == 0:
@@ -192,41 +200,32 @@ class File:
         except OSError as error:
             raise FileError.of(self.path, f"read {length} bytes at {start}", error) from error
 
-    def meet(self, verb: str, offset: int, length: int) -> int:
-        """Pass the fault point of this role and ``verb``; returns how much may be done."""
-        if not faults.armed:
-            return length
-        role = "header" if self.role == COW else self.role
-        return faults.cut(f"{role}_{verb}", length, self._clusters(offset, length))
-
-    def meet_read(self, offset: int, length: int) -> None:
-        """Pass the fault point of reading: a read that is cut short has failed."""
-        if self.meet("read", offset, length) < length:
-            raise faults.failure()
-
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of ``data`` at ``offset``."""
-        with self.doing(f"write {len(data)} bytes at {offset}"):
-            allowed = self.meet("write", offset, len(data))
+        length = allowed = len(data)
+        try:
+            if faults.armed:
+                allowed = self.fault_point("write", offset, length, partial=True)
             write_all(self.fd, memoryview(data)[:allowed], offset)
-            if allowed < len(data):
+            if allowed < length:
                 raise faults.failure()
+        except OSError as error:
+            raise FileError.of(self.path, f"write {length} bytes at {offset}", error) from error
 
     def make_zero(self, start: int, stop: int) -> None:
-        """Make the bytes ``[start, stop)`` read as zeros, freeing their space where possible.
+        """Make the bytes ``[start, stop)`` read as zeros, freeing their space if possible.
 
-        A hole already reads as zeros and is left alone. The length never changes.
+        Holes are left alone. The length never changes.
         """
         for first, last in self.data_runs(start, stop):
             if not self._punched(first, last):
-                self._write_zeros(first, last)
+                for offset in range(first, last, len(_ZEROS)):
+                    self.write(memoryview(_ZEROS)[: last - offset], offset)
 
     def next_data(self, position: int) -> int | None:
-        """The first byte at or behind ``position`` that is not in a hole; None when none is."""
-        try:
+        """The first byte at or behind ``position`` that is not in a hole, if any."""
+        with self.doing(f"look for data from {position} on"):
             return holes.next_data(self.fd, position)
-        except OSError as error:
-            raise FileError.of(self.path, f"look for data from {position} on", error) from error
 
     def data_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The parts of ``[start, stop)`` that are not in a hole, in order."""
@@ -236,9 +235,9 @@ class File:
             raise FileError.of(self.path, f"look for data from {start} on", error) from error
 
     def punch(self, start: int, stop: int) -> None:
-        """Free the space of ``[start, stop)`` where the file system can; the length stays."""
+        """Free the space of ``[start, stop)`` if the file system can; the length stays."""
         if start < stop and next(self.data_runs(start, stop), None):
-            # Only whole blocks are freed; that of the file's end is one if all of it is named.
+            # Only whole blocks are freed: the range has to include all of the file's last block.
             end = round_up(stop, self.block_size) if stop == self.length else stop
             self._punched(start, min(end, MAX_SIZE))
 
@@ -248,23 +247,19 @@ class File:
                 faults.hit("punch", self._clusters(start, stop - start))
             return holes.punch(self.fd, start, stop)
 
-    def _write_zeros(self, start: int, stop: int) -> None:
-        for offset in range(start, stop, len(_ZEROS)):
-            self.write(memoryview(_ZEROS)[: stop - offset], offset)
-
     def grow(self, length: int) -> None:
-        """Lengthen the file to ``length`` with zeros behind its last byte; never cut it."""
+        """Lengthen the file to ``length`` with zeros; never shorten it."""
         with self.doing(f"grow it to {length} bytes"):
             if self.length < length:
                 os.ftruncate(self.fd, length)
 
     def start_writing(self, start: int, stop: int) -> None:
-        """Let the disk begin with ``[start, stop)``, if it will be synced later anyhow."""
+        """Start writing ``[start, stop)`` to disk, if the file will be synced."""
         if self.durable:
             syscalls.start_writing(self.fd, start, stop)
 
     def sync(self) -> None:
-        """Make the file's data durable. Final when it fails: see :class:`SyncError`."""
+        """Make the file's data durable. Raises :class:`SyncError`, and then at every call."""
         if not self.durable:
             return
         try:
@@ -275,7 +270,7 @@ class File:
             os.fdatasync(self.fd)
         except OSError as error:
             self._sync_error = error
-            # What the cache still shows is not what the disk holds: show the disk's.
+            # The cache still shows data that the disk does not have: drop it.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
             raise SyncError.of(self.path, "make its data durable", error) from error
@@ -286,12 +281,12 @@ def _received(path: str, duplicate: Any, writable: bool) -> File:
 
 
 def ended_early() -> OSError:
-    """The error for a file that is shorter than it was when it was opened."""
+    """The error for a file that has become shorter since it was opened."""
     return OSError(errno.EIO, "the file ends early; was it cut short meanwhile?")
 
 
 def it_exists(path: str) -> ImageError:
-    """The error for a path at which a new file should be made, and something is."""
+    """The error for a new file whose path is already in use."""
     problem = "it exists already, and is never overwritten; name a new file"
     return ImageError(path=path, problem=problem)
 
@@ -302,12 +297,12 @@ def cannot_open(path: str, action: str, error: OSError | ValueError) -> FileErro
     return FileError.of(path, action, known)
 
 
-#: No file system has this number.
+#: Stands for the file system in the identity of a device; no file system has this number.
 _DEVICE = -1
 
 
 def device_identity(device: int) -> tuple[int, int]:
-    """The identity of the block device of this number."""
+    """The identity of the block device with this number."""
     return _DEVICE, device
 
 
@@ -324,7 +319,7 @@ def identity_of(status: os.stat_result) -> tuple[int, int]:
 
 
 def identity_at(path: str) -> tuple[int, int] | None:
-    """That of the file at ``path``; None when there is none to be seen."""
+    """The identity of the file at ``path``; None if stat fails."""
     try:
         return identity_of(os.stat(path))
     except OSError:
@@ -332,13 +327,13 @@ def identity_at(path: str) -> tuple[int, int] | None:
 
 
 def free_bytes(status: os.statvfs_result) -> int:
-    """Bytes that we can still write to a file system of this ``status``."""
+    """Bytes that this user can still write to the file system of ``status``."""
     blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
     return blocks * status.f_frsize
 
 
 def kind_of(mode: int) -> str:
-    """What a file of this ``st_mode`` is, in words."""
+    """The kind of file that ``st_mode`` describes, in words."""
     kinds = (
         (stat.S_ISREG, "a regular file"),
         (stat.S_ISDIR, "a directory"),
@@ -351,7 +346,7 @@ def kind_of(mode: int) -> str:
 
 
 def sync_directory(path: str) -> None:
-    """Make the directory entry of the file at ``path`` durable."""
+    """Make the directory entry of the file at ``path`` durable. Raises :class:`SyncError`."""
     directory = os.path.dirname(path) or "."
     try:
         if faults.armed:
@@ -367,9 +362,10 @@ def sync_directory(path: str) -> None:
 
 
 def sync_entry(path: str, action: str, otherwise: str) -> None:
-    """Make durable what has become of the name of the file at ``path``, by ``action``.
+    """Make durable that ``action`` has changed the name of the file at ``path``.
 
-    Raises :class:`FileError`, which says what may be ``otherwise``: it is done already.
+    Raises :class:`FileError`, which says what may be true ``otherwise`` after a power cut: the
+    change itself is done already.
     """
     try:
         sync_directory(path)
@@ -379,17 +375,17 @@ def sync_entry(path: str, action: str, otherwise: str) -> None:
 
 
 def cannot_lock(path: str, error: OSError) -> AddcowError:
-    """The error for a file that could not be locked; where there are no locks, with the way out."""
+    """The error for a file that could not be locked, because of ``error``."""
     if error.errno in _NO_LOCKS:
         return NoLocksError(path=path, reason=error.strerror or str(error))
     return FileError.of(path, "lock it", error)
 
 
 def claim_alone(path: str, fd: int, *, locking: bool = True) -> bool:
-    """Hold an open file against others of this program that do the same, until it is closed.
+    """Lock an open file against other processes of this program, until it is closed.
 
-    False when somebody holds it. Without ``locking`` a file system that has no locks will do.
-    Raises :class:`NoLocksError`, :class:`FileError`.
+    False if another process holds the lock. Without ``locking``, a file system without locks is
+    accepted. Raises :class:`NoLocksError`, :class:`FileError`.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -402,29 +398,8 @@ def claim_alone(path: str, fd: int, *, locking: bool = True) -> bool:
 
 
 def copy(source: File, target: File, start: int, stop: int, buffer: memoryview) -> None:
-    """Copy the bytes ``[start, stop)`` between two files at the same offset."""
-    preadv, here, there, size = os.preadv, source.fd, target.fd, len(buffer)
-    while start < stop:
-        part = buffer if stop - start >= size else buffer[: stop - start]
-        try:
-            if faults.armed:
-                source.meet_read(start, len(part))
-            done = preadv(here, [part], start)
-            if done == 0:
-                raise ended_early()
-        except OSError as error:
-            raise FileError.of(source.path, f"read at {start}", error) from error
-        if done < len(part):
-            part = part[:done]
-        if faults.armed:
-            target.write(part, start)
-        else:
-            _write_part(target, there, part, start)
-        start += done
-
-
-def _write_part(target: File, fd: int, part: memoryview, start: int) -> None:
-    try:
-        write_all(fd, part, start)
-    except OSError as error:
-        raise FileError.of(target.path, f"write at {start}", error) from error
+    """Copy the bytes ``[start, stop)`` to the same offset of ``target`` through ``buffer``."""
+    for offset in range(start, stop, len(buffer)):
+        part = buffer[: stop - offset]
+        source.read_into(part, offset)
+        target.write(part, offset)

@@ -1,4 +1,4 @@
-"""What the file system below an open file is, and whether files can share blocks on it."""
+"""The file system of an open file, and whether two files can share blocks on it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from addcow_mp.device.files import File
 #: File systems on which two files can always share blocks.
 _SHARING = ("btrfs", "bcachefs")
 
-# _IOR('X', 126, struct xfs_fsop_geom): 256 bytes, of which bit 20 of the flags is asked for.
+# _IOR('X', 126, struct xfs_fsop_geom): 256 bytes; bit 20 of the flags says that reflinks work.
 _XFS_IOC_FSGEOMETRY = 0x8100587E
 _GEOMETRY_SIZE, _FLAGS_AT, _REFLINK = 256, 92, 1 << 20
 
 
 def filesystem_of(file: File) -> str:
-    """The type of the file system that an open file lies on; empty when it cannot be told."""
+    """The type of the file system of an open file; empty if it is unknown."""
     device = file.status.st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with (
@@ -33,7 +33,7 @@ def filesystem_of(file: File) -> str:
 
 
 def can_share(one: File, other: File) -> bool:
-    """Whether blocks of ``one`` can be those of ``other`` as well, as far as is known."""
+    """Whether ``one`` and ``other`` can share blocks, as far as is known."""
     if one.status.st_dev != other.status.st_dev:
         return False
     kind = filesystem_of(one)

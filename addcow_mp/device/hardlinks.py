@@ -1,8 +1,8 @@
 """Hard links: files of an overlay that have several names.
 
-The names inside an ``.add-cow`` file mean other files beside each of its own names, and an image
-file with a second name may belong to another overlay, which no search would find. Such files are
-read with a warning, and written only when the user insists.
+A relative name inside an ``.add-cow`` file means a different file beside each of its hard links,
+and an image file with a second name may belong to another overlay that no search can find. Such
+files are read with a warning, and written only with ``--force``.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from addcow_mp.errors import HardLinksError
 
 
 def links_of(file: File) -> int:
-    """How many names the file has; a device has one."""
+    """How many names the file has; a device counts as one."""
     status = file.status
     return status.st_nlink if stat.S_ISREG(status.st_mode) else 1
 
 
 def refuse_linked(files: Iterable[File], *, force: bool) -> None:
-    """Raise :class:`HardLinksError` for the first of ``files``, to be written, with more names."""
+    """Raise :class:`HardLinksError` for the first of ``files`` that has several names."""
     for file in files:
         if not force and links_of(file) > 1:
             raise HardLinksError(path=file.path, links=links_of(file))
 
 
 def link_warnings(files: Iterable[File]) -> list[str]:
-    """What a reader is told of those of ``files`` that have several names."""
+    """A warning for each of ``files`` that has several names."""
     return [
-        f"{file.path}: it has {links_of(file)} hard links; beside another one it may be part of "
+        f"{file.path}: it has {links_of(file)} hard links; through another one it may be part of "
         "another image"
         for file in files
         if links_of(file) > 1

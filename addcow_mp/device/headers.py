@@ -1,7 +1,7 @@
-"""Headers of files that are open: read, judged, and the files that they name.
+"""Headers of open files: read and checked, and the files that they name.
 
-Nothing is guessed: formats are what the header says, and a name with a protocol prefix is
-refused. An error about a file says which ``.add-cow`` file names it.
+Nothing is guessed: formats are those of the header, and a name with a protocol prefix is refused.
+An error about a file says which ``.add-cow`` file names it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from addcow_mp.format.header import (
 )
 from addcow_mp.format.names import path_combine, path_has_protocol, read_string
 
-#: A chain that is longer is a mistake or an attack; every layer costs descriptors.
+#: A longer chain is a mistake or an attack; every layer needs descriptors.
 MAX_DEPTH = 30
 
 
 class Names(NamedTuple):
-    """What a header says of other files: names as stored, formats as words."""
+    """The files that a header names: names as stored, formats as text."""
 
     image: str
     image_format: str
@@ -47,7 +47,7 @@ class Names(NamedTuple):
 
 
 def load_header(cow: File) -> Header:
-    """Read the header and refuse it at the first rule that it breaks.
+    """Read the header and refuse the first rule that it breaks.
 
     Raises :class:`NotAddcowError` without the magic, else :class:`FormatError`.
     """
@@ -60,53 +60,47 @@ def load_header(cow: File) -> Header:
 
 
 def peek_header(cow: File) -> Header:
-    """Read the fixed header of a file that has the magic, legal or not."""
+    """Read the fixed header, valid or not, of a file that has the magic."""
     head = bytearray(min(FIXED_SIZE, cow.length))
     cow.read_into(memoryview(head), 0)
     if bytes(head[: len(MAGIC)]) != MAGIC:
-        detail = ", it is empty" if not head else ""
-        raise NotAddcowError(path=cow.path, detail=detail)
+        raise NotAddcowError(path=cow.path, detail="" if head else ", it is empty")
     if len(head) < FIXED_SIZE:
         raise _too_short(cow, FIXED_SIZE)
     return Header.unpack(bytes(head))
 
 
-def _too_short(cow: File, wanted: int) -> FormatError:
-    problem = f"the file is {cow.length} bytes long, its header needs {wanted}"
+def _too_short(cow: File, needed: int) -> FormatError:
+    problem = f"the file is {cow.length} bytes long, its header needs {needed}"
     return FormatError(path=cow.path, problem=problem, rule="header")
 
 
 def load_names(cow: File, header: Header) -> Names:
-    """Read the names and formats of a header that :func:`load_header` accepted."""
-    return Names(
-        image=read_name(cow, header.image_offset, header.image_size, IMAGE_NAME_LIMIT),
-        image_format=format_name(header.image_format),
-        backing=read_name(cow, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
-        if header.has_backing
-        else None,
-        backing_format=format_name(header.backing_format) if header.has_backing else None,
-    )
+    """Read the names and formats of a header that :func:`load_header` returned."""
+    image = read_name(cow, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
+    image_format = format_name(header.image_format)
+    if not header.has_backing:
+        return Names(image, image_format, None, None)
+    backing = read_name(cow, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
+    return Names(image, image_format, backing, format_name(header.backing_format))
 
 
 def read_name(cow: File, offset: int, size: int, limit: int) -> str:
-    """Read one name; any reason against it is told of the ``.add-cow`` file."""
+    """Read one name as :func:`read_string` does. Raises :class:`FormatError` about ``cow``."""
     try:
         with cow.doing("read its names"):
             return read_string(cow.fd, offset, size, limit)
     except ImageError as error:
-        raise FormatError(
-            path=cow.path,
-            problem=f"{error.fields['path']}: {error.fields['problem']}",
-            rule="names",
-        ) from error
+        problem = f"{error.fields['path']}: {error.fields['problem']}"
+        raise FormatError(path=cow.path, problem=problem, rule="names") from error
 
 
 def refuse_protocol(cow_path: str, name: str) -> None:
-    """Raise when ``name``, stored in the file at ``cow_path``, is not the name of a file."""
+    """Raise if ``name``, stored in the file at ``cow_path``, has a protocol prefix."""
     if path_has_protocol(name):
         raise UnsupportedError(
             path=cow_path,
-            problem=f"'{name}' names a protocol, not a file; only local files are opened "
+            problem=f"'{name}' names a protocol, not a file; only files are opened "
             "(a file of that name is written './...')",
         )
 
@@ -119,19 +113,19 @@ def resolve(cow: File, name: str) -> str:
 
 @contextmanager
 def errors_naming(cow: File, name: str, what: str) -> Iterator[str]:
-    """Resolve ``name``; an error about that file says that ``cow`` names it as ``what``."""
+    """Resolve ``name``; errors of the block about its path say that ``cow`` names it ``what``."""
     target = resolve(cow, name)
     try:
         yield target
     except AddcowError as error:
         if error.fields.get("path") != target:
             raise
-        told = {**error.fields, "path": f"{cow.path}: {what} '{name}'"}
-        raise type(error)(**told) from error
+        fields = {**error.fields, "path": f"{cow.path}: {what} '{name}'"}
+        raise type(error)(**fields) from error
 
 
 def refuse_image_format(cow_path: str, names: Names) -> None:
-    """Raise unless the image file is raw: only raw images are read and written."""
+    """Raise unless the image file is raw: no other format is read and written."""
     if names.image_format != RAW:
         raise UnsupportedError(
             path=cow_path,
@@ -147,19 +141,18 @@ def open_claimed(
     role: str,
     *,
     named: bool,
-    accept: Callable[[File], None] = lambda _: None,
+    check: Callable[[File], None] = lambda _: None,
 ) -> File:
-    """Open one file as ``access`` allows and take its locks.
+    """Open a file as ``access`` allows, and take its locks.
 
-    ``named`` by the user, it may lie anywhere; named by an image, only beneath a root.
-    ``accept`` may refuse it before the locks, which a file opened twice would not get.
+    A file ``named`` by the user may lie anywhere; one named by an image only beneath a root.
+    ``check`` may raise before the locks are taken, which a file opened twice would not get.
     """
-    writable = Permission.WRITE in claim.used
     opener = access.open_named if named else access.open_beneath
-    file = opener(path, writable=writable)
+    file = opener(path, writable=Permission.WRITE in claim.used)
     try:
         file.role = role
-        accept(file)
+        check(file)
         take_locks(file, claim, access)
     except BaseException:
         file.close()
@@ -168,19 +161,19 @@ def open_claimed(
 
 
 def take_locks(file: File, claim: Claim, access: Access) -> None:
-    """Take the locks of ``claim`` on ``file``, as far as ``access`` wants any."""
+    """Take the locks of ``claim`` on ``file``, if ``access`` wants locks."""
     if access.locking:
         lock(file, SHARING if access.share and not file.writable else claim)
 
 
 def refuse_mismatch(file: File, format_: str) -> None:
-    """Raise when ``file`` cannot be of the format that a header gives it."""
+    """Raise if ``file`` cannot be of the format that a header states."""
     if contradicts(file, format_):
         raise ImageError(path=file.path, problem=f"it is declared as {format_}, which it is not")
 
 
 def short_bitmap_warning(cow_path: str) -> list[str]:
-    """What a reader is told of a file that ends inside its bitmap."""
+    """The warning about a file that ends inside its bitmap."""
     return [
         f"{cow_path}: the file ends inside its bitmap, missing bits read as 0; "
         "it can be read but not written"

@@ -1,19 +1,18 @@
-"""Who else uses the storage of a file that will be written: mounts, swap, mappings, loop devices.
+"""Other users of the storage of a file that will be written: mounts, swap, mappings, loop devices.
 
-The kernel knows exclusive users of block devices (mounts, device mapper, md, swap, whoever opens
-with O_EXCL), for whole disks and partitions together: a device that will be written is opened
-with O_EXCL, and what is missing then is the name of the holder, which is looked for here.
+The kernel knows exclusive users of block devices (mounts, device mapper, md, swap, programs that
+opened the device with O_EXCL), for a disk and its partitions together. A device to be written is
+opened with O_EXCL; this module only finds the name of the holder when that fails.
 
-What lies beneath a loop device has no such protection: writing the file that a mounted loop
-device is bound to, or another device over the same file, destroys what is mounted. So each loop
-device and each of its partitions is followed down to the file or disk that holds its bytes, with
-the range of bytes there, however many loop devices lie on one another. One that meets the storage
-of a file to be written and is in use is a refusal. One that is bound and not in use is none:
-nothing of it stays in a cache once its last user has closed it.
+The file beneath a loop device has no such protection: writing it, or another device over the same
+file, destroys what is mounted. So each loop device and each of its partitions is followed down to
+the file or disk that holds its bytes, through any number of loop devices. If it overlaps the
+storage of a file to be written and is in use, the file is refused. A loop device that is bound but
+not in use is no obstacle: nothing of it stays in a cache after its last user has closed it.
 
-Loop devices are looked for at most ten times a second. What is mounted while a job runs is not
-noticed. Nothing is known of programs that open a loop device without O_EXCL and without locks, and
-storage is not followed through device mapper and md, which claim what they lie on.
+Loop devices are looked up at most ten times a second. A mount made while a job runs is not noticed.
+Programs that open a loop device without O_EXCL and without locks cannot be found, and storage is
+not followed through device mapper and md, which claim what they lie on.
 """
 
 from __future__ import annotations
@@ -33,41 +32,40 @@ from addcow_mp.device.locks import is_locked, other_processes, process_name
 from addcow_mp.errors import HeldError, ImageError
 from addcow_mp.units import MAX_SIZE, SECTOR
 
-#: Seconds for which what was found of loop devices and swap files is believed: long enough that a
-#: farm of thousands looks a few hundred times, too short for a person to bind and mount something.
-BELIEVED = 0.1
+#: Seconds for which found loop devices and swap files are reused: long enough that a farm of
+#: thousands looks a few hundred times, too short for a user to bind and mount something.
+REUSED = 0.1
 
-#: The kernel allows no circles of loop devices; deeper stacks are not followed.
+#: The kernel allows no cycles of loop devices; deeper stacks are not followed.
 MAX_DEPTH = 16
 
 # struct loop_info64: device, inode, device of a device, offset, size limit, and much more.
 _LOOP_GET_STATUS64 = 0x4C05
 _STATUS_SIZE, _STATUS = 232, struct.Struct("QQQQQ")
 
-_LOOKING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class Storage(NamedTuple):
-    """Where the bytes of a file or a device lie: in ``[start, stop)`` of the file ``identity``."""
+    """Where the bytes of a file or device lie: in ``[start, stop)`` of the file ``identity``."""
 
     identity: tuple[int, int]
     start: int = 0
     stop: int = MAX_SIZE
 
     def part(self, start: int, length: int) -> Storage:
-        """A part of it; a ``length`` of 0 is all of the rest."""
+        """A part of it; a ``length`` of 0 means all of the rest."""
         first = self.start + start
         return Storage(self.identity, first, min(self.stop, first + (length or MAX_SIZE)))
 
-    def meets(self, other: Storage) -> bool:
+    def overlaps(self, other: Storage) -> bool:
         """Whether they have bytes in common."""
-        return self.identity == other.identity and max(self.start, other.start) < min(
-            self.stop, other.stop
-        )
+        same_file = self.identity == other.identity
+        return same_file and max(self.start, other.start) < min(self.stop, other.stop)
 
 
 class Node(NamedTuple):
-    """A loop device, or a partition of one; ``divided`` when it has partitions itself."""
+    """A loop device, or a partition of one; ``divided`` if it has partitions itself."""
 
     name: str
     disk: str
@@ -76,39 +74,39 @@ class Node(NamedTuple):
     divided: bool
 
 
-class _Known(NamedTuple):
-    """What was found, and when."""
+class _Found(NamedTuple):
+    """Loop devices and swap files, and when they were found."""
 
     time: float
     nodes: tuple[Node, ...]
     swap_files: frozenset[tuple[int, int]]
 
 
-_known: list[_Known] = []
+_found: list[_Found] = []
 
 
 def refuse_held(file: File, *, locking: bool = True) -> None:
-    """Raise :class:`HeldError` when another user has the storage of ``file``, to be written."""
+    """Raise :class:`HeldError` if another user has the storage of ``file``, to be written."""
     status = file.status
-    known = _looked_up()
-    if identity_of(status) in known.swap_files:
+    found = _look_up()
+    if identity_of(status) in found.swap_files:
         raise HeldError(path=file.path, holder="it is used as swap")
-    if not known.nodes:
+    if not found.nodes:
         return
     own, disk = storage_of(status), _disk_of(status)
-    for node in known.nodes:
-        if node.disk != disk and node.storage.meets(own):
+    for node in found.nodes:
+        if node.disk != disk and node.storage.overlaps(own):
             user = _user_of(node, locking=locking)
             if user is not None:
-                told = f"/dev/{node.name}, a loop device over it, {user}"
-                raise HeldError(path=file.path, holder=told)
+                holder = f"/dev/{node.name}, a loop device over it, {user}"
+                raise HeldError(path=file.path, holder=holder)
 
 
 def refuse_same_storage(file: File, others: list[File]) -> None:
-    """Raise when ``file`` and one of the ``others`` are the same bytes by way of a device."""
+    """Raise if a device gives ``file`` and one of the ``others`` the same bytes."""
     own = storage_of(file.status)
     for other in others:
-        if other is not file and storage_of(other.status).meets(own):
+        if other is not file and storage_of(other.status).overlaps(own):
             raise ImageError(
                 path=file.path,
                 problem=f"its bytes are those of '{other.path}', which is in the chain already; "
@@ -118,29 +116,26 @@ def refuse_same_storage(file: File, others: list[File]) -> None:
 
 def busy(path: str) -> HeldError:
     """The error for the block device at ``path``, which could not be opened with O_EXCL."""
+    holder = "the kernel or another program holds the device"
     with suppress(OSError):
         device = os.stat(path).st_rdev
-        for name, number in _relatives(device):
+        names = {number: f"/dev/{name}" for name, number in _relatives(device)} | {device: "it"}
+        for number, name in names.items():
             user = _named_user(number) or _mounted_elsewhere(number)
             if user is not None:
-                return HeldError(path=path, holder=f"{_it(number, device, name)} {user}")
-        for name, number in _relatives(device):
+                return HeldError(path=path, holder=f"{name} {user}")
+        for number, name in names.items():
             process = _process_with({number})
             if process is not None:
-                holder = f"{process} has {_it(number, device, name)} open"
-                return HeldError(path=path, holder=holder)
-    return HeldError(path=path, holder="the kernel or another program holds the device")
-
-
-def _it(number: int, device: int, name: str) -> str:
-    return "it" if number == device else f"/dev/{name}"
+                return HeldError(path=path, holder=f"{process} has {name} open")
+    return HeldError(path=path, holder=holder)
 
 
 # Where bytes lie
 
 
 def storage_of(status: os.stat_result) -> Storage:
-    """Where the bytes of a file or block device of this ``status`` lie."""
+    """The storage of a file or block device with this ``status``."""
     if stat.S_ISBLK(status.st_mode):
         return _device_storage(status.st_rdev)
     return Storage(identity_of(status))
@@ -160,10 +155,10 @@ def _device_storage(device: int, depth: int = 0) -> Storage:
 
 
 def _loop_storage(name: str, depth: int = 0) -> Storage | None:
-    """Where the bytes of a loop device lie; None when it is not bound to anything."""
+    """The storage of a loop device; None if it is not bound."""
     answer = bytearray(_STATUS_SIZE)
     try:
-        fd = _open_node(name, _LOOKING)
+        fd = _open_node(name, _READING)
         try:
             fcntl.ioctl(fd, _LOOP_GET_STATUS64, answer)
         finally:
@@ -176,7 +171,7 @@ def _loop_storage(name: str, depth: int = 0) -> Storage | None:
 
 
 def _loop_storage_by_path(name: str, depth: int) -> Storage | None:
-    """The same where the device cannot be opened: by the path that the kernel shows."""
+    """The same for a device that cannot be opened: by the path that sysfs shows."""
     here = f"/sys/block/{name}/loop"
     try:
         with open(f"{here}/backing_file", "rb") as file:
@@ -193,19 +188,20 @@ def _loop_storage_by_path(name: str, depth: int) -> Storage | None:
 
 
 def forget_loops() -> None:
-    """Let the next look be a new one, however short a time after the last."""
-    _known.clear()
+    """Look up loop devices again at the next call, however soon."""
+    _found.clear()
 
 
-def _looked_up() -> _Known:
+def _look_up() -> _Found:
     now = time.monotonic()
-    if not _known or now - _known[0].time > BELIEVED:
-        _known[:] = [_Known(now, tuple(_nodes()), frozenset(_swap_files()))]
-    return _known[0]
+    if not _found or now - _found[0].time > REUSED:
+        swap_files = frozenset(one for one in _swap() if not is_device(one))
+        _found[:] = [_Found(now, tuple(_nodes()), swap_files)]
+    return _found[0]
 
 
 def _nodes() -> Iterator[Node]:
-    """All loop devices that are bound to something, and their partitions."""
+    """All bound loop devices, and their partitions."""
     for disk in _listed("/sys/block"):
         here = f"/sys/block/{disk}"
         if disk.startswith("loop") and os.path.exists(f"{here}/loop/backing_file"):
@@ -220,12 +216,12 @@ def _nodes() -> Iterator[Node]:
 
 
 def _user_of(node: Node, *, locking: bool) -> str | None:
-    """What uses the device, in words that follow its name; None when nothing does."""
+    """The use of a device, as a verb phrase; None if it is not in use."""
     user = _named_user(node.device)
     if user is not None or node.divided:
         return user
     try:
-        fd = _open_node(node.name, _LOOKING | os.O_EXCL)
+        fd = _open_node(node.name, _READING | os.O_EXCL)
     except OSError as error:
         if error.errno != errno.EBUSY:
             return None
@@ -250,39 +246,37 @@ def _disk_of(status: os.stat_result) -> str | None:
 
 
 def _named_user(device: int) -> str | None:
-    """What the kernel says that it uses the device for."""
+    """The use of a device that the kernel knows: a mount, a mapping or swap."""
     place = _mounted_at(device, "/proc/self/mountinfo")
     if place is not None:
         return f"is mounted on {place}"
     holders = _listed(f"{_sys(device)}/holders")
     if holders:
         return f"is held by {', '.join(map(_mapping, sorted(holders)))}"
-    if any(is_device(one) and one[1] == device for one in _swapped_to()):
-        return "is used as swap"
-    return None
+    return "is used as swap" if device_identity(device) in _swap() else None
 
 
 def _mapping(name: str) -> str:
-    """A holder as people know it: those of device mapper have names."""
+    """The path of a holder; device mapper gives its devices names."""
     with suppress(OSError), open(f"/sys/block/{name}/dm/name", encoding="utf-8") as file:
         return f"/dev/mapper/{file.read().strip()}"
     return f"/dev/{name}"
 
 
 def _mounted_at(device: int, table: str) -> str | None:
-    """Where a file system of this device is mounted, by the mounts in ``table``."""
+    """Where a file system of this device is mounted, according to the file ``table``."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError), open(table, encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             before, _, after = line.partition(" - ")
             words, source = before.split(), after.split()[1:2]
-            if words[2] == number or (words[2].startswith("0:") and _is_device(source, device)):
+            if words[2] == number or (words[2].startswith("0:") and _is_source(source, device)):
                 return _unescaped(words[4])
     return None
 
 
-def _is_device(source: list[str], device: int) -> bool:
-    """Whether a file system with a number of its own, as btrfs has, comes from the device."""
+def _is_source(source: list[str], device: int) -> bool:
+    """Whether a file system with a device number of its own, like btrfs, lies on the device."""
     if not source or not source[0].startswith("/"):
         return False
     with suppress(OSError):
@@ -292,7 +286,7 @@ def _is_device(source: list[str], device: int) -> bool:
 
 
 def _mounted_elsewhere(device: int) -> str | None:
-    """The same in another mount namespace, whose mounts are those of some process in it."""
+    """The mount of a device in another mount namespace, with a process of that namespace."""
     seen: set[str] = set()
     for pid in other_processes():
         with suppress(OSError):
@@ -316,22 +310,19 @@ def _process_with(devices: set[int]) -> str | None:
     return None
 
 
-def _swapped_to() -> Iterator[tuple[int, int]]:
+def _swap() -> Iterator[tuple[int, int]]:
+    """The files and devices that are used as swap."""
     with suppress(OSError), open("/proc/swaps", encoding="utf-8", errors="surrogateescape") as file:
         for line in file.readlines()[1:]:
             with suppress(OSError):
                 yield identity_of(os.stat(_unescaped(line.split()[0])))
 
 
-def _swap_files() -> Iterator[tuple[int, int]]:
-    return (one for one in _swapped_to() if not is_device(one))
-
-
-# The kernel's files
+# sysfs and /dev
 
 
 def _relatives(device: int) -> list[tuple[str, int]]:
-    """The device itself, its partitions, and the disk that it is a partition of: name, number."""
+    """Name and number of the device, of its partitions, and of the disk that it is a part of."""
     here = os.path.realpath(_sys(device))
     parts = [f"{here}/{one}" for one in _listed(here)]
     places = [here, *filter(_is_partition, parts)]
@@ -362,7 +353,7 @@ def _number(path: str) -> int:
 
 
 def _open_node(name: str, flags: int) -> int:
-    """Open the device of this name in /dev, if it is that device."""
+    """Open /dev/``name``, if it is the device that sysfs describes under this name."""
     fd = os.open(f"/dev/{name}", flags)
     if os.fstat(fd).st_rdev != _device_at(f"/sys/class/block/{name}"):
         os.close(fd)
@@ -377,6 +368,6 @@ def _listed(directory: str) -> list[str]:
 
 
 def _unescaped(path: str) -> str:
-    r"""A path as the kernel's tables write it: blanks and the like are octal, as in ``\040``."""
+    r"""A path of a table in /proc, where blanks and the like are octal, as in ``\040``."""
     head, *parts = path.split("\\")
     return head + "".join(chr(int(one[:3], 8)) + one[3:] for one in parts)

@@ -1,7 +1,6 @@
-"""Where a file has data, where it has holes, and how a hole is made.
+"""Data and holes of files: find them, punch them, fill them.
 
-``SEEK_DATA`` is a hint in one direction only: a hole certainly reads as zeros,
-but data may be zeros too. Where a file system knows no holes, all is data.
+A hole always reads as zeros; data may be zeros too. On a file system without holes, all is data.
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ from addcow_mp.device.syscalls import fallocate
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
-#: The answers of a file system that cannot do such things.
+#: The answers of a file system that does not support the call.
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 
 def next_data(fd: int, position: int) -> int | None:
-    """The first byte at or behind ``position`` that is not in a hole; None when none is."""
+    """The first byte at or behind ``position`` that is not in a hole, if any."""
     try:
         return os.lseek(fd, position, os.SEEK_DATA)
     except OSError as error:
         if error.errno == errno.ENXIO:
             return None
-        if error.errno != errno.EINVAL:  # a device, or a file system that knows no holes
+        if error.errno != errno.EINVAL:  # a device, or a file system without holes
             raise
         return position if position < os.lseek(fd, 0, os.SEEK_END) else None
 
 
 def next_hole(fd: int, position: int) -> int:
-    """The first byte at or behind ``position``, which is data, that is in a hole or the end."""
+    """The first byte behind ``position``, which is data, that is in a hole, or the end."""
     try:
         return os.lseek(fd, position, os.SEEK_HOLE)
     except OSError as error:
@@ -51,12 +50,12 @@ def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def allocate(fd: int, start: int, stop: int) -> bool:
-    """Give ``[start, stop)``, a hole within the file, its blocks; False where it cannot be."""
+    """Allocate blocks for ``[start, stop)``, a hole within the file; False if unsupported."""
     return _fallocate(fd, 0, start, stop)
 
 
 def punch(fd: int, start: int, stop: int) -> bool:
-    """Turn ``[start, stop)`` into a hole; False where the file system cannot."""
+    """Turn ``[start, stop)`` into a hole; False if the file system does not support it."""
     return _fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, start, stop)
 
 

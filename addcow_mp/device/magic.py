@@ -1,8 +1,7 @@
-"""First bytes by which formats are known, to contradict a header, never to choose a format.
+"""Magic numbers of formats: used to contradict a header, never to choose a format.
 
-A raw file may begin with any bytes, because its guest writes them; what it begins with
-decides nothing. But an image that is declared to be of some format and lacks that
-format's magic is not what its header says.
+The guest writes the first bytes of a raw file, so they prove nothing about its format. But a file
+that is declared to be of some format must begin with that format's magic.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 from addcow_mp.device.files import File
 from addcow_mp.errors import ImageError
 
-#: Format names, with the bytes that a file of that format begins with.
+#: The bytes that a file of each format begins with.
 MAGICS = {
     "add-cow": b"ACOW",
-    # The older format's version makes it the longer of the two: it is looked for first.
+    # qcow and qcow2 share the beginning; qcow's includes the version, so it is tested first.
     "qcow": b"QFI\xfb\x00\x00\x00\x01",
     "qcow2": b"QFI\xfb\x00\x00\x00",
     "qed": b"QED\x00",
@@ -26,12 +25,11 @@ MAGICS = {
 
 _ANY = tuple(MAGICS.values())
 
-#: As many of the first bytes as any magic needs.
+#: How many first bytes are needed to know any magic.
 LONGEST_MAGIC = max(map(len, MAGICS.values()))
 
 
-def head(file: File) -> bytes:
-    """As many of the first bytes as any magic needs."""
+def _head(file: File) -> bytes:
     view = memoryview(bytearray(min(LONGEST_MAGIC, file.length)))
     file.read_into(view, 0)
     return bytes(view)
@@ -39,20 +37,20 @@ def head(file: File) -> bytes:
 
 def resembles(file: File) -> str | None:
     """The format whose magic ``file`` begins with, if any."""
-    return magic_of(head(file))
+    return magic_of(_head(file))
 
 
 def magic_of(first: bytes) -> str | None:
-    """The format whose magic a file has that begins with the bytes ``first``, if any."""
+    """The format whose magic the bytes ``first`` of a file begin with, if any."""
     if not first.startswith(_ANY):
         return None
     return next((name for name, magic in MAGICS.items() if first.startswith(magic)), None)
 
 
 def refuse_as_raw(file: File) -> None:
-    """Raise for a file that a user calls raw and that begins as another format does.
+    """Raise if a file that the user calls raw begins with the magic of another format.
 
-    It may be raw: then its guest's data begins like that. A check reports it either way.
+    It may still be raw, with guest data that begins like that; a check reports it too.
     """
     seems = resembles(file)
     if seems is not None:
@@ -66,4 +64,4 @@ def refuse_as_raw(file: File) -> None:
 def contradicts(file: File, format_: str) -> bool:
     """Whether ``format_`` has a magic that ``file`` does not begin with."""
     magic = MAGICS.get(format_)
-    return magic is not None and not head(file).startswith(magic)
+    return magic is not None and not _head(file).startswith(magic)

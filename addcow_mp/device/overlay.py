@@ -1,21 +1,20 @@
-"""An add-cow overlay as a layer: header, bitmap, image file, and what lies below.
+"""An add-cow overlay as a layer: header, bitmap, image file, and the layers below.
 
-A cluster is local when its bit is set, in the file or in the private *pending*
-bitmap; local clusters are read from the image file, all others from the backing
-file, and as zeros where there is none or it has ended. What the image file holds
-in a cluster that is not local is undefined and never shown.
+A cluster is allocated if its bit is set, in the file or in the bitmap *pending* in memory.
+Allocated clusters are read from the image file, all others from the backing file, and as zeros if
+there is none or it has ended. The contents of the image file in other clusters are undefined and
+never shown.
 
-A write makes its clusters local: the rest of a partly written cluster is copied up
-from below, then the data is written, then the bits are set in *pending*. Nothing
-reaches the bitmap file before :meth:`Overlay.flush`, which takes a copy of pending,
-makes the image's data durable, publishes that copy, makes it durable, and only then
-drops those bits from pending. So a bit in the file always has its data on disk. A
-flush that fails leaves the overlay refusing every further change.
+A write allocates its clusters: the rest of a partly written cluster is copied up from below, then
+the data is written, then the bits are set in *pending*. Only :meth:`Overlay.flush` writes the
+bitmap file: it copies *pending*, makes the image's data durable, publishes the copied bits, makes
+them durable, and then drops them from *pending*. So the data of a bit in the file is always on
+disk. After a failed flush the overlay refuses every change.
 
-With ALL_ALLOCATED set, bitmap and backing are not consulted at all.
+With ALL_ALLOCATED set, bitmap and backing file are ignored.
 
-What this layer does not do: share a bitmap with another process. One process writes
-an overlay, its threads side by side; requests on the same cluster wait for each other.
+Only one process writes an overlay. Its threads may write at the same time; requests for the same
+cluster wait for each other.
 """
 
 from __future__ import annotations
@@ -37,42 +36,40 @@ from addcow_mp.errors import FileError, ImageError, RangeError
 from addcow_mp.format.bitmap import CowBitmap, SparseBits
 from addcow_mp.format.bits import Run, merged, runs
 from addcow_mp.format.geometry import Geometry, virtual_size
-from addcow_mp.format.header import FIXED_SIZE, Header
+from addcow_mp.format.header import Header
 from addcow_mp.units import KiB
 
-#: Clusters whose bits are copied at a time to look at them together with pending ones.
-LOOK_BITS = 1024 * KiB
+#: Clusters whose bits are copied at a time, to combine them with pending ones.
+COPY_BITS = 1024 * KiB
 
 
 class Overlay:
     """An open add-cow overlay: ``cow`` is the ``.add-cow`` file, ``image`` its image file.
 
-    Takes over the files and layers given to it and closes them. Use
-    :func:`addcow_mp.device.chain.open_chain` to open one with all its checks.
+    It owns the files and layers given to it and closes them. Use
+    :func:`addcow_mp.device.chain.open_chain` to open an overlay with all checks.
     """
 
-    def __init__(
-        self, cow: File, image: File, backing: Layer | None, header: Header | None = None
-    ) -> None:
+    def __init__(self, cow: File, image: File, backing: Layer | None, header: Header) -> None:
         self.cow = cow
         self.image = RawLayer(image, virtual_size(image.length))
         self.backing = backing
-        self.header = read_header(cow) if header is None else header
-        self.geometry = Geometry(self.image.size, self.header.cluster_size)
+        self.header = header
+        self.geometry = Geometry(self.image.size, header.cluster_size)
         for file in self.files():
             file.cluster_size = self.geometry.cluster_size
         with cow.doing("map its bitmap"):
             if faults.armed:
                 faults.hit("bitmap_load")
-            self.bitmap = CowBitmap(cow.fd, self.header.header_size, self.geometry, cow.path)
+            self.bitmap = CowBitmap(cow.fd, header.header_size, self.geometry, cow.path)
         self.pending = SparseBits()
         self._range_lock = RangeLock()
         self._pending_lock = threading.Lock()
         self._flushing = threading.Lock()
         self._failed: BaseException | None = None
         self._has_changed = False
-        #: Called before the first change; raises what stands against it.
-        self.permit: Callable[[], None] = lambda: None
+        #: Called before the first change; it raises if the overlay must not be changed.
+        self.refuse_change: Callable[[], None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Overlay, (self.cow, self.image.file, self.backing, self.header))
@@ -86,7 +83,7 @@ class Overlay:
         else:
             self.abandon()
 
-    # What it is
+    # Properties
 
     @property
     def path(self) -> str:
@@ -105,12 +102,12 @@ class Overlay:
 
     @property
     def all_allocated(self) -> bool:
-        """Whether every cluster is local by decree, whatever the bitmap says."""
+        """Whether every cluster is allocated, whatever the bitmap says."""
         return self.header.all_allocated
 
     @property
     def allocated_clusters(self) -> int:
-        """How many clusters are local."""
+        """The number of allocated clusters."""
         if self.all_allocated:
             return self.geometry.clusters
         if not self.pending:
@@ -123,10 +120,10 @@ class Overlay:
         if self.backing is not None:
             yield from self.backing.files()
 
-    # Looking
+    # Reading
 
     def runs_by_allocation(self, value: int, start: int, stop: int) -> Iterator[Run]:
-        """The runs of clusters in ``[start, stop)`` that are local (1) or not (0)."""
+        """The runs of clusters in ``[start, stop)`` that are allocated (1) or not (0)."""
         if self.all_allocated:
             return iter([(start, stop)] if value and start < stop else [])
         if not self.pending:
@@ -134,42 +131,40 @@ class Overlay:
         return merged(self._runs_with_pending(value, start, stop))
 
     def _runs_with_pending(self, value: int, start: int, stop: int) -> Iterator[Run]:
-        for base in range(start, stop, LOOK_BITS):
+        for base in range(start, stop, COPY_BITS):
             with self._pending_lock:
-                bits = self.bitmap.slice(base, min(base + LOOK_BITS, stop))
+                bits = self.bitmap.slice(base, min(base + COPY_BITS, stop))
                 self.pending.add_to(bits, base)
             for first, last in runs(bits, value, 0, len(bits)):
                 yield base + first, base + last
 
     def allocated_runs(self) -> Iterator[Run]:
-        """The runs ``[first, stop)`` of local clusters, in order."""
-        if self.all_allocated or self.pending:
-            return self.runs_by_allocation(1, 0, self.geometry.clusters)
-        return self.bitmap.runs(1, 0, self.bitmap.known)
+        """The runs ``[first, stop)`` of allocated clusters, in order."""
+        return self.runs_by_allocation(1, 0, self.geometry.clusters)
 
     def layout(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        """``[start, stop)`` in bytes, cut where clusters begin or cease to be local."""
+        """The bytes ``[start, stop)`` in runs that are allocated (True) or not."""
         first, last = self.geometry.touched(start, stop)
         position = start
-        for here, there in self.runs_by_allocation(1, first, last):
-            local_start, local_stop = self.geometry.span(here, there)
-            if position < local_start:
-                yield position, local_start, False
-            position = min(local_stop, stop)
-            yield max(local_start, start), position, True
+        for run in self.runs_by_allocation(1, first, last):
+            run_start, run_stop = self.geometry.span(*run)
+            if position < run_start:
+                yield position, run_start, False
+            position = min(run_stop, stop)
+            yield max(run_start, start), position, True
         if position < stop:
             yield position, stop, False
 
     def walk(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:
-        """What ``[start, stop)`` is made of, layer by layer."""
-        for first, last, local in self.layout(start, stop):
-            if local:
+        """The extents of ``[start, stop)``, layer by layer."""
+        for first, last, allocated in self.layout(start, stop):
+            if allocated:
                 yield from self.image.walk(first, last, depth)
             else:
                 yield from self.walk_below(first, last, depth)
 
     def walk_below(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:
-        """What ``[start, stop)`` would be made of if none of it were local."""
+        """The extents that ``[start, stop)`` would have if no cluster were allocated."""
         held = start
         if self.backing is not None and start < self.backing.size:
             held = min(stop, self.backing.size)
@@ -179,9 +174,9 @@ class Overlay:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` with the guest's bytes from ``offset`` on, within the size."""
-        for first, last, local in self.layout(offset, offset + len(view)):
+        for first, last, allocated in self.layout(offset, offset + len(view)):
             part = view[first - offset : last - offset]
-            if local:
+            if allocated:
                 self.image.read_into(part, first)
             else:
                 self._read_below(part, first)
@@ -202,21 +197,23 @@ class Overlay:
         return bytes(buffer)
 
     def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
-        """What the bytes ``[start, stop)`` are made of, adjacent equal extents joined."""
+        """The extents of the bytes ``[start, stop)``; adjacent equal ones are joined."""
         stop = self.size if stop is None else stop
         self._check_range(start, stop - start)
         return joined(self.walk(start, stop))
 
     def warnings(self) -> list[str]:
-        """What a reader of this chain should be told: one line each."""
-        told = short_bitmap_warning(self.path) if self.bitmap.short else []
-        told += link_warnings([self.cow, self.image.file])
-        return told + (self.backing.warnings() if self.backing is not None else [])
+        """What a user of this chain should know, one line each."""
+        return [
+            *(short_bitmap_warning(self.path) if self.bitmap.short else []),
+            *link_warnings([self.cow, self.image.file]),
+            *(self.backing.warnings() if self.backing is not None else []),
+        ]
 
     # Changing
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write ``data`` at ``offset``; its clusters become local. Raises :class:`RangeError`."""
+        """Write ``data`` at ``offset`` and allocate its clusters. Raises :class:`RangeError`."""
         view = memoryview(data).cast("B")
         self._change(offset, len(view), lambda: self.image.file.write(view, offset))
 
@@ -230,26 +227,22 @@ class Overlay:
         if length == 0:
             return
         first, stop = self.geometry.touched(offset, offset + length)
-        self._begin_changing()
+        with self._pending_lock:
+            if not self._has_changed:
+                self.refuse_change()
+                invalidate_all(self, durable=self.cow.durable)
+                self._has_changed = True
         with self._range_lock.holding(first, stop):
             if not self.all_allocated:
                 self._copy_up_around(offset, offset + length)
             store()
             self._mark_allocated(first, stop)
 
-    def ask_permission(self) -> None:
-        """Raise what stands against changing this overlay, unless it has been changed already."""
+    def check_permission(self) -> None:
+        """Raise if this overlay must not be changed, unless it has been changed already."""
         with self._pending_lock:
             if not self._has_changed:
-                self.permit()
-
-    def _begin_changing(self) -> None:
-        """Before the first change: see what stands against it, and take away the manifest."""
-        with self._pending_lock:
-            if not self._has_changed:
-                self.permit()
-                invalidate_all(self, durable=self.cow.durable)
-                self._has_changed = True
+                self.refuse_change()
 
     def _mark_allocated(self, first: int, stop: int) -> None:
         if self.all_allocated or (not self.pending and self.bitmap.all(first, stop)):
@@ -259,7 +252,7 @@ class Overlay:
                 self.pending.set(start, end)
 
     def _copy_up_around(self, start: int, stop: int) -> None:
-        """Bring up what lies in the clusters of ``[start, stop)`` but not in that range."""
+        """Copy up the rest of the clusters that ``[start, stop)`` covers only in part."""
         first, last = self.geometry.touched(start, stop)
         head, tail = self.geometry.span(first, last)
         for edge_start, edge_stop, cluster in ((head, start, first), (stop, tail, last - 1)):
@@ -270,27 +263,25 @@ class Overlay:
                 self.copy_up(edge_start, edge_stop, memoryview(bytearray(length)))
 
     def copy_up(self, start: int, stop: int, buffer: memoryview) -> None:
-        """Copy ``[start, stop)`` from below into the image, whatever the image held there."""
+        """Copy ``[start, stop)`` from below into the image file, over its former contents."""
         files = list(self.files())
-        for piece in self.walk_below(start, stop):
+        for extent in self.walk_below(start, stop):
             if faults.armed:
-                self._meet_copy_up(piece, files[min(piece.depth, len(files) - 1)])
-            if piece.kind is ExtentKind.DATA:
-                copy(files[piece.depth], self.image.file, piece.start, piece.stop, buffer)
+                clusters = self.geometry.touched(extent.start, extent.stop)
+                source = files[min(extent.depth, len(files) - 1)]
+                for event, file in (("cow_read", source), ("cow_write", self.image.file)):
+                    with file.doing(f"copy up at {extent.start}"):
+                        faults.hit(event, clusters)
+            if extent.kind is ExtentKind.DATA:
+                copy(files[extent.depth], self.image.file, extent.start, extent.stop, buffer)
             else:
-                self.image.file.make_zero(piece.start, piece.stop)
-
-    def _meet_copy_up(self, piece: Extent, source: File) -> None:
-        clusters = self.geometry.touched(piece.start, piece.stop)
-        for event, file in (("cow_read", source), ("cow_write", self.image.file)):
-            with file.doing(f"copy up at {piece.start}"):
-                faults.hit(event, clusters)
+                self.image.file.make_zero(extent.start, extent.stop)
 
     def flush(self) -> None:
-        """Return when all that was written before is durable: data first, then its bits.
+        """Make all earlier writes durable: first the data, then its bits.
 
-        Raises :class:`SyncError` or :class:`FileError`; the overlay then refuses
-        every further change, since what reached the disk is unknown.
+        Raises :class:`SyncError` or :class:`FileError`. The overlay then refuses every change,
+        because it is unknown what reached the disk.
         """
         if not self.cow.writable:
             return
@@ -315,8 +306,8 @@ class Overlay:
     def publish(self, done: Iterable[Run], value: int, marks: SparseBits | None = None) -> None:
         """Set the bits of the clusters ``done`` and of those in ``marks`` to ``value``, durably.
 
-        The data that this announces, or the copies that make it dispensable, must be
-        durable already. Bits past the last cluster are left 0.
+        The data of bits that are set, or the copies of clusters whose bits are cleared, must be
+        durable already. Bits past the last cluster are cleared.
         """
         with self.cow.doing("write its bitmap"):
             for first, stop in done:
@@ -324,15 +315,11 @@ class Overlay:
                     faults.hit("bitmap_update", (first, stop))
                 self.bitmap.fill(first, stop, value)
             if marks:
-                self._publish_marks(marks, value)
+                for run in marks.runs() if faults.armed else ():
+                    faults.hit("bitmap_update", run)
+                self.bitmap.fill_marked(marks, value)
             self.bitmap.clear_stray()
         self.cow.sync()
-
-    def _publish_marks(self, marks: SparseBits, value: int) -> None:
-        if faults.armed:
-            for run in marks.runs():
-                faults.hit("bitmap_update", run)
-        self.bitmap.fill_marked(marks, value)
 
     def set_all_allocated(self, value: bool) -> None:
         """Write the header with ALL_ALLOCATED set or cleared, and make it durable."""
@@ -342,7 +329,7 @@ class Overlay:
         self.header = header
 
     def close(self) -> None:
-        """Flush and close all files, those below included."""
+        """Flush and close all files, including those below."""
         try:
             if self.cow.fd >= 0 and self._failed is None:
                 self.flush()
@@ -352,7 +339,7 @@ class Overlay:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close all files, without a flush: what was not flushed was never announced."""
+        """Close all files without a flush: bits that were not flushed are not in the bitmap."""
         self.bitmap.unmap()
         self.cow.close()
         self.image.close()
@@ -366,7 +353,7 @@ class Overlay:
             raise RangeError(path=self.path, offset=offset, length=length, size=self.size)
 
     def check_writable(self) -> None:
-        """Raise unless this overlay may be changed: open for it, whole, and not failed."""
+        """Raise unless this overlay is open for writing, complete, and no flush has failed."""
         if not self.cow.writable:
             raise ImageError(path=self.path, problem="it is open for reading only")
         self._refuse_after_failure()
@@ -382,17 +369,10 @@ class Overlay:
 
 
 def refuse_short(overlay: Overlay) -> None:
-    """Raise when the file ends inside its bitmap: such an image is read, not written."""
+    """Raise if the file ends inside its bitmap: such an overlay can only be read."""
     if overlay.bitmap.short:
         raise ImageError(
             path=overlay.path,
             problem="the file ends inside its bitmap; it can be read, not written, "
             "until the bitmap is repaired",
         )
-
-
-def read_header(cow: File) -> Header:
-    """Read the fixed header; the file must be long enough to have one."""
-    buffer = bytearray(FIXED_SIZE)
-    cow.read_into(memoryview(buffer), 0)
-    return Header.unpack(bytes(buffer))

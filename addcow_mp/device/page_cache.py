@@ -1,9 +1,8 @@
-"""Making the system forget what it holds of a file in memory, so that reading asks the disk.
+"""Dropping a file from the page cache, so that reading it asks the disk.
 
-What was just written is read from the page cache, which proves nothing of the disk. The cache is
-told to drop the file, and then asked whether it did: advice is only advice, and pages that some
-program has mapped stay. A file system that lives in memory stores nothing elsewhere; of files on
-one what is there is all there is.
+Written data is read back from the page cache, which proves nothing about the disk. The kernel may
+ignore the request to drop a file, and keeps pages that a program has mapped, so the cache is
+checked afterwards. Files on a file system in memory are stored nowhere else and are accepted.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from addcow_mp.errors import ImageError
 from addcow_mp.format.bits import Run
 from addcow_mp.units import GiB, round_down
 
-#: Bytes that are asked after at a time: the answer takes a byte for each page of them.
+#: Bytes checked by one call, whose answer takes a byte for each page.
 STEP = 1 * GiB
 
-#: Times that the system is told: pages on their way somewhere stay at first.
+#: Attempts to drop a file: pages that are being written stay at first.
 TRIES = 5
 
 _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 
 
 def drop_cached(file: File) -> None:
-    """Make what is read of ``file`` from now on what is stored. No mapping of it may be left here.
+    """Make later reads of ``file`` return what is stored. This process must have no mapping of it.
 
-    Syncs it first, whatever else was asked for: only what is stored can be forgotten. Raises
-    :class:`FileError` when something of it stays in memory.
+    The file is synced first, even if it is not ``durable``: only stored data can be dropped. Raises
+    :class:`FileError` if pages stay in the cache.
     """
     with file.doing("make its data durable"):
         os.fsync(file.fd)
@@ -43,11 +42,11 @@ def drop_cached(file: File) -> None:
 
 
 def refuse_unknowable(file: File) -> None:
-    """Raise when the system does not say what it holds of a file: then nothing could be proved."""
+    """Raise if the system does not say what the page cache holds of a file."""
     if file.length == 0:
         return
     try:
-        syscalls.has_in_memory(file.fd, 0, min(file.length, mmap.PAGESIZE))
+        syscalls.is_cached(file.fd, 0, min(file.length, mmap.PAGESIZE))
     except OSError as error:
         raise ImageError(
             path=file.path,
@@ -59,13 +58,13 @@ def refuse_unknowable(file: File) -> None:
 def _is_dropped(file: File) -> bool:
     for _ in range(TRIES):
         os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if not any(syscalls.has_in_memory(file.fd, *part) for part in _parts(file)):
+        if not any(syscalls.is_cached(file.fd, *part) for part in _parts(file)):
             return True
     return False
 
 
 def _parts(file: File) -> Iterator[Run]:
-    """What of the file can be in memory, in steps that begin with a page."""
+    """The parts of the file that can be cached, in steps that begin with a page."""
     for start, stop in file.data_runs(0, file.length):
         for first in range(round_down(start, mmap.PAGESIZE), stop, STEP):
             yield first, min(first + STEP, stop)

@@ -1,14 +1,15 @@
-"""Who may read a file that holds what other files hold: no more users than may read those.
+"""Who may read a new file: only users who may read every file that its data comes from.
 
 A new image file, a converted disk and a manifest hold data, or digests of data, of the files of a
-chain. A user who may not read one of these may not read it there either. Files are compared by
-their permission bits: a new file gets the usual mode, less what one source does not allow.
+chain. A user who may not read one of these must not read the data in the new file either. Files are
+compared by their permission bits: a new file gets the usual mode without the bits that one of its
+sources lacks.
 
-Group bits mean something only with the same group: where the groups differ, or an access control
-list gives the bits another meaning, a source that is not readable by everybody allows its readers'
-group nothing. The owner of a new file is whoever runs the command, who has read all sources.
+Group bits count only if the group is the same. If the groups differ, or if an access control list
+changes the meaning of the group bits, a source that not everybody may read gives its group nothing.
+The owner of a new file is the user who runs the command and has read all sources.
 
-A file is created with the least bits, before it holds anything, and gets more only then.
+A file is created with the fewest bits while it is empty, and gets more only then.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _ACL = "system.posix_acl_access"
 
 
 class Readers(NamedTuple):
-    """The users besides the owner who may read some files: everybody, or a ``group``, or none."""
+    """The users other than the owner who may read: everybody, or a ``group``, or none."""
 
     everybody: bool = True
     group: int | None = None
 
     @property
     def mode(self) -> int:
-        """The bits with which a file is created that they may read."""
+        """The permission bits with which to create a file for these readers."""
         return USUAL_MODE if self.everybody else PRIVATE_MODE
 
 
@@ -42,7 +43,7 @@ EVERYBODY = Readers()
 
 
 def readers_of(descriptors: Iterable[int]) -> Readers:
-    """Who may read all of these open files."""
+    """The users who may read all of these open files."""
     groups: set[int | None] = set()
     for fd in descriptors:
         status = os.fstat(fd)
@@ -55,8 +56,8 @@ def readers_of(descriptors: Iterable[int]) -> Readers:
     return Readers(everybody=False, group=groups.pop() if len(groups) == 1 else None)
 
 
-def settle(fd: int, readers: Readers) -> None:
-    """Give the new, empty file ``fd``, which we own, the bits that ``readers`` are to have."""
+def set_readers(fd: int, readers: Readers) -> None:
+    """Set the permission bits of the new, empty, own file ``fd`` for ``readers``."""
     if readers.everybody:
         return
     status = os.fstat(fd)
@@ -68,7 +69,10 @@ def settle(fd: int, readers: Readers) -> None:
 
 
 def narrowed_mode(fd: int, readers: Readers) -> int | None:
-    """The mode with which only ``readers`` may read the file ``fd``; None when it is so already."""
+    """The mode with which only ``readers`` may read the file ``fd``; None if it has that already.
+
+    The mode never allows more than before.
+    """
     if readers.everybody:
         return None
     status = os.fstat(fd)
@@ -81,7 +85,7 @@ def narrowed_mode(fd: int, readers: Readers) -> int | None:
 
 
 def narrow(fd: int, readers: Readers) -> bool:
-    """Take the file ``fd`` away from users who are no ``readers``; whether there were any."""
+    """Forbid all others than ``readers`` to read the file ``fd``; whether its mode changed."""
     wanted = narrowed_mode(fd, readers)
     if wanted is not None:
         os.fchmod(fd, wanted)
@@ -96,7 +100,7 @@ def _has_acl(fd: int) -> bool:
 
 
 def _umask() -> int:
-    """The umask of this process, without changing it for other threads; all bits if unknown."""
+    """The umask, read without changing it, as os.umask() would; all bits if it is unknown."""
     with suppress(OSError, ValueError), open("/proc/self/status", "rb") as file:
         for line in file:
             if line.startswith(b"Umask:"):

@@ -1,8 +1,7 @@
-"""Requests in flight: those that touch the same cluster wait for one another.
+"""Lock of cluster ranges: writes to the same cluster run one after the other.
 
-A write that makes a cluster local first copies up the rest of it. Two such writes
-to one cluster, side by side, would each copy up over the other's bytes; writes to
-different clusters have nothing to do with each other and run at the same time.
+A write that allocates a cluster first copies up the rest of it. Two such writes to one cluster at
+the same time would copy up over each other's bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 
 
 class RangeLock:
-    """The cluster ranges that writers hold, for the threads of one process."""
+    """The cluster ranges that are being written, for the threads of one process."""
 
     def __init__(self) -> None:
         self._held: list[tuple[int, int]] = []
@@ -21,15 +20,15 @@ class RangeLock:
 
     @contextmanager
     def holding(self, first: int, stop: int) -> Iterator[None]:
-        """Hold the clusters ``[first, stop)`` alone for the length of the block."""
-        mine = (first, stop)
+        """Hold the clusters ``[first, stop)`` during the block."""
+        own = (first, stop)
         with self._changed:
             while any(first < other[1] and other[0] < stop for other in self._held):
                 self._changed.wait()
-            self._held.append(mine)
+            self._held.append(own)
         try:
             yield
         finally:
             with self._changed:
-                self._held.remove(mine)
+                self._held.remove(own)
                 self._changed.notify_all()

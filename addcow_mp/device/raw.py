@@ -1,9 +1,9 @@
 """A raw file as a layer: all of its bytes, then zeros up to a whole sector.
 
-This holds for a backing file and for a raw file by itself. The image file of an overlay ends
-earlier: with its last whole sector, which is the overlay's virtual size. So :class:`RawLayer`
-is told how many bytes of its file it holds. No way to copy reads behind these: they end the
-last piece of data, and what is left of the sector is a piece of zeros.
+This holds for a backing file and for a raw file alone. The image file of an overlay ends earlier,
+with its last whole sector, which is the overlay's virtual size: ``held`` tells :class:`RawLayer`
+how many bytes of the file are part of the disk. No data extent reaches behind them; the rest of the
+sector is an extent of zeros.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from addcow_mp.format.geometry import raw_size
 
 
 class RawLayer:
-    """A raw file, open. ``held``: the bytes of it that are part of the disk, by default all."""
+    """An open raw file; the first ``held`` bytes, by default all, are part of the disk."""
 
     def __init__(self, file: File, held: int | None = None) -> None:
         self.file = file
@@ -38,7 +38,7 @@ class RawLayer:
             self.file.read_into(view, offset)
 
     def walk(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:
-        """Data and holes of ``[start, stop)``; behind the last byte there is no data."""
+        """Data and holes of ``[start, stop)``; zeros behind the last byte."""
         held = max(start, min(stop, self.held))
         for first, last in self.file.data_runs(start, held):
             if start < first:
@@ -51,14 +51,14 @@ class RawLayer:
             yield Extent(held, stop, depth, ExtentKind.ZERO)
 
     def _hole(self, start: int, stop: int, depth: int) -> Extent:
-        """A hole, unless the file has ended there meanwhile: then nothing is known of it."""
+        """A hole. Raises :class:`FileError` if the file has become too short to have one there."""
         if self.file.length < stop:
             with self.file.doing(f"look at {start}"):
                 raise ended_early()
         return Extent(start, stop, depth, ExtentKind.ZERO)
 
     def grow(self, size: int) -> None:
-        """Lengthen the file to ``size`` bytes with zeros behind all that it holds."""
+        """Lengthen the file to ``size`` bytes with zeros."""
         if self.held < size:
             self.file.grow(size)
             self.held, self.size = size, raw_size(size)
@@ -68,7 +68,7 @@ class RawLayer:
         yield self.file
 
     def warnings(self) -> list[str]:
-        """Nothing."""
+        """None: a raw file has no rules to break."""
         return []
 
     def close(self) -> None:

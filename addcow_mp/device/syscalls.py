@@ -1,10 +1,11 @@
-"""Calls of the kernel that Python has no name for.
+"""System calls that Python does not offer.
 
-They are looked up at first use: most commands make none of them.
+libc is loaded at the first call, because most commands make none.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from functools import cache
@@ -14,27 +15,63 @@ _SYNC_FILE_RANGE_WRITE = 2
 _MADV_POPULATE_READ = 22
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
 
+_OPENAT2 = 437  # the same number on every architecture
+_AT_FDCWD = -100
+_RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
+_OPEN_HOW_SIZE = 24
+
+
+def openat2(directory: int, relative: str, flags: int) -> int | None:
+    """Open ``relative`` beneath ``directory`` without following any link.
+
+    None if the system does not have the call. Raises :class:`OSError`.
+    """
+    try:
+        return _openat2(directory, relative, flags, _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EPERM) and not _has_openat2():
+            return None
+        raise
+
+
+def _openat2(directory: int, relative: str, flags: int, resolve: int) -> int:
+    libc, get_errno = _libc()
+    how = _how(flags, 0, resolve)
+    fd: int = libc.syscall(_OPENAT2, directory, os.fsencode(relative), how, _OPEN_HOW_SIZE)
+    if fd < 0:
+        raise OSError(get_errno(), os.strerror(get_errno()))
+    return fd
+
+
+@cache
+def _has_openat2() -> bool:
+    """Whether the call works: a sandbox answers EPERM to calls that it does not know."""
+    try:
+        os.close(_openat2(_AT_FDCWD, "/", os.O_PATH | os.O_CLOEXEC, 0))
+    except OSError:
+        return False
+    return True
+
 
 def fallocate(fd: int, mode: int, start: int, stop: int) -> int:
-    """Allocate or free ``[start, stop)`` as ``mode`` says; the error's number, 0 = done."""
+    """Allocate or free ``[start, stop)`` as ``mode`` says; returns an errno, 0 = done."""
     libc, get_errno = _libc()
     return 0 if libc.fallocate(fd, mode, start, stop - start) == 0 else int(get_errno())
 
 
 def start_writing(fd: int, start: int, stop: int) -> None:
-    """Let the disk begin to write what is dirty of ``[start, stop)``; waits for nothing.
+    """Start writing the dirty pages of ``[start, stop)`` to disk; does not wait.
 
-    Makes nothing durable and takes no error away from the sync that follows.
+    It makes nothing durable and hides no error from the sync that follows.
     """
     libc, _ = _libc()
     libc.sync_file_range(fd, start, stop - start, _SYNC_FILE_RANGE_WRITE)
 
 
-def has_in_memory(fd: int, start: int, stop: int) -> bool:
-    """Whether the system has some page of ``[start, stop)`` of a file in its cache.
+def is_cached(fd: int, start: int, stop: int) -> bool:
+    """Whether the page cache holds a page of ``[start, stop)`` of a file; ``start`` begins a page.
 
-    ``start`` is a multiple of any page. Raises :class:`OSError`. A mapping is made for asking,
-    and not looked into: that brings no page in.
+    Raises :class:`OSError`. The mapping that it makes is not read, which would load pages.
     """
     libc, get_errno = _libc()
     length = stop - start
@@ -51,11 +88,11 @@ def has_in_memory(fd: int, start: int, stop: int) -> bool:
     return any(pages) and any(page & 1 for page in pages)
 
 
-def peek(fd: int, view: memoryview, offset: int) -> bool:
-    """Fill ``view`` from ``offset`` of a file through a mapping; false when it has to be read.
+def read_mapped(fd: int, view: memoryview, offset: int) -> bool:
+    """Fill ``view`` from ``offset`` of a file through a mapping; False if that is impossible.
 
-    A place that the disk does not give is a SIGBUS under a mapping: the pages are asked for
-    first, which is an error where one is missing, and on systems that cannot ask like that.
+    The pages are populated first. A bad sector is then an error, and not a SIGBUS; systems that
+    cannot populate return an error too.
     """
     base = offset - offset % mmap.ALLOCATIONGRANULARITY
     length = offset - base + len(view)
@@ -69,7 +106,7 @@ def peek(fd: int, view: memoryview, offset: int) -> bool:
 
 
 def die_with_parent() -> None:
-    """Let the system end this process at once when the one that started it ends."""
+    """Make the system kill this process when its parent process ends."""
     libc, _ = _libc()
     libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL)
 
@@ -80,16 +117,25 @@ def _address_of(buffer: bytearray) -> Any:
     return ctypes.byref(ctypes.c_char.from_buffer(buffer))
 
 
+def _how(*words: int) -> Any:
+    import ctypes
+
+    return (ctypes.c_uint64 * len(words))(*words)
+
+
 @cache
 def _libc() -> tuple[Any, Any]:
+    """The C library, and the function that returns errno."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    place = ctypes.c_int64
-    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, place, place)
-    libc.sync_file_range.argtypes = (ctypes.c_int, place, place, ctypes.c_uint)
+    number, offset = ctypes.c_int, ctypes.c_int64
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
-    libc.mmap.argtypes = (pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, place)
+    libc.syscall.argtypes = (ctypes.c_long, number, ctypes.c_char_p, pointer, size)
+    libc.syscall.restype = ctypes.c_long
+    libc.fallocate.argtypes = (number, number, offset, offset)
+    libc.sync_file_range.argtypes = (number, offset, offset, ctypes.c_uint)
+    libc.mmap.argtypes = (pointer, size, number, number, number, offset)
     libc.mmap.restype = ctypes.c_ssize_t
     libc.mincore.argtypes = (pointer, size, pointer)
     libc.munmap.argtypes = (pointer, size)

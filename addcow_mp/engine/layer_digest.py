@@ -80,7 +80,7 @@ def _look_at(file: File, view: memoryview, start: int) -> None:
         view[first - start : last - start] = bytes(last - first)
     for first, last in data:
         part = view[first - start : last - start]
-        if not syscalls.peek(file.fd, part, first):
+        if not syscalls.read_mapped(file.fd, part, first):
             file.read_into(part, first)
 
 

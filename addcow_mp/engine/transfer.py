@@ -185,7 +185,7 @@ class Transfer:
             # A clone takes no time, whatever its length.
             start = self._copier.clone(source, start, extent.stop)
             self._add_moved(extent.start, start, marks)
-        self._copier.announce(start, extent.stop)
+        self._copier.preallocate(start, extent.stop)
         for first, stop in _steps(start, extent.stop, step):
             if first > extent.start:
                 self._check(worker)

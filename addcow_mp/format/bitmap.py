@@ -1,12 +1,11 @@
 """The COW bitmap: one bit per cluster, least significant bit first.
 
-It is looked at through a mapping, read-only, and never stored through it: on a full disk
-that is a SIGBUS. :meth:`CowBitmap.publish` changes it with pwrite, which the mapping sees
-at once. A file that ends inside its bitmap reads as 0 there. Bits past the last cluster are
-ignored when reading and written 0.
+The bitmap is read through a read-only mapping and never written through one: on a full disk that
+is a SIGBUS. :meth:`CowBitmap.publish` changes it with pwrite, which the mapping shows at once. Bits
+behind the end of a file that ends inside its bitmap read as 0. Bits past the last cluster (stray
+bits) are ignored when read and written as 0.
 
-:class:`SparseBits` is the other bitmap: bits that live in memory only, in pages
-that exist once one of their bits is set.
+:class:`SparseBits` is a bitmap in memory that allocates a page when one of its bits is set.
 """
 
 from __future__ import annotations
@@ -21,52 +20,48 @@ from addcow_mp.format.bits import BITS_PER_BYTE, MappedBits, Run, between, merge
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import KiB, MiB
 
-#: What a disk and the page cache write at once, however little of it has changed.
+#: The unit in which the disk and the page cache write, however few bytes change.
 PAGE = 4 * KiB
 
-#: Clusters whose bits share one page of bitmap: the grain of sparse bitmaps.
+#: Clusters whose bits share one page of bitmap: the page size of sparse bitmaps.
 PAGE_BITS = PAGE * BITS_PER_BYTE
 
-#: Bytes of bitmap changed by one pwrite: bounds the memory of publishing.
+#: Bytes of bitmap changed by one pwrite; limits the memory used for publishing.
 PUBLISH_BYTES = 1 * MiB
 
-#: Bytes written by one pwrite. File systems put what one call brings into one piece of the page
-#: cache; large pieces of memory are the ones that a virtual machine has lent back to its host, and
-#: writing a new file took up to five times as long through them.
+#: Bytes written by one pwrite. A file system puts the data of one call into one folio of the page
+#: cache. Large folios use memory that a virtual machine has returned to its host: writing a new
+#: file with larger calls took up to five times as long.
 WRITE_STEP = 256 * KiB
 
 
 class CowBitmap:
-    """The bitmap in an open ``.add-cow`` file.
+    """The bitmap of an open ``.add-cow`` file.
 
-    ``fd`` stays the caller's; ``offset`` is the header size. Bits are numbered by
-    cluster, ranges are ``[start, stop)``.
+    The caller owns ``fd``; ``offset`` is the header size; errors call the file ``path``. Bits are
+    numbered by cluster, ranges are ``[start, stop)``.
     """
 
     def __init__(self, fd: int, offset: int, geometry: Geometry, path: str = "") -> None:
-        #: What errors call the file.
         self.path = path
         self.offset = offset
         self.geometry = geometry
         self.clusters = geometry.clusters
         self._fd = fd
-        length = max(0, self._file_length() - offset)
+        try:
+            length = max(0, os.fstat(fd).st_size - offset)
+        except OSError as error:
+            raise FileError.of(path, "look at its bitmap", error) from error
         #: Whether the file ends inside its bitmap.
         self.short = length < geometry.bitmap_length
-        #: Bits in the file, those past the last cluster included.
+        #: Bits in the file, stray bits included.
         self._held = min(length, geometry.bitmap_length) * BITS_PER_BYTE
         self._bits = MappedBits(fd, offset, self._held, path)
-        #: Clusters, from the first, whose bits are in the file.
+        #: Clusters, from the first one on, whose bits are in the file.
         self.known = min(self._held, self.clusters)
 
-    def _file_length(self) -> int:
-        try:
-            return os.fstat(self._fd).st_size
-        except OSError as error:
-            raise FileError.of(self.path, "look at its bitmap", error) from error
-
     def unmap(self) -> None:
-        """Give back what is mapped of the file; it is mapped again when it is needed."""
+        """Release the mapping; the next access maps it again."""
         self._bits.unmap()
 
     def runs(self, value: int, start: int, stop: int) -> Iterator[Run]:
@@ -75,52 +70,51 @@ class CowBitmap:
         return ones if value else between(ones, start, stop)
 
     def any(self, start: int, stop: int) -> bool:
-        """Whether some cluster in ``[start, stop)`` is local."""
+        """Whether some cluster in ``[start, stop)`` is allocated."""
         return next(self.runs(1, start, stop), None) is not None
 
     def all(self, start: int, stop: int) -> bool:
-        """Whether every cluster in ``[start, stop)`` is local."""
+        """Whether every cluster in ``[start, stop)`` is allocated."""
         return next(self.runs(0, start, stop), None) is None
 
     def count(self, start: int = 0, stop: int | None = None) -> int:
-        """How many clusters in ``[start, stop)`` are local; costs what is set."""
+        """The number of allocated clusters in ``[start, stop)``; holes cost nothing."""
         return self._bits.count(start, self.known if stop is None else min(stop, self.known))
 
     def counts(self, step: int) -> Iterator[tuple[int, int]]:
-        """The multiples of ``step`` clusters with local ones, and how many each has."""
+        """Each multiple of ``step`` clusters with allocated ones, and how many it has."""
         return self._bits.counts(0, self.known, step)
 
     def data_runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
-        """The parts of ``[start, stop)`` that are not holes in the file, as runs of clusters.
+        """The parts of ``[start, stop)``, in clusters, outside holes of the file.
 
-        Outside these runs every bit is 0.
+        All other bits are 0.
         """
         return self._bits.data_runs(start, self.known if stop is None else min(stop, self.known))
 
     def slice(self, start: int, stop: int) -> bitarray:
         """A private copy of the bits ``[start, stop)``, read from the file."""
         first, last = start // BITS_PER_BYTE, -(-stop // BITS_PER_BYTE)
+        raw = os.pread(self._fd, last - first, self.offset + first)
         bits = bitarray(endian="little")
-        bits.frombytes(
-            os.pread(self._fd, last - first, self.offset + first).ljust(last - first, b"\0")
-        )
+        bits.frombytes(raw.ljust(last - first, b"\0"))
         base = first * BITS_PER_BYTE
         return bits[start - base : stop - base]
 
     def stray(self) -> int:
-        """How many bits past the last cluster are set."""
+        """The number of bits past the last cluster that are set."""
         return self._bits.count(self.clusters, self._held)
 
     def hole_bytes(self) -> int:
-        """Bytes of the used part of the bitmap that take no space yet."""
+        """Bytes of the used part of the bitmap that are holes."""
         held = -(-sum(stop - first for first, stop in self.data_runs()) // BITS_PER_BYTE)
         return max(0, self.geometry.bitmap_used - held)
 
     def publish(self, start: int, stop: int, change: Callable[[bitarray, int], None]) -> None:
-        """Change the bits ``[start, stop)`` in the file; making them durable is the caller's.
+        """Change the bits ``[start, stop)`` in the file; the caller makes them durable.
 
-        ``change(bits, first)`` edits a copy of the bits from cluster ``first`` on.
-        Only what differs is written; bits around the range keep their value.
+        ``change(bits, first)`` edits a copy of the bits from cluster ``first`` on. Only bytes that
+        differ are written; bits around the range keep their value.
         """
         step = PUBLISH_BYTES * BITS_PER_BYTE
         for first in range(start, stop, step):
@@ -130,14 +124,14 @@ class CowBitmap:
         first_byte, stop_byte = start // BITS_PER_BYTE, -(-stop // BITS_PER_BYTE)
         base = first_byte * BITS_PER_BYTE
         old = self.slice(base, stop_byte * BITS_PER_BYTE)
-        new = old[start - base : stop - base]
-        change(new, start)
-        whole = old.copy()
-        whole[start - base : stop - base] = new
-        self._write_difference(first_byte, old.tobytes(), whole.tobytes())
+        new = old.copy()
+        part = old[start - base : stop - base]
+        change(part, start)
+        new[start - base : stop - base] = part
+        self._write_difference(first_byte, old.tobytes(), new.tobytes())
 
     def _write_difference(self, first_byte: int, old: bytes, new: bytes) -> None:
-        """Write the bytes in which ``new`` differs, with what lies between them in a page."""
+        """Write the bytes that differ, and equal bytes between them on the same or next page."""
         pages = (
             (start, min(start + PAGE, len(new)))
             for start in range(0, len(new), PAGE)
@@ -151,26 +145,26 @@ class CowBitmap:
     def fill(self, start: int, stop: int, value: int) -> None:
         """Publish ``value`` for every cluster in ``[start, stop)``.
 
-        Clearing costs what is set: holes of the bitmap are 0 already.
+        Clearing skips holes of the bitmap, which are 0 already.
         """
         parts = [(start, stop)] if value else self.data_runs(start, stop)
         for first, last in parts:
             self.publish(first, last, lambda bits, _: bits.setall(value))
 
     def fill_marked(self, marks: SparseBits, value: int) -> None:
-        """Publish ``value`` for the clusters that are set in ``marks``; costs the marks."""
-        change = marks.add_to if value else marks.take_from
+        """Publish ``value`` for the clusters that are set in ``marks``."""
+        change = marks.add_to if value else marks.remove_from
         for first, last in marks.pages():
             self.publish(first, min(last, self.clusters), change)
 
     def clear_stray(self) -> None:
-        """Write 0 to the bits past the last cluster, where one is set."""
+        """Clear the bits past the last cluster."""
         for first, stop in list(self._bits.runs(self.clusters, self._held)):
             self.publish(first, stop, lambda bits, _: bits.setall(0))
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of ``data`` at ``offset``, in steps; the kernel may take them in parts."""
+    """Write all of ``data`` at ``offset``, in steps; one pwrite may take only a part."""
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view[:WRITE_STEP], offset)
@@ -178,26 +172,23 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 class SparseBits:
-    """A bitmap in memory, 0 everywhere at first, in pages made when they are needed."""
+    """A bitmap in memory, initially 0, that allocates its pages when they are needed."""
 
     def __init__(self) -> None:
         self._pages: dict[int, bitarray] = {}
 
     @classmethod
     def of(cls, marks: MappedBits, ranges: Iterable[Run]) -> SparseBits:
-        """A copy of what is set in ``marks`` within ``ranges`` at this moment."""
+        """A copy of the bits that are set in ``marks`` within ``ranges`` at this moment."""
         copied = cls()
         for start, stop in ranges:
-            for first, last in marks.data_runs(start, stop):
-                copied._copy(marks, first, last)
+            for part in marks.data_runs(start, stop):
+                for number, first, last in _pages_of(*part):
+                    bits = bitarray(last - first, endian="little")
+                    marks.add_to(bits, number * PAGE_BITS + first)
+                    if bits.any():
+                        copied._page(number)[first:last] |= bits
         return copied
-
-    def _copy(self, marks: MappedBits, start: int, stop: int) -> None:
-        for number, first, last in self._pages_of(start, stop):
-            bits = bitarray(last - first, endian="little")
-            marks.add_to(bits, number * PAGE_BITS + first)
-            if bits.any():
-                self._page(number)[first:last] |= bits
 
     def _page(self, number: int) -> bitarray:
         page = self._pages.get(number)
@@ -209,12 +200,12 @@ class SparseBits:
         return bool(self._pages)
 
     def pages(self) -> Iterator[Run]:
-        """The ranges that have pages, in order; outside them nothing is set."""
+        """The ranges that have pages, in order; all other bits are 0."""
         return ((number * PAGE_BITS, (number + 1) * PAGE_BITS) for number in sorted(self._pages))
 
     def set(self, start: int, stop: int) -> None:
         """Set the bits ``[start, stop)``."""
-        for number, first, last in self._pages_of(start, stop):
+        for number, first, last in _pages_of(start, stop):
             self._page(number)[first:last] = 1
 
     def runs(self) -> Iterator[Run]:
@@ -225,13 +216,13 @@ class SparseBits:
                 yield base + first, base + stop
 
     def copy(self) -> SparseBits:
-        """A bitmap of its own with the same bits."""
+        """An independent copy."""
         other = SparseBits()
         other._pages = {number: page.copy() for number, page in self._pages.items()}
         return other
 
     def drop(self, other: SparseBits) -> None:
-        """Clear the bits that are set in ``other``; pages left empty go away."""
+        """Clear the bits that are set in ``other``; empty pages are freed."""
         for number, dropped in other._pages.items():
             page = self._pages.get(number)
             if page is not None:
@@ -240,23 +231,24 @@ class SparseBits:
                     del self._pages[number]
 
     def add_to(self, bits: bitarray, start: int) -> None:
-        """Set in ``bits``, which hold the clusters from ``start`` on, what is set here."""
-        for number, first, last in self._pages_of(start, start + len(bits)):
+        """Set in ``bits``, which begin at cluster ``start``, every bit that is set here."""
+        for number, first, last in _pages_of(start, start + len(bits)):
             page = self._pages.get(number)
             if page is not None:
                 base = number * PAGE_BITS + first - start
                 bits[base : base + last - first] |= page[first:last]
 
-    def take_from(self, bits: bitarray, start: int) -> None:
-        """Clear in ``bits``, which hold the clusters from ``start`` on, what is set here."""
-        mine = bitarray(len(bits), endian="little")
-        self.add_to(mine, start)
-        bits &= ~mine
+    def remove_from(self, bits: bitarray, start: int) -> None:
+        """Clear in ``bits``, which begin at cluster ``start``, every bit that is set here."""
+        own = bitarray(len(bits), endian="little")
+        self.add_to(own, start)
+        bits &= ~own
 
-    @staticmethod
-    def _pages_of(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        while start < stop:
-            number, first = divmod(start, PAGE_BITS)
-            last = min(PAGE_BITS, first + stop - start)
-            yield number, first, last
-            start += last - first
+
+def _pages_of(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """``[start, stop)`` by pages: number of the page, and the range within it."""
+    while start < stop:
+        number, first = divmod(start, PAGE_BITS)
+        last = min(PAGE_BITS, first + stop - start)
+        yield number, first, last
+        start += last - first

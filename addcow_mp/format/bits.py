@@ -1,14 +1,13 @@
-"""Runs of bits, and bits in a file that is looked at through a small window.
+"""Runs of bits, and bits in a file that is read through a mapped window.
 
-A run is a pair ``(first, stop)``; ranges are ``[start, stop)`` throughout, in bits.
+A run is a pair ``(first, stop)``; all ranges are ``[start, stop)``, in bits.
 
-:class:`MappedBits` lays a bitarray over a part of the file, mapped, without a copy, one window
-at a time: the bits of a petabyte cost the pages that are looked at, and no address space to
-speak of. A hole of the file is 0 and is never looked at: on a full tmpfs, which would have to
-give it a page, that is a SIGBUS.
+:class:`MappedBits` maps one window of the file at a time and puts a bitarray over it without a
+copy, so the bitmap of a petabyte costs only the pages that are read. A hole of the file is 0 and is
+never read: on a full tmpfs, reading it would need a new page and end in SIGBUS.
 
-Some file systems have no shared mappings. There the part that is asked for is read, in smaller
-pieces, and forgotten again at once: what is written to the file later is seen, as in a mapping.
+On a file system without shared mappings, the needed part is read into memory in smaller steps and
+not cached, so later writes to the file are seen, as through a mapping.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from addcow_mp.units import MiB, round_down
 
 BITS_PER_BYTE = 8
 
-#: Bytes mapped at a time: the bits of 8 TiB in clusters of 64 KiB. A multiple of any page.
+#: Bytes mapped at a time: the bits of 8 TiB in clusters of 64 KiB. A multiple of any page size.
 WINDOW = 16 * MiB
 WINDOW_BITS = WINDOW * BITS_PER_BYTE
 
-#: Bytes read at a time where nothing can be mapped: bounds what is held in memory.
+#: Bytes read at a time where nothing can be mapped; limits the use of memory.
 READ_BYTES = 1 * MiB
 
 Run = tuple[int, int]
@@ -60,7 +59,7 @@ def merged(parts: Iterable[Run]) -> Iterator[Run]:
 
 
 def between(ones: Iterable[Run], start: int, stop: int) -> Iterator[Run]:
-    """What ``ones``, in order, leave of ``[start, stop)``."""
+    """The parts of ``[start, stop)`` that are not in ``ones``; ``ones`` must be in order."""
     for first, last in ones:
         if start < first:
             yield start, first
@@ -70,10 +69,10 @@ def between(ones: Iterable[Run], start: int, stop: int) -> Iterator[Run]:
 
 
 class MappedBits:
-    """The ``count`` bits that begin at byte ``offset``, a multiple of any page, of an open file.
+    """The ``count`` bits from byte ``offset`` of an open file on; ``offset`` starts a page.
 
-    ``fd`` stays the caller's, ``path`` is what errors call the file. Threads may share it. Every
-    method raises :class:`FileError` when the file has become too short or cannot be looked at.
+    The caller owns ``fd``; errors call the file ``path``. Threads may share an instance. Every
+    method raises :class:`FileError` if the file has become too short or cannot be read.
     """
 
     def __init__(
@@ -84,15 +83,15 @@ class MappedBits:
         self._count = count
         self._path = path
         self._protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        #: The window mapped last, and its number.
+        #: The number of the window mapped last, and its bits.
         self._last: tuple[int, bitarray] = (-1, bitarray())
-        #: Whether the file can be mapped, as far as is known.
-        self._maps = True
+        #: False once a mapping has failed.
+        self._can_map = True
 
     # Windows
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[bitarray, int, int, int]]:
-        """``[start, stop)`` by windows: the bits of each, the number of its first, the range."""
+        """``[start, stop)`` by windows: bits, number of the first bit, range within them."""
         while start < stop:
             base, bits = self._window(start, stop)
             end = min(stop - base, len(bits))
@@ -101,11 +100,10 @@ class MappedBits:
 
     def _window(self, start: int, stop: int) -> tuple[int, bitarray]:
         """Bits that begin at or before ``start``, and the number of the first."""
-        if self._maps:
+        if self._can_map:
             number = start // WINDOW_BITS
-            held, bits = self._last
-            if held == number:
-                return number * WINDOW_BITS, bits
+            if self._last[0] == number:
+                return number * WINDOW_BITS, self._last[1]
             mapped = self._map(number * WINDOW)
             if mapped is not None:
                 self._last = number, mapped
@@ -115,22 +113,22 @@ class MappedBits:
         return first * BITS_PER_BYTE, self._read(first, length)
 
     def _map(self, start: int) -> bitarray | None:
-        """A window; None where the file system has no such mappings."""
+        """The window from byte ``start`` on; None on a file system without shared mappings."""
         length = min(WINDOW, -(-self._count // BITS_PER_BYTE) - start)
         try:
             window = mmap.mmap(self._fd, length, prot=self._protection, offset=self._offset + start)
         except OSError as error:
             if self._protection & mmap.PROT_WRITE or error.errno == errno.ENOMEM:
                 raise self._error(error) from error
-            self._maps = False
+            self._can_map = False
             return None
         except ValueError:
             raise self._shrunk() from None
-        # The bitarray owns the mapping from here on: it is unmapped with it.
+        # The bitarray owns the mapping, which is unmapped with it.
         return bitarray(buffer=window, endian="little")
 
     def _read(self, first: int, length: int) -> bitarray:
-        """A private copy of so many bytes from the byte ``first`` on."""
+        """A private copy of ``length`` bytes from byte ``first`` on."""
         bits = bitarray(endian="little")
         try:
             bits.frombytes(os.pread(self._fd, length, self._offset + first))
@@ -141,16 +139,16 @@ class MappedBits:
         return bits
 
     def unmap(self) -> None:
-        """Give back the window mapped last; it is mapped again when it is needed."""
+        """Release the mapped window; the next access maps it again."""
         self._last = -1, bitarray()
 
-    # Looking
+    # Reading
 
     def data_runs(self, start: int, stop: int) -> Iterator[Run]:
-        """The parts of ``[start, stop)`` that are not holes of the file; all else is 0."""
+        """The parts of ``[start, stop)`` outside holes of the file; bits in holes are 0."""
         position = self._offset + start // BITS_PER_BYTE
         end = self._offset + -(-stop // BITS_PER_BYTE)
-        # Bits that were there at the opening and are gone now are not 0, but unknown.
+        # Bits that a shorter file no longer has are unknown, not 0.
         self._refuse_shrunk(end)
         while position < end and (data := self._seek(position, os.SEEK_DATA, end)) < end:
             position = self._seek(data, os.SEEK_HOLE, end)
@@ -170,14 +168,14 @@ class MappedBits:
         return next(self.runs(start, stop), None) is not None
 
     def count(self, start: int, stop: int) -> int:
-        """How many bits in ``[start, stop)`` are 1; costs what is not a hole."""
-        return sum(self._counted(*part) for part in self.data_runs(start, stop))
+        """The number of ones in ``[start, stop)``; holes cost nothing."""
+        return sum(self._count_data(*part) for part in self.data_runs(start, stop))
 
-    def _counted(self, start: int, stop: int) -> int:
+    def _count_data(self, start: int, stop: int) -> int:
         return sum(bits.count(1, first, last) for bits, _, first, last in self._parts(start, stop))
 
     def counts(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-        """The multiples of ``step`` with ones in ``[start, stop)``, and how many each has."""
+        """Each multiple of ``step`` with ones in ``[start, stop)``, and how many it has."""
         current, total = start, 0
         for part in self.data_runs(start, stop):
             for first, last in self._steps_with_ones(*part, step):
@@ -185,12 +183,12 @@ class MappedBits:
                 if number != current and total:
                     yield current, total
                     total = 0
-                current, total = number, total + self._counted(first, last)
+                current, total = number, total + self._count_data(first, last)
         if total:
             yield current, total
 
     def _steps_with_ones(self, start: int, stop: int, step: int) -> Iterator[Run]:
-        """``[start, stop)`` cut at multiples of ``step``, from the first one in each on."""
+        """``[start, stop)`` cut at multiples of ``step``, each from its first one on."""
         for bits, base, first, last in self._parts(start, stop):
             place = first
             while place < last and (one := bits.find(1, place, last)) >= 0:
@@ -198,7 +196,7 @@ class MappedBits:
                 yield base + one, base + place
 
     def add_to(self, bits: bitarray, start: int) -> None:
-        """Set in ``bits``, which are those from ``start`` on, what is 1 here."""
+        """Set in ``bits``, which begin at number ``start``, every bit that is 1 here."""
         for part in self.data_runs(start, start + len(bits)):
             for window, base, first, last in self._parts(*part):
                 bits[base + first - start : base + last - start] |= window[first:last]
@@ -206,10 +204,10 @@ class MappedBits:
     # Changing
 
     def set(self, start: int, stop: int) -> None:
-        """Set the bits ``[start, stop)``, through the mapping: for memory, never for a disk."""
+        """Set the bits ``[start, stop)`` through the mapping: only for files in memory."""
         number, window = self._last
         base = number * WINDOW_BITS
-        if base <= start and stop <= base + WINDOW_BITS:  # as it nearly always is
+        if base <= start and stop <= base + WINDOW_BITS:  # the usual case
             window[start - base : stop - base] = 1
             return
         for bits, _, first, last in self._parts(start, stop):
@@ -226,7 +224,7 @@ class MappedBits:
                 return end
             if error.errno != errno.EINVAL:
                 raise self._error(error) from error
-            # A file system that knows no holes: everything is data.
+            # A file system without holes: everything is data.
             return position if whence == os.SEEK_DATA else end
 
     def _bit_at(self, position: int) -> int:

@@ -1,9 +1,7 @@
-"""Cluster arithmetic, all of it, in one place.
+"""Cluster arithmetic: every conversion between bytes, clusters and bitmap bytes.
 
-A virtual disk of ``size`` bytes is cut into clusters of ``cluster_size`` bytes;
-the last one may be partial. Every rounding and every conversion between bytes,
-clusters and bitmap bytes is here, so that no other module repeats one. Python's
-integers do not overflow, which is all that 64-bit arithmetic asks of us.
+A virtual disk of ``size`` bytes consists of clusters of ``cluster_size`` bytes; the last cluster
+may be partial. Python integers do not overflow, so 64-bit sizes need no care.
 """
 
 from __future__ import annotations
@@ -15,10 +13,7 @@ from addcow_mp.units import SECTOR, round_down, round_up
 
 
 def virtual_size(length: int) -> int:
-    """The virtual size of an overlay whose image file has ``length`` bytes: its whole sectors.
-
-    Bytes behind them are not part of the view.
-    """
+    """The virtual size of an overlay whose image file has ``length`` bytes: its whole sectors."""
     return round_down(length, SECTOR)
 
 
@@ -35,12 +30,12 @@ class Geometry(NamedTuple):
 
     @property
     def clusters(self) -> int:
-        """How many clusters there are, a partial last one included."""
+        """The number of clusters, including a partial last one."""
         return -(-self.size // self.cluster_size)
 
     @property
     def bitmap_used(self) -> int:
-        """Bytes of bitmap that hold a bit of some cluster."""
+        """Bytes of bitmap that hold the bit of a cluster."""
         return -(-self.clusters // BITS_PER_BYTE)
 
     @property
@@ -57,5 +52,5 @@ class Geometry(NamedTuple):
         return start // self.cluster_size, -(-stop // self.cluster_size)
 
     def span(self, first: int, stop: int) -> tuple[int, int]:
-        """The bytes ``[start, stop)`` of the clusters ``[first, stop)``, cut at the end."""
+        """The bytes ``[start, stop)`` of the clusters ``[first, stop)``, cut at ``size``."""
         return min(first * self.cluster_size, self.size), min(stop * self.cluster_size, self.size)

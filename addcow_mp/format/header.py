@@ -1,13 +1,11 @@
 """The 76 fixed bytes at the start of an ``.add-cow`` file.
 
-One table of fields drives reading, writing and printing. Reading is separate
-from judging: :meth:`Header.unpack` takes any 76 bytes, :func:`violations` says
-which rules they break, each under a name that ``check`` reports, and callers
-that want to use the image refuse at the first one. All integers are
-little-endian; formats are ASCII, NUL-terminated within 16 bytes and zero-padded.
+:meth:`Header.unpack` accepts any 76 bytes; :func:`violations` lists the rules of the format that
+they break, each under the name that ``check`` reports. All integers are little-endian. Formats are
+ASCII, terminated with NUL within 16 bytes and padded with zeros.
 
-The header region is ``header_size`` bytes long: the fixed bytes, the names at
-any place behind them, zeros everywhere else. Then follows the bitmap.
+The header region is ``header_size`` bytes long: the fixed bytes, then the names at any place, zeros
+everywhere else. The bitmap follows it.
 """
 
 from __future__ import annotations
@@ -23,15 +21,15 @@ ALL_ALLOCATED = 1 << 0
 
 MIN_CLUSTER_BITS, DEFAULT_CLUSTER_BITS, MAX_CLUSTER_BITS = 12, 16, 21
 
-#: The header region is never smaller than a page, so that the bitmap can be mapped.
+#: The header region has at least one page, so that the bitmap can be mapped.
 MIN_HEADER_SIZE = 4 * KiB
 
-#: Sizes of the reference's buffers, which also hold the terminating NUL.
+#: Sizes of the reference implementation's buffers, which also hold the terminating NUL.
 BACKING_NAME_LIMIT, IMAGE_NAME_LIMIT = 1024, 4096
 
 RAW, ADD_COW = "raw", "add-cow"
 
-#: Formats that an image may say it has. Only the first two are opened natively.
+#: Formats that a header may name. Only the first two are opened natively.
 KNOWN_FORMATS = (
     *(RAW, ADD_COW),
     *("bochs", "cloop", "cow", "dmg", "luks", "parallels", "qcow", "qcow2", "qed"),
@@ -39,59 +37,38 @@ KNOWN_FORMATS = (
 )
 
 
-class Field(NamedTuple):
-    """One field: attribute name, ``struct`` code, and what it says."""
-
-    name: str
-    code: str
-    meaning: str
-
-
-FIELDS = (
-    Field("magic", "4s", "the letters ACOW"),
-    Field("backing_offset", "I", "where the backing file's name starts; 0 = no backing"),
-    Field("backing_size", "I", "length of that name in bytes"),
-    Field("image_offset", "I", "where the image file's name starts"),
-    Field("image_size", "I", "length of that name in bytes"),
-    Field("cluster_bits", "I", "cluster size as a power of two, 12 to 21"),
-    Field("features", "Q", "bits that a reader must know; none is defined"),
-    Field("compatible_features", "Q", "bits that a reader may ignore; bit 0 = ALL_ALLOCATED"),
-    Field("header_size", "I", "length of this region, and where the bitmap starts"),
-    Field("backing_format", "16s", "format of the backing file"),
-    Field("image_format", "16s", "format of the image file"),
-)
-
-_LAYOUT = struct.Struct("<" + "".join(field.code for field in FIELDS))
+#: The fields of :class:`Header`, in order: 4s and 16s are bytes, I 32 bits, Q 64 bits.
+_LAYOUT = struct.Struct("<4sIIIIIQQI16s16s")
 FIXED_SIZE = _LAYOUT.size
 
 
 def header_size(cluster_size: int) -> int:
-    """The only length of the header region that the reference accepts."""
+    """The only length of the header region that the reference implementation accepts."""
     return max(MIN_HEADER_SIZE, cluster_size)
 
 
 class Header(NamedTuple):
-    """The fixed header, field by field as in :data:`FIELDS`; offsets and sizes in bytes."""
+    """The fixed header; offsets and sizes are in bytes."""
 
     magic: bytes = MAGIC
-    backing_offset: int = 0
-    backing_size: int = 0
-    image_offset: int = FIXED_SIZE
-    image_size: int = 0
-    cluster_bits: int = DEFAULT_CLUSTER_BITS
-    features: int = 0
-    compatible_features: int = 0
-    header_size: int = 64 * KiB
+    backing_offset: int = 0  # of the backing file's name; 0 = no backing file
+    backing_size: int = 0  # of that name
+    image_offset: int = FIXED_SIZE  # of the image file's name
+    image_size: int = 0  # of that name
+    cluster_bits: int = DEFAULT_CLUSTER_BITS  # the cluster size is 2 to this power
+    features: int = 0  # bits that a reader must know; none is defined
+    compatible_features: int = 0  # bits that a reader may ignore; bit 0 = ALL_ALLOCATED
+    header_size: int = 64 * KiB  # of the header region; the bitmap follows
     backing_format: bytes = b""
     image_format: bytes = RAW.encode()
 
     @classmethod
     def unpack(cls, raw: bytes) -> Header:
-        """Read any :data:`FIXED_SIZE` bytes, legal or not."""
+        """Read :data:`FIXED_SIZE` bytes, valid or not."""
         return cls(*_LAYOUT.unpack(raw))
 
     def pack(self) -> bytes:
-        """The :data:`FIXED_SIZE` bytes that stand in the file."""
+        """The :data:`FIXED_SIZE` bytes of the file."""
         return _LAYOUT.pack(*self)
 
     @property
@@ -101,21 +78,21 @@ class Header(NamedTuple):
 
     @property
     def has_backing(self) -> bool:
-        """Whether a backing file is named."""
+        """Whether the header names a backing file."""
         return self.backing_offset != 0
 
     @property
     def all_allocated(self) -> bool:
-        """Whether backing and bitmap are not to be consulted at all."""
+        """Whether ALL_ALLOCATED is set: readers ignore the bitmap and the backing file."""
         return bool(self.compatible_features & ALL_ALLOCATED)
 
     def with_all_allocated(self, value: bool) -> Header:
-        """The same header with that bit set or cleared, unknown bits preserved."""
-        kept = self.compatible_features & ~ALL_ALLOCATED
-        return self._replace(compatible_features=kept | (ALL_ALLOCATED * value))
+        """This header with ALL_ALLOCATED set or cleared; other bits stay."""
+        others = self.compatible_features & ~ALL_ALLOCATED
+        return self._replace(compatible_features=others | (ALL_ALLOCATED * value))
 
     def name_ranges(self) -> list[tuple[int, int]]:
-        """The bytes ``[start, stop)`` of each name, where there is one."""
+        """The bytes ``[start, stop)`` of each name."""
         ranges = [(self.image_offset, self.image_offset + self.image_size)]
         if self.has_backing:
             ranges.append((self.backing_offset, self.backing_offset + self.backing_size))
@@ -123,12 +100,12 @@ class Header(NamedTuple):
 
 
 def format_name(raw: bytes) -> str:
-    """The format that 16 bytes hold, for people: up to the first NUL, never failing."""
+    """The format name in 16 bytes, up to the first NUL; bytes that are not ASCII are escaped."""
     return raw.split(b"\0", 1)[0].decode("ascii", "backslashreplace")
 
 
 class Violation(NamedTuple):
-    """A broken rule: the name of its check, and what is wrong."""
+    """A broken rule: the name of its check, and the problem."""
 
     rule: str
     problem: str
@@ -136,8 +113,8 @@ class Violation(NamedTuple):
 
 def violations(header: Header) -> Iterator[Violation]:
     """Every rule of the format that ``header`` breaks, in the order of the fields."""
-    for rule, judge in (("header", _numbers), ("names", _names), ("formats", _formats)):
-        for problem in judge(header):
+    for rule, check in (("header", _numbers), ("names", _names), ("formats", _formats)):
+        for problem in check(header):
             yield Violation(rule, problem)
 
 

@@ -216,8 +216,8 @@ class _Check:
         return True
 
     def _open_overlay(self, image: File) -> None:
-        if self.cow is not None and not self._is_broken("header"):
-            self.overlay = Overlay(self.cow, image, None)
+        if self.cow is not None and self.header is not None and not self._is_broken("header"):
+            self.overlay = Overlay(self.cow, image, None, self.header)
             self.report.total_clusters = self.overlay.geometry.clusters
             self.report.allocated_clusters = self.overlay.allocated_clusters
             self._note_hidden(image, self.overlay.size)

@@ -25,7 +25,7 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.manifest_file import SUFFIX, draft_of, is_manifest, manifest_of
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.permissions import Readers, settle
+from addcow_mp.device.permissions import Readers, set_readers
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.allocation import data_stretches
 from addcow_mp.engine.layer_digest import LeafHasher, cow_digests, file_of, is_fully_allocated
@@ -208,7 +208,7 @@ def _draft(path: str, part: str, readers: Readers, hooks: Hooks, *, locking: boo
         _refuse_foreign(fd, part)
         with _saying(part, "let no more users read it than may read what it is of"):
             os.ftruncate(fd, 0)
-            settle(fd, readers)
+            set_readers(fd, readers)
         yield from _named(fd, part)
     finally:
         os.close(fd)

@@ -20,7 +20,7 @@ def open_for_writing(path: str, access: Access | None = None) -> Overlay:
     """Open the overlay at ``path`` as the guest's disk. Raises :class:`AddcowError`."""
     access = access or Access()
     overlay = open_chain(path, WRITE, access)
-    overlay.permit = partial(_refuse, overlay, access)
+    overlay.refuse_change = partial(_refuse, overlay, access)
     return overlay
 
 

@@ -402,7 +402,7 @@ def _check_range(disk: Overlay, offset: int, length: int) -> None:
 def _ask_permission(disk: Overlay) -> None:
     disk.check_writable()
     try:
-        disk.ask_permission()
+        disk.check_permission()
     except AddcowError as error:
         raise _NotPermittedError(str(error)) from error
 
