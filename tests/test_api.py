@@ -133,6 +133,7 @@ def test_package_ships_py_typed() -> None:
     assert (Path(addcow_mp.__file__).parent / "py.typed").is_file()
 
 
+@pytest.mark.long
 def test_mypy_sees_the_types_of_the_package(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import addcow_mp\nreveal_type(addcow_mp.info(b'x'))\n")
     done = subprocess.run(

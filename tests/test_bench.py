@@ -86,6 +86,7 @@ def test_bench_measures_and_reports_every_case_without_a_loop_device(here: Path)
     assert list((here / "files").iterdir()) == []
 
 
+@pytest.mark.long
 def test_bench_report_names_the_machine_and_the_method(here: Path) -> None:
     assert bench(here, "startup").returncode == 0
     document = json.loads((here / "told" / "bench.json").read_text())
@@ -121,6 +122,7 @@ def impostor(here: Path, behaviour: str) -> str:
     return str(directory)
 
 
+@pytest.mark.long
 def test_bench_detects_a_peer_that_does_nothing(here: Path) -> None:
     done = bench(here, "commit-64k-unsafe", "check", path=impostor(here, "exit 0"))
     assert done.returncode == 1, done

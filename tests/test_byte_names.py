@@ -17,6 +17,8 @@ import pytest
 
 from support.command import PATIENCE, addcow, draw, draw_raw, refused, succeed
 
+pytestmark = pytest.mark.sample(2)
+
 BYTES = b"b\xff\xfe"
 BASE, TOP = os.fsdecode(BYTES + b".img"), os.fsdecode(BYTES + b".add-cow")
 RAW = os.fsdecode(BYTES + b".raw")

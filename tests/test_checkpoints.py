@@ -27,6 +27,8 @@ from support.fault_rules import Rules, rule
 from support.manifests import view_of
 from support.processes import running
 
+pytestmark = pytest.mark.sample(1)
+
 SIZE = 40 * MiB
 RATE = 4 * MiB
 
@@ -108,6 +110,7 @@ def test_kill_within_a_task_costs_at_most_five_seconds(tmp_path: Path, job: str,
     finishes(top, job, view)
 
 
+@pytest.mark.long
 def test_stopped_farm_keeps_finished_clusters_of_an_image(tmp_path: Path) -> None:
     top = lay(tmp_path, "flatten")
     view = view_of(top)
@@ -121,6 +124,7 @@ def test_stopped_farm_keeps_finished_clusters_of_an_image(tmp_path: Path) -> Non
     finishes(top, "flatten", view)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 def test_clusters_that_a_dead_worker_finished_are_not_moved_again(tmp_path: Path, job: str) -> None:
     """What it has done may be published, and freed, before another one takes its place."""

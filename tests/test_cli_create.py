@@ -32,6 +32,8 @@ from support.command import (
     tool,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 BASE = ("-b", "base.img", "-F", "raw")
 
 

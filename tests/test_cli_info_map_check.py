@@ -30,6 +30,8 @@ from support.command import (
     tool,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 INFO_KEYS = {
     "filename",
     "format",
@@ -453,6 +455,7 @@ def test_check_of_a_file_that_is_not_add_cow_exits_with_63(tmp_path: Path) -> No
 # ---- what all commands have in common ----
 
 
+@pytest.mark.long
 def test_readers_accept_option_f(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "-X--")
     for command in READERS:

@@ -31,6 +31,8 @@ from support.command import (
     virtual_size,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 TIME = r"(?:\d+\.\d{4} sec|\d+:\d\d:\d\d\.\d\d)"
 RATE = rf"{TIME} \([\d.]+ (?:bytes|[KMGTP]iB)/sec and [\d.]+ ops/sec\)"
 TOP = "top.add-cow"

@@ -48,6 +48,8 @@ from support.command import (
     virtual_size,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 JOBS = [("--jobs", "0"), ("--jobs", "1"), ("--jobs", "2"), ()]
 
 
@@ -640,6 +642,7 @@ def test_commit_and_flatten_agree_with_qemu_img(tmp_path: Path, jobs: str) -> No
     same_content("new.raw", "base.img", cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_number_of_processes_does_not_change_the_result(tmp_path: Path) -> None:
     outcomes = []
     for number in ("0", "1", "2", "3"):

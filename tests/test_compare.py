@@ -49,6 +49,8 @@ from support.processes import Ended, running
 from support.properties import tried
 from support.warm import Warm
 
+pytestmark = pytest.mark.sample(2)
+
 SAME = "Images are identical.\n"
 SIZES = "Warning: Image size mismatch!\n"
 BLOCK = 4 * KiB

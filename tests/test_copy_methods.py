@@ -59,6 +59,8 @@ from support.promises import KINDS
 from support.properties import tried
 from support.warm import Warm
 
+pytestmark = pytest.mark.sample(2)
+
 #: A run of this length is cloned where nothing is pinned; shorter ones are copied.
 LONG = 512 * KiB // CLUSTER
 
@@ -770,6 +772,7 @@ def priority(here: Path, pid: int) -> str:
     return tool("ionice", "-p", str(pid), cwd=here).split(":")[0].strip()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 def test_idle_option_gives_workers_the_idle_priority(tmp_path: Path, job: str) -> None:
     pair(tmp_path, "ABCD", "-X-Y")

@@ -29,6 +29,8 @@ from support.command import CLUSTER, PATIENCE, GiB, KiB, MiB, Result, TiB, pair,
 from support.file_systems import made_disk
 from support.model import bitmap_length, disk_usage, pack_header
 
+pytestmark = pytest.mark.sample(2)
+
 SMALL, HUGE = 4 * GiB, 16 * TiB
 PIECE = 4 * KiB
 COUNT = 300

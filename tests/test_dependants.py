@@ -43,6 +43,8 @@ from support.command import (
 )
 from support.file_systems import nest, unnest
 
+pytestmark = pytest.mark.sample(2)
+
 TOP, BASE, OTHER = "top.add-cow", "base.img", "other.add-cow"
 DEEP = 1200
 

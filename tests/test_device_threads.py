@@ -24,6 +24,8 @@ import pytest
 import addcow_mp
 from support.model import Content, Files, KiB, MiB, Overlay, Raw, build, read_bits, read_view, view
 
+pytestmark = pytest.mark.sample(2)
+
 THREADS = 4
 
 

@@ -64,6 +64,8 @@ from support.fault_rules import Rules, rule
 from support.loops import loops
 from support.processes import running
 
+pytestmark = pytest.mark.sample(3)
+
 #: A job in this process alone, and hooks that stop it at once.
 ALONE, STOPPING = RunOptions(0), Hooks(stopping=lambda: True)
 

@@ -22,6 +22,8 @@ from support.command import (
 from support.fault_rules import Rules, rule
 from support.processes import running
 
+pytestmark = pytest.mark.sample(1)
+
 #: Where a job fails, and what a single command then says beside the cause.
 LATE = [
     ("flatten --discard", "discard", "top.add-cow: flattened; the .add-cow file was not removed: "),

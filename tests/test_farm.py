@@ -26,6 +26,8 @@ from support.command import (
     succeed,
 )
 
+pytestmark = pytest.mark.sample(1)
+
 
 @pytest.fixture
 def farm(tmp_path: Path) -> Path:
@@ -240,6 +242,7 @@ def test_farm_check_of_a_clean_farm(farm: Path, jobs: tuple[str, ...]) -> None:
     assert snapshot(farm) == before
 
 
+@pytest.mark.long
 @JOBS
 def test_farm_check_reports_each_image_as_check_does(farm: Path, jobs: tuple[str, ...]) -> None:
     """Three parcels of images, of which some leak, some are corrupt, some cannot be looked at."""

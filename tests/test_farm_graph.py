@@ -35,6 +35,8 @@ from support.command import (
     tool,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 SVG = "{http://www.w3.org/2000/svg}"
 FORMS = ("human", "json", "jsonl", "dot", "svg")
 EPOCH = 1_000_000_000_000_000_000
@@ -495,6 +497,7 @@ def test_graph_svg_is_utf8_in_any_locale(farm: Path) -> None:
 # ---- many, none, and what cannot be drawn ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_graph_draws_a_chain_of_any_length(farm: Path, form: str) -> None:
     """Far longer than could be opened, and than Python could recurse."""

@@ -60,6 +60,8 @@ from support.fault_rules import Rules, rule
 from support.processes import running
 from support.seed import SEED
 
+pytestmark = pytest.mark.sample(1)
+
 LIMIT_REACHED = 75
 TERMINATED = 143
 
@@ -412,6 +414,7 @@ def test_farm_commit_handles_all_cluster_sizes_in_one_chain(here: Path, sizes: l
     assert all(is_committed(here / name) for name in grown.stands)
 
 
+@pytest.mark.long
 def test_farm_commit_handles_the_deepest_chain(here: Path) -> None:
     depth = 30
     draw_raw(here / "base.img", "-" * depth, cluster=4 * KiB)
@@ -713,6 +716,7 @@ def test_farm_job_on_an_empty_farm_succeeds(here: Path, words: tuple[str, ...]) 
 # ---- flatten ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("turn", range(2))
 def test_farm_flatten_handles_random_trees(here: Path, turn: int) -> None:
     grown = grow(here, f"{SEED}-{turn}")
@@ -727,6 +731,7 @@ def test_farm_flatten_handles_random_trees(here: Path, turn: int) -> None:
     assert_nothing_is_left("flatten", ".", cwd=here)
 
 
+@pytest.mark.long
 def test_farm_discard_leaves_only_raw_files(here: Path, tmp_path: Path) -> None:
     grown = grow(here, SEED)
     before, bases = grown.views(), {name: snapshot(here)[name] for name in grown.bases}
@@ -799,6 +804,7 @@ def test_farm_discard_keeps_files_that_unnamed_overlays_need(here: Path) -> None
     assert "vm-top.add-cow" in problem(report, "vm-mid")
 
 
+@pytest.mark.long
 def test_farm_discard_keeps_the_backing_of_a_failed_child(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1175,6 +1181,7 @@ WRITES = {"commit": "backing_write", "flatten": "image_write"}
 WIDE_VIEW = "AX" * 32
 
 
+@pytest.mark.long
 @BOTH
 @IN_OTHERS_AND_HERE
 def test_farm_job_error_fails_only_its_image(
@@ -1197,6 +1204,7 @@ def test_farm_job_error_fails_only_its_image(
     assert look(here / ("bad.img" if operation == "commit" else "bad.raw")) == WIDE_VIEW
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("event", ["data_sync", "bitmap_update", "bitmap_sync", "punch"])
 @IN_OTHERS_AND_HERE
 def test_farm_job_failed_sync_fails_only_its_image(
@@ -1215,6 +1223,7 @@ def test_farm_job_failed_sync_fails_only_its_image(
         assert is_committed(here / f"{name}.add-cow")
 
 
+@pytest.mark.long
 def test_farm_job_image_that_kills_its_workers_fails_alone(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1228,6 +1237,7 @@ def test_farm_job_image_that_kills_its_workers_fails_alone(
     assert look(here / "bad.img") == WIDE_VIEW
 
 
+@pytest.mark.long
 def test_farm_job_survives_one_dead_worker(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1241,6 +1251,7 @@ def test_farm_job_survives_one_dead_worker(
     assert all(look(here / f"vm{number:02}.img") == "AXY0" for number in range(4))
 
 
+@pytest.mark.long
 def test_farm_job_failed_top_does_not_harm_its_chain(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1280,6 +1291,7 @@ def test_on_error_stop_begins_nothing_after_a_failure(
     assert all(look(here / f"{name}.img") == "AXY0" for name in names)
 
 
+@pytest.mark.long
 @IN_OTHERS_AND_HERE
 def test_stopped_farm_job_continues_with_the_same_command(
     here: Path, tmp_path: Path, jobs: str
@@ -1355,6 +1367,7 @@ def test_farm_job_refuses_an_image_that_does_not_fit_and_does_the_others(
     assert look(small / "large.raw") == "A" * 19 + "X"
 
 
+@pytest.mark.long
 def test_two_farm_jobs_on_one_farm_do_no_harm(here: Path, tmp_path: Path) -> None:
     names = many(here, 6)
     rules = Rules.write(tmp_path / "rules", rule("backing_write", "stop", after=1, once="on"))
@@ -1373,6 +1386,7 @@ def test_two_farm_jobs_on_one_farm_do_no_harm(here: Path, tmp_path: Path) -> Non
 # ---- processes ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", PLANS, ids=" ".join)
 def test_number_of_processes_does_not_change_a_farm_job(
     tmp_path: Path, words: tuple[str, ...]

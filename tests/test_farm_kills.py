@@ -63,6 +63,8 @@ from support.processes import Ended, Job, memory_of, running
 from support.promises import Promise
 from support.wide import Wide
 
+pytestmark = pytest.mark.sample(1)
+
 WORDS = {"commit": ("commit",), "flatten": ("flatten",), "discard": ("flatten", "--discard")}
 EACH = pytest.mark.parametrize("job", list(WORDS))
 BOTH = pytest.mark.parametrize("job", ["commit", "flatten"])
@@ -457,6 +459,7 @@ def test_farm_job_survives_a_worker_killed_once(
     laid.is_done(job)
 
 
+@pytest.mark.long
 @EACH
 def test_image_that_kills_each_worker_fails_alone(here: Path, rng: random.Random, job: str) -> None:
     laid = lone(here, rng)
@@ -472,6 +475,7 @@ def test_image_that_kills_each_worker_fails_alone(here: Path, rng: random.Random
     laid.again(job, list(told))
 
 
+@pytest.mark.long
 @EACH
 def test_stopped_workers_end_with_their_parent(here: Path, rng: random.Random, job: str) -> None:
     """Nobody waits for one that has stopped, and no lock of its is in the way."""
@@ -485,6 +489,7 @@ def test_stopped_workers_end_with_their_parent(here: Path, rng: random.Random, j
         gone_soon(run)
 
 
+@pytest.mark.long
 @BOTH
 def test_farm_job_survives_a_worker_killed_at_its_start(
     here: Path, rng: random.Random, job: str
@@ -563,6 +568,7 @@ def sum_of(pieces: Iterator[bytes]) -> int:
     return total
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("whom", ["parent", "group", "worker"])
 def test_split_image_continues_after_a_kill_at_any_moment(
@@ -594,6 +600,7 @@ def kill_a_splitter(run: Job, here: Path) -> None:
             run.signal(signal.SIGKILL, pid)
 
 
+@pytest.mark.long
 @BOTH
 def test_killed_farm_job_repeats_at_most_one_checkpoint(here: Path, job: str) -> None:
     large = Large.lay(here, job, 1100 * MiB)
@@ -611,6 +618,7 @@ def test_killed_farm_job_repeats_at_most_one_checkpoint(here: Path, job: str) ->
     large.is_done()
 
 
+@pytest.mark.long
 @BOTH
 def test_split_image_that_kills_each_worker_fails_alone(
     here: Path, rng: random.Random, job: str
@@ -664,6 +672,7 @@ def test_stopped_farm_job_reports_the_remaining_images(
     laid.again(job, in_state(told, "done"))
 
 
+@pytest.mark.long
 @BOTH
 def test_signal_to_the_whole_group_stops_a_farm_job(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
@@ -682,6 +691,7 @@ def test_signal_to_the_whole_group_stops_a_farm_job(
     laid.again(job, in_state(told, "done"))
 
 
+@pytest.mark.long
 @BOTH
 def test_signal_to_the_group_while_workers_start_stops_a_farm_job(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
@@ -704,6 +714,7 @@ def goes_on(run: Job) -> bool:
     return run.has_ended
 
 
+@pytest.mark.long
 @BOTH
 def test_stop_of_a_split_image_keeps_finished_clusters(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
@@ -733,6 +744,7 @@ def test_stop_of_a_split_image_keeps_finished_clusters(
     laid.is_done(job)
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("size", [MiB, 260 * MiB], ids=["small", "large"])
 def test_farm_job_with_a_low_rate_stops_soon(
@@ -757,6 +769,7 @@ def test_farm_job_with_a_low_rate_stops_soon(
     laid.is_done(job)
 
 
+@pytest.mark.long
 def test_farm_job_stopped_while_planning_changes_nothing(
     here: Path, rng: random.Random, asking: signal.Signals
 ) -> None:
@@ -854,6 +867,7 @@ FLAT = pytest.mark.parametrize("job", ["flatten", "discard"])
 JOBS = pytest.mark.parametrize("jobs", ["0", "2"])
 
 
+@pytest.mark.long
 @FLAT
 @JOBS
 def test_farm_job_refuses_images_that_do_not_fit_and_does_smaller_ones(
@@ -935,6 +949,7 @@ def test_commits_down_a_chain_need_space_once(disk: Path, rng: random.Random, jo
     laid.is_done("commit")
 
 
+@pytest.mark.long
 @EACH
 def test_full_disk_of_one_image_fails_only_that_image(
     here: Path, rng: random.Random, job: str
@@ -952,6 +967,7 @@ def test_full_disk_of_one_image_fails_only_that_image(
     laid.again(job, list(told))
 
 
+@pytest.mark.long
 @FLAT
 def test_disk_filled_by_another_program_fails_images_that_need_space(
     disk: Path, tmp_path: Path, job: str
@@ -1016,6 +1032,7 @@ def test_error_fails_one_image_and_keeps_every_guests_view(
     laid.again(job, in_state(told, "done"))
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("event", ["data_sync", "bitmap_sync", "write"])
 def test_error_in_a_split_image_fails_only_that_image(
@@ -1077,6 +1094,7 @@ def test_image_in_use_within_a_chain_keeps_every_guests_view(
     laid.again(job, others)
 
 
+@pytest.mark.long
 @BOTH
 def test_image_of_a_guest_started_after_the_plan_is_refused(
     here: Path, rng: random.Random, job: str

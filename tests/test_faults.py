@@ -52,6 +52,8 @@ from support.fault_rules import Rules, rule
 from support.processes import Ended
 from support.warm import Warm
 
+pytestmark = pytest.mark.sample(4)
+
 CLUSTER = 4 * KiB
 BIG = 16 * KiB
 SECTOR = 512
@@ -463,6 +465,7 @@ def test_every_fault_event_is_reached_by_some_command() -> None:
     assert walked == set(EVENTS)
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize(("name", "event", "fault"), WALKS)
 def test_command_continues_after_a_fault_at_any_event(
     warm: Warm, times: Times, tmp_path: Path, name: str, event: str, fault: str
@@ -623,6 +626,7 @@ def is_created(here: Path, creation: Creation) -> None:
     assert header.compatible == (0 if header.backing else ALL_ALLOCATED)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("name", "event", "fault"), CREATE_WALKS)
 def test_fault_in_create_leaves_no_misleading_file(
     warm: Warm, times: Times, tmp_path: Path, name: str, event: str, fault: str

@@ -22,6 +22,8 @@ import fuzz
 import oracle
 from support.golden import ROOT
 
+pytestmark = pytest.mark.sample(1)
+
 # Nothing takes longer than what the examination itself allows.
 PATIENCE = 120.0
 FINDS = sorted(fuzz.FINDS.glob("*.json"))

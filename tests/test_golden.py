@@ -49,6 +49,8 @@ from support.golden import (
     unpack,
 )
 
+pytestmark = pytest.mark.sample(4)
+
 KiB = 1024
 ALL_ALLOCATED = 1
 COMPATIBLE_FEATURES = 32  # offset of the field in the header

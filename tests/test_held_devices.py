@@ -22,6 +22,8 @@ from support.availability import missing
 from support.command import CLUSTER, MiB, addcow, draw_raw, overlay_bytes, refused, succeed
 from support.loops import Loops, loops, run
 
+pytestmark = pytest.mark.sample(1)
+
 SIZE = 16 * MiB
 ALLOWED = "--allow-device"
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")

@@ -52,6 +52,8 @@ from support.command import (
 from support.golden import addcow_here
 from watch import Watch
 
+pytestmark = pytest.mark.sample(2)
+
 TOP, BASE, IMAGE = "top.add-cow", "base.img", "top.raw"
 SIZE = 3 * CLUSTER
 
@@ -806,6 +808,7 @@ def make_sparse(here: Path, size: int, cluster: int) -> None:
     succeed(*words, TOP, cwd=here)
 
 
+@pytest.mark.long
 def test_sparse_image_of_16_tib_costs_little_memory(tmp_path: Path) -> None:
     """Its bitmap is half a gigabyte of zeros, which need not be looked at."""
     make_sparse(tmp_path, 16 * TiB - 4 * KiB, 4 * KiB)
@@ -836,6 +839,7 @@ def xfs(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(here)], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cluster", [2 * MiB, 64 * KiB])
 def test_last_sector_of_8_eib_is_written(xfs: Path, cluster: int) -> None:
     make_sparse(xfs, LARGEST, cluster)
@@ -885,6 +889,7 @@ def test_flatten_whose_bits_do_not_fit_is_refused_at_once(xfs: Path) -> None:
     assert after == before
 
 
+@pytest.mark.long
 def test_sizes_past_8_eib_are_refused(tmp_path: Path) -> None:
     for size in ("8E", "9E", str(2**63), str(2**64), "99999999999999999999999"):
         refused("create", "new.add-cow", size, cwd=tmp_path, status=64)

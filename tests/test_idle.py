@@ -20,6 +20,8 @@ import pytest
 
 from support.command import CLUSTER, PATIENCE, MiB, draw, draw_raw, overlay_bytes, succeed
 
+pytestmark = pytest.mark.sample(1)
+
 _IOPRIO_GET = {"x86_64": 252, "aarch64": 31}
 _IDLE = 3
 
@@ -102,6 +104,7 @@ def test_idle_option_applies_to_every_process(tmp_path: Path, words: tuple[str, 
     assert classes_of(*line, cwd=tmp_path) == {_IDLE}
 
 
+@pytest.mark.long
 def test_processes_are_not_idle_without_the_option(tmp_path: Path) -> None:
     lay(tmp_path)
     assert _IDLE not in classes_of("commit", "top.add-cow", cwd=tmp_path)
@@ -110,6 +113,7 @@ def test_processes_are_not_idle_without_the_option(tmp_path: Path) -> None:
 FARM = [("check",), ("check", "--jobs", "0"), ("commit", "--dry-run"), ("commit",), ("verify",)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", FARM, ids=" ".join)
 def test_idle_option_applies_to_farm_commands(tmp_path: Path, words: tuple[str, ...]) -> None:
     for number in range(150):

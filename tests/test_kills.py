@@ -24,6 +24,8 @@ from support.guests import opened_for_writing
 from support.processes import Ended, running
 from support.wide import IMAGE_DATA, ODD, TASK_CLUSTERS, WIDE_CLUSTER, Wide, view
 
+pytestmark = pytest.mark.sample(1)
+
 JOBS = ("--jobs", "2")
 EACH = pytest.mark.parametrize("job", ["commit", "flatten"])
 
@@ -89,6 +91,7 @@ def test_job_continues_after_its_parent_was_killed(
     wide.again()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("job", "event"), PUBLISHING)
 def test_job_continues_after_its_parent_was_killed_while_publishing(
     here: Path, job: str, event: str
@@ -122,6 +125,7 @@ def test_job_survives_a_killed_worker(here: Path, job: str, what: str, after: in
     wide.is_done()
 
 
+@pytest.mark.long
 @EACH
 def test_job_survives_two_killed_workers(here: Path, job: str) -> None:
     wide = Wide.lay(here, job)
@@ -158,6 +162,7 @@ def test_cluster_that_kills_every_worker_is_named(here: Path, job: str) -> None:
 # ---- locks and orphans ----
 
 
+@pytest.mark.long
 @EACH
 def test_locks_are_held_while_an_orphaned_worker_could_write(here: Path, job: str) -> None:
     tool("qemu-io", "--version", cwd=here)
@@ -216,6 +221,7 @@ def test_shrinking_source_is_named(here: Path, job: str) -> None:
     assert place not in wide.published()
 
 
+@pytest.mark.long
 @EACH
 def test_shrunk_source_is_an_error_and_not_a_hole(here: Path, job: str) -> None:
     """What was cut off looks like a hole; made into zeros and published, it is lost silently."""
@@ -261,6 +267,7 @@ def names_place(ended: Ended, task: int, file: str) -> None:
     assert f"{file}: cannot read" in ended.stderr
 
 
+@pytest.mark.long
 @EACH
 def test_shrinking_bitmap_stops_the_job_without_harm(here: Path, job: str) -> None:
     """Bits that were cut off read as 0: taken for true, local data would be freed or overwritten.
@@ -312,6 +319,7 @@ def test_stopped_job_keeps_finished_clusters(here: Path, job: str, asking: signa
     wide.again()
 
 
+@pytest.mark.long
 def test_signal_to_the_whole_group_stops_a_job(here: Path) -> None:
     """Ctrl-C reaches workers too, which leave it to their parent."""
     wide = Wide.lay(here, "commit", tasks=5)
@@ -328,6 +336,7 @@ def test_signal_to_the_whole_group_stops_a_job(here: Path) -> None:
     wide.again()
 
 
+@pytest.mark.long
 def test_signal_to_the_group_while_workers_start_stops_a_job(here: Path) -> None:
     wide = Wide.lay(here, "commit", tasks=5)
     rules = rules_for(here, rule("bitmap_load", "stop"))
@@ -360,6 +369,7 @@ def test_second_signal_ends_a_job_at_once(here: Path) -> None:
     wide.again()
 
 
+@pytest.mark.long
 def test_stopped_convert_leaves_no_file(here: Path, asking: signal.Signals) -> None:
     wide = Wide.lay(here, "flatten", tasks=5)
     rules = rules_for(here, *stopping_both("target_write"))
@@ -378,6 +388,7 @@ def test_stopped_convert_leaves_no_file(here: Path, asking: signal.Signals) -> N
     wide.holds()
 
 
+@pytest.mark.long
 @EACH
 def test_sigusr1_prints_progress(here: Path, job: str) -> None:
     wide = Wide.lay(here, job)

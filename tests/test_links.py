@@ -31,6 +31,8 @@ from support.command import (
     succeed,
 )
 
+pytestmark = pytest.mark.sample(1)
+
 TOP = "top.add-cow"
 
 

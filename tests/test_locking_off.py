@@ -18,6 +18,8 @@ from support.guests import holding
 from support.seccomp import refusing
 from support.seccomp_filter import F_GETLK, F_OFD_GETLK, F_OFD_SETLK, F_SETLK
 
+pytestmark = pytest.mark.sample(2)
+
 ERRORS = ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL")
 OFF = ("--locking", "off")
 
@@ -179,6 +181,7 @@ def test_manifest_create_without_flock(here: Path) -> None:
     succeed("verify", "vm.add-cow", cwd=here)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "error"),
     [("run --state scrub.db .", "ENOLCK"), ("status --state scrub.db", "EINVAL")],

@@ -43,6 +43,8 @@ from support.golden import addcow_here
 from support.guests import HOLDERS, ended, holding, qemu_may, talking
 from support.processes import shared_memory
 
+pytestmark = pytest.mark.sample(2)
+
 TOP, TOP_IMAGE, MID, MID_IMAGE, BASE = (
     "top.add-cow",
     "top.raw",
@@ -283,6 +285,7 @@ def ask(here: Path, name: str) -> Result:
     return Result(done.exit, done.out, done.err)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", HOLDERS)
 def test_file_held_by_qemu_is_refused_or_shared(here: Path, kind: str, file: str) -> None:
@@ -496,6 +499,7 @@ def processes() -> Iterator[tuple[int, int, str]]:
         yield int(pid), int(parent), state
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [("commit",), ("flatten",)])
 @pytest.mark.parametrize("jobs", ["0", "1"])
 def test_killed_job_leaves_no_lock(here: Path, words: tuple[str, ...], jobs: str) -> None:

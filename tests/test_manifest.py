@@ -51,6 +51,8 @@ from support.manifests import (
 )
 from support.processes import running
 
+pytestmark = pytest.mark.sample(1)
+
 # ---- random chains ----
 
 
@@ -244,6 +246,7 @@ def nonsense(rng: random.Random, content: bytes) -> bytes:
     return bytes(raw) + digest(bytes(raw))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["base.img", "top.add-cow"])
 def test_verify_rejects_a_sealed_manifest_with_nonsense(
     here: Path, rng: random.Random, name: str
@@ -338,6 +341,7 @@ def test_refused_job_keeps_the_manifest(here: Path) -> None:
     verified(here)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", ["0", "2"])
 def test_guest_digest_is_equal_after_flatten_and_commit(tmp_path: Path, jobs: str) -> None:
     pair(tmp_path, "ABCDEFGH", "-X-Y0---")
@@ -358,6 +362,7 @@ def test_unfinished_draft_is_no_manifest(here: Path) -> None:
     assert not (here / "top.add-cow.manifest.part").exists()
 
 
+@pytest.mark.long
 def test_farm_verify_reports_each_layer(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     for number in range(5):
@@ -379,6 +384,7 @@ def test_farm_verify_reports_each_layer(tmp_path: Path) -> None:
     assert {one["name"] for one in result.json["findings"]} == {"changed", "no-manifest"}
 
 
+@pytest.mark.long
 def test_farm_verify_reports_a_named_raw_file(tmp_path: Path) -> None:
     draw_raw(tmp_path / "alone.img", "AB")
     without = addcow("farm", "verify", "alone.img", cwd=tmp_path)
@@ -479,6 +485,7 @@ def test_job_removes_the_raw_manifest_of_its_image_file(tmp_path: Path, job: str
     assert not (tmp_path / "top.raw.manifest").exists()
 
 
+@pytest.mark.long
 def test_manifest_behind_a_link_outside_is_not_read(tmp_path: Path) -> None:
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
@@ -636,6 +643,7 @@ def test_manifest_create_overwrites_no_other_file(
     assert {path: after[path] for path in before} == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["create", "convert"])
 def test_manifest_of_a_removed_file_is_not_used_for_a_new_one(here: Path, job: str) -> None:
     made(here, "-f", "raw", name="top.raw")
@@ -698,6 +706,7 @@ def tower(here: Path, *backings: str) -> None:
         (here / f"{number}.add-cow").write_bytes(content)
 
 
+@pytest.mark.long
 def test_farm_verify_verifies_layers_of_a_chain_that_is_too_deep(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     tower(tmp_path, *(f"{number}.add-cow" for number in range(1, 35)), "base.img")

@@ -59,6 +59,8 @@ from support.page_cache import uncache
 from support.processes import Ended, Job, memory_of, running
 from support.warm import Warm
 
+pytestmark = pytest.mark.sample(1)
+
 BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
 
 CREATE = ("manifest", "create")
@@ -220,6 +222,7 @@ def test_manifest_killed_while_written_is_never_used(here: Path, warm: Warm, eve
     chain.is_done()
 
 
+@pytest.mark.long
 @BOTH
 @EACH
 def test_manifest_create_killed_while_reading_leaves_no_partial_manifest(
@@ -235,6 +238,7 @@ def test_manifest_create_killed_while_reading_leaves_no_partial_manifest(
     chain.again("--jobs", jobs)
 
 
+@pytest.mark.long
 @BOTH
 def test_verify_sees_no_manifest_before_it_is_complete(here: Path, jobs: str) -> None:
     chain = three(here)
@@ -260,6 +264,7 @@ def length(path: Path) -> int:
     return -1
 
 
+@pytest.mark.long
 @BOTH
 def test_manifest_create_killed_at_a_random_moment_continues(
     here: Path, rng: random.Random, jobs: str
@@ -283,6 +288,7 @@ def test_manifest_create_killed_at_a_random_moment_continues(
     chain.again("--jobs", jobs)
 
 
+@pytest.mark.long
 def test_manifest_create_killed_with_its_workers_continues(here: Path, rng: random.Random) -> None:
     chain = wide(here)
     for _ in range(3):
@@ -346,6 +352,7 @@ def goes_to_its_end(command: Job) -> Ended:
     return command.end()
 
 
+@pytest.mark.long
 def test_manifest_worker_ends_with_its_parent(here: Path) -> None:
     chain = wide(here)
     with running(*chain.words, "--jobs", "2", cwd=here, rules=stops(chain)) as command:
@@ -361,6 +368,7 @@ def test_manifest_worker_ends_with_its_parent(here: Path) -> None:
     assert [name for name in memory if os.path.exists(name)] == []
 
 
+@pytest.mark.long
 def test_manifest_create_survives_a_killed_worker(here: Path) -> None:
     chain = wide(here)
     with running(*chain.words, "--jobs", "2", cwd=here, rules=stops(chain)) as command:
@@ -421,6 +429,7 @@ def written(ended: Ended) -> dict[str, bool]:
     return {one["filename"]: one["written"] for one in told["manifests"]}
 
 
+@pytest.mark.long
 def test_second_manifest_create_waits_and_uses_the_result(here: Path) -> None:
     chain = three(here)
     with held_up(chain) as (first, stopped), running(*BESIDE, cwd=here) as second:
@@ -433,6 +442,7 @@ def test_second_manifest_create_waits_and_uses_the_result(here: Path) -> None:
     chain.is_done()
 
 
+@pytest.mark.long
 def test_second_manifest_create_takes_over_from_a_killed_one(here: Path) -> None:
     chain = three(here)
     with held_up(chain) as (first, stopped), running(*BESIDE, cwd=here) as second:
@@ -445,6 +455,7 @@ def test_second_manifest_create_takes_over_from_a_killed_one(here: Path) -> None
     chain.again("--jobs", "0")
 
 
+@pytest.mark.long
 def test_waiting_manifest_create_can_be_stopped(here: Path) -> None:
     chain = three(here)
     with held_up(chain) as (first, stopped), running(*BESIDE, cwd=here) as second:
@@ -460,6 +471,7 @@ def test_waiting_manifest_create_can_be_stopped(here: Path) -> None:
     chain.is_done()
 
 
+@pytest.mark.long
 def test_quiet_manifest_create_waits_without_a_message(here: Path) -> None:
     chain = three(here)
     with held_up(chain) as (first, stopped), running(*BESIDE, "-q", cwd=here) as second:
@@ -477,6 +489,7 @@ def sleeps(command: Job) -> bool:
 # ---- manifests that are made anew ----
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("event", ["image_read", "backing_read", "directory_sync"])
 def test_replace_keeps_the_old_manifest_until_the_new_one_is_complete(
@@ -509,6 +522,7 @@ def test_replace_keeps_the_old_manifest_until_the_new_one_is_complete(
 ERRORS = ["header_read", "bitmap_load", "image_read", "backing_read"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("event", ERRORS)
 def test_manifest_create_names_an_unreadable_file(here: Path, warm: Warm, event: str) -> None:
     chain, turns = three(here), 0
@@ -527,6 +541,7 @@ def test_manifest_create_names_an_unreadable_file(here: Path, warm: Warm, event:
     assert turns >= 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("event", "name"), [("image_read", "top.raw"), ("backing_read", "base.img")]
 )
@@ -551,6 +566,7 @@ def test_bad_sector_fails_only_its_layer(here: Path, event: str, name: str, jobs
     chain.again("--jobs", jobs)
 
 
+@pytest.mark.long
 def test_bad_sector_in_a_worker_is_named(here: Path) -> None:
     chain = wide(here)
     place = (WIDE - 300 * MiB) // CLUSTER
@@ -564,6 +580,7 @@ def test_bad_sector_in_a_worker_is_named(here: Path) -> None:
     chain.again("--jobs", "2")
 
 
+@pytest.mark.long
 def test_failed_sync_is_reported_and_leaves_whole_manifests(here: Path, warm: Warm) -> None:
     chain, turns = three(here), 0
     for rules in walk(chain, "directory_sync", "error"):
@@ -578,6 +595,7 @@ def test_failed_sync_is_reported_and_leaves_whole_manifests(here: Path, warm: Wa
     assert turns == len(chain.whole)
 
 
+@pytest.mark.long
 @BOTH
 def test_shrinking_file_gets_no_manifest(here: Path, jobs: str) -> None:
     chain = wide(here)
@@ -601,6 +619,7 @@ def small(here: Path) -> Chain:
     return Chain.of(here, "top.add-cow")
 
 
+@pytest.mark.long
 @BOTH
 def test_full_disk_leaves_no_partial_manifest(disk: Path, jobs: str) -> None:
     chain = small(disk)
@@ -615,6 +634,7 @@ def test_full_disk_leaves_no_partial_manifest(disk: Path, jobs: str) -> None:
     chain.again("--jobs", jobs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("leave", [4 * KiB, 8 * KiB, 12 * KiB])
 def test_disk_that_fills_up_keeps_whole_manifests(disk: Path, leave: int) -> None:
     chain = small(disk)
@@ -629,6 +649,7 @@ def test_disk_that_fills_up_keeps_whole_manifests(disk: Path, leave: int) -> Non
     chain.again()
 
 
+@pytest.mark.long
 def test_full_disk_keeps_the_old_manifest(disk: Path) -> None:
     chain = small(disk)
     made(disk)
@@ -644,6 +665,7 @@ def test_full_disk_keeps_the_old_manifest(disk: Path) -> None:
     assert verified(disk)["findings"] == []
 
 
+@pytest.mark.long
 def test_read_only_file_system_is_named(tmp_path: Path) -> None:
     mount = mounted("tmpfs", tmp_path)
     with ExitStack() as stack:
@@ -684,6 +706,7 @@ def test_unwritable_directory_is_named(here: Path) -> None:
 # ---- two at a time ----
 
 
+@pytest.mark.long
 def test_second_manifest_create_does_not_wait_forever(here: Path) -> None:
     """What it is told is not what the kernel calls it: who reads this has to know what to do."""
     chain = three(here)
@@ -699,6 +722,7 @@ def test_second_manifest_create_does_not_wait_forever(here: Path) -> None:
     chain.is_done()
 
 
+@pytest.mark.long
 def test_concurrent_manifest_creates_agree(here: Path) -> None:
     chain = three(here)
     with ExitStack() as stack:
@@ -708,6 +732,7 @@ def test_concurrent_manifest_creates_agree(here: Path) -> None:
     chain.is_done()
 
 
+@pytest.mark.long
 @BOTH
 def test_manifest_creates_over_one_base_run_side_by_side(here: Path, jobs: str) -> None:
     draw_raw(here / "base.img", "ABCDEFGH" * 64)
@@ -727,6 +752,7 @@ def test_manifest_creates_over_one_base_run_side_by_side(here: Path, jobs: str) 
         verified(here, name=name)
 
 
+@pytest.mark.long
 def test_commit_is_refused_while_a_manifest_is_made(here: Path) -> None:
     chain = three(here)
     rules = rules_for(here, rule("image_read", "stop", once="on"))
@@ -790,6 +816,7 @@ def farm_told(here: Path, command: str) -> tuple[int, str, set[str]]:
     return result.status, result.stderr, set(re.findall(r'"filename": ("[^"]*")', result.stdout))
 
 
+@pytest.mark.long
 def test_farm_jobs_remove_manifests_of_changed_layers(here: Path) -> None:
     for job in ("flatten", "commit"):
         three(here)
@@ -840,6 +867,7 @@ def laid_over(laid: Layers) -> Layers:
     return Layers(laid.here, ("base.img", "o1.add-cow"))
 
 
+@pytest.mark.long
 @TURNS
 @pytest.mark.parametrize("keep", [(), ("-d",)], ids=["commit", "commit -d"])
 def test_guest_digest_is_equal_after_commit(
@@ -867,6 +895,7 @@ def test_guest_digest_is_equal_after_commit(
     assert laid.converted(laid.top) == seen
 
 
+@pytest.mark.long
 @TURNS
 def test_guest_digest_over_a_longer_base_is_equal_after_commit(
     here: Path, rng: random.Random, turn: int
@@ -910,6 +939,7 @@ def test_manifests_are_identical_for_any_number_of_processes(
 # ---- disks that do not give what they had ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", ["0", "2"])
 @pytest.mark.parametrize("words", [("verify", "top.add-cow"), ("farm", "verify", ".")])
 def test_unreadable_bitmap_is_named(tmp_path: Path, jobs: str, words: tuple[str, ...]) -> None:

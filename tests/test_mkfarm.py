@@ -24,6 +24,8 @@ import pytest
 from support.command import ALL_ALLOCATED, KiB, addcow, read_header, snapshot
 from support.seed import SEED
 
+pytestmark = pytest.mark.sample(1)
+
 MKFARM = Path(__file__).parent.parent / "tools" / "mkfarm.py"
 
 # A farm that was looked at: what must not depend on chance is tested with this one.
@@ -154,12 +156,14 @@ def test_farm_check_finds_every_planted_fault_and_no_other(
     assert (snapshot(farm.place), stamps(farm.place)) == before
 
 
+@pytest.mark.long
 def test_farm_check_finds_every_variant_of_every_fault(tmp_path: Path) -> None:
     """The same fault has up to five turns, of which a farm with less of them has the first."""
     words = ("--images", "20", "--faults", "6", "--size", "100K", "--cluster", "4K")
     expect_all_and_only_what_is_wrong(built(tmp_path / "farm", *words))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [(), ("--cluster", "2M", "--size", "20M"), ("--size", "5000")])
 def test_farm_check_of_a_farm_without_faults_is_clean(
     tmp_path: Path, words: tuple[str, ...]
@@ -169,6 +173,7 @@ def test_farm_check_of_a_farm_without_faults_is_clean(
     expect_all_and_only_what_is_wrong(farm)
 
 
+@pytest.mark.long
 def test_farm_check_agrees_with_check_of_each_image(farm: Farm) -> None:
     """Some of the faults, by the command for single images; each of them is a process."""
     for name in random.Random(SEED).sample(sorted(farm.found), 12):
@@ -177,6 +182,7 @@ def test_farm_check_agrees_with_check_of_each_image(farm: Farm) -> None:
         assert {name: {"exit": result.status, "findings": names}} == {name: farm.found[name]}
 
 
+@pytest.mark.long
 def test_farm_check_of_ten_thousand_images(tmp_path: Path) -> None:
     farm = built(tmp_path / "farm", "--images", "10000", "--faults", "5")
     assert sum(path.lstat().st_blocks * 512 for path in farm.place.rglob("*")) < ROOM
@@ -188,12 +194,14 @@ def test_farm_check_of_ten_thousand_images(tmp_path: Path) -> None:
 # ---- the farms ----
 
 
+@pytest.mark.long
 def test_mkfarm_builds_the_same_farm_from_the_same_seed(tmp_path: Path, farm: Farm) -> None:
     again = built(tmp_path / "somewhere" / "else", *FEW, "--faults", "2")
     assert snapshot(again.place) == snapshot(farm.place)
     assert (again.images, again.found, again.graph) == (farm.images, farm.found, farm.graph)
 
 
+@pytest.mark.long
 def test_mkfarm_builds_another_farm_from_another_seed(tmp_path: Path, farm: Farm) -> None:
     other = built(tmp_path / "farm", *FEW, "--faults", "2", seed=str(int(SEED) + 1))
     assert snapshot(other.place) != snapshot(farm.place)

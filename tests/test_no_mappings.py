@@ -16,6 +16,8 @@ from addcow_mp.format.bits import READ_BYTES, MappedBits
 from addcow_mp.format.manifest import FileBytes, content_of
 from support.command import KiB, MiB, addcow, draw_raw, refused, same_content, succeed, tool
 
+pytestmark = pytest.mark.sample(1)
+
 
 def _unavailable(reason: str) -> None:
     if os.environ.get("CI") == "true":
@@ -94,6 +96,7 @@ def test_job_without_shared_mappings_has_the_same_result(
     assert contents(pool) == contents(tmp_path)
 
 
+@pytest.mark.long
 def test_reading_commands_without_shared_mappings_print_the_same(
     pool: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +120,7 @@ def test_reading_commands_without_shared_mappings_print_the_same(
     same_content("new.raw", str(tmp_path / "new.raw"), cwd=pool)
 
 
+@pytest.mark.long
 def test_manifests_without_shared_mappings_are_made_and_verified(pool: Path) -> None:
     begin(pool)
     succeed("manifest", "create", "top.add-cow", cwd=pool)

@@ -37,6 +37,8 @@ from support.golden import (
     usual_header,
 )
 
+pytestmark = pytest.mark.sample(3)
+
 KiB = 1024
 CLUSTER = 4 * KiB
 

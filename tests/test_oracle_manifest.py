@@ -47,6 +47,8 @@ from support.seed import SEED
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import oracle
 
+pytestmark = pytest.mark.sample(2)
+
 CHAINS = 24
 
 LEAF = 64 * KiB

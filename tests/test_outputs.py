@@ -23,6 +23,8 @@ from support.command import (
 )
 from support.processes import until
 
+pytestmark = pytest.mark.sample(2)
+
 
 def fill(fd: int) -> None:
     """Write until nothing more fits, and leave the descriptor as it was."""

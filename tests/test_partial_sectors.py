@@ -26,6 +26,8 @@ from support.warm import Warm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import oracle
 
+pytestmark = pytest.mark.sample(2)
+
 KiB = 1024
 MiB = 1024 * KiB
 CLUSTER = 64 * KiB

@@ -13,6 +13,8 @@ from support.command import CLUSTER, draw, draw_raw
 from support.processes import Ended
 from support.warm import Warm
 
+pytestmark = pytest.mark.sample(2)
+
 GROUP = 4321  # nobody's, so that a test run by root can give files to it
 
 

@@ -21,6 +21,8 @@ from support.availability import missing
 from support.command import CLUSTER, MiB, addcow, draw, draw_raw, overlay_bytes, snapshot, succeed
 from support.loops import Loops, loops, run
 
+pytestmark = pytest.mark.sample(1)
+
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 

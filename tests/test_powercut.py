@@ -41,6 +41,8 @@ from support.powercut import (
 from support.promises import VIEW, Commit, Flatten, Promise, promise_of
 from support.victim import PATIENCE, Victim
 
+pytestmark = pytest.mark.sample(1)
+
 # Enough for about fifteen checkpoints, with a few holes punched at each.
 SIZE = 8 * MiB
 SCALE = SIZE / SIZE_OF_EVENTS
@@ -109,6 +111,7 @@ def test_power_cut_loses_nothing(
     cut_and_finish(disk, rng, tmp_path, words, overlays=overlays, by_event=by_event)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "overlays", "order"),
     [
@@ -167,6 +170,7 @@ def test_created_overlay_survives_a_power_cut(disk: Disk, tmp_path: Path) -> Non
         assert oracle.guest_bytes(str(place / "new.add-cow")) == content
 
 
+@pytest.mark.long
 def test_overlay_created_without_syncs_is_lost(disk: Disk, tmp_path: Path) -> None:
     """The test above would notice, unless somebody else syncs the whole machine just then."""
     for _ in range(PATIENT_CUTS):

@@ -19,6 +19,8 @@ from support.command import CLUSTER, PATIENCE, MiB, overlay_bytes, read_header, 
 from support.seccomp import FILTER, refusing, skip_without_filters
 from support.seccomp_filter import CALLS
 
+pytestmark = pytest.mark.sample(2)
+
 NO_PROCESS = ["clone:EAGAIN", "clone3:EAGAIN", "fork:EAGAIN", "vfork:EAGAIN"]
 SIZE = 160 * MiB  # three tasks
 

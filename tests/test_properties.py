@@ -55,6 +55,8 @@ from support.model import (
 )
 from support.properties import tried
 
+pytestmark = pytest.mark.sample(2)
+
 CLUSTER_SIZES = [4 * KiB, 8 * KiB, 16 * KiB, 2 * MiB, 32 * KiB, 64 * KiB]
 # Letters by depth, so that no layer's bytes can pass for those of another.
 LETTERS = ("ABc", "PQr", "XYz")

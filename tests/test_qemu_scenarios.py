@@ -30,6 +30,8 @@ from support.command import (
     tool,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 TOP = "top.add-cow"
 SECTOR = 512
 WINDOW = 1 * MiB

@@ -50,6 +50,8 @@ from support.manifests import WIDE, kind, one_line
 from support.processes import Ended, Job, running
 from support.warm import Warm
 
+pytestmark = pytest.mark.sample(1)
+
 LEAF = 64 * KiB
 
 BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
@@ -237,6 +239,7 @@ def plant(shop: Shop, rng: random.Random) -> None:
     (here / "a note").write_text("not a disk")
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("turn", range(2))
 def test_scrub_finds_what_verify_finds(
@@ -329,6 +332,7 @@ def test_scrub_progress_is_json(shop: Shop) -> None:
     assert lines[-1]["bytes-done"] == lines[-1]["bytes"] == 4 * MiB
 
 
+@pytest.mark.long
 @BOTH
 def test_scrub_progress_within_a_layer_counts_bytes(shop: Shop, jobs: str) -> None:
     """A farm of one large base would else be at nothing until it is at its end."""
@@ -386,6 +390,7 @@ def test_new_layers_do_not_delay_other_layers(shop: Shop) -> None:
 # ---- passes ----
 
 
+@pytest.mark.long
 @BOTH
 def test_uninterrupted_scrub_run_is_a_whole_round(shop: Shop, jobs: str) -> None:
     shop.overlays(3)
@@ -408,6 +413,7 @@ def test_uninterrupted_scrub_run_is_a_whole_round(shop: Shop, jobs: str) -> None
         assert (one["bytes"], one["sample"]) == (4 * MiB, None)
 
 
+@pytest.mark.long
 @BOTH
 def test_time_limits_divide_a_round_into_runs(shop: Shop, jobs: str) -> None:
     shop.overlays(9)
@@ -564,6 +570,7 @@ def test_killed_scrub_keeps_finished_layers(
 EVENTS = ["header_read", "bitmap_load", "image_read", "backing_read"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("event", EVENTS)
 def test_scrub_killed_at_any_event_keeps_finished_layers(
     shop: Shop, rng: random.Random, event: str
@@ -595,6 +602,7 @@ def test_scrub_killed_at_any_event_keeps_finished_layers(
     assert turns
 
 
+@pytest.mark.long
 def test_kills_at_random_moments_do_not_damage_the_state(shop: Shop, rng: random.Random) -> None:
     """Again and again on one state, whenever the parent has read so much."""
     shop.overlays(9)
@@ -648,6 +656,7 @@ def counted(shop: Shop, *words: str) -> tuple[int, Told]:
 STEP = 16 * MiB
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("jobs", "whom"), [("0", signal.SIGKILL), ("2", signal.SIGTERM)])
 def test_scrub_continues_within_a_large_layer(
     shop: Shop, rng: random.Random, jobs: str, whom: signal.Signals
@@ -683,6 +692,7 @@ def test_scrub_continues_within_a_large_layer(
     assert [one["start"] for one in shop.layers()[0]["ranges"]] == [7 * MiB, 600 * MiB]
 
 
+@pytest.mark.long
 @BOTH
 def test_scrub_continues_within_a_sparse_layer_and_keeps_its_damage(
     shop: Shop, rng: random.Random, jobs: str
@@ -720,6 +730,7 @@ def wide_layer(shop: Shop) -> None:
 IN_PART = ("--time-limit", "1s", "-r", "48M")
 
 
+@pytest.mark.long
 @BOTH
 def test_scrub_reports_damage_of_an_unfinished_layer(shop: Shop, jobs: str) -> None:
     """Who has an hour each night would else hear of it when all nights are over."""
@@ -734,6 +745,7 @@ def test_scrub_reports_damage_of_an_unfinished_layer(shop: Shop, jobs: str) -> N
     assert shop.status()["runs"][-1]["different"] == 1
 
 
+@pytest.mark.long
 def test_scrub_restarts_a_layer_with_a_new_manifest(shop: Shop) -> None:
     wide_layer(shop)
     shop.run("--jobs", "0", *IN_PART, status=75)
@@ -744,6 +756,7 @@ def test_scrub_restarts_a_layer_with_a_new_manifest(shop: Shop) -> None:
     assert shop.status()["runs"][-1]["bytes"] == 128 * MiB
 
 
+@pytest.mark.long
 def test_scrub_survives_a_killed_worker(shop: Shop) -> None:
     wide_layer(shop)
     flip(shop.here / "base.img", 2047 * MiB)
@@ -774,6 +787,7 @@ def test_scrub_retries_a_layer_that_it_could_not_read(shop: Shop, jobs: str) -> 
     assert None not in shop.verified().values()
 
 
+@pytest.mark.long
 def test_kernel_counts_no_byte_read_twice_in_a_round(shop: Shop) -> None:
     shop.overlays(9, clusters=64)
     nothing, _ = counted(shop, "--jobs", "0", "--time-limit", "0")
@@ -854,6 +868,7 @@ def test_removed_layer_does_not_delay_the_round(shop: Shop) -> None:
     assert shop.status()["coverage"]["pass-left"] == 0
 
 
+@pytest.mark.long
 def test_layer_with_a_new_manifest_is_verified_in_the_same_round(shop: Shop) -> None:
     shop.overlays(6)
     with shop.running("--jobs", "0", *SLOW) as job:
@@ -1002,6 +1017,7 @@ def test_second_scrub_of_a_state_file_is_refused(shop: Shop, jobs: str) -> None:
     assert [one["result"] for one in shop.status()["runs"]] == ["complete"]
 
 
+@pytest.mark.long
 def test_concurrent_scrub_runs_agree(shop: Shop) -> None:
     """They may start to make the state at once; who comes second is told so."""
     shop.overlays(2)
@@ -1023,6 +1039,7 @@ def test_concurrent_scrub_runs_agree(shop: Shop) -> None:
     assert None not in shop.verified().values()
 
 
+@pytest.mark.long
 def test_scrub_status_works_during_a_run(shop: Shop) -> None:
     shop.overlays(9)
     counts: list[int] = []
@@ -1085,6 +1102,7 @@ def test_scrub_refuses_and_keeps_a_file_that_is_no_state(shop: Shop, what: str) 
         assert files_of(shop.state.parent) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("table", ["layer", "run"])
 def test_scrub_refuses_a_damaged_state_file(shop: Shop, rng: random.Random, table: str) -> None:
     """A program that has scribbled in it, or a disk: at worst one line, never a traceback."""
@@ -1232,6 +1250,7 @@ def leaves_of(layers: list[Told]) -> dict[str, set[int]]:
     return found
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("share", ["2%", "25.5%"])
 def test_sample_reads_a_random_share_of_leaves(
@@ -1286,6 +1305,7 @@ def test_smallest_sample_reads_one_leaf_of_each_layer(shop: Shop, jobs: str) -> 
     assert {name: size // LEAF for name, size in read.items()} == dict.fromkeys(read, 1)
 
 
+@pytest.mark.long
 def test_smallest_sample_finds_damage_in_every_leaf(shop: Shop) -> None:
     marked(shop, 300)
     told = shop.run("--sample", "0.001%", status=2)
@@ -1302,6 +1322,7 @@ def test_sample_reads_a_layer_of_written_zeros(shop: Shop) -> None:
     assert told["summary"]["bytes"] == LEAF
 
 
+@pytest.mark.long
 def test_sample_of_100_percent_finds_everything(shop: Shop, rng: random.Random) -> None:
     plant(shop, rng)
     status, expected = shop.verify()
@@ -1441,6 +1462,7 @@ def test_scrub_names_a_missing_directory(shop: Shop) -> None:
 # ---- streams ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", ["run --output json", "status"])
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&-", "2>/dev/full"])
 def test_scrub_works_with_closed_streams(shop: Shop, words: str, closed: str) -> None:
@@ -1461,6 +1483,7 @@ def test_scrub_works_with_closed_streams(shop: Shop, words: str, closed: str) ->
     assert len(shop.status()["runs"]) == 1 + words.startswith("run")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", ["run", "run --output json", "status --output json"])
 @pytest.mark.parametrize("where", [">/dev/full", "| true"])
 def test_scrub_records_results_that_it_cannot_print(shop: Shop, words: str, where: str) -> None:
@@ -1525,6 +1548,7 @@ def test_scrub_does_not_follow_names_that_lead_outside(shop: Shop) -> None:
 # ---- what a stranger found ----
 
 
+@pytest.mark.long
 def test_stopped_sample_records_damage_and_continues(shop: Shop) -> None:
     for name in ("a.img", "b.img", "c.img"):
         draw_raw(shop.here / name, "ABCDEFGH" * 8)
@@ -1540,6 +1564,7 @@ def test_stopped_sample_records_damage_and_continues(shop: Shop) -> None:
     assert seen == {"a.img", "b.img", "c.img"}
 
 
+@pytest.mark.long
 @BOTH
 def test_killed_scrub_repeats_one_second_at_any_rate(shop: Shop, jobs: str) -> None:
     """Of a base alone, at so low a rate that sixteen MiB would take a minute."""
@@ -1564,6 +1589,7 @@ def bytes_verified(shop: Shop) -> int:
     return 0
 
 
+@pytest.mark.long
 def test_scrub_counts_only_bytes_that_it_verified(shop: Shop) -> None:
     draw_raw(shop.here / "base.img", "ABCDEFGH" * 8)
     shop.manifest("base.img")
@@ -1587,6 +1613,7 @@ def test_scrub_does_not_verify_a_replaced_layer(shop: Shop) -> None:
     assert shop.verified()["base.img"] is None
 
 
+@pytest.mark.long
 def test_scrub_reports_damage_when_the_state_file_is_lost(shop: Shop) -> None:
     draw_raw(shop.here / "a.img", "ABCDEFGH")
     draw_raw(shop.here / "b.img", "ABCDEFGH" * 8)

@@ -35,6 +35,7 @@ def test_soak_reports_the_survived_cases(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_soak_stops_at_a_broken_promise_and_keeps_the_files(tmp_path: Path) -> None:
     try:
         with loop_disk("ext4", tmp_path):

@@ -45,6 +45,8 @@ from support.file_systems import fill, free, mounted
 from support.warm import Warm
 from support.wide import TASK_CLUSTERS, Wide
 
+pytestmark = pytest.mark.sample(1)
+
 BOTH = pytest.mark.parametrize("jobs", ["0", "2"])
 DATA = 40 * "A"
 HOLES = 40 * "-"

@@ -16,6 +16,8 @@ import pytest
 
 from support.command import PATIENCE, addcow, pair, refused, succeed
 
+pytestmark = pytest.mark.sample(3)
+
 Loads = Callable[..., set[str]]
 
 # Nothing that only looks needs these: processes, progress bars, validation, tests, networks.

@@ -15,6 +15,8 @@ import pytest
 from support.command import draw, draw_raw, succeed
 from support.seccomp import refusing
 
+pytestmark = pytest.mark.sample(2)
+
 NAMED = re.compile(r"\.(add-cow|raw|img|db|manifest)\b|get memory to share with other processes: ")
 
 #: fstat, as the C library asks for it: with AT_EMPTY_PATH.

@@ -35,6 +35,8 @@ from support.command import (
 )
 from support.file_systems import nest, unnest
 
+pytestmark = pytest.mark.sample(1)
+
 NOBODY = 65534
 DENIED, DEAD = "Permission denied", "not connected"
 

@@ -58,6 +58,8 @@ from support.manifests import Layers, form, guest_digest, made, one_line, view_o
 from support.processes import Ended, Process, running
 from support.wide import WIDE_CLUSTER, Wide
 
+pytestmark = pytest.mark.sample(1)
+
 WORDS = {
     "commit": ("commit",),
     "commit -d": ("commit", "-d"),
@@ -188,6 +190,7 @@ def guest_digest_of(wide: Wide) -> str:
     return digest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("turn", range(16))
 def test_verify_option_accepts_random_chains(here: Path, rng: random.Random, turn: int) -> None:
     laid = Layers.some(here, rng, longer=rng.random() < 0.5)
@@ -305,6 +308,7 @@ def test_verify_option_reports_a_difference_in_json(here: Path, job: str) -> Non
     is_seen(ended._replace(stdout=""), path.name, CLUSTER)
 
 
+@pytest.mark.long
 @CACHES
 @EACH
 def test_verify_option_finds_a_flipped_byte_in_a_large_image(
@@ -464,6 +468,7 @@ def test_verify_option_reads_unwritten_data_from_the_disk(below: Below, job: str
     is_seen(met(here, *command(job), meanwhile=lambda: below.flip(name, at)), name, at)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 @EACH
 def test_verify_option_works_on_small_file_systems(tmp_path: Path, job: str, kind: str) -> None:
@@ -713,6 +718,7 @@ def test_farm_job_image_with_a_read_back_difference_fails_alone(
     assert (here / bad / "top.add-cow").exists()
 
 
+@pytest.mark.long
 def test_farm_job_reads_a_split_image_back(here: Path) -> None:
     """So large that it is shared out among the processes, beside small ones."""
     names = farm_of(here, 3)
