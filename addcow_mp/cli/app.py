@@ -1,102 +1,86 @@
-"""The application: a table of commands, each loaded when it is named.
+"""The application: a table of commands, each imported when it is used.
 
-A command stands in the module that bears its name, beneath :mod:`addcow_mp.cli.commands`: its
-options, its work and its printing. The module is imported when the command is run or when help
-lists it, so a command pays for nothing but itself at start-up.
+The module of a command bears its name, beneath :mod:`addcow_mp.cli.commands`, and contains its
+options, its work and its printing. It is imported when the command runs or when help lists it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-#: Groups of commands, by the words that lead to them, and the names of their members in order.
-TABLE: dict[str, tuple[str, ...]] = {
-    "": (
-        "create",
-        "info",
-        "map",
-        "check",
-        "verify",
-        "convert",
-        "compare",
-        "commit",
-        "flatten",
-        "io",
-        "manifest",
-        "farm",
+
+class _Group(NamedTuple):
+    """A group of commands: what help says of it, and its members in order."""
+
+    help: str
+    members: tuple[str, ...]
+
+
+#: The groups of commands, by the words that lead to them.
+_GROUPS = {
+    "": _Group(
+        "Create, inspect, change, commit and flatten add-cow disk images.",
+        (
+            *("create", "info", "map", "check", "verify", "convert", "compare"),
+            *("commit", "flatten", "io", "manifest", "farm"),
+        ),
     ),
-    "manifest": ("create",),
-    "farm": (
-        "ls",
-        "graph",
-        "check",
-        "verify",
-        "manifest",
-        "plan",
-        "commit",
-        "flatten",
-        "scrub",
+    "manifest": _Group("Write digests of images to files.", ("create",)),
+    "farm": _Group(
+        "Inspect many images at once, and work on them.",
+        ("ls", "graph", "check", "verify", "manifest", "plan", "commit", "flatten", "scrub"),
     ),
-    "farm.manifest": ("create",),
-    "farm.scrub": ("run", "status"),
+    "farm.manifest": _Group("Write the manifests of all images.", ("create",)),
+    "farm.scrub": _Group("Verify a farm part by part, and record the results.", ("run", "status")),
 }
 
-#: What help says of a group.
-_HELP = {
-    "": "Create, inspect, change, commit and flatten add-cow disk images.",
-    "manifest": "Write down what images hold.",
-    "farm": "Look at many images at once, and work on them.",
-    "farm.manifest": "Write down what all images hold.",
-    "farm.scrub": "Verify a farm part by part, and remember the results.",
+#: What every part of the application is made with.
+_SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
 }
 
 
 class _LazyGroup(TyperGroup):
-    """A group whose members are loaded by name; ``place`` is its key in :data:`TABLE`."""
+    """A group whose members are imported by name; ``place`` is its key in :data:`_GROUPS`."""
 
     place = ""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the signature of typer
         """The names of all members, in order."""
-        return list(TABLE[self.place])
+        return list(_GROUPS[self.place].members)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        """The member called ``cmd_name``; None when there is none."""
-        if cmd_name not in TABLE[self.place]:
+        """The member called ``cmd_name``, if there is one."""
+        if cmd_name not in _GROUPS[self.place].members:
             return None
         place = f"{self.place}.{cmd_name}".lstrip(".")
-        return _group(place) if place in TABLE else _command(place)
+        return _group(place) if place in _GROUPS else _command(place)
 
 
 def _command(place: str) -> Any:
-    """The command whose module is ``place``, made of the function that bears its name."""
+    """The command made from the function ``command`` of the module at ``place``."""
     from importlib import import_module
 
     from addcow_mp.cli.options import expanded
 
-    name = place.rpartition(".")[2]
     module = import_module(f"addcow_mp.cli.commands.{place}")
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name)(expanded(module.command))
+    app = typer.Typer(**_SETTINGS)
+    app.command(place.rpartition(".")[2])(expanded(module.command))
     return get_command(app)
 
 
 def _group(place: str) -> Any:
     kind = type("_LazyGroup", (_LazyGroup,), {"place": place})
-    app = typer.Typer(
-        name=place.rpartition(".")[2] or "addcow",
-        help=_HELP[place],
-        cls=kind,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-    )
+    name = place.rpartition(".")[2] or "addcow"
+    app = typer.Typer(name=name, help=_GROUPS[place].help, cls=kind, **_SETTINGS)
     if place:
-        app.callback()(_nothing)
+        app.callback()(lambda: None)
     else:
         app.callback(invoke_without_command=True)(_addcow)
     return get_command(app)
@@ -105,10 +89,6 @@ def _group(place: str) -> Any:
 def application() -> Any:
     """The ``addcow`` command with all its commands."""
     return _group("")
-
-
-def _nothing() -> None:
-    """A group of commands has no options of its own."""
 
 
 def _addcow(

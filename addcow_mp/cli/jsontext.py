@@ -1,9 +1,9 @@
-"""JSON for programs: a document, or one object a line.
+"""JSON output: one document, or one object a line.
 
-The name of a file is bytes, and JSON is text. Where a value is a name that is not UTF-8, its text
-has an escape for each byte that is none (a lone surrogate, U+DC80 to U+DCFF), which few programs
-turn back into the byte. So ``KEY-base64`` stands beside every such ``KEY`` and holds the bytes
-themselves. A list of names has a list of the same length beside it.
+File names are bytes, and JSON is text. A name that is not UTF-8 appears with an escape for each
+invalid byte (a lone surrogate, U+DC80 to U+DCFF), which few programs turn back into the byte. So
+the key ``KEY-base64`` beside such a ``KEY`` holds the bytes. A list of names has a list of the same
+length beside it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,9 @@ from addcow_mp.cli import results
 SUFFIX = "-base64"
 
 
-def as_document(value: object) -> str:
-    """``value`` as a JSON document for people and programs."""
-    return json.dumps(with_bytes(value), indent=4)
-
-
 def as_line(value: object) -> str:
     """``value`` as one line of JSON."""
     return json.dumps(with_bytes(value))
-
-
-def print_document(value: object) -> None:
-    """Print ``value`` as the one JSON document of this command."""
-    results.document_is_printed()
-    print(as_document(value))
 
 
 def print_line(value: object) -> None:
@@ -39,10 +28,16 @@ def print_line(value: object) -> None:
     print(as_line(value))
 
 
-def print_failure(form: str, message: str, status: int, path: str | None) -> None:
-    """Print why the command failed, unless its document is printed already.
+def print_document(value: object) -> None:
+    """Print ``value`` as the only JSON document of this command."""
+    results.document_is_printed()
+    print(json.dumps(with_bytes(value), indent=4))
 
-    With ``jsonl`` the failure is one line more.
+
+def print_failure(form: str, message: str, status: int, path: str | None) -> None:
+    """Print why the command failed, in the ``form`` of its output.
+
+    ``jsonl``: one more line; ``json``: the document, unless it is printed already.
     """
     about = {} if path is None else {"filename": path}
     failure = {"error": message, **about, "exit": status}
@@ -53,7 +48,7 @@ def print_failure(form: str, message: str, status: int, path: str | None) -> Non
 
 
 def form_of(arguments: Sequence[str]) -> str:
-    """The value of ``--output`` on a command line, which may be one that cannot be parsed."""
+    """The value of ``--output`` on a command line that may be invalid."""
     form = ""
     for number, word in enumerate(arguments):
         if word == "--":
@@ -66,7 +61,7 @@ def form_of(arguments: Sequence[str]) -> str:
 
 
 def with_bytes(value: object) -> object:
-    """``value``, with ``KEY-base64`` beside each ``KEY`` whose text stands for other bytes."""
+    """``value`` with ``KEY-base64`` beside each ``KEY`` whose text is not the name's bytes."""
     if isinstance(value, dict):
         return dict(_entries(value))
     if isinstance(value, list | tuple):
@@ -77,19 +72,11 @@ def with_bytes(value: object) -> object:
 def _entries(items: dict[str, object]) -> Iterator[tuple[str, object]]:
     for key, value in items.items():
         yield key, with_bytes(value)
-        names = _strings(value)
-        if not all(map(_is_text, names)):
-            each = list(map(_base64, names))
-            yield key + SUFFIX, each[0] if isinstance(value, str) else each
-
-
-def _strings(value: object) -> list[str]:
-    """``value`` if it is a string or a list of nothing but strings, as a list."""
-    if isinstance(value, str):
-        return [value]
-    listed = list(value) if isinstance(value, list | tuple) else []
-    names = [one for one in listed if isinstance(one, str)]
-    return names if len(names) == len(listed) else []
+        names = list(value) if isinstance(value, list | tuple) else [value]
+        texts = [one for one in names if isinstance(one, str)]
+        if len(texts) == len(names) and not all(map(_is_text, texts)):
+            encoded = list(map(_base64, texts))
+            yield key + SUFFIX, encoded[0] if isinstance(value, str) else encoded
 
 
 def _is_text(name: str) -> bool:
@@ -98,7 +85,7 @@ def _is_text(name: str) -> bool:
         return True
     try:
         return name.encode() == os.fsencode(name)
-    except UnicodeEncodeError:  # the escape of a byte, or a character the locale does not have
+    except UnicodeEncodeError:  # the escape of a byte, or a character that the locale lacks
         return False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from addcow_mp.cli.messages import one_line, tell
+from addcow_mp.cli.messages import one_line, write_line
 from addcow_mp.jobs.layer_report import Grade, LayerReport
 
 #: Exit statuses of layers, the worst first.
@@ -33,7 +33,7 @@ def print_findings(layer_reports: list[LayerReport], *, quiet: bool = False) -> 
                 continue
             line = one_line(f"{remark.file}: {remark.message}")
             if remark.grade is Grade.UNVERIFIED:
-                tell(f"addcow: {remark.name}: {line}")
+                write_line(f"addcow: {remark.name}: {line}")
             else:
                 print(f"{remark.grade.value.upper()} {remark.name}: {line}")
         for part in one.ranges:

@@ -1,7 +1,7 @@
-"""What goes to stderr: one line each, beginning with the name of the command.
+"""Messages on stderr: one line each, beginning with the name of the command.
 
-While a job runs, lines go there in the background (:mod:`addcow_mp.cli.background`): it waits for
-no reader. Before and after it they are written at once.
+While a job runs, a background thread writes them (:mod:`addcow_mp.cli.background`), so that the job
+does not wait for a slow reader. Before and after it they are written at once.
 """
 
 from __future__ import annotations
@@ -15,112 +15,111 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from addcow_mp.cli.background import Background
 
-#: Control characters steer a terminal instead of being shown.
-_STEERING = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
+#: Control characters, which a terminal obeys and does not show, and how they are shown.
+_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 
-class _Manner:
-    """How this command speaks, and what it has still to say."""
+class _State:
+    """The settings of this command, and lines that are not yet written."""
 
     quiet = False
     background: Background | None = None
-    #: Said before the job began, to be told once it runs or has not begun.
+    #: Warnings from before the job, written when it runs or when the command ends without it.
     early: tuple[str, ...] = ()
-    #: What clears the line of a bar, before another line is put in its place.
-    clearing = ""
+    #: What erases a progress bar before another line takes its place.
+    erase = ""
 
 
 def begin() -> None:
-    """Speak as a new command does."""
-    _Manner.quiet, _Manner.background, _Manner.early = False, None, ()
+    """Reset the state for a new command."""
+    _State.quiet, _State.background, _State.early = False, None, ()
 
 
 @contextmanager
 def in_background() -> Iterator[None]:
-    """During the block nobody waits for whoever reads stderr; at its end, the rest is told."""
+    """Write lines in the background during the block; wait for them at its end."""
     from addcow_mp.cli.background import Background
 
     try:
         sys.stderr.flush()
-        _Manner.background = Background(sys.stderr.fileno())
-    except (OSError, ValueError):  # a stream of a program that calls this
-        _Manner.background = None
-    tell_the_rest()
+        _State.background = Background(sys.stderr.fileno())
+    except (OSError, ValueError):  # the stream of a program that calls this package
+        _State.background = None
+    write_early_warnings()
     try:
         yield
     finally:
-        background, _Manner.background = _Manner.background, None
+        background, _State.background = _State.background, None
         if background is not None:
             background.finish()
 
 
-def tell_the_rest() -> None:
-    """Tell what was kept back before the job began."""
-    early, _Manner.early = _Manner.early, ()
-    for line in early:
-        tell(line)
+def set_quiet(*, quiet: bool) -> None:
+    """Print errors only, if ``quiet``."""
+    _State.quiet = quiet
 
 
 def report_failure(message: str, status: int) -> int:
-    """Say what went wrong, in one line, and pass the exit status on."""
+    """Print why the command failed, in one line; returns ``status``, its exit status."""
     sys.stdout.flush()
-    tell_the_rest()
+    write_early_warnings()
     say(message)
     return status
 
 
 def say(message: str) -> None:
-    """Say something in one line, in the name of the command."""
-    tell(f"addcow: {one_line(message)}")
+    """Print one line in the name of the command."""
+    write_line(f"addcow: {one_line(message)}")
 
 
-def hush(*, quiet: bool) -> None:
-    """Whether nothing but errors is said from now on."""
-    _Manner.quiet = quiet
+def note(message: str) -> None:
+    """Print a line that is no error: with ``-q``, nothing."""
+    if not _State.quiet:
+        say(message)
 
 
 def warn(messages: Sequence[str]) -> None:
-    """Say what the user should know although the command goes on."""
+    """Print warnings: the command continues."""
     for message in messages:
         note(f"warning: {message}")
 
 
-def warn_early(messages: Sequence[str]) -> None:
-    """Warn of something before the job begins, which shall not wait for a reader."""
-    if not _Manner.quiet:
-        lines = (f"addcow: warning: {one_line(message)}" for message in messages)
-        _Manner.early = (*_Manner.early, *lines)
+def warn_early(message: str) -> None:
+    """Print a warning later, so that the job need not wait for a slow reader to begin."""
+    if not _State.quiet:
+        _State.early = (*_State.early, f"addcow: warning: {one_line(message)}")
 
 
-def note(message: str) -> None:
-    """Say what is no error: with ``-q`` nothing."""
-    if not _Manner.quiet:
-        say(message)
+def write_early_warnings() -> None:
+    """Print the warnings from before the job."""
+    early, _State.early = _State.early, ()
+    for line in early:
+        write_line(line)
 
 
-def tell(line: str) -> None:
-    """Print a line on stderr; a job goes on though nobody can be told of it."""
-    if _Manner.background is not None:
-        _Manner.background.keep(f"{_Manner.clearing}{line}\n")
+def write_line(line: str) -> None:
+    """Print a line on stderr; errors of the stream are ignored."""
+    if _State.background is not None:
+        _State.background.write(f"{_State.erase}{line}\n")
         return
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:
-        lead_nowhere(sys.stderr)
+    except OSError:  # the job continues without its messages
+        discard(sys.stderr)
 
 
 def write_progress(line: str) -> None:
-    """Print a line on stderr that may be missed: progress."""
-    if _Manner.background is not None:
-        _Manner.background.offer(f"{line}\n")
+    """Print a line of progress, which may be dropped if the reader is slow."""
+    if _State.background is not None:
+        _State.background.write(f"{line}\n", droppable=True)
     else:
-        tell(line)
+        write_line(line)
 
 
 class Screen:
-    """What draws a bar on a terminal: a file for rich, whose frames may be missed.
+    """The terminal, as a file for a progress bar whose frames may be dropped.
 
-    Once it ``is_ending``, nothing is: the terminal gets its cursor back.
+    When ``is_ending`` is set, no frame is dropped any more: the terminal gets its cursor back.
     """
 
     encoding = "utf-8"
@@ -130,45 +129,39 @@ class Screen:
         self.is_ending = False
 
     def write(self, text: str) -> int:
-        """Take a part of a frame."""
+        """Add a part of a frame."""
         self._text += text
         return len(text)
 
     def flush(self) -> None:
         """Show the frame."""
         text, self._text = self._text, ""
-        background = _Manner.background
-        if background is None:
-            return
-        if self.is_ending:
-            background.keep(text)
-        elif text:
-            background.offer(text)
+        if text and _State.background is not None:
+            _State.background.write(text, droppable=not self.is_ending)
 
     def isatty(self) -> bool:
-        """It is one."""
+        """True: it is a terminal."""
         return True
 
 
 @contextmanager
 def on_screen() -> Iterator[Screen]:
-    """A screen for a bar of one line, which other lines take the place of."""
-    screen = Screen()
-    _Manner.clearing = "\r\x1b[2K"
+    """A screen for a progress bar of one line, which other lines replace."""
+    _State.erase = "\r\x1b[2K"
     try:
-        yield screen
+        yield Screen()
     finally:
-        _Manner.clearing = ""
+        _State.erase = ""
 
 
-def lead_nowhere(stream: TextIO) -> None:
-    """Let what could not be printed go: the interpreter would try once more at its end."""
+def discard(stream: TextIO) -> None:
+    """Discard output that cannot be written: the interpreter would try again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks, and with control characters spelt out.
+    """``text`` in one line, with control characters escaped.
 
-    The name of a file may contain anything: it must neither forge a line nor steer the terminal.
+    A file name may contain any byte: it must neither forge a line nor control the terminal.
     """
-    return " ".join(text.splitlines()).translate(_STEERING)
+    return " ".join(text.splitlines()).translate(_CONTROL)

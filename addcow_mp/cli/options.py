@@ -159,7 +159,7 @@ def name_of_file(given: Names) -> Names:
 def _set_quiet(quiet: bool) -> bool:
     from addcow_mp.cli import messages
 
-    messages.hush(quiet=quiet)
+    messages.set_quiet(quiet=quiet)
     return quiet
 
 
@@ -291,12 +291,12 @@ class Opening(OptionGroup):
         from addcow_mp.cli.messages import warn_early
 
         if not durable:
-            warn_early(
-                ["-t unsafe: nothing is synced, a power cut may lose data whose bits are set"]
-            )
+            warn_early("-t unsafe: nothing is synced, a power cut may lose data whose bits are set")
         if writes and self.locking is Locking.off:
-            told = "--locking off: no locks are taken or heeded; "
-            warn_early([f"{told}no other program may use these files"])
+            warn_early(
+                "--locking off: locks are neither taken nor respected; "
+                "no other program may use these files"
+            )
 
 
 def _roots_of_environment() -> list[str]:

@@ -63,7 +63,7 @@ def _stream(fd: int | None) -> Iterator[Callable[[str], None]]:
     # It stays open: a line may wait for its reader until the process ends.
     background = Background(own)
     try:
-        yield lambda line: background.offer(f"{line}\n")
+        yield lambda line: background.write(f"{line}\n", droppable=True)
     finally:
         background.finish()
 

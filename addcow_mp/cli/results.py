@@ -1,7 +1,7 @@
-"""Standard output, and what is said when it fails: results are late or lost, the job is done.
+"""Standard output: a failure of it never ends a job, and is reported at the end.
 
-An output that fails never ends what is under way: the rest goes nowhere, and the end says so. An
-output that was made not to wait is waited for.
+After the first error all further output is discarded. A descriptor that does not block is waited
+for.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import io
 import sys
 from typing import TextIO
 
-#: The exit status of a command that did its work, and could not tell.
-UNTOLD = 1
+#: The exit status of a command that did its work but could not print its result.
+NOT_PRINTED = 1
 
 
 class _Descriptor(io.FileIO):
-    """Descriptor 1 that keeps its first error to itself."""
+    """Descriptor 1; it stores its first error and raises none."""
 
     error: OSError | None = None
 
     def write(self, data: bytes, /) -> int:  # type: ignore[override]
-        """Write, or forget what can no longer be written."""
+        """Write, or discard after an error."""
         while self.error is None:
             try:
                 written = super().write(data)
@@ -36,26 +36,25 @@ class _Descriptor(io.FileIO):
 
 
 class _State:
-    """What is known of this command's output."""
+    """The output of this command."""
 
     descriptor: _Descriptor | None = None
-    #: The stream in whose place it is, which would close it.
+    #: The former sys.stdout, kept because it would close its descriptor with its end.
     replaced: TextIO | None = None
     is_job_done = False
     is_document_printed = False
 
 
 def begin() -> None:
-    """Let standard output fail without ending the command, if it is the process's own."""
-    _State.descriptor, _State.is_job_done = None, False
-    _State.is_document_printed = False
+    """Replace sys.stdout by a stream that never raises, if it is the process's own."""
+    _State.descriptor, _State.is_job_done, _State.is_document_printed = None, False, False
     old = sys.stdout
     if type(old) is not io.TextIOWrapper:
         return
     old.flush()
     try:
         number = old.fileno()
-    except OSError:  # a stream in memory, of a program that calls this
+    except OSError:  # a stream in memory, of a program that calls this package
         old.reconfigure(errors="backslashreplace")
         return
     _State.replaced = old
@@ -63,52 +62,47 @@ def begin() -> None:
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(_State.descriptor),
         encoding=old.encoding,
-        # Names of files are bytes: what the terminal cannot show is no reason to fail.
+        # File names are bytes: one that the terminal cannot show is no reason to fail.
         errors="backslashreplace",
         line_buffering=old.line_buffering,
     )
 
 
 def job_is_done() -> None:
-    """Whatever comes of the output now, the job is done."""
+    """Record that the job is done: only its output can fail now."""
     _State.is_job_done = True
 
 
 def document_is_printed() -> None:
-    """Standard output has its JSON document: a second one would make both unreadable."""
+    """Record that the JSON document is printed: a second one would make both unreadable."""
     _State.is_document_printed = True
 
 
 def is_document_printed() -> bool:
-    """Whether standard output has its JSON document."""
+    """Whether the JSON document of this command is printed."""
     return _State.is_document_printed
 
 
-def given_up() -> str:
-    """Let go of output that nobody has taken yet; what is to be said of a job that is done."""
+def abandon() -> str:
+    """Discard output that is not yet written; returns what to add to the command's last message."""
     if _State.descriptor is not None and _State.descriptor.error is None:
         _State.descriptor.error = InterruptedError()
     return "; the job is done" if _State.is_job_done else ""
 
 
-def failed() -> bool:
-    """Whether something of the output could not be written."""
+def failure() -> OSError | None:
+    """The error of writing the output, if any."""
     sys.stdout.flush()
-    return _error() is not None
-
-
-def failure() -> str | None:
-    """What is to be said of that.
-
-    A query whose reader has gone (a pager, ``head``) has nobody left to tell.
-    """
-    error = _error()
-    if error is None or (isinstance(error, BrokenPipeError) and not _State.is_job_done):
-        return None
-    done = "the job is done, but its" if _State.is_job_done else "the"
-    return f"{done} output cannot be written: {error.strerror}"
-
-
-def _error() -> OSError | None:
     error = None if _State.descriptor is None else _State.descriptor.error
     return None if isinstance(error, InterruptedError) else error
+
+
+def describe(error: OSError) -> str | None:
+    """The message about a :func:`failure`.
+
+    None for a query whose reader has gone (a pager, ``head``), which needs no message.
+    """
+    if isinstance(error, BrokenPipeError) and not _State.is_job_done:
+        return None
+    what = "the job is done, but its" if _State.is_job_done else "the"
+    return f"{what} output cannot be written: {error.strerror}"

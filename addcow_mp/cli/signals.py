@@ -1,10 +1,9 @@
-"""Signals that stop a command: the first one in good order, a second one at once.
+"""Signals that stop a command: the first one in an orderly way, a second one at once.
 
-Where nothing has been begun that a stop could harm, the first one ends the command as an exception,
-through every clean-up. A job is *asked* to stop instead: it publishes what is finished. A limit of
-processor time repeats its signal every second until the hard limit kills: those after the first are
-ignored, for they would interrupt the publishing. A hangup that was ignored when the command began
-(nohup) stays ignored.
+The first signal ends a command by an exception, through every clean-up. A job that changes files is
+*asked* to stop instead: it publishes its finished work. SIGXCPU is repeated every second until the
+hard limit kills the process; after the first one it is ignored, because it would interrupt the
+publishing. A SIGHUP that was ignored when the command began (nohup) stays ignored.
 """
 
 from __future__ import annotations
@@ -22,64 +21,62 @@ from addcow_mp.errors import (
     TerminatedJobError,
 )
 
-_MEANINGS: dict[int, type[StoppedError]] = {
+_ERRORS: dict[int, type[StoppedError]] = {
     signal.SIGHUP: HangupJobError,
     signal.SIGINT: InterruptedJobError,
     signal.SIGTERM: TerminatedJobError,
     signal.SIGXCPU: CpuLimitJobError,
 }
 
-#: Those that are met even if whoever started the command has them ignored.
+#: Signals that stop a job even if the caller has them ignored.
 _ALWAYS = (signal.SIGINT, signal.SIGTERM)
 
-#: How signals were handled before that.
+#: The handlers from before the command.
 _before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
-#: Signals met since the command began, in order.
-_met: list[int] = []
+#: Signals received since the command began, in order.
+_received: list[int] = []
 
 
 def begin() -> None:
-    """From now on the first signal ends the command as :class:`KeyboardInterrupt`."""
-    _met.clear()
-    for number in _MEANINGS:
+    """From now on the first signal raises :class:`KeyboardInterrupt`."""
+    _received.clear()
+    for number in _ERRORS:
         _before[number] = signal.getsignal(number)
         if _before[number] is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
 
 
 def end() -> None:
-    """From now on every signal does what it did before the command began."""
+    """Restore the handlers from before the command."""
     for number, handler in _before.items():
-        repeats = number == signal.SIGXCPU and number in _met
+        repeats = number == signal.SIGXCPU and number in _received
         signal.signal(number, signal.SIG_IGN if repeats else handler)
     _before.clear()
 
 
-def words() -> str:
-    """What is said of a command that the first signal ended."""
-    number = _met[0] if _met else signal.SIGINT
-    return "interrupted" if number == signal.SIGINT else f"stopped by {_name(number)}"
+def description() -> str:
+    """How the first signal ended the command, in words."""
+    number = _received[0] if _received else signal.SIGINT
+    if number == signal.SIGINT:
+        return "interrupted"
+    return f"stopped by {signal.Signals(number).name}"
 
 
 def status() -> int:
-    """The exit status of such a command."""
-    return 128 + (_met[0] if _met else signal.SIGINT)
+    """The exit status of a command that the first signal ended."""
+    return 128 + (_received[0] if _received else signal.SIGINT)
 
 
 def by_signal(error: StoppedError) -> StoppedError:
-    """The same error, with the meaning of the signal that was met, if one was."""
-    kind = _MEANINGS.get(_met[0]) if _met else None
+    """``error`` in the class of the received signal; unchanged if there was none."""
+    kind = _ERRORS.get(_received[0]) if _received else None
     return error if kind is None else kind(message=str(error))
 
 
-def _name(number: int) -> str:
-    return signal.Signals(number).name
-
-
-def _note(number: int) -> None:
-    """Take note of a signal; the next one of its kind ends the process."""
-    _met.append(number)
+def _record(number: int, _: FrameType | None = None) -> None:
+    """Record a signal; the next one of its kind ends the process."""
+    _received.append(number)
     if number == signal.SIGXCPU:
         signal.signal(number, signal.SIG_IGN)
     elif number == signal.SIGINT:
@@ -89,43 +86,37 @@ def _note(number: int) -> None:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    if number == signal.SIGXCPU and number in _met:
+    if number == signal.SIGXCPU and number in _received:
         return
-    _note(number)
+    _record(number)
     raise KeyboardInterrupt
 
 
-def _ask(number: int, _: FrameType | None) -> None:
-    _note(number)
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """The signals received in the block; the first one asks the job to stop."""
+    _received.clear()
+    with _handled(_record):
+        yield _received
 
 
 @contextmanager
-def asking() -> Iterator[list[int]]:
-    """Signals met in the block: the first asks a job to stop."""
-    _met.clear()
-    with _handled(_ask):
-        yield _met
-
-
-@contextmanager
-def interrupting() -> Iterator[None]:
-    """Within :func:`asking`, a block that the first signal may end anywhere: it changes nothing."""
+def interruptible() -> Iterator[None]:
+    """A block within :func:`stop_requests` that changes nothing: the first signal ends it."""
     with _handled(_interrupt):
-        if _met:
+        if _received:
             raise KeyboardInterrupt
         yield
 
 
 @contextmanager
 def _handled(handler: signal._HANDLER) -> Iterator[None]:
-    old = {number: signal.getsignal(number) for number in _MEANINGS}
-    taken = [
-        number for number in _MEANINGS if number in _ALWAYS or old[number] is not signal.SIG_IGN
-    ]
-    for number in taken:
+    old = {number: signal.getsignal(number) for number in _ERRORS}
+    changed = [one for one in _ERRORS if one in _ALWAYS or old[one] is not signal.SIG_IGN]
+    for number in changed:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in taken:
+        for number in changed:
             signal.signal(number, old[number])

@@ -32,7 +32,12 @@ def working(
     """
     if idle:
         use_idle_priority()
-    with in_background(), signals.asking() as met, shown(*progress) as show, _asked(show) as tell:
+    with (
+        in_background(),
+        signals.stop_requests() as met,
+        shown(*progress) as show,
+        _asked(show) as tell,
+    ):
         state = _State(tell, counts_images=counts_images)
         try:
             yield Hooks(
@@ -40,7 +45,7 @@ def working(
                 partial(bool, met),
                 state.counted,
                 ignore if quiet else note,
-                signals.interrupting,
+                signals.interruptible,
             )
         except StoppedError as error:
             raise signals.by_signal(error) from error

@@ -1,13 +1,11 @@
-"""``addcow io``: qemu-io's words over the guest's view of an overlay.
+"""``addcow io``: qemu-io's commands on the guest's view of an overlay.
 
-Each command line is split at blanks; its first word names the command, options follow in
-the manner of getopt. What is printed is what qemu-io (of the version that add-cow was
-proposed for) prints. A command that fails says so and makes the exit status 1; the next
-one runs all the same. Large requests are carried out in pieces of bounded memory.
+Each command line is split at blanks. Its first word is the command; options are those of getopt.
+The output is that of qemu-io in the version that add-cow was proposed for. A command that fails
+says so and makes the exit status 1; the next one runs. Large requests are carried out in parts.
 
-``aio_read`` and ``aio_write`` run in threads of their own, side by side with whatever
-comes next; their results are printed in the order in which they were asked for, at the
-latest by ``aio_flush``, by ``quit`` or at the end.
+``aio_read`` and ``aio_write`` run in threads of their own, beside later commands. Their results are
+printed in the order of the requests, at the latest by ``aio_flush``, by ``quit`` or at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 
@@ -37,6 +35,33 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import AddcowError, RangeError, UsageError
 from addcow_mp.jobs.writing import open_for_writing
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, MiB, parse_size
+
+#: Bytes of one request in memory at a time; limits what `write 0 100G` needs.
+STEP = 4 * MiB
+
+#: Bytes that a dump shows as characters.
+_SHOWN = (string.ascii_letters + string.digits).encode()
+
+#: The value of written bytes without -P.
+DEFAULT_PATTERN = 0xCD
+
+#: Options of the commands that read or write, as getopt takes them.
+_OPTIONS = {
+    "read": "Cl:P:qs:v",
+    "write": "CP:qz",
+    "readv": "CP:qv",
+    "writev": "CP:q",
+    "aio_read": "CP:qv",
+    "aio_write": "CP:qz",
+}
+
+_SHORT = {"r": "read", "w": "write", "f": "flush", "l": "length", "a": "alloc", "?": "help"}
+
+_HELP = """\
+read [-Cqv] [-P pattern [-s off] [-l len]] off len
+write [-Cqz] [-P pattern] off len
+readv, writev, aio_read, aio_write [-Cqvz] [-P pattern] off len [len..]
+aio_flush, flush, length, map, alloc off [sectors], quit"""
 
 
 def command(
@@ -56,26 +81,16 @@ def command(
     if share and not read_only:
         raise UsageError(message="-U is for reading only: give -r as well")
     access = opening.access(share=share, force=force, writes=not read_only, exclude=exclude)
-    raise typer.Exit(exercise(overlay.file, commands, access, read_only=read_only))
+    raise typer.Exit(_run(overlay.file, commands, access, read_only=read_only))
 
 
-#: What is held in memory of one request: bounds a `write 0 100G`.
-PIECE = 4 * MiB
-
-#: Bytes that a dump shows as themselves.
-_SHOWN = (string.ascii_letters + string.digits).encode()
-
-#: What written bytes are without -P.
-DEFAULT_PATTERN = 0xCD
-
-
-def exercise(path: str, commands: list[str] | None, access: Access, *, read_only: bool) -> int:
+def _run(path: str, commands: list[str] | None, access: Access, *, read_only: bool) -> int:
     """Run the commands, or those on standard input, and return the exit status."""
     opening = open_chain(path, READ, access) if read_only else open_for_writing(path, access)
     with opening as disk:
-        # Of hard links a refused write says more than a warning.
+        # A refused write says more about hard links than a warning, which comes last if needed.
         later = [] if read_only else link_warnings([disk.cow, disk.image.file])
-        warn([told for told in disk.warnings() if told not in later])
+        warn([one for one in disk.warnings() if one not in later])
         session = _Session(disk)
         for line in commands if commands is not None else _lines():
             if not session.run(line):
@@ -87,25 +102,21 @@ def exercise(path: str, commands: list[str] | None, access: Access, *, read_only
 
 
 def _lines() -> Iterator[str]:
-    """The lines of standard input; a person at a terminal is asked for each."""
-    if not sys.stdin.isatty():
-        # Not by input(), which lets an interrupt of one of its moments pass unseen. Like it,
-        # all answers are given before the next line is waited for.
-        while line := _answered().readline():
-            yield line.removesuffix("\n")
+    """The lines of standard input; with a prompt if it is a terminal."""
+    if sys.stdin.isatty():
+        with suppress(EOFError):
+            while True:
+                yield input("addcow> ")
         return
-    with suppress(EOFError):
-        while True:
-            yield input("addcow> ")
-
-
-def _answered() -> TextIO:
+    # Not with input(), which can miss an interrupt. Like it, print results before waiting.
     sys.stdout.flush()
-    return sys.stdin
+    while line := sys.stdin.readline():
+        yield line.removesuffix("\n")
+        sys.stdout.flush()
 
 
 class _RefusedError(Exception):
-    """A command that cannot be carried out as it was written; the text says why."""
+    """A command line is invalid; the text says why."""
 
 
 class _NotPermittedError(Exception):
@@ -114,9 +125,8 @@ class _NotPermittedError(Exception):
 
 @dataclass
 class _Request:
-    """One read or write, its options, and how it went."""
+    """One read or write, its options, and its result."""
 
-    writes: bool
     word: str
     offset: int = 0
     length: int = 0
@@ -132,51 +142,53 @@ class _Request:
     #: Why this overlay must not be changed at all.
     refusal: str = ""
 
+    @property
+    def writes(self) -> bool:
+        """Whether this is a write."""
+        return "write" in self.word
+
     def carry_out(self, disk: Overlay) -> None:
-        """Do it and note the report; a failure is told as the system's word for it."""
+        """Read or write, and store the report, or the system's words for the failure."""
         start = time.perf_counter()
         try:
+            _check_range(disk, self.offset, self.length)
             if self.writes:
                 self._write(disk)
             else:
                 self._read(disk)
         except _NotPermittedError as refusal:
             self.refusal, self.failed = str(refusal), True
-            return
         except AddcowError as error:
             self.output.append(f"{self.word} failed: {_reason(error, disk)}")
             self.failed = True
-            return
-        if not self.quiet:
-            self.output += self._report(time.perf_counter() - start)
+        else:
+            if not self.quiet:
+                self.output += self._report(time.perf_counter() - start)
 
     def _write(self, disk: Overlay) -> None:
-        _check_range(disk, self.offset, self.length)
         if self.length:
-            _ask_permission(disk)
+            disk.check_writable()
+            try:
+                disk.check_permission()
+            except AddcowError as error:
+                raise _NotPermittedError(str(error)) from error
         if self.zeroes:
             disk.write_zeroes(self.offset, self.length)
             return
         pattern = DEFAULT_PATTERN if self.pattern is None else self.pattern
-        data = memoryview(bytes([pattern]) * min(PIECE, self.length))
-        for start in range(0, self.length, PIECE):
+        data = memoryview(bytes([pattern]) * min(STEP, self.length))
+        for start in range(0, self.length, STEP):
             disk.write(self.offset + start, data[: self.length - start])
 
     def _read(self, disk: Overlay) -> None:
-        _check_range(disk, self.offset, self.length)
-        intact = True
-        for start in range(0, self.length, PIECE):
-            data = disk.read(self.offset + start, min(PIECE, self.length - start))
-            intact &= self._matches(data, start)
+        for start in range(0, self.length, STEP):
+            data = disk.read(self.offset + start, min(STEP, self.length - start))
+            self.failed |= not self._matches(data, start)
             if self.dump and not self.quiet:
                 self.output += _hexdump(data, self.offset + start)
-        if not intact:
-            self.failed = True
-            self.output.insert(
-                0,
-                f"Pattern verification failed at offset {self.offset + self.check_from}, "
-                f"{self.check_length} bytes",
-            )
+        if self.failed:
+            place = f"offset {self.offset + self.check_from}, {self.check_length} bytes"
+            self.output.insert(0, f"Pattern verification failed at {place}")
 
     def _matches(self, data: bytes, start: int) -> bool:
         if self.pattern is None:
@@ -190,16 +202,16 @@ class _Request:
         rate, operations = self.length / seconds, 1 / seconds
         if self.terse:
             return [f"{self.length},1,{_clock(seconds)},{rate:.3f},{operations:.3f}"]
-        word = "wrote" if self.writes else "read"
+        verb = "wrote" if self.writes else "read"
         return [
-            f"{word} {self.length}/{self.length} bytes at offset {self.offset}",
-            f"{_amount(self.length)}, 1 ops; {_duration(seconds)} "
-            f"({_amount(rate)}/sec and {operations:.4f} ops/sec)",
+            f"{verb} {self.length}/{self.length} bytes at offset {self.offset}",
+            f"{_size(self.length)}, 1 ops; {_duration(seconds)} "
+            f"({_size(rate)}/sec and {operations:.4f} ops/sec)",
         ]
 
 
 class _Session:
-    """The commands, on one disk."""
+    """Runs commands on one disk."""
 
     def __init__(self, disk: Overlay) -> None:
         self.disk = disk
@@ -207,27 +219,26 @@ class _Session:
         self.was_refused = False
         self._running: deque[tuple[threading.Thread, _Request]] = deque()
         self._commands: dict[str, Callable[[str, list[str]], None]] = {
-            **dict.fromkeys(("read", "r", "write", "w"), self._single),
-            **dict.fromkeys(("readv", "writev"), self._vector),
-            **dict.fromkeys(("aio_read", "aio_write"), self._asynchronous),
+            **dict.fromkeys(_OPTIONS, self._request),
             "aio_flush": self._aio_flush,
-            **dict.fromkeys(("flush", "f"), self._flush),
-            **dict.fromkeys(("length", "l"), self._length),
+            "flush": self._flush,
+            "length": self._length,
             "map": self._map,
-            **dict.fromkeys(("alloc", "a"), self._alloc),
-            **dict.fromkeys(("help", "?"), self._help),
+            "alloc": self._alloc,
+            "help": lambda *_: print(_HELP),
         }
 
     def run(self, line: str) -> bool:
-        """Run one line; false when it was ``quit``."""
-        self._print_finished()
+        """Run one line; False if it was ``quit``."""
+        while self._running and not self._running[0][0].is_alive():
+            self._print(self._running.popleft()[1])
         word, *arguments = line.split() or [""]
         if word in ("quit", "q"):
             return False
-        command = self._commands.get(word)
+        name = _SHORT.get(word, word)
         try:
-            if command is not None:
-                command(word, arguments)
+            if name in self._commands:
+                self._commands[name](name if name in _OPTIONS else word, arguments)
             elif word:
                 self._refuse(f'command "{word}" not found')
         except _RefusedError as refusal:
@@ -237,7 +248,7 @@ class _Session:
         return True
 
     def wait(self) -> None:
-        """Wait for all that runs in the background, and print how it went."""
+        """Wait for the requests in threads, and print their results."""
         while self._running:
             thread, request = self._running.popleft()
             thread.join()
@@ -248,10 +259,6 @@ class _Session:
         print(text, file=sys.stderr)
         self.status = 1
 
-    def _print_finished(self) -> None:
-        while self._running and not self._running[0][0].is_alive():
-            self._print(self._running.popleft()[1])
-
     def _print(self, request: _Request) -> None:
         for line in request.output:
             print(line)
@@ -261,110 +268,90 @@ class _Session:
             say(request.refusal)
         self.status |= request.failed
 
-    # Reading and writing
+    # Commands
 
-    def _single(self, word: str, arguments: list[str]) -> None:
-        writes = word[0] == "w"
-        request = _request(
-            "write" if writes else "read", arguments, "CP:qz" if writes else "Cl:P:qs:v"
-        )
+    def _request(self, word: str, arguments: list[str]) -> None:
+        request = _parse_request(word, arguments)
+        if word.startswith("aio_"):
+            thread = threading.Thread(target=request.carry_out, args=(self.disk,))
+            try:
+                thread.start()
+            except RuntimeError:  # no room for a thread: carried out like the others
+                self.wait()
+            else:
+                self._running.append((thread, request))
+                return
         request.carry_out(self.disk)
         self._print(request)
-
-    def _vector(self, word: str, arguments: list[str]) -> None:
-        request = _request(word, arguments, "CP:q" if word[0] == "w" else "CP:qv", vector=True)
-        request.carry_out(self.disk)
-        self._print(request)
-
-    def _asynchronous(self, word: str, arguments: list[str]) -> None:
-        options = "CP:qz" if word == "aio_write" else "CP:qv"
-        request = _request(word, arguments, options, vector=True)
-        thread = threading.Thread(target=request.carry_out, args=(self.disk,))
-        try:
-            thread.start()
-        except RuntimeError:  # there is no room for a thread: it is done like the others
-            self.wait()
-            request.carry_out(self.disk)
-            self._print(request)
-        else:
-            self._running.append((thread, request))
 
     def _aio_flush(self, word: str, arguments: list[str]) -> None:
-        _count(word, arguments, 0, 0)
+        _check_count(word, arguments, 0, 0)
         self.wait()
 
     def _flush(self, word: str, arguments: list[str]) -> None:
-        _count(word, arguments, 0, 0)
+        _check_count(word, arguments, 0, 0)
         self.disk.flush()
 
-    # Looking
-
     def _length(self, word: str, arguments: list[str]) -> None:
-        _count(word, arguments, 0, 0)
-        print(_amount(self.disk.size))
+        _check_count(word, arguments, 0, 0)
+        print(_size(self.disk.size))
 
     def _map(self, word: str, arguments: list[str]) -> None:
-        _count(word, arguments, 0, 0)
+        _check_count(word, arguments, 0, 0)
         total = self.disk.size // SECTOR
-        for start, stop, local in self.disk.layout(0, self.disk.size):
+        for start, stop, allocated in self.disk.layout(0, self.disk.size):
             sectors, left = (stop - start) // SECTOR, total - start // SECTOR
-            state = "    allocated" if local else "not allocated"
+            state = "    allocated" if allocated else "not allocated"
             print(
                 f"[{start: 24d}] {sectors: 8d}/{left: 8d} sectors {state} "
-                f"at offset {_amount(start)} ({int(local)})"
+                f"at offset {_size(start)} ({int(allocated)})"
             )
 
     def _alloc(self, word: str, arguments: list[str]) -> None:
-        _count(word, arguments, 1, 2)
+        _check_count(word, arguments, 1, 2)
         offset = _number(arguments[0], "offset")
         if offset % SECTOR:
             raise _RefusedError(f"offset {offset} is not sector aligned")
         sectors = _number(arguments[1], "length") if len(arguments) > 1 else 1
         stop = min(offset + sectors * SECTOR, self.disk.size)
         parts = list(self.disk.layout(offset, stop)) if offset < stop else []
-        local = sum(last - first for first, last, is_local in parts if is_local)
-        seen = sum(last - first for first, last, _ in parts)
-        print(f"{local // SECTOR}/{seen // SECTOR} sectors allocated at offset {_amount(offset)}")
-
-    def _help(self, _: str, __: list[str]) -> None:
-        print("read [-Cqv] [-P pattern [-s off] [-l len]] off len")
-        print("write [-Cqz] [-P pattern] off len")
-        print("readv, writev, aio_read, aio_write [-Cqvz] [-P pattern] off len [len..]")
-        print("aio_flush, flush, length, map, alloc off [sectors], quit")
+        held = sum(last - first for first, last, allocated in parts if allocated) // SECTOR
+        seen = sum(last - first for first, last, _ in parts) // SECTOR
+        print(f"{held}/{seen} sectors allocated at offset {_size(offset)}")
 
 
-# Reading a command's words
+# Parsing a command line
 
 
-def _request(word: str, arguments: list[str], options: str, *, vector: bool = False) -> _Request:
-    given, rest = getopt.gnu_getopt(arguments, options)
-    _count(word, rest, 2, None)
-    if len(rest) > 2 and not vector:  # noqa: PLR2004 - an offset and a length
+def _parse_request(word: str, arguments: list[str]) -> _Request:
+    given, rest = getopt.gnu_getopt(arguments, _OPTIONS[word])
+    _check_count(word, rest, 2, None)
+    if len(rest) > 2 and word in ("read", "write"):  # noqa: PLR2004 - an offset and a length
         raise _RefusedError(f"{word}: one offset and one length; see 'help'")
-    request = _Request("write" in word, word, offset=_number(rest[0], "length"))
-    request.length = sum(_number(text, "length") for text in rest[1:])
     chosen = dict(given)
-    request.pattern = _pattern(chosen["-P"]) if "-P" in chosen else None
-    request.zeroes, request.dump = "-z" in chosen, "-v" in chosen
-    request.quiet, request.terse = "-q" in chosen, "-C" in chosen
-    _set_checked(request, chosen)
+    request = _Request(
+        word,
+        offset=_number(rest[0], "length"),
+        length=sum(_number(text, "length") for text in rest[1:]),
+        pattern=_pattern(chosen["-P"]) if "-P" in chosen else None,
+        check_from=_number(chosen.get("-s", "0"), "length"),
+        zeroes="-z" in chosen,
+        dump="-v" in chosen,
+        quiet="-q" in chosen,
+        terse="-C" in chosen,
+    )
+    if request.pattern is None and ("-s" in chosen or "-l" in chosen):
+        raise _RefusedError("-s and -l need a pattern: -P")
+    left = request.length - request.check_from
+    request.check_length = _number(chosen["-l"], "length") if "-l" in chosen else left
+    if not 0 <= request.check_length <= left:
+        raise _RefusedError("pattern verification range exceeds end of read data")
     if request.zeroes and request.pattern is not None:
         raise _RefusedError("-z and -P cannot be specified at the same time")
     return request
 
 
-def _set_checked(request: _Request, chosen: dict[str, str]) -> None:
-    """Which part of what is read must show the pattern."""
-    if request.pattern is None and ("-s" in chosen or "-l" in chosen):
-        raise _RefusedError("-s and -l need a pattern: -P")
-    request.check_from = _number(chosen.get("-s", "0"), "length")
-    left = request.length - request.check_from
-    request.check_length = _number(chosen["-l"], "length") if "-l" in chosen else left
-    if not 0 <= request.check_length <= left:
-        raise _RefusedError("pattern verification range exceeds end of read data")
-
-
-def _count(word: str, arguments: list[str], least: int, most: int | None) -> None:
+def _check_count(word: str, arguments: list[str], least: int, most: int | None) -> None:
     number = len(arguments)
     if number >= least and (most is None or number <= most):
         return
@@ -381,30 +368,19 @@ def _number(text: str, what: str) -> int:
 
 
 def _pattern(text: str) -> int:
-    try:
-        value = int(text, 0)
-    except ValueError:
-        value = -1
-    if value not in range(256):
-        raise _RefusedError(f"{text} is not a valid pattern byte")
-    return value
+    with suppress(ValueError):
+        if (value := int(text, 0)) in range(256):
+            return value
+    raise _RefusedError(f"{text} is not a valid pattern byte")
 
 
-# Doing and telling
+# Results
 
 
 def _check_range(disk: Overlay, offset: int, length: int) -> None:
-    """Refuse as a whole what would fail after some of its pieces."""
+    """Refuse a request as a whole that would fail in a later part."""
     if offset + length > min(disk.size, MAX_SIZE):
         raise RangeError(path=disk.path, offset=offset, length=length, size=disk.size)
-
-
-def _ask_permission(disk: Overlay) -> None:
-    disk.check_writable()
-    try:
-        disk.check_permission()
-    except AddcowError as error:
-        raise _NotPermittedError(str(error)) from error
 
 
 def _reason(error: AddcowError, disk: Overlay) -> str:
@@ -423,8 +399,8 @@ def _hexdump(data: bytes, offset: int) -> Iterable[str]:
         yield f"{offset + start:08x}:  {row.hex(' ')}  {text}"
 
 
-def _amount(value: float) -> str:
-    """Bytes with a binary unit and three decimals, none when they are zero."""
+def _size(value: float) -> str:
+    """Bytes with a binary unit and three decimals, none if they are zero."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
     power = max((p for p in range(len(units)) if value >= KiB**p), default=0)
     number = f"{value / KiB**power:.3f}" if power else f"{value:f}"
