@@ -1,18 +1,18 @@
-"""The bench: addcow side by side with what a user would pick instead, on this machine.
+"""The benchmark: addcow beside the tools that a user would take instead, on this machine.
 
     python tools/bench.py --list
     python tools/bench.py                      # everything, 4 GiB of guest data
     python tools/bench.py --quick              # everything, small and less exact
     python tools/bench.py --only compare --scale 1/16 --runs 3
 
-Stages are built one after the other in a temporary directory beneath `--dir`, their cases are
-run there, and they are removed again, also after Ctrl-C. In a case the contenders take turns,
-another one first each round; the first round is the warm-up, is not counted, and its results
-are checked. What cannot be run here is skipped with the reason, in the output and in all three
-documents. A contender that fails ends its case, and the bench's exit status is then 1; a
-target that is missed is a result like any other, with exit status 0.
+Each stage is built in a temporary directory beneath `--dir`, its cases run there, and it is removed
+before the next one, also after Ctrl-C. In a case the contenders run in turns, and another one is
+first in each round. The first round is the warm-up: it is not counted, and its results are checked.
+A case that cannot run here is skipped, with the reason in the output and in all three documents. A
+contender that fails ends its case, and the exit status is then 1. A missed target is a result like
+any other, with exit status 0.
 
-The figures are worth something when nothing else runs: the load at the start is told.
+The figures are useful only if nothing else runs: the load at the start is part of the report.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ FULL = 4 * GiB
 #: Counted runs.
 RUNS = 5
 
-#: What is over in less than a minute.
+#: Scale and runs of --quick, which takes less than a minute.
 QUICK_SCALE, QUICK_RUNS = Fraction(1, 32), 2
 
-#: What a file system needs beside the files themselves.
+#: Bytes that a file system needs beside the files themselves.
 SPARE = 1 * GiB
 
 
@@ -108,7 +108,7 @@ def _print_cases() -> None:
 
 
 def _problem(only: Sequence[str]) -> str:
-    """Why there is nothing to measure, if so."""
+    """The reason why a stage cannot be measured, if there is one."""
     known = [case.name for stage in STAGES for case in stage.cases]
     unknown = [name for name in only if name not in known]
     if unknown:
@@ -121,7 +121,7 @@ def _problem(only: Sequence[str]) -> str:
 
 
 def _chosen(only: Sequence[str]) -> list[Stage]:
-    """The stages, with those of their cases that were asked for."""
+    """The stages, with the requested cases."""
     stages = (
         replace(stage, cases=tuple(case for case in stage.cases if not only or case.name in only))
         for stage in STAGES
@@ -148,7 +148,7 @@ def _run_all(stages: Iterable[Stage], directory: Path, setting: Setting) -> Iter
 
 
 def _run_stage(stage: Stage, directory: Path, setting: Setting) -> list[Result]:
-    """The results of a stage's cases; none of them ran where the stage cannot be built."""
+    """The results of a stage's cases; none has run if the stage cannot be built."""
     results = [Result(case) for case in stage.cases]
     try:
         with _place(stage, directory, setting.data) as here:
@@ -166,7 +166,7 @@ def _run_stage(stage: Stage, directory: Path, setting: Setting) -> list[Result]:
 
 @contextmanager
 def _place(stage: Stage, directory: Path, data: int) -> Iterator[Path]:
-    """An empty directory for the stage's files, on the file system that it asks for."""
+    """An empty directory for the stage's files, on the file system that it needs."""
     needed = int(stage.room * data) + SPARE
     if free_space(directory) < needed:
         raise CannotError(f"{human_size(needed)} of free space are needed")
@@ -198,7 +198,7 @@ def _timings(case: Case, here: Path, setting: Setting) -> list[Timing]:
 
 
 def _order(count: int, turn: int) -> Iterator[int]:
-    """Everybody once, somebody else first each turn."""
+    """Every contender once, another one first in each round."""
     return ((turn + step) % count for step in range(count))
 
 
@@ -206,7 +206,7 @@ def _run_once(contender: Contender, *, check: bool) -> float:
     around = contender.around
     around.before()
     try:
-        # Nothing of an earlier run is left for this one to write, and clones find clean pages.
+        # Earlier runs leave nothing to write for this one, and clones find clean pages.
         os.sync()
         seconds = contender.run()
         if check:

@@ -1,18 +1,18 @@
-"""The cases of the bench: who runs against whom, on which files, and what is to be reached.
+"""The cases of the benchmark: contenders, files and targets.
 
-A *stage* is a set of files; the cases that share it run one after the other, and it is removed
-before the next is built, so that disk and page cache hold one stage at a time.
+A *stage* is a set of files for some cases, which run one after the other. It is removed before the
+next stage is built, so that disk and page cache hold one stage at a time.
 
-Three things would make a comparison a lie, and are taken care of here:
+Three things would make a comparison unfair, and are avoided here:
 
-- `commit -d` leaves everything as it was and can be repeated, but where the file system
-  clones, a second clone of the same blocks is nothing to do. There the backing file is made
-  anew before each run, from a copy with the old content.
-- What is not the same job by default is made so by options: `qemu-img convert` and cp never
-  sync, so addcow convert runs with `-t unsafe` against them, and durable cases ask
-  `qemu-img convert` for `-t writeback`, with which it syncs at its end.
-- After the warm-up every result is compared with what it must be: a peer that does less work
-  is no peer.
+- `commit -d` changes nothing in the overlay and can be repeated, but if the file system clones, a
+  second clone of the same blocks does nothing. So there the backing file is replaced before each
+  run by a copy with the old content.
+- Tools that do different work by default get options that make it equal: `qemu-img convert` and cp
+  never sync, so addcow convert runs with `-t unsafe` against them, and durable cases run
+  `qemu-img convert` with `-t writeback`, which syncs at its end.
+- After the warm-up every result is compared with the expected one: a tool that does less work is no
+  peer.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ LONG, SHORT = 16 * MiB, 64 * KiB
 UNSAFE = ("-t", "unsafe")
 WRITEBACK = ("-t", "writeback")
 
-#: How many times as often commands of some ten milliseconds are run.
+#: How many more runs commands of some ten milliseconds get.
 OFTEN = 5
 
 
@@ -153,11 +153,11 @@ def _commit_cases(name: str, run: int, unsafe: float, durable: float) -> tuple[C
     )
 
 
-# ---- looking ----
+# ---- reading metadata ----
 
 
 def _look(*words: str) -> Contenders:
-    """The same words for addcow and for qemu-img, on the twins."""
+    """The same command line for addcow and for qemu-img, on the twins."""
 
     def contenders(here: Path, _: int) -> list[Contender]:
         qemu = ("qemu-img", *words, "-f", "qcow2", "top.qcow2")
@@ -261,7 +261,7 @@ def _rebase(here: Path, *options: str) -> Contender:
 
 
 def _qemu_convert(here: Path, source: str, expected: Path, *options: str) -> Contender:
-    """Convert a qcow2 file, made anew if it is the empty one, into a raw file."""
+    """Convert a qcow2 file, made again if it is the empty one, into a raw file."""
     result, fresh = here / "converted.raw", source == "new.qcow2"
     offloading = "-C" in options
     return command(
@@ -278,7 +278,7 @@ def _qemu_convert(here: Path, source: str, expected: Path, *options: str) -> Con
 
 
 def _chain_files(here: Path, total: int) -> None:
-    """A backing and an overlay that take turns, and what a guest sees as one raw file."""
+    """A backing file and an overlay whose data alternates, and the guest's view as a raw file."""
     runs = alternating(total, LONG, 0)
     size = runs[-1][1]
     write_raw(here / "base.raw", size, runs[::2], OLD)
@@ -318,9 +318,9 @@ def _clone_files(here: Path, total: int) -> None:
 
 
 def _renew(base: Path) -> None:
-    """Give ``base`` its old content again, not yet committed into.
+    """Give ``base`` the content that it had before the commit.
 
-    It is not read into the page cache: nobody reads it, and pages of it that a clone makes
+    It is not read into the page cache: no contender reads it, and pages of it that a clone makes
     invalid have to be taken out of the cache one by one, which is no part of either job.
     """
     remove(base)
@@ -341,7 +341,7 @@ def _xfs_commit(here: Path, _: int) -> list[Contender]:
 
 
 def _xfs_flatten(here: Path, total: int) -> list[Contender]:
-    """As elsewhere; convert -C, which lets the file system copy, is told but does not count."""
+    """As elsewhere; convert -C, which lets the file system copy, is shown but does not count."""
     offloaded = _qemu_convert(here, "new.qcow2", here / "base.raw", "-C", *WRITEBACK)
     return [*_flatten((), WRITEBACK)(here, total), offloaded]
 
@@ -410,7 +410,7 @@ def _farm_case(name: str, title: str, target: float) -> Case:
 
 
 def _verified_files(here: Path, total: int) -> None:
-    """A thousand overlays over one base, all of them local, with manifests."""
+    """A thousand overlays over one base, all clusters allocated, with manifests."""
     if shutil.which("b3sum") is None:
         raise CannotError("b3sum is needed: apt-get install b3sum")
     size = max(CLUSTER, total // LAYERS // CLUSTER * CLUSTER)
@@ -423,7 +423,7 @@ def _verified_files(here: Path, total: int) -> None:
 
 
 def _farm_verify(here: Path, _: int) -> list[Contender]:
-    """Equal processes on equal bytes: all in the images is local, so it is what b3sum reads."""
+    """Equal processes on equal bytes: every cluster is allocated, so b3sum reads the same bytes."""
     (here / "images").write_text("".join(f"{path}\n" for path in sorted(here.glob("farm/*.raw"))))
     each = ("b3sum", "--num-threads", "1")
     peer = ("xargs", "-a", "images", f"-P{PROCESSES}", "-n64", *each)
@@ -506,7 +506,7 @@ FARM_VERIFY = Case(
     target=0.8,
 )
 
-#: Room: the files that are built, and one result at a time.
+#: Space: the files of the stage, and one result at a time.
 STAGES = (
     Stage(build=_small_files, cases=(START,), room=0),
     Stage(

@@ -1,8 +1,8 @@
-"""The chart of the bench, as SVG, by hand.
+"""The chart of the benchmark, as SVG.
 
-It shows all ratios as times as fast, on a logarithmic axis that has 1 as its root: a bar to the
-right is faster than the peer, one to the left slower, equally long for twice and for half. A
-tick across it is the target. Colours only repeat what lengths and ticks say.
+It shows each ratio as "times as fast", on a logarithmic axis around 1: a bar to the right is faster
+than the peer, a bar to the left slower, equally long for twice and for half. A tick across the bar
+is the target. Colours repeat what lengths and ticks show.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def _bar(axis: _Axis, number: int, bar: Bar) -> Iterator[str]:
     yield (
         f'<rect x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="{BAR}" fill="{colour}"/>'
     )
-    told = f"{bar.speed:.2f}"
+    text = f"{bar.speed:.2f}"
     if bar.target is not None:
         x = axis(bar.target)
         yield _tick(x, y - 4, y + BAR + 4)
-        told, right = f"{told} (target {bar.target:.2f})", max(right, x)
-    yield _text(right + 8, middle, told)
+        text, right = f"{text} (target {bar.target:.2f})", max(right, x)
+    yield _text(right + 8, middle, text)

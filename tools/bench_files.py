@@ -1,16 +1,16 @@
-"""The files that the bench works on, and the file systems that they lie on.
+"""The files that the benchmark works on, and the file systems that they lie on.
 
-Data is noise: nothing in it is zero, and no two runs of it are alike, so that no tool can
-save itself work and a run at a wrong place is seen. Overlays are made through the package,
-their qcow2 twins from the very same image file: `qemu-img convert` takes what is no hole, and
-an unsafe rebase then puts the backing file below. Both have the same virtual size, the same
-local clusters of the same size, and backing files with the same content.
+The data is noise without zeros, and no two runs of it are equal, so no tool can skip work and a run
+at a wrong place is noticed. Overlays are made by the package, their qcow2 twins from the same image
+file: `qemu-img convert` copies all but holes, and an unsafe rebase adds the backing file.
+Both have the same virtual size, the same allocated clusters of the same size, and backing files
+with the same content.
 
-*Hot* files have been read just before, *cold* ones have been dropped from the page cache, so
-that what a case does not use takes no room in it. Both only mean something for files whose
-data is on disk already; everything is synced first.
+*Hot* files have just been read; *cold* ones have been dropped from the page cache, so that files
+which a case does not use take no memory. This works only for data that is on disk, so everything is
+synced first.
 
-XFS comes from a loop device, which only root can have. It passes the page cache of the file
+XFS comes from a loop device, which only root can make. It bypasses the page cache of the file
 system below (direct I/O), so that nothing is cached twice and a sync means the same there.
 """
 
@@ -43,20 +43,20 @@ LONGEST = 16 * MiB
 
 _STEP = 1 * MiB
 
-#: A prime, so that neighbouring places begin far from each other in the noise.
+#: A prime number: adjacent places begin far from each other in the noise.
 _STRIDE = 8191
 
 
 class BenchError(Exception):
-    """Something that the bench needs did not work; the text says what."""
+    """Something that the benchmark needs has failed; the text says what."""
 
 
 class CannotError(BenchError):
-    """Something that the bench needs does not exist here: its cases are skipped."""
+    """Something that the benchmark needs does not exist here: its cases are skipped."""
 
 
 def tool(*arguments: str | Path, cwd: Path | None = None) -> str:
-    """Run a tool, insist on success, return what it printed."""
+    """Run a tool, raise if it fails, return its output."""
     done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         words = " ".join(map(str, arguments))
@@ -93,7 +93,7 @@ def write_raw(path: Path, size: int, runs: Iterable[Run], kind: int) -> None:
 
 
 def write_overlay(path: Path, backing: str, size: int, runs: Iterable[Run]) -> None:
-    """Make an overlay over the raw file ``backing`` beside it, local in ``runs``."""
+    """Make an overlay over the raw file ``backing`` beside it, allocated in ``runs``."""
     addcow_mp.create(path, size=size, backing=backing, backing_format="raw")
     unsynced = addcow_mp.Access(durable=False)
     with addcow_mp.open(path, writable=True, access=unsynced) as disk:
@@ -133,7 +133,7 @@ def _write_sparse(path: Path, content: bytes) -> None:
 
 
 def same(one: Path, other: Path, other_format: str = "raw") -> None:
-    """Insist that ``other`` shows what the raw file ``one`` holds."""
+    """Raise unless ``other`` shows the content of the raw file ``one``."""
     tool("qemu-img", "compare", "-q", "-f", "raw", "-F", other_format, one, other)
 
 
@@ -233,7 +233,7 @@ def xfs(directory: Path, size: int) -> Iterator[Path]:
 
 
 def _unmount(directory: Path) -> None:
-    """Take the file system away, at the latest when an interrupted process has ended."""
+    """Unmount and remove the file system, even if an interrupted process still uses it."""
     _first_of(("umount", directory), ("umount", "--lazy", directory))
 
 
@@ -259,7 +259,7 @@ def _attached(file: Path) -> Iterator[str]:
 
 
 def _first_of(*commands: tuple[str | Path, ...]) -> str:
-    """What the first of these commands prints that succeeds."""
+    """The output of the first of these commands that succeeds."""
     for command in commands[:-1]:
         try:
             return tool(*command)

@@ -1,8 +1,8 @@
-"""What came of the bench: as JSON, as a table for people, and as a chart.
+"""The results of the benchmark: as JSON, as a table for readers, and as a chart.
 
 The ratio of a case is made of medians: the fastest peer's by addcow's own (times as fast), or
-addcow's by the peer's where the question is what something costs. The JSON document holds every
-single run, so that other figures can be made of them.
+addcow's by the peer's if the question is what something costs. The JSON document contains every
+single run, so that other figures can be computed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Timing:
 
 @dataclass
 class Result:
-    """What came of one case: timings, addcow's first, or why there are none."""
+    """The result of one case: timings, addcow's first, or why there are none."""
 
     case: Case
     filesystem: str = ""
@@ -75,21 +75,21 @@ class Result:
         return self.bar().reached
 
     def bar(self) -> Bar:
-        """What the chart shows of it."""
+        """The bar of this case in the chart."""
         return Bar(self.case.name, self.speed, self.target_speed)
 
     def as_json(self) -> dict[str, object]:
-        """Everything, every run included."""
-        told: dict[str, object] = {
+        """The result as JSON, with every run."""
+        entry: dict[str, object] = {
             "case": self.case.name,
             "title": self.case.title,
             "measure": self.case.measure.value,
             "target": self.case.target,
         }
         if not self.timings:
-            return {**told, "skipped": self.skipped or None, "failed": self.failed or None}
+            return {**entry, "skipped": self.skipped or None, "failed": self.failed or None}
         return {
-            **told,
+            **entry,
             "ratio": round(self.ratio, 4),
             "reached": self.reached,
             "file-system": self.filesystem,
@@ -108,7 +108,7 @@ def _timing_json(one: Timing) -> dict[str, object]:
     }
 
 
-#: What is said of a bench that is smaller than what the targets were set for.
+#: The note in a report with less data than the targets are meant for.
 SMALL = (
     "The targets are meant for scale 1. With less data the start-up of the interpreter and of "
     "its workers outweighs the work: such figures show that the bench runs, and little else."
@@ -128,7 +128,7 @@ class Setting:
 
     @property
     def conditions(self) -> list[str]:
-        """What a reader has to know to judge the figures."""
+        """What a reader needs to judge the figures."""
         return [
             f"{human_size(self.data)} of guest data (scale {self.scale}); the directory of the "
             f"files is on {self.filesystem}, the xfs cases are on a loop device there.",
@@ -147,7 +147,7 @@ class Setting:
 
 
 def machine() -> dict[str, object]:
-    """What this was measured on."""
+    """The machine of the measurement."""
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
         "cores": len(os.sched_getaffinity(0)),
@@ -167,7 +167,7 @@ def _field(path: str, key: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What was measured."""
+    """The versions of the measured tools."""
     packages = {name: version(name) for name in ("addcow-mp", "bitarray", "typer")}
     return {
         "python": platform.python_version(),
@@ -263,7 +263,7 @@ def _details(results: Iterable[Result]) -> Iterator[str]:
     for result in results:
         for one in result.timings:
             figures = (one.median, min(one.seconds), max(one.seconds))
-            note = "" if one.counted else " (told, not counted)"
+            note = "" if one.counted else " (shown, not counted)"
             yield (
                 f"| {result.case.name} | `{one.command}`{note} "
                 f"| {' | '.join(map(_seconds, figures))} |"
@@ -275,13 +275,13 @@ def _seconds(value: float) -> str:
 
 
 def told_ratio(result: Result) -> str:
-    """The ratio as a person says it."""
+    """The ratio as text."""
     what = "times as fast" if result.case.measure is Measure.SPEED else "of its time"
     return f"{result.ratio:.2f} {what}"
 
 
 def told_target(result: Result) -> str:
-    """The target as a person says it."""
+    """The target as text."""
     if result.case.target is None:
         return "none set"
     bound = "at least" if result.case.measure is Measure.SPEED else "at most"
@@ -289,7 +289,7 @@ def told_target(result: Result) -> str:
 
 
 def told_reached(result: Result) -> str:
-    """Whether the target was reached, in a word; nothing where there is nothing to say."""
+    """Whether the target was reached, in a word; empty without a target."""
     return {True: "yes", False: "**no**", None: ""}[result.reached if result.timings else None]
 
 

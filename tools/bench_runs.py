@@ -1,13 +1,13 @@
-"""What a case of the bench is, and how one run of it is timed.
+"""A case of the benchmark, and how one run of it is timed.
 
-A *contender* is one way to do a case's job. Whole processes are timed from outside, from the
-call that starts them to their end, with their output thrown away; making an overlay anew before
-a run, or removing a result after it, is outside the timing. The first contender of a case is
-the one that is judged; the others are its peers, and the fastest of them counts.
+A *contender* is one way to do a case's job. Whole processes are timed from outside, from the call
+that starts them to their end, with their output discarded; making an overlay before a run, or
+removing a result after it, is not timed. The first contender of a case is the one that is judged;
+the others are its peers, and the fastest of them counts.
 
-Two clocks are different: `reported` takes the seconds that addcow itself tells, without the
-interpreter's start-up, and `bare_loop` those of processes that stand ready and then do nothing
-but copy. They belong together, and are never compared with a whole process.
+Two clocks are different: `reported` takes the seconds that addcow itself reports, without the
+start-up of the interpreter; `bare_loop` those of processes that are ready and then only copy. They
+are compared with each other, never with a whole process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from bench_files import BenchError, Run
 
 ADDCOW = str(Path(sys.executable).with_name("addcow"))
 
-#: The copy buffer of the bare loop, in whole pages, and its processes: what the fastest plain copy
-#: takes.
+#: The copy buffer of the bare loop, in whole pages, and its processes, as the fastest plain copy
+#: needs them.
 BUFFER, PROCESSES = 1 * MiB, 2
 
-#: Seconds after which a copying process is taken for dead.
+#: Seconds after which a copying process counts as dead.
 PATIENCE = 600.0
 
 #: The installed command with its compiled modules, as a user has it, whatever is set here.
@@ -44,7 +44,7 @@ ENVIRONMENT = {
 
 
 class Measure(Enum):
-    """What the ratio of a case says."""
+    """The meaning of the ratio of a case."""
 
     SPEED = "times as fast as the peer"
     COST = "times the peer's time"
@@ -58,7 +58,7 @@ class Disk(Enum):
 
 
 def nothing() -> None:
-    """No preparation, no check, no cleaning up."""
+    """No preparation, no check, no clean-up."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A job, those who do it, and the ratio to be reached; None where nobody has set one.
+    """A job, those who do it, and the ratio to be reached; None if there is none.
 
     ``contenders`` are made for a directory and the bytes of guest data; ``hot`` are the files
     that they read. Short commands run ``often`` times as many times.
@@ -120,7 +120,7 @@ def command(
 
 
 def _shown(word: str) -> str:
-    """A word as people type it, without the places of this machine."""
+    """A word of a command line, without the directories of this machine."""
     return {ADDCOW: "addcow", sys.executable: "python", "": '""'}.get(word, word)
 
 
@@ -130,7 +130,7 @@ def addcow(*arguments: str, cwd: Path, around: Around = Around()) -> Contender:
 
 
 def timed(arguments: tuple[str, ...], cwd: Path) -> float:
-    """The seconds of one whole process, its output thrown away."""
+    """The seconds of one whole process, its output discarded."""
     start = time.perf_counter()
     done = subprocess.run(
         arguments,
@@ -162,7 +162,7 @@ def _insist(done: subprocess.CompletedProcess[bytes]) -> None:
 
 
 def bare_loop(source: Path, target: Path, runs: list[Run]) -> float:
-    """The seconds that processes take to do nothing but copy ``runs``, once they stand ready."""
+    """The seconds that processes need to copy ``runs``, from the moment they are ready."""
     context = get_context("fork")
     gate = context.Barrier(PROCESSES + 1, timeout=PATIENCE)
     share = -(-len(runs) // PROCESSES)

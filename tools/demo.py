@@ -1,9 +1,8 @@
-"""The main job on real input, with standard tools as judges.
+"""The main job on real input, judged by standard tools.
 
-A base disk is made from real files with mke2fs. An overlay over it is changed through the
-device: a new file goes into its file system. One copy of it is committed, another one
-flattened, both by several processes. Then e2fsck, qemu-img and debugfs say whether the
-results are the disk that they must be.
+mke2fs makes a base disk from real files. An overlay over it is changed through the device: its file
+system gets a new file. One copy of the overlay is committed, another one flattened, both by several
+processes. Then e2fsck, qemu-img and debugfs say whether the results are the expected disk.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ REAL_FILES = Path(sysconfig.get_paths()["stdlib"])
 #: What is compared and written at a time while the overlay is changed: a file system block.
 BLOCK = 4 * KiB
 
-#: A new file of 32 MiB, no two lines of it alike.
+#: A new file of 32 MiB without two equal lines.
 LETTER = b"".join(b"line %08d through the overlay\n" % line for line in range(MiB))
 
 
@@ -92,7 +91,7 @@ def build_base() -> None:
 
 def change_overlay() -> str:
     """An overlay over the base, changed through the device; returns the disk it must show."""
-    print("2. An overlay over it, into whose file system a new file is written")
+    print("2. An overlay over it; a new file is written into its file system")
     print(addcow("create", "-b", "base.img", "-F", "raw", "disk/top.add-cow"), end="")
     wanted = str(Path("wanted.img").absolute())
     copy_sparse("disk/base.img", wanted)
@@ -137,17 +136,17 @@ def flatten(wanted: str) -> None:
 
 
 def timed(*arguments: str) -> str:
-    """Run a job and say how fast it was."""
+    """Run a job and print how fast it was."""
     start = time.monotonic()
     said = addcow(*arguments, "--jobs", "2")
     return f"   {said.strip()} {time.monotonic() - start:.2f} s, start-up included"
 
 
 def prove(result: str, wanted: str) -> None:
-    """Let tools that know nothing of us judge ``result``."""
+    """Check ``result`` with independent tools."""
     print(f"   e2fsck: {run('e2fsck', '-fn', result).strip().splitlines()[-1]}")
-    verdict = run("qemu-img", "compare", "-f", "raw", "-F", "raw", result, wanted)
-    print(f"   qemu-img: {verdict.strip()}")
+    compared = run("qemu-img", "compare", "-f", "raw", "-F", "raw", result, wanted)
+    print(f"   qemu-img: {compared.strip()}")
     if run("debugfs", "-R", "cat letter", result).encode() != LETTER:
         sys.exit(f"{result}: the letter does not read back")
     print("   debugfs: the new file reads back byte for byte")

@@ -1,26 +1,25 @@
 #!/usr/bin/env python3
-"""Fuzzing: chains of images with anything wrong in them, and what the commands make of them.
+"""Fuzzing: chains of images with any kind of damage, read by all commands.
 
-A *scene* is a directory of small or sparse files: a sound chain of overlays into which damage
-was worked by its structure: fields of a header at their edges, names that lead out, files that
-are cut, lengthened, linked to each other or turned into something that is no file. Hypothesis
-draws the scenes and shrinks those that show a fault.
+A *scene* is a directory of small or sparse files: a valid chain of overlays with damage: header
+fields at their limits, names that lead outside, files that are cut, lengthened, linked to each
+other, or not regular files. Hypothesis draws the scenes and shrinks those that show a fault.
 
 A scene is *examined* by running every reading command on it, inside this process:
 
-- the exit status is one of the documented ones, and what is printed is JSON where it must be;
-- every line on stderr is the program's own: no traceback, no "unexpected";
-- nothing outside the directory is opened: an audit hook sees what Python opens, an inotify
-  watch on a directory beside it sees what the kernel opens by any way;
-- no file is changed, no command takes long, and none takes much memory;
-- what convert wrote is what the independent reader says, and it accepts what convert does;
-- the farm's check says of each image what the check of that image alone says.
+- the exit status is one of the documented ones, and JSON output is JSON;
+- every line on stderr comes from the program: no traceback, no "unexpected";
+- nothing outside the directory is opened: an audit hook sees what Python opens, an inotify watch on
+  a directory beside it sees every other way of opening;
+- no file changes, and no command takes long or uses much memory;
+- the output of convert is what the independent reader reads, and it accepts what convert accepts;
+- the check of the farm reports for each image what the check of that image alone reports.
 
-The search runs in a process of its own, and the scene at work is written down first: what
-kills that process (a signal, a hang in C code, the memory limit) is a find as well.
+The search runs in a separate process, which saves each scene before it examines it: a scene that
+kills the process (a signal, a hang in C code, the memory limit) is a find too.
 
-A find is saved as a small JSON file: the scene itself, not the way that led to it, so that it
-stays what it is when the drawing changes. tests/test_fuzz_finds.py replays them all.
+A find is saved as a small JSON file. It contains the scene itself and not the random choices that
+led to it, so it stays the same when the drawing changes. tests/test_fuzz_finds.py replays all.
 
     fuzz.py [--seconds N] [--seed N] [--finds DIR]    search; exit status 1 with finds
     fuzz.py --replay FILE...                          examine saved scenes
@@ -58,7 +57,7 @@ from hypothesis.errors import Flaky
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import oracle  # noqa: E402 - a neighbour, wherever this is run from
+import oracle  # noqa: E402 - a module beside this script
 from watch import Watch  # noqa: E402
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -66,17 +65,17 @@ FINDS = ROOT / "tests" / "fuzz_finds"
 
 #: Documented exit statuses of the commands that only read.
 STATUSES = {0, 1, 2, 3, 63, 64}
-#: Seconds for one command; a thousand times what any needs for files of this size.
+#: Seconds for one command: a thousand times what files of this size need.
 PATIENCE = 10
-#: Address space for everything together: beyond it is a MemoryError, not a dead machine.
+#: Address space of the process: more is a MemoryError, and does not stop the machine.
 ADDRESSES = 8 * GiB
 #: What a command may add to the resident memory of the process.
 MEMORY = 200 * MiB
 #: Exit status of a search with finds; any other but 0 is a search that was killed.
 FOUND = 3
-#: Signals that no fault of the program sends: a search that ends with one shows nothing.
+#: Signals that no fault of the program sends: a search that one ends shows nothing.
 STOPPED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: Killed searches after which there is no point in going on.
+#: Killed searches after which the search ends.
 DEATHS = 5
 #: Guests up to this size are compared byte by byte.
 COMPARED = 8 * MiB
@@ -106,7 +105,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 # ---- scenes ----
 
 Extent = tuple[int, bytes, int]
-"""Where it begins, what is repeated there, and how often."""
+"""Offset, bytes, and how often they are repeated."""
 
 
 @dataclass
@@ -116,21 +115,26 @@ class Entry:
     path: str
     kind: str = "file"
     length: int = 0
-    pieces: list[Extent] = field(default_factory=list)
+    extents: list[Extent] = field(default_factory=list)
     target: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """The entry without what it has by default."""
-        pieces = [[at, data.hex(), times] for at, data, times in self.pieces]
-        every = {"kind": self.kind, "length": self.length, "pieces": pieces, "target": self.target}
-        usual = {"kind": "file", "length": 0, "pieces": [], "target": ""}
+        extents = [[at, data.hex(), times] for at, data, times in self.extents]
+        every = {
+            "kind": self.kind,
+            "length": self.length,
+            "extents": extents,
+            "target": self.target,
+        }
+        usual = {"kind": "file", "length": 0, "extents": [], "target": ""}
         return {"path": self.path, **{k: v for k, v in every.items() if v != usual[k]}}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Entry:
         """The entry that :meth:`as_json` described."""
-        pieces = [(at, bytes.fromhex(data), times) for at, data, times in found.get("pieces", [])]
-        return cls(**{**found, "pieces": pieces})
+        extents = [(at, bytes.fromhex(data), times) for at, data, times in found.get("extents", [])]
+        return cls(**{**found, "extents": extents})
 
 
 @dataclass
@@ -162,7 +166,7 @@ def build(scene: Scene, box: str) -> None:
 def _make_file(entry: Entry, path: str) -> None:
     with open(path, "xb") as file:
         file.truncate(entry.length)
-        for at, data, times in entry.pieces:
+        for at, data, times in entry.extents:
             file.seek(at)
             file.write((data * times)[: max(0, entry.length - at)])
 
@@ -188,35 +192,35 @@ _MAKERS: dict[str, Any] = {
 
 
 class HangError(BaseException):
-    """A command took too long. No Exception: nothing in between may take it for its own."""
+    """A command took too long. Not an Exception: the command must not catch it."""
 
 
 @dataclass
 class _Guard:
-    """What Python opens while a command runs, as far as it has no business there."""
+    """Paths that Python opens although the command must not."""
 
     allowed: tuple[str, ...] = ()
     active: bool = False
-    met: list[str] = field(default_factory=list)
+    opened: list[str] = field(default_factory=list)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.active and event == "open" and isinstance(arguments[0], str | bytes):
             self.active = False  # what this looks up is its own business
             path = _led_to(os.fsdecode(arguments[0]), arguments[2])
             if not f"{path}/".startswith(self.allowed) and not _KERNELS.fullmatch(path):
-                self.met.append(path)
+                self.opened.append(path)
             self.active = True
 
 
 def _led_to(path: str, flags: int) -> str:
-    """What such an opening would open; a link at the end is not followed by all of them."""
+    """The file that such a call opens; not every call follows a link at the end."""
     if flags & os.O_NOFOLLOW:
         directory, name = os.path.split(path)
         return os.path.join(os.path.realpath(directory), name)
     return os.path.realpath(path)
 
 
-#: Where the holder of a lock is looked for, and what kind of file system there is.
+#: Where the program looks for the holder of a lock, and for the type of a file system.
 _KERNELS = re.compile(
     r"/proc/\d+/(fdinfo/\d+|comm|mountinfo)|/proc/swaps|/sys/(block|class|dev|devices)/.*|/dev/loop[\dp]+"
 )
@@ -225,7 +229,7 @@ _guard = _Guard()
 
 
 def _arm() -> None:
-    """Install the audit hook, once: it cannot be taken away again."""
+    """Install the audit hook, once: it cannot be removed."""
     if not _guard.allowed:
         homes = {sys.prefix, sys.base_prefix, str(ROOT / "addcow_mp")}
         _guard.allowed = tuple(os.path.realpath(home) + "/" for home in homes)
@@ -234,13 +238,13 @@ def _arm() -> None:
 
 @contextlib.contextmanager
 def _limited(box: str, out: str) -> Iterator[None]:
-    """Let opening be watched and time be short within the block."""
+    """Watch what is opened and limit the time within the block."""
 
     def ring(*_: object) -> None:
         raise HangError
 
     _arm()
-    homes, _guard.met = _guard.allowed, []
+    homes, _guard.opened = _guard.allowed, []
     _guard.allowed = (*homes, box + "/", out + "/")
     _guard.active = True
     old = signal.signal(signal.SIGALRM, ring)
@@ -256,7 +260,7 @@ def _limited(box: str, out: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one command left behind."""
+    """The result of one command."""
 
     status: int
     out: str
@@ -305,7 +309,7 @@ def _examine(command: list[str], places: dict[str, str], watch: Watch) -> str | 
         return f"it took more than {PATIENCE} seconds"
     except BaseException as error:
         return f"it raised {type(error).__name__}: {error}"
-    opened = set(_guard.met + [event.path for event in watch.events()])
+    opened = set(_guard.opened + [event.path for event in watch.events()])
     if command[0] == "farm":
         # A link in a place that the user named is a file of that place, wherever it leads.
         opened -= set(_linked(places["box"]))
@@ -327,7 +331,7 @@ def _linked(box: str) -> Iterator[str]:
 
 
 def _fingerprint(box: str) -> list[tuple[object, ...]]:
-    """All that changes when a file is changed, and nothing that reading one changes."""
+    """Attributes that change with a file's content, and not when it is read."""
     found: list[tuple[object, ...]] = []
     for entry in sorted(os.scandir(box), key=lambda entry: entry.name):
         status = entry.stat(follow_symlinks=False)
@@ -337,7 +341,7 @@ def _fingerprint(box: str) -> list[tuple[object, ...]]:
 
 
 def _forget_peak() -> int:
-    """Let the peak of resident memory begin anew, and return what it is now."""
+    """Reset the peak of resident memory, and return its current value."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
     return _peak()
@@ -349,7 +353,7 @@ def _peak() -> int:
 
 
 def _judge(command: list[str], outcome: Outcome, places: dict[str, str]) -> str | None:
-    """What is wrong with how a command ended, or with what it said and wrote."""
+    """The fault in the exit status or the output of a command, if any."""
     if outcome.status not in STATUSES:
         return f"exit status {outcome.status}"
     for line in outcome.err.removesuffix("\n").split("\n") if outcome.err else ():
@@ -381,7 +385,7 @@ def _compare_checks(_: list[str], outcome: Outcome, places: dict[str, str]) -> s
 
 
 def _is_told(line: str, verb: str) -> bool:
-    # io says in qemu-io's words why a request failed.
+    # io prints qemu-io's words for a failure.
     return line.startswith("addcow: ") or (verb == "io" and "failed: " in line)
 
 
@@ -397,7 +401,7 @@ def _compare(command: list[str], outcome: Outcome, places: dict[str, str]) -> st
     except oracle.OracleError as error:
         return f"it accepted what the format forbids: {error}"
     except OSError as error:
-        # A slash behind a file's name is taken away when a path is resolved.
+        # Resolving a path removes a slash behind a file's name.
         return None if error.errno == errno.ENOTDIR else f"it opened what is not there: {error}"
     with open(new, "rb") as file:
         if file.read() != wanted:
@@ -458,7 +462,7 @@ KINDS = ("link", "fifo", "directory", "socket", "missing")
 
 @dataclass
 class _Layer:
-    """An overlay being drawn: what stands in its header before damage is done to it."""
+    """An overlay that is being drawn: its header before the damage."""
 
     name: str
     cluster_bits: int
@@ -484,11 +488,11 @@ class _Layer:
         bitmap = -(-clusters // (8 * self.cluster)) * self.cluster
         bits = (self.local & ((1 << clusters) - 1)).to_bytes(-(-clusters // 8), "little")
         header = self._header(header_size)
-        pieces: list[Extent] = [(0, header, 1)]
+        extents: list[Extent] = [(0, header, 1)]
         if bits.strip(b"\0"):
-            pieces.append((header_size, bits, 1))
-        cow = Entry(f"{self.name}.add-cow", length=header_size + bitmap, pieces=pieces)
-        return [cow, Entry(self.image, length=self.length, pieces=self._data())]
+            extents.append((header_size, bits, 1))
+        cow = Entry(f"{self.name}.add-cow", length=header_size + bitmap, extents=extents)
+        return [cow, Entry(self.image, length=self.length, extents=self._data())]
 
     def _header(self, header_size: int) -> bytes:
         backing: bytes = self.changes.get("backing", self.backing)
@@ -517,7 +521,7 @@ class _Layer:
 
 @st.composite
 def chains(draw: st.DrawFn) -> list[_Layer]:
-    """A sound chain of one to three overlays."""
+    """A valid chain of one to three overlays."""
     layers = []
     depth = draw(st.integers(1, 3))
     for level in range(depth):
@@ -553,7 +557,7 @@ def scenes(draw: st.DrawFn) -> Scene:
     for name, value in draw(st.lists(field_changes, max_size=3)):
         draw(st.sampled_from(layers)).changes[name] = value
     base = Entry("base.img", length=draw(st.integers(0, 14)) * 4 * KiB)
-    base.pieces = [(0, b"B", base.length)]
+    base.extents = [(0, b"B", base.length)]
     entries = [entry for layer in layers for entry in layer.entries()] + [base]
     for damage in draw(st.lists(st.sampled_from(DAMAGES), max_size=3)):
         damage(draw, entries)
@@ -570,15 +574,15 @@ def _overwrite(draw: st.DrawFn, entries: list[Entry]) -> None:
     data = st.one_of(
         st.binary(min_size=1, max_size=12), st.sampled_from((b"ACOW", b"QFI\xfb\0\0\0\3"))
     )
-    draw(st.sampled_from(entries)).pieces.append((at, draw(data), 1))
+    draw(st.sampled_from(entries)).extents.append((at, draw(data), 1))
 
 
 def _replace(draw: st.DrawFn, entries: list[Entry]) -> None:
     entry = draw(st.sampled_from(entries))
-    # What the user names may lie anywhere: only other names must not lead out.
+    # A file that the user names may lie anywhere: only other names must not lead outside.
     kinds = KINDS[1:] if entry.path == "top.add-cow" else KINDS
     entry.kind, entry.target = draw(st.sampled_from(kinds)), draw(st.sampled_from(TARGETS))
-    entry.pieces, entry.length = [], 0
+    entry.extents, entry.length = [], 0
 
 
 def _add(draw: st.DrawFn, entries: list[Entry]) -> None:
@@ -588,11 +592,11 @@ def _add(draw: st.DrawFn, entries: list[Entry]) -> None:
 
 
 def _cross(draw: st.DrawFn, entries: list[Entry]) -> None:
-    """Let one file be another one of the chain."""
+    """Replace one file by another one of the chain."""
     entry, other = draw(st.sampled_from(entries)), draw(st.sampled_from(entries))
     if entry is not other and not other.target:
         kind = draw(st.sampled_from(("hardlink", "link")))
-        entry.kind, entry.target, entry.pieces, entry.length = kind, other.path, [], 0
+        entry.kind, entry.target, entry.extents, entry.length = kind, other.path, [], 0
         entries.remove(entry)
         entries.append(entry)  # a hard link can be made when its file is there
 
@@ -620,7 +624,7 @@ def signature(fault: str) -> str:
 
 @dataclass
 class Search:
-    """Draws and examines scenes until its time is over. Each kind of fault is told once."""
+    """Draws and examines scenes until its time is over. Each kind of fault is reported once."""
 
     deadline: float
     finds: Path
@@ -709,7 +713,7 @@ def supervise(options: argparse.Namespace) -> int:
             command = [sys.executable, __file__, *words, "--finds", str(options.finds)]
             status = subprocess.run(command, check=False).returncode
             if -status in STOPPED:
-                print(f"somebody else stopped the search: {signal.Signals(-status).name}")
+                print(f"another program stopped the search: {signal.Signals(-status).name}")
                 return 1
             if status not in (0, FOUND):
                 scene = Scene.from_json(pending.read_text())

@@ -1,24 +1,24 @@
 #!/usr/bin/env python3
-"""Build a farm of add-cow images from a seed, and say what a check of it has to find.
+"""Build a farm of add-cow images from a seed, and print what a check of it must find.
 
-A farm is raw bases, overlays over them and over each other, and, unless told otherwise, faults:
-overlays that each break one rule, and those that suffer from it. It shares no code with the
-package, for it is what the package's checks are measured by: header and bitmap are put together
-here in a few lines, and what must be found stands beside each fault in the source. It is reasoned
-from docs/format.md and from what the checks say that they look at, never asked of the tool.
+A farm consists of raw bases, overlays over them and over each other, and, by default, faults:
+overlays that each break one rule, and those that suffer from it. This script shares no code with
+the package, because the package's checks are measured by it: it builds header and bitmap in a few
+lines, and each fault in the source stands beside its expected findings. These come from
+docs/format.md and from the documentation of the checks, never from running the tool.
 
-Healthy overlays are as varied as the format allows, since a check that cries wolf is as wrong as
-one that sleeps: chains, sizes that fit nothing, names of every spelling, written zeros in clusters
-that are not local, bytes behind the last sector, backings that ALL_ALLOCATED makes needless. Nobody
-stands on a faulted overlay but its own helpers, so that each consequence is known. All files are
-sparse: ten thousand images take some hundred megabytes and a few seconds. The same arguments give
-the same names and bytes, wherever the farm lies.
+Healthy overlays are as varied as the format allows, because a false alarm is as wrong as a missed
+fault: chains, unaligned sizes, names of every spelling, written zeros in clusters that are not
+allocated, bytes behind the last sector, backing files that ALL_ALLOCATED makes unnecessary. Only a
+fault's own helpers stand on a faulty overlay, so each consequence is known. All files are sparse:
+ten thousand images take some hundred megabytes and a few seconds. The same arguments give the same
+names and bytes, wherever the farm lies.
 
-What it knowingly does not plant: what root can read all the same (the finding `file`), and rules
-that ALL_ALLOCATED suspends, broken under it.
+Not planted: faults that root can read in spite of (the finding `file`), and faults in what
+ALL_ALLOCATED makes irrelevant.
 
-On stdout stands one JSON document: the seed, how many overlays and bases there are, and under
-"expected" all that is not clean: by file name the exit status and names of findings, and the
+The script prints one JSON document: the seed, the numbers of overlays and bases, and under
+"expected" everything that is not clean: by file name the exit status and names of findings, and the
 findings about the graph with the overlays that each of them names.
 """
 
@@ -41,7 +41,7 @@ SMALLEST_CLUSTER, LARGEST_CLUSTER = 4 * KiB, 2 * MiB
 ALL_ALLOCATED = 1
 RAW, ADD_COW = b"raw", b"add-cow"
 
-#: Directories of the bases: in order of names, one is met before all overlays, one behind them.
+#: Directories of the bases: in order of names, one before all overlays and one behind them.
 BASES = ("bases", "templates")
 
 #: Overlays in one directory: a farm's directories are neither one nor one for each.
@@ -57,11 +57,11 @@ GRAIN = 64
 BLOCK = 4 * KiB
 
 #: Clusters of a faulted overlay's disk, enough for a third byte of bitmap that is partly used,
-#: and those of them that are local and hold data.
+#: and those of them that are allocated and hold data.
 FAULTY_CLUSTERS = 20
 LOCAL = (0, 1, 5)
 
-#: A cluster of it that is not local, with a bit in the bitmap's second byte.
+#: A cluster of it that is not allocated, with a bit in the bitmap's second byte.
 NOT_LOCAL = 11
 
 #: Overlays in the longest chain that is allowed.
@@ -80,7 +80,7 @@ LAYOUT = struct.Struct("<4sIIIIIQQI16s16s")
 
 
 class Fixed(NamedTuple):
-    """The fixed header, field by field as it stands in the file, true or not."""
+    """The fixed header, field by field as in the file, valid or not."""
 
     magic: bytes
     backing_offset: int
@@ -130,7 +130,7 @@ class Cow:
         return round_up(-(-clusters(self.size, self.cluster) // 8), self.cluster)
 
     def fixed(self) -> bytes:
-        """The fixed header with its lies."""
+        """The bytes of the fixed header."""
         at = LAYOUT.size + self.gap
         true = Fixed(
             magic=b"ACOW",
@@ -148,8 +148,8 @@ class Cow:
         said: dict[str, Any] = {**true._asdict(), **self.lie}
         return LAYOUT.pack(*Fixed(**said))
 
-    def pieces(self) -> list[Extent]:
-        """Everything in the file that is not 0."""
+    def extents(self) -> list[Extent]:
+        """The parts of the file that are not 0."""
         names = self.backing + self.image
         start: Extent = (0, self.fixed() + bytes(self.gap) + names)
         if self.gap > BLOCK:
@@ -160,7 +160,7 @@ class Cow:
     def write(self, path: str) -> None:
         """Write the file."""
         length = self.header_size + self.bitmap_length if self.length is None else self.length
-        write_sparse(path, length, self.pieces())
+        write_sparse(path, length, self.extents())
 
 
 def round_up(number: int, step: int) -> int:
@@ -182,11 +182,11 @@ def bits_of(numbers: Iterable[int]) -> bytes:
     return bytes(bitmap)
 
 
-def write_sparse(path: str, length: int, pieces: Iterable[Extent]) -> None:
-    """Make a new file of LENGTH bytes that holds PIECES, cut at its end, and holes."""
+def write_sparse(path: str, length: int, extents: Iterable[Extent]) -> None:
+    """Make a new file of LENGTH bytes that holds EXTENTS, cut at its end, and holes."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        for at, content in pieces:
+        for at, content in extents:
             if content:
                 os.pwrite(fd, content, at)
         os.ftruncate(fd, length)
@@ -208,7 +208,7 @@ class Farm:
     bases: list[str] = field(default_factory=list)
     directories: list[str] = field(default_factory=list)
     images: int = 0
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    findings: dict[str, dict[str, Any]] = field(default_factory=dict)
     graph: list[dict[str, Any]] = field(default_factory=list)
 
     def at(self, path: str) -> str:
@@ -216,20 +216,20 @@ class Farm:
         return os.path.join(self.place, path)
 
     def overlay(self, path: str, cow: Cow, *findings: str, status: int = 0) -> None:
-        """Write an overlay; check will end with STATUS and tell these FINDINGS."""
+        """Write an overlay; check will end with STATUS and report these FINDINGS."""
         cow.write(self.at(path))
         self.images += 1
         if findings:
-            self.told[path] = {"exit": status, "findings": sorted(findings)}
+            self.findings[path] = {"exit": status, "findings": sorted(findings)}
 
     def expect(self, name: str, paths: Iterable[str]) -> None:
         """Expect a finding about the graph that names the overlays at PATHS."""
         self.graph.append({"name": name, "filenames": sorted(paths)})
 
     def expected(self) -> dict[str, Any]:
-        """All that a check has to find."""
+        """Everything that a check must find."""
         graph = sorted(self.graph, key=lambda one: (one["name"], one["filenames"]))
-        return {"images": dict(sorted(self.told.items())), "graph": graph}
+        return {"images": dict(sorted(self.findings.items())), "graph": graph}
 
 
 def stored(path: str, holder: str) -> str:
@@ -245,7 +245,7 @@ def noise(rng: random.Random) -> bytes:
 
 
 def lay_bases(farm: Farm, count: int) -> None:
-    """Make the raw files on which everything stands: not all of one size, mostly holes."""
+    """Make the raw base files: of several sizes, mostly holes."""
     for directory in BASES:
         os.mkdir(farm.at(directory))
     rng = random.Random(f"{farm.seed} bases")
@@ -264,11 +264,11 @@ def lay_directories(farm: Farm, images: int) -> None:
 
 
 def lay_decoys(farm: Farm) -> None:
-    """Make what a search may stumble over and is no overlay."""
+    """Make files that are no overlays, and that a search must skip."""
     write_sparse(farm.at("notes.txt"), 4, [(0, b"none")])
     write_sparse(farm.at("bases/empty.add-cow"), 0, [])
     write_sparse(farm.at("bases/not-one.add-cow"), 8 * KiB, [(0, b"WOCA")])
-    # Followed, it would show everything twice, and then for ever.
+    # A search that follows it would never end.
     os.symlink("..", farm.at("bases/up"))
 
 
@@ -292,7 +292,7 @@ class Grown(NamedTuple):
 
 @dataclass
 class Grower:
-    """Makes healthy overlays, one after the other, each over what is there already."""
+    """Makes healthy overlays, each over the files that exist already."""
 
     farm: Farm
     depth: int
@@ -300,7 +300,7 @@ class Grower:
     grown: list[Grown] = field(default_factory=list)
 
     def chance(self, percent: float) -> bool:
-        """Say yes in PERCENT of all cases."""
+        """True in PERCENT of all cases."""
         return self.rng.random() * 100 < percent
 
     def grow(self, number: int) -> None:
@@ -369,17 +369,17 @@ class Grower:
         return replace(cow, backing=name, backing_format=kind), depth + 1
 
     def _with_disk(self, cow: Cow, image: str) -> Cow:
-        """Write the image file, and give back the overlay with its local clusters."""
+        """Write the image file, and return the overlay with its allocated clusters."""
         total = clusters(cow.size, cow.cluster)
         wanted = self.rng.choice((0, 1, 1, 2, 3, total // 2, total))
         chosen = self.rng.sample(range(total), min(wanted, total))
-        pieces = [(self._within(cow, one), noise(self.rng)) for one in chosen[:3]]
+        extents = [(self._within(cow, one), noise(self.rng)) for one in chosen[:3]]
         if self.chance(5) and total > len(chosen):  # zeros, although written, are no data
             free = next(one for one in range(total) if one not in chosen)
-            pieces.append((free * cow.cluster, bytes(BLOCK)))
-        if cow.size % SECTOR:  # nobody's bytes: behind the last whole sector
-            pieces.append((cow.size - 1, b"\x01"))
-        write_sparse(self.farm.at(image), cow.size, pieces)
+            extents.append((free * cow.cluster, bytes(BLOCK)))
+        if cow.size % SECTOR:  # bytes behind the last whole sector belong to no disk
+            extents.append((cow.size - 1, b"\x01"))
+        write_sparse(self.farm.at(image), cow.size, extents)
         return cow if cow.compatible & ALL_ALLOCATED else replace(cow, local=chosen)
 
     def _within(self, cow: Cow, number: int) -> int:
@@ -393,7 +393,7 @@ class Grower:
 
 
 class Plot:
-    """The ground on which one fault is planted, with names that nobody else uses.
+    """The place of one fault, with names that no other fault uses.
 
     A tag tells the overlays of one fault apart. They lie in a directory among healthy ones.
     """
@@ -434,8 +434,8 @@ class Plot:
 
     def disk(self, suffix: str = ".raw", *, start: bytes = b"", more: Sequence[int] = ()) -> None:
         """Write an image file that has data in the usual clusters and in MORE."""
-        pieces = [(number * self.cluster, noise(self.rng)) for number in (*LOCAL, *more)]
-        write_sparse(self.farm.at(self.path(suffix)), self.size, [*pieces, (0, start)])
+        extents = [(number * self.cluster, noise(self.rng)) for number in (*LOCAL, *more)]
+        write_sparse(self.farm.at(self.path(suffix)), self.size, [*extents, (0, start)])
 
     def plant(self, cow: Cow, *findings: str, tag: str = "", status: int = 2) -> str:
         """Write an overlay without an image file; return the name that the farm has for it."""
@@ -449,10 +449,10 @@ class Plot:
         return self.plant(self.cow(tag, **changes), *findings, tag=tag, status=status)
 
 
-#: Plants one fault; what it gives back means nothing.
+#: Plants one fault; its result is not used.
 Fault = Callable[[Plot], object]
 
-#: Headers that say what they must not, and what is found then. The first kinds in turn, so that
+#: Invalid headers, and their findings. The first kinds in turn, so that
 #: a farm with several of each has every one of them.
 LIES: dict[str, tuple[tuple[str, ...], list[Lie]]] = {
     "header-cluster-bits": (
@@ -514,7 +514,7 @@ def header_bare(plot: Plot) -> None:
 
 
 def header_stub(plot: Plot) -> None:
-    """The file ends within the fixed header, of which nothing but the magic can be believed."""
+    """The file ends within the fixed header, of which only the magic is valid."""
     plot.whole("header", length=(LAYOUT.size - 1, 4, 20)[plot.number % 3])
 
 
@@ -547,21 +547,21 @@ def formats_magic_below(plot: Plot) -> None:
 
 
 def formats_unseen(plot: Plot) -> None:
-    """An image file of a format that is allowed, and that nobody looks into."""
+    """An image file of a format that is allowed and never opened."""
     vpc = plot.number % 2  # has no magic at its start; qcow2 has one
     plot.disk(start=b"" if vpc else b"QFI\xfb\0\0\0\3")
     plot.plant(plot.cow(lie={"image_format": b"vpc" if vpc else b"qcow2"}), "formats", status=1)
 
 
 def formats_overlay_as_raw(plot: Plot) -> None:
-    """A backing file that is declared raw, and is a sound overlay, met before or afterwards."""
+    """A backing file that is declared raw and is a valid overlay, before or behind in order."""
     below, top = (("-a", "-b"), ("-b", "-a"))[plot.number % 2]
     plot.whole(tag=below)
     plot.whole("formats", tag=top, **{**plot.over(below), "backing_format": RAW})
 
 
 def formats_overlay_as_image(plot: Plot) -> None:
-    """An image file that is a sound overlay. All of it is local, so that nothing leaks."""
+    """An image file that is a sound overlay. Every cluster is allocated, so that nothing leaks."""
     plot.whole(tag="-other")
     other = plot.cow()
     size = other.header_size + other.bitmap_length
@@ -603,7 +603,7 @@ def backing_outside(plot: Plot) -> None:
 
 
 def backing_directory(plot: Plot) -> None:
-    """The backing file is a directory; besides, there is a leak."""
+    """The backing file is a directory, and there is a leak."""
     plot.disk(more=[NOT_LOCAL])
     cow = plot.cow(backing=b"../bases")
     plot.plant(cow, "backing-file", "leaks", status=1)
@@ -642,7 +642,7 @@ def same_itself(plot: Plot) -> None:
 
 
 def same_as_backing(plot: Plot) -> None:
-    """An overlay's image file is its backing file besides, which the graph shows as well."""
+    """An overlay's image file is also its backing file, which the graph shows too."""
     path = plot.whole("same-file", backing=os.fsencode(plot.name(".raw")))
     plot.farm.expect("image-as-backing", [path])
 
@@ -664,7 +664,7 @@ def same_bottom(plot: Plot) -> None:
 
 
 def cycle(plot: Plot) -> None:
-    """One, two or three overlays back each other in a circle; sometimes one more hangs on it."""
+    """One, two or three overlays back each other in a circle; sometimes one more stands on them."""
     count = plot.number % 3 + 1
     paths = [
         plot.whole("chain-cycle", tag=f"-{at}", **plot.over(f"-{(at + 1) % count}"))
@@ -676,8 +676,8 @@ def cycle(plot: Plot) -> None:
 
 
 def cycle_by_link(plot: Plot) -> None:
-    """An overlay backs itself under another name: that it is the same file, only inodes tell."""
-    # The other name is behind the first in order: a file is told of under its first.
+    """An overlay backs itself under another name: only the inode shows that it is the same file."""
+    # The other name is behind the first in order: a file is reported under its first.
     path = plot.whole("chain-cycle", **plot.over("_again"))
     os.link(plot.farm.at(path), plot.farm.at(plot.path("_again.add-cow")))
     plot.farm.expect("chain-cycle", [path])
@@ -692,7 +692,7 @@ def chain(plot: Plot) -> None:
 
 
 def bitmap_length(plot: Plot) -> None:
-    """The file ends within its bitmap. Data whose bit is missing is not said to leak."""
+    """The file ends within its bitmap. Data whose bit is missing is not reported as a leak."""
     cow = plot.cow()
     kept = (1, cow.bitmap_length - 1)[plot.number % 2]
     plot.disk(more=[NOT_LOCAL] if kept == 1 else [])
@@ -706,7 +706,7 @@ def stray_bits(plot: Plot) -> None:
 
 
 def leaks(plot: Plot) -> None:
-    """Data in clusters that are not local, in the last one too. Who stands above is well."""
+    """Data in clusters that are not allocated, also in the last one. Overlays above are clean."""
     plot.disk("-below.raw", more=[NOT_LOCAL, FAULTY_CLUSTERS - 1])
     plot.plant(plot.cow("-below"), "leaks", tag="-below", status=3)
     plot.whole(tag="-top", **plot.over("-below"))

@@ -1,26 +1,21 @@
 #!/usr/bin/env python3
 """An independent reader of add-cow chains: the second opinion of the tests.
 
-It shares no code with the package and is dull on purpose: the header is one
-struct, the bitmap is read a byte at a time, the guest's view is put together
-cluster by cluster with seek and read. No mapping, no cache, no processes, no
-cleverness that could be wrong in the same way as the thing it judges. It keeps
-no state but open files, holds one cluster or one leaf of a digest in memory at a
-time (except where the caller asks for bytes), and never writes, but for the OUT
-of `dump`.
+It shares no code with the package and is simple on purpose: the header is one struct, the bitmap is
+read a byte at a time, the guest's view is put together cluster by cluster with seek and read. It
+has no mapping, no cache and no processes, so it cannot be wrong in the same way as the package. It
+keeps no state but open files, holds one cluster or one leaf of a digest in memory at a time (except
+when the caller asks for bytes), and writes only the OUT of `dump`.
 
-A layer is add-cow or raw. An add-cow layer answers a cluster from its image
-file when the cluster is local, else from the layer below, cut at that layer's
-own size; whatever no layer holds reads as zeros. Anything the format forbids is
-refused: a reader that guesses is no judge. Two things it knowingly does not do:
-it does not complain about a short bitmap (it reads as 0 there, as the format
-says) and it does not look at what nothing points at: bytes between the names,
-the format of a backing that is not there.
+A layer is add-cow or raw. An add-cow layer reads an allocated cluster from its image file, any
+other from the layer below, cut at that layer's own size; what no layer holds reads as zeros. All
+that the format forbids is refused: a reader that guesses is no judge. It does not check two things:
+a short bitmap (it reads as 0, as the format says), and what nothing refers to: bytes between the
+names, the format of a backing file that is not there.
 
-It judges manifests too, from docs/manifest.md alone: it works out from the bytes
-of the layers what a manifest has to say, leaf by leaf, and names every difference.
-It believes nothing of the manifest, and takes no digest from it or from another
-one. Only this needs a library, `blake3`; the rest runs on plain Python.
+It also judges manifests, by docs/manifest.md alone: it computes from the bytes of the layers what a
+manifest has to contain, leaf by leaf, and names every difference. It takes no digest from any
+manifest. Only this needs a library, `blake3`; the rest runs on plain Python.
 
 Command line: oracle.py size|digest|allocated FILE
               oracle.py dump FILE [OUT]
@@ -38,7 +33,7 @@ from contextlib import ExitStack
 from typing import Any, BinaryIO, NamedTuple
 
 SECTOR = 512
-RAW_PIECE = 64 * 1024  # a raw layer has no clusters; it is read in pieces of this size
+RAW_PART = 64 * 1024  # a raw layer has no clusters; it is read in parts of this size
 FIXED_HEADER = 76
 SMALLEST_HEADER = 4096
 LONGEST_BACKING_NAME = 1023
@@ -66,7 +61,7 @@ class OracleError(Exception):
 
 
 class ManifestError(OracleError):
-    """A manifest is so wrong in one place that there is no reading on behind it."""
+    """A manifest is so wrong in one place that the rest cannot be read."""
 
 
 class Header(NamedTuple):
@@ -122,7 +117,7 @@ def read_header(path: str) -> Header:
 
 
 def check_numbers(path: str, bits: int, features: int, end: int, length: int) -> None:
-    """Refuse what no add-cow file may say; END is the header size it gives."""
+    """Refuse an invalid header; END is its header size."""
     if features != 0:
         raise OracleError(f"{path}: unknown features {features:#x}")
     if not 12 <= bits <= 21:
@@ -165,7 +160,7 @@ def read_format(path: str, field: bytes, *, may_be_empty: bool) -> str:
 
 
 def checked_image(path: str, image: str, field: bytes) -> str:
-    """Give back IMAGE, whose format must be raw."""
+    """Return IMAGE, whose format must be raw."""
     image_format = read_format(path, field, may_be_empty=False)
     if image_format != "raw":
         raise OracleError(f"{path}: image format {image_format}")
@@ -181,7 +176,7 @@ def open_layer(path: str, kind: str, stack: ExitStack) -> tuple[Layer, str | Non
     """Open one layer; also give the name and format of the one below, if any."""
     if kind == "raw":
         file = open_until_done(path, stack)
-        return Layer(file, whole_size(file), RAW_PIECE, None, 0), None, ""
+        return Layer(file, whole_size(file), RAW_PART, None, 0), None, ""
     if kind != "add-cow":
         raise OracleError(f"{path}: format {kind} is beyond this reader")
     header = read_header(path)
@@ -200,19 +195,19 @@ def open_chain(path: str, stack: ExitStack, kind: str = "add-cow") -> list[Layer
     seen: set[tuple[int, int]] = set()
     below: str | None = path
     while below is not None:
-        met = {inode(os.stat(below))}
+        inodes = {inode(os.stat(below))}
         layer, lower, kind = open_layer(below, kind, stack)
-        met.add(inode(os.fstat(layer.data.fileno())))
-        if met & seen:
+        inodes.add(inode(os.fstat(layer.data.fileno())))
+        if inodes & seen:
             raise OracleError(f"{path}: a file is used twice, at {below}")
-        seen |= met
+        seen |= inodes
         layers.append(layer)
         below = lower
     return layers
 
 
 def inode(status: os.stat_result) -> tuple[int, int]:
-    """What tells one file from another, however its name is spelled."""
+    """The identity of a file, under any name."""
     return status.st_dev, status.st_ino
 
 
@@ -239,10 +234,10 @@ def is_local(layer: Layer, cluster: int) -> bool:
 
 def read_layers(layers: list[Layer], offset: int, length: int) -> bytes:
     """Read LENGTH bytes at OFFSET of what LAYERS show together."""
-    pieces = []
+    parts = []
     for start, stop in cut(offset, offset + length, layers[0].cluster_size if layers else length):
-        pieces.append(read_piece(layers, start, stop - start))
-    return b"".join(pieces)
+        parts.append(read_part(layers, start, stop - start))
+    return b"".join(parts)
 
 
 def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -253,8 +248,8 @@ def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def read_piece(layers: list[Layer], offset: int, length: int) -> bytes:
-    """Read a piece that lies within one cluster of the topmost layer."""
+def read_part(layers: list[Layer], offset: int, length: int) -> bytes:
+    """Read a part that lies within one cluster of the topmost layer."""
     if not layers or offset >= layers[0].size:
         return bytes(length)
     top = layers[0]
@@ -276,7 +271,7 @@ def stream(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes
         if not 0 <= start <= last <= size:
             raise OracleError(f"{path}: [{start}, {last}) is not within its {size} bytes")
         for begin, end in cut(start, last, layers[0].cluster_size):
-            yield read_piece(layers, begin, end - begin)
+            yield read_part(layers, begin, end - begin)
 
 
 def guest_bytes(path: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -301,15 +296,15 @@ def allocated(path: str) -> list[int]:
 def digest(path: str) -> str:
     """Return the SHA-256 of the guest's view, in hex."""
     total = hashlib.sha256()
-    for piece in stream(path):
-        total.update(piece)
+    for part in stream(path):
+        total.update(part)
     return total.hexdigest()
 
 
 def dump(path: str, out: BinaryIO) -> None:
     """Write the guest's view to OUT, byte by byte as a guest reads it."""
-    for piece in stream(path):
-        out.write(piece)
+    for part in stream(path):
+        out.write(part)
 
 
 def dump_to(path: str, name: str | None) -> None:
@@ -321,13 +316,13 @@ def dump_to(path: str, name: str | None) -> None:
         dump(path, out)
 
 
-def blake3_of(pieces: Iterable[bytes]) -> bytes:
-    """Return the BLAKE3 of PIECES, one after the other."""
+def blake3_of(parts: Iterable[bytes]) -> bytes:
+    """Return the BLAKE3 of PARTS, one after the other."""
     from blake3 import blake3
 
     total = blake3()
-    for piece in pieces:
-        total.update(piece)
+    for part in parts:
+        total.update(part)
     return total.digest()
 
 
@@ -401,7 +396,7 @@ def is_mixed(layers: list[Layer], leaf: int, local: set[bool]) -> bool:
 
 
 def local_in(layer: Layer, leaf: int) -> set[bool]:
-    """Say what the clusters of LAYER in LEAF are: local, not local, or both."""
+    """Say what the clusters of LAYER in LEAF are: allocated, not allocated, or both."""
     start = leaf * LEAF
     stop = min(start + LEAF, layer.size)
     return {
@@ -419,7 +414,9 @@ def wanted_record(layers: list[Layer], group: int) -> Record:
         mixed = is_mixed(layers, leaf, local)
         if not mixed and local == {False}:
             continue
-        if top.bitmap is not None:  # where all is local the head says so, and the bitmap nothing
+        if (
+            top.bitmap is not None
+        ):  # if everything is allocated, the head says so and not the bitmap
             record.covered.add(leaf)
         record.held[leaf] = leaf_digest([top], leaf, top.size)
         if mixed:
@@ -496,7 +493,7 @@ def differences(found: Record, wanted: Record) -> list[str]:
 
 
 def record_faults(records: Iterator[Record], layers: list[Layer]) -> Iterator[str]:
-    """Hold RECORDS against what the topmost of LAYERS needs, group by group."""
+    """Compare RECORDS with what the topmost of LAYERS needs, group by group."""
     found = next(records, None)
     for group in range(-(-leaf_count(layers) // FANOUT)):
         wanted = wanted_record(layers, group)
@@ -604,7 +601,7 @@ def check_manifest(file: BinaryIO, path: str, kind: str) -> Iterator[str]:
 
 
 def to_the_first_end(file: BinaryIO, path: str, kind: str) -> Iterator[str]:
-    """Give the differences; the one that there is no reading on behind is the last."""
+    """Give the differences; one that makes the rest unreadable is the last."""
     try:
         yield from check_manifest(file, path, kind)
     except ManifestError as error:
@@ -612,13 +609,13 @@ def to_the_first_end(file: BinaryIO, path: str, kind: str) -> Iterator[str]:
 
 
 def manifest_faults(path: str, kind: str = "add-cow") -> list[str]:
-    """Return what the manifest beside PATH says that is not so, a line for each."""
+    """Return the differences of the manifest beside PATH, a line for each."""
     with open(f"{os.path.realpath(path)}.manifest", "rb") as file:
         return list(to_the_first_end(file, path, kind))
 
 
 def answer(what: str, path: str, out: str | None, kind: str) -> int:
-    """Do one of the command line's words and return the exit status."""
+    """Run one command and return the exit status."""
     if what == "size":
         print(virtual_size(path))
     elif what == "digest":

@@ -1,24 +1,24 @@
 #!/usr/bin/env python3
-"""Go on and on: random chains, random jobs, random accidents, until the time is up.
+"""Soak test: random chains, random jobs and random accidents, until the time is up.
 
     soak.py --minutes N [--seed S] [--case NUMBER] [--keep DIR] [--order ORDER]
 
 A case is a random chain (`tests/support/chains.py`), a random job on it, and one to three accidents
-to that job: its parent or a worker is killed, it is told to stop, also at a low rate, a fault
-rule lets some step fail, or, for root on a machine with loop devices, the power of its file
-system is cut (`tests/support/powercut.py`). After each accident what the job promises is looked at
-(`tests/support/promises.py`), by a reader that knows nothing of the package. In the end the same
-command is run without any accident and must complete.
+to that job: its parent or a worker is killed, it is asked to stop, also at a low rate, a fault rule
+makes some step fail, or, for root on a machine with loop devices, the power of its file system is
+cut (`tests/support/powercut.py`). After each accident the promises of the job are checked
+(`tests/support/promises.py`) by an independent reader. In the end the same command runs without any
+accident and must complete.
 
 Every other chain is reached through links: a symbolic link in another directory leads to its
 overlay, and one within the chain to the layers below, which lie in a third. Beside each link lie
 files with the names of the chain's files; nothing may change them.
 
-At the first promise that is not kept this ends with status 1, tells seed, case and steps, and
-keeps the files of the case. `--seed S --case NUMBER` runs that case again: the same chain,
-job and accidents. What the processes do in between is theirs, so a rare find may take several
-tries. `--order` puts the job's syncs into a wrong order (`tests/support/small_steps.py`), to see
-that this would be noticed.
+At the first broken promise the script ends with status 1, prints seed, case and steps, and keeps
+the files of the case. `--seed S --case NUMBER` runs that case again: the same chain, job and
+accidents. The processes still run at their own speed, so a rare find may take several tries.
+`--order` puts the job's syncs into a wrong order (`tests/support/small_steps.py`), to prove that
+this is noticed.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ READING = ("header_read", "bitmap_load", "image_read", "backing_read", "cow_read
 #: Bytes per second, below which a small image would take too long.
 LOWEST_RATE = 64 * 1024
 
-#: Seconds in which a job that is told to stop does so, on a machine that has other work, too.
+#: Seconds in which a job that is asked to stop must end, also on a busy machine.
 SOON = 10.0
 
-#: What a job may end with that has met an accident of the milder kind.
+#: The exit statuses of a job after an accident that does not kill it.
 ORDERLY = (0, 1, 130, 143)
 
 
@@ -127,7 +127,7 @@ def _ended(victim: Victim, status: int, what: str) -> Cut:
 
 
 def _orderly(victim: Victim, status: int, what: str) -> Cut:
-    """The end of a job that nobody has killed: with a reason, and in good manners."""
+    """The end of a job that was not killed: orderly, and with a reason."""
     told = _ended(victim, status, what)
     if status not in ORDERLY or "Traceback" in victim.stderr:
         raise BrokenError(told.story)
@@ -142,7 +142,7 @@ def kill_parent(case: Case) -> Cut:
 
 
 def kill_worker(case: Case) -> Cut:
-    """Kill -9 one worker; the job goes on without it, or fails."""
+    """Kill -9 one worker; the job continues without it, or fails."""
     with case.start(case.rng.choice([1, 2, 3])) as victim:
         for _ in victim.watch():
             if victim.workers:
@@ -154,16 +154,16 @@ def kill_worker(case: Case) -> Cut:
 
 
 def interrupt(case: Case) -> Cut:
-    """SIGINT or SIGTERM: finished work is published, and that is all."""
+    """SIGINT or SIGTERM: only finished work is published."""
     number = case.rng.choice([signal.SIGINT, signal.SIGTERM])
     with case.start(case.jobs()) as victim:
         _let_begin(case, victim)
         _signal(victim.pid, number)
-        return _ended(victim, victim.wait(), f"told to stop by {number.name}")
+        return _ended(victim, victim.wait(), f"asked to stop by {number.name}")
 
 
 def stop_slowly(case: Case) -> Cut:
-    """SIGINT or SIGTERM to a job that keeps to a low rate: it stops soon, and keeps what it did."""
+    """SIGINT or SIGTERM to a job with a low rate: it stops soon, and keeps its finished work."""
     if case.promise.job == "io":
         return interrupt(case)
     number = case.rng.choice([signal.SIGINT, signal.SIGTERM])
@@ -172,7 +172,7 @@ def stop_slowly(case: Case) -> Cut:
         victim.linger(case.rng.uniform(0.3, 3))
         begun = time.monotonic()
         _signal(victim.pid, number)
-        cut = _ended(victim, victim.wait(), f"told to stop by {number.name} at {rate} bytes/s")
+        cut = _ended(victim, victim.wait(), f"asked to stop by {number.name} at {rate} bytes/s")
     if time.monotonic() - begun > SOON:
         raise BrokenError(f"it took {time.monotonic() - begun:.1f} s to stop: {cut.story}")
     return cut
@@ -210,7 +210,7 @@ def cut_power(case: Case) -> Cut:
 
 
 def _let_begin(case: Case, victim: Victim) -> None:
-    """Let the job come to some random point, from its very start to its end."""
+    """Wait for a random point of the job, from its start to its end."""
     part = case.rng.uniform(-0.2, 1)
     for _ in victim.watch(tick=0):
         if case.promise.part_changed() >= part:
@@ -308,7 +308,7 @@ def _described(layer: Overlay) -> str:
 
 
 def suffer(case: Case, what: str) -> None:
-    """Let one accident happen to the job, and look at what is left."""
+    """Make one accident happen to the job, and check the files."""
     case.promise.make_way()
     case.steps.append(what)
     cut = cut_power(case) if what.startswith(POWER_CUT) else ACCIDENTS[what](case)
@@ -330,7 +330,7 @@ def _look(case: Case, done: bool, stdout: str) -> None:
 
 
 def finish(case: Case) -> None:
-    """Run the command once more, as it is, and look at the result."""
+    """Run the same command again, and check the result."""
     case.promise.make_way()
     words = case.promise.command(case.jobs())
     done = subprocess.run(
@@ -354,7 +354,7 @@ def finish(case: Case) -> None:
 
 @dataclass
 class Soak:
-    """The whole run: where cases live, and what was survived so far."""
+    """The whole run: the directory of the cases, and the results so far."""
 
     seed: str
     home: Path
@@ -417,7 +417,7 @@ class Soak:
 
 
 def table(survived: Counter[tuple[str, str]]) -> str:
-    """Return what was survived: a line for each job, a column for each accident."""
+    """Return the results: a line for each job, a column for each accident."""
     columns = sorted({what for _, what in survived})
     jobs = sorted({job for job, _ in survived})
     lines = [["", *columns]]
@@ -430,7 +430,7 @@ def table(survived: Counter[tuple[str, str]]) -> str:
 
 
 def disks_here(stack: ExitStack, home: Path) -> list[Disk]:
-    """Return the file systems whose power can be cut, as far as there are any here."""
+    """Return the file systems of this machine whose power can be cut."""
     disks = []
     for kind in ("ext4", "xfs"):
         try:

@@ -1,11 +1,10 @@
-"""Who touched which file, in order: inotify, in as many lines as the tests need.
+"""A watch over files with inotify: which file was opened, read, changed or closed, in order.
 
-A watch is set on files and directories and collects, from then on, what the kernel tells of
-them: opened, read, changed, closed after writing, created. It sees every process and every
-way of opening, so that "this was never opened" can be said of a file that others were told
-not to touch. Directories report what happens to their entries, not to what lies deeper.
+A watch is set on files and directories and collects every event from then on. It sees every process
+and every way of opening, so it can prove that a file was never opened. Directories report what
+happens to their entries, not to deeper ones.
 
-What an open with O_PATH does is not reported, nor is a look at a name or its attributes.
+Opening with O_PATH is not reported, and neither is reading a name or its attributes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _AT_ONCE = 64 * 1024
 
 
 class Event(NamedTuple):
-    """What happened, and to which file: its path as it was given, or as an entry of one."""
+    """An event, and the path of its file: as it was given, or as an entry of a directory."""
 
     what: str
     path: str
@@ -54,7 +53,7 @@ class Watch:
         os.close(self._fd)
 
     def events(self) -> list[Event]:
-        """What has happened since the watch was set or this was asked last, in order."""
+        """The events since the watch was set, or since the last call, in order."""
         return list(self._events())
 
     def _events(self) -> Iterator[Event]:
@@ -71,7 +70,7 @@ class Watch:
                 data = data[end:]
 
     def _told(self, mask: int, number: int, entry: str) -> Iterator[Event]:
-        # An overflow of the queue has no number: whoever reads "?" knows that events are missing.
+        # An overflow of the queue has no number: a "?" says that events are missing.
         path = self._paths.get(number, "?")
         for bit, what in _NAMES.items():
             if mask & bit or path == "?":

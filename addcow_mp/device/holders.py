@@ -28,7 +28,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from addcow_mp.device.files import File, device_identity, identity_of, is_device
-from addcow_mp.device.locks import is_locked, other_processes, process_name
+from addcow_mp.device.locks import is_locked, open_files, other_processes, process_name
 from addcow_mp.errors import HeldError, ImageError
 from addcow_mp.units import MAX_SIZE, SECTOR
 
@@ -301,12 +301,9 @@ def _mounted_elsewhere(device: int) -> str | None:
 
 def _process_with(devices: set[int]) -> str | None:
     """A process that has one of the devices open."""
-    for pid in other_processes():
-        for fd in _listed(f"/proc/{pid}/fd"):
-            with suppress(OSError):
-                status = os.stat(f"/proc/{pid}/fd/{fd}")
-                if stat.S_ISBLK(status.st_mode) and status.st_rdev in devices:
-                    return process_name(pid)
+    for pid, _, status in open_files():
+        if stat.S_ISBLK(status.st_mode) and status.st_rdev in devices:
+            return process_name(pid)
     return None
 
 

@@ -60,7 +60,10 @@ def punch(fd: int, start: int, stop: int) -> bool:
 
 
 def _fallocate(fd: int, mode: int, start: int, stop: int) -> bool:
-    error = fallocate(fd, mode, start, stop)
-    if error and error not in _CANNOT:
-        raise OSError(error, os.strerror(error))
-    return not error
+    try:
+        fallocate(fd, mode, start, stop)
+    except OSError as error:
+        if error.errno in _CANNOT:
+            return False
+        raise
+    return True

@@ -21,6 +21,7 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from enum import IntEnum
 from functools import cache, partial
@@ -166,18 +167,16 @@ def _flock(kind: int, start: int, length: int) -> bytes:
 
 def _holder(file: File, byte: int) -> str | None:
     """Name and pid of a process that holds a lock on ``byte``, if /proc shows one."""
-    for pid in other_processes():
-        with suppress(OSError):  # it has ended, or belongs to another user
-            if any(_holds(pid, fd, file, byte) for fd in os.listdir(f"/proc/{pid}/fd")):
+    identity = file.identity
+    for pid, fd, status in open_files():
+        with suppress(OSError):
+            if identity_of(status) == identity and _is_locked_by(pid, fd, byte):
                 return process_name(pid)
     return None
 
 
-def _holds(pid: str, fd: str, file: File, byte: int) -> bool:
-    """Whether a descriptor is of ``file``, with a lock on ``byte``."""
-    if identity_of(os.stat(f"/proc/{pid}/fd/{fd}")) != file.identity:
-        return False
-    # Lines of locks look like "lock: .. OFDLCK .. first last".
+def _is_locked_by(pid: str, fd: str, byte: int) -> bool:
+    """Whether a descriptor has a lock on ``byte``: a line "lock: .. OFDLCK .. first last"."""
     with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as lines:
         for words in map(str.split, lines):
             if words[:1] == ["lock:"] and "OFDLCK" in words:
@@ -185,6 +184,15 @@ def _holds(pid: str, fd: str, file: File, byte: int) -> bool:
                 if int(first) <= byte and (last == "EOF" or byte <= int(last)):
                     return True
     return False
+
+
+def open_files() -> Iterator[tuple[str, str, os.stat_result]]:
+    """The files that other processes have open: pid, descriptor and status."""
+    for pid in other_processes():
+        with suppress(OSError):  # it has ended, or belongs to another user
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(OSError):
+                    yield pid, fd, os.stat(f"/proc/{pid}/fd/{fd}")
 
 
 def other_processes() -> list[str]:

@@ -46,16 +46,19 @@ COPY_BITS = 1024 * KiB
 class Overlay:
     """An open add-cow overlay: ``cow`` is the ``.add-cow`` file, ``image`` its image file.
 
-    It owns the files and layers given to it and closes them. Use
-    :func:`addcow_mp.device.chain.open_chain` to open an overlay with all checks.
+    ``path`` is the path of ``cow``; ``size``, the virtual size, and ``cluster_size`` are in bytes.
+    The overlay owns the files and layers given to it and closes them. Use
+    :func:`addcow_mp.device.chain.open_chain` to open one with all checks.
     """
 
     def __init__(self, cow: File, image: File, backing: Layer | None, header: Header) -> None:
         self.cow = cow
+        self.path = cow.path
         self.image = RawLayer(image, virtual_size(image.length))
         self.backing = backing
         self.header = header
-        self.geometry = Geometry(self.image.size, header.cluster_size)
+        self.size, self.cluster_size = self.image.size, header.cluster_size
+        self.geometry = Geometry(self.size, self.cluster_size)
         for file in self.files():
             file.cluster_size = self.geometry.cluster_size
         with cow.doing("map its bitmap"):
@@ -84,21 +87,6 @@ class Overlay:
             self.abandon()
 
     # Properties
-
-    @property
-    def path(self) -> str:
-        """The ``.add-cow`` file's path."""
-        return self.cow.path
-
-    @property
-    def size(self) -> int:
-        """The virtual size in bytes."""
-        return self.geometry.size
-
-    @property
-    def cluster_size(self) -> int:
-        """Bytes in a cluster."""
-        return self.geometry.cluster_size
 
     @property
     def all_allocated(self) -> bool:

@@ -20,13 +20,9 @@ class RawLayer:
 
     def __init__(self, file: File, held: int | None = None) -> None:
         self.file = file
+        self.path = file.path
         self.held = file.length if held is None else held
         self.size = raw_size(self.held)
-
-    @property
-    def path(self) -> str:
-        """The file's path."""
-        return self.file.path
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` on, with zeros behind the last byte."""

@@ -18,7 +18,6 @@ _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
 _OPENAT2 = 437  # the same number on every architecture
 _AT_FDCWD = -100
 _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
-_OPEN_HOW_SIZE = 24
 
 
 def openat2(directory: int, relative: str, flags: int) -> int | None:
@@ -35,11 +34,12 @@ def openat2(directory: int, relative: str, flags: int) -> int | None:
 
 
 def _openat2(directory: int, relative: str, flags: int, resolve: int) -> int:
-    libc, get_errno = _libc()
-    how = _how(flags, 0, resolve)
-    fd: int = libc.syscall(_OPENAT2, directory, os.fsencode(relative), how, _OPEN_HOW_SIZE)
+    libc, ctypes = _libc()
+    how = (ctypes.c_uint64 * 3)(flags, 0, resolve)
+    size = ctypes.sizeof(how)
+    fd: int = libc.syscall(_OPENAT2, directory, os.fsencode(relative), how, size)
     if fd < 0:
-        raise OSError(get_errno(), os.strerror(get_errno()))
+        raise _error()
     return fd
 
 
@@ -53,10 +53,11 @@ def _has_openat2() -> bool:
     return True
 
 
-def fallocate(fd: int, mode: int, start: int, stop: int) -> int:
-    """Allocate or free ``[start, stop)`` as ``mode`` says; returns an errno, 0 = done."""
-    libc, get_errno = _libc()
-    return 0 if libc.fallocate(fd, mode, start, stop - start) == 0 else int(get_errno())
+def fallocate(fd: int, mode: int, start: int, stop: int) -> None:
+    """Allocate or free ``[start, stop)`` as ``mode`` says. Raises :class:`OSError`."""
+    libc, _ = _libc()
+    if libc.fallocate(fd, mode, start, stop - start):
+        raise _error()
 
 
 def start_writing(fd: int, start: int, stop: int) -> None:
@@ -73,15 +74,15 @@ def is_cached(fd: int, start: int, stop: int) -> bool:
 
     Raises :class:`OSError`. The mapping that it makes is not read, which would load pages.
     """
-    libc, get_errno = _libc()
+    libc, ctypes = _libc()
     length = stop - start
     address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
     if address == -1:
-        raise OSError(get_errno(), os.strerror(get_errno()))
+        raise _error()
     pages = bytearray(-(-length // mmap.PAGESIZE))
     try:
-        if libc.mincore(address, length, _address_of(pages)):
-            raise OSError(get_errno(), os.strerror(get_errno()))
+        if libc.mincore(address, length, ctypes.byref(ctypes.c_char.from_buffer(pages))):
+            raise _error()
     finally:
         libc.munmap(address, length)
     # Only the lowest bit of each byte is defined.
@@ -111,21 +112,15 @@ def die_with_parent() -> None:
     libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL)
 
 
-def _address_of(buffer: bytearray) -> Any:
-    import ctypes
-
-    return ctypes.byref(ctypes.c_char.from_buffer(buffer))
-
-
-def _how(*words: int) -> Any:
-    import ctypes
-
-    return (ctypes.c_uint64 * len(words))(*words)
+def _error() -> OSError:
+    """The error of the call that has just failed."""
+    number = _libc()[1].get_errno()
+    return OSError(number, os.strerror(number))
 
 
 @cache
 def _libc() -> tuple[Any, Any]:
-    """The C library, and the function that returns errno."""
+    """The C library, and the module ctypes."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -139,4 +134,4 @@ def _libc() -> tuple[Any, Any]:
     libc.mmap.restype = ctypes.c_ssize_t
     libc.mincore.argtypes = (pointer, size, pointer)
     libc.munmap.argtypes = (pointer, size)
-    return libc, ctypes.get_errno
+    return libc, ctypes
