@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import addcow_mp
 from addcow_mp.device.access import Access
 from addcow_mp.device.copying import CopyOptions
 from addcow_mp.jobs.options import RunOptions
-from support.command import PATIENCE, pair
+from support.command import pair, ran
 
 
 class _BytesPath:
@@ -100,14 +99,7 @@ def test_jobs_must_be_a_number_of_processes(tmp_path: Path) -> None:
 
 def _tracked() -> list[str]:
     project = Path(__file__).parent.parent
-    done = subprocess.run(
-        ["git", "ls-files"],
-        cwd=project,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = ran(["git", "ls-files"], cwd=project)
     if done.returncode != 0:
         pytest.skip(f"no git repository: {done.stderr.strip()}")
     return done.stdout.splitlines()
@@ -136,13 +128,9 @@ def test_package_ships_py_typed() -> None:
 @pytest.mark.long
 def test_mypy_sees_the_types_of_the_package(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import addcow_mp\nreveal_type(addcow_mp.info(b'x'))\n")
-    done = subprocess.run(
+    done = ran(
         [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "script.py"],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
     )
     assert done.returncode == 0, done
     assert "addcow_mp.jobs.info.Info" in done.stdout, done

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import addcow_mp
+from support.command import ran
 from support.model import Files, KiB, MiB, disk_usage, pack_header, read_header
 
 GiB = 1024 * MiB
@@ -151,7 +151,7 @@ def test_map_shows_a_cluster_past_2_tib(tmp_path: Path, cluster_size: int) -> No
         found = [(each.start, each.length) for each in device.extents() if each.depth == 0]
     assert found == [(start, cluster_size)]
     command = [sys.executable, "-m", "addcow_mp", "map", "--output", "json", files.path]
-    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    done = ran(command)
     assert (done.returncode, done.stderr) == (0, "")
     extents = json.loads(done.stdout)
     assert [each["start"] for each in extents if each["depth"] == 0] == [start]

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.sample(2)
 
 BYTES = b"b\xff\xfe"
 BASE, TOP = os.fsdecode(BYTES + b".img"), os.fsdecode(BYTES + b".add-cow")
-RAW = os.fsdecode(BYTES + b".raw")
 
 
 @pytest.fixture

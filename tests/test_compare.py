@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +27,6 @@ from hypothesis import strategies as st
 
 from support.command import (
     CLUSTER,
-    PATIENCE,
     GiB,
     KiB,
     MiB,
@@ -37,6 +35,7 @@ from support.command import (
     pair,
     patch,
     put,
+    ran,
     snapshot,
     tool,
 )
@@ -338,9 +337,7 @@ def as_qemu_img_does(files: Pair, *flags: str) -> None:
     """Insist on the same output and status; skip without qemu-img."""
     tool("qemu-img", "--version", cwd=files.here)
     words = ["qemu-img", "compare", *flags, *formats(*files.names), *files.names]
-    done = subprocess.run(
-        words, cwd=files.here, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    done = ran(words, cwd=files.here)
     ended = files.compare(*flags)
     assert ended == Ended(done.returncode, done.stdout, done.stderr)
 

@@ -45,6 +45,7 @@ from support.command import (
     look,
     overlay_bytes,
     pair,
+    ran,
     refused,
     stored_bytes,
     succeed,
@@ -858,7 +859,7 @@ def test_clones_are_aligned_to_large_file_system_blocks(tmp_path: Path) -> None:
         device.truncate(320 * MiB)
     tool("mkfs.xfs", "-q", "-m", "reflink=1", "-b", "size=16k", "device", cwd=tmp_path)
     mount = ["mount", "-o", "loop", str(tmp_path / "device"), str(here)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    done = ran(mount)
     if done.returncode:
         pytest.skip(f"no file system with blocks of 16 KiB here: {done.stderr.strip()}")
     try:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import pytest
 
 import addcow_mp
 from addcow_mp.cli.main import run
-from support.command import CLUSTER, PATIENCE, GiB, KiB, MiB, Result, TiB, pair, succeed
+from support.command import CLUSTER, GiB, KiB, MiB, Result, TiB, pair, ran, succeed
 from support.file_systems import made_disk
 from support.model import bitmap_length, disk_usage, pack_header
 
@@ -225,16 +224,7 @@ def confined(private: int, mapped: int) -> list[str]:
 
 def python(front: list[str], here: Path, *words: str) -> Result:
     """Run this Python behind other words."""
-    done = subprocess.run(
-        [*front, sys.executable, *words],
-        cwd=here,
-        # Some systems map 200 MiB of locales for any other.
-        env={**os.environ, "LC_ALL": "C"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = ran([*front, sys.executable, *words], cwd=here, env={**os.environ, "LC_ALL": "C"})
     return Result(done.returncode, done.stdout, done.stderr)
 
 

@@ -15,7 +15,6 @@ import os
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,6 @@ import pytest
 from support.command import (
     ALL_ALLOCATED,
     CLUSTER,
-    PATIENCE,
     KiB,
     TiB,
     addcow,
@@ -37,6 +35,7 @@ from support.command import (
     overlay_bytes,
     pair,
     patch,
+    ran,
     refused,
     snapshot,
     succeed,
@@ -516,14 +515,7 @@ def test_unreadable_file_counts_as_a_possible_dependant(here: Path, size: int) -
     before = look(here / BASE)
     command = [*without_override(), sys.executable, "-m", "addcow_mp", "commit", TOP]
     for options in [[]] if size < 4 * KiB else [[], ["--force"]]:
-        done = subprocess.run(
-            [*command, *options],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        done = ran([*command, *options], cwd=here)
         if size >= 4 * KiB and not options:
             assert done.returncode == 1
             assert f"{OTHER}: it cannot be read, and may be an overlay" in done.stderr

@@ -56,6 +56,7 @@ from support.command import (
     overlay_bytes,
     pair,
     put,
+    ran,
     refused,
     snapshot,
     succeed,
@@ -1174,14 +1175,7 @@ def test_closed_standard_streams_are_no_failure(tmp_path: Path, command: str, cl
     """Least of all for an image to be opened as the stream that complaints go to."""
     pair(tmp_path, "ABC", "-X-")
     words = f'"$0" -m addcow_mp {command}.add-cow {closed}'
-    done = subprocess.run(
-        ["sh", "-c", words, sys.executable],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = ran(["sh", "-c", words, sys.executable], cwd=tmp_path)
     assert done.returncode == ("gone" in command)
     assert "Traceback" not in done.stderr
     picture = {"flatten": ("AXC", "111"), "commit": ("AXC", "...")}

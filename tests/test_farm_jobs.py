@@ -48,6 +48,7 @@ from support.command import (
     look,
     overlay_bytes,
     put,
+    ran,
     read_header,
     refused,
     same_content,
@@ -149,14 +150,10 @@ def problem(report: dict[str, Any], name: str) -> str:
 
 def addcow_with(*arguments: str, cwd: Path, descriptors: tuple[int, ...] = ()) -> Result:
     """Run addcow with descriptors that the caller has opened."""
-    done = subprocess.run(
+    done = ran(
         [sys.executable, "-m", "addcow_mp", *arguments],
         cwd=cwd,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
         pass_fds=descriptors,
     )
     assert "Traceback" not in done.stderr, done.stderr
@@ -1339,7 +1336,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    done = ran(mount)
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
     try:

@@ -1,9 +1,8 @@
 """The reference's images, replayed and judged through the commands.
 
-Every case exists twice: replayed from the facts alone by this project's own
-commands, and as the reference's files from the archive, where that lies beside
-the repository. First the replay must leave the very bytes that the reference
-left; then both copies go through the same checks: what `info`, `map` and
+Every case is replayed from the facts alone by this project's own commands. The
+replay must leave the very bytes that the reference left. Then its files go
+through the same checks: what `info`, `map` and
 `check` say, what a guest sees (through convert, the device and the independent
 oracle), and that commit and flatten move data without changing that view. Last
 come the files with one forbidden edit: every command must refuse them (or read
@@ -16,10 +15,9 @@ an old file time, so that a write of the same bytes shows, too.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -27,15 +25,12 @@ import pytest
 import addcow_mp
 import oracle
 from support.golden import (
-    ARCHIVE,
     CASES,
-    FACTS,
     INVALID,
     Facts,
     Replayed,
     Result,
     addcow,
-    addcow_here,
     bitmap_bytes,
     copy_files,
     damage,
@@ -46,7 +41,6 @@ from support.golden import (
     sha256,
     snapshot,
     top,
-    unpack,
 )
 
 pytestmark = pytest.mark.sample(4)
@@ -60,7 +54,6 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["na
 each_invalid = pytest.mark.parametrize(
     "case", INVALID["cases"], ids=lambda case: str(case["file"])[: -len(".add-cow")]
 )
-each_source = pytest.mark.parametrize("source", ["replayed", "archive"])
 each_jobs = pytest.mark.parametrize("jobs", [0, 2], ids=lambda jobs: f"jobs{jobs}")
 
 
@@ -70,34 +63,22 @@ class Shelf:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.replayed = cache(self._replayed)
-        self.archive = cache(self._archive)
         self.good = cache(self._good)
 
     def _replayed(self, name: str) -> Replayed:
         case = next(case for case in CASES if case["name"] == name)
         return replay(case, self.root / "replayed" / name)
 
-    def _archive(self) -> Path:
-        if not ARCHIVE.exists():
-            pytest.skip("no ../shared/golden/golden.tar.xz beside the repository")
-        return unpack(self.root / "archive")
-
     def _good(self) -> Path:
         return replay(invalid_case(), self.root / "good").folder
 
-    def original(self, source: str, case: Facts) -> Path:
+    def original(self, case: Facts) -> Path:
         """Return the folder of a case, to read from."""
-        if source == "replayed":
-            return self.replayed(case["name"]).folder
-        name: str = case["name"]
-        return self.archive() / name
+        return self.replayed(case["name"]).folder
 
-    def invalid(self, source: str, case: Facts, folder: Path) -> Path:
+    def invalid(self, case: Facts, folder: Path) -> Path:
         """Put one invalid file, with base and image, into the new FOLDER."""
-        if source == "replayed":
-            return damage(self.good(), case, folder)
-        name: str = case["file"]
-        return copy_files(self.archive() / "invalid", folder, ["base.img", "top.raw", name]) / name
+        return damage(self.good(), case, folder)
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +93,10 @@ def room(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-def copy_case(shelf: Shelf, source: str, case: Facts, room: Path) -> Path:
+def copy_case(shelf: Shelf, case: Facts, room: Path) -> Path:
     """Copy a case's files into ROOM and return the path of its top layer."""
     names = [name for name in case["files"] if name != "source.raw"]
-    folder = copy_files(shelf.original(source, case), room / "case", names)
+    folder = copy_files(shelf.original(case), room / "case", names)
     name: str = top(case)["file"]
     return folder / name
 
@@ -174,26 +155,12 @@ def test_writes_make_the_files_of_the_reference(shelf: Shelf, case: Facts) -> No
         assert file_sha256(folder / name) == case["files"][name]["sha256"], name
 
 
-@each_case
-def test_archive_agrees_with_the_facts(shelf: Shelf, case: Facts) -> None:
-    folder = shelf.original("archive", case)
-    theirs = json.loads((folder / "case.json").read_text("utf-8"))
-    assert file_sha256(folder / "expected.raw") == case["expected_sha256"]
-    assert theirs["allocated_clusters"] == expand(top(case)["allocated"])
-    assert theirs["header"] == {"magic": "ACOW", **case["header"]}
-    for name, fact in case["files"].items():
-        assert file_sha256(folder / name) == fact["sha256"], name
-
-
 # What the reading commands say
 
 
-@each_source
 @each_case
-def test_guests_view_is_that_of_the_reference(
-    shelf: Shelf, source: str, case: Facts, room: Path
-) -> None:
-    path = shelf.original(source, case) / top(case)["file"]
+def test_guests_view_is_that_of_the_reference(shelf: Shelf, case: Facts, room: Path) -> None:
+    path = shelf.original(case) / top(case)["file"]
     assert_warned(addcow("convert", "-O", "raw", path, room / "out.raw"), case)
     assert file_sha256(room / "out.raw") == case["expected_sha256"]
     assert_view(path, case)
@@ -202,10 +169,9 @@ def test_guests_view_is_that_of_the_reference(
     assert oracle.allocated(str(path)) == expand(top(case)["allocated"])
 
 
-@each_source
 @each_case
-def test_info_shows_the_header(shelf: Shelf, source: str, case: Facts) -> None:
-    path = shelf.original(source, case) / top(case)["file"]
+def test_info_shows_the_header(shelf: Shelf, case: Facts) -> None:
+    path = shelf.original(case) / top(case)["file"]
     result = addcow("info", "--output", "json", path)
     assert_warned(result, case)
     assert_info(json.loads(result.out), path, case, expand(top(case)["allocated"]))
@@ -239,10 +205,9 @@ def assert_backing(info: Facts, path: Path, header: Facts) -> None:
     assert info["backing-filename-format"] == header["backing_fmt"]
 
 
-@each_source
 @each_case
-def test_map_covers_the_disk(shelf: Shelf, source: str, case: Facts) -> None:
-    path = shelf.original(source, case) / top(case)["file"]
+def test_map_covers_the_disk(shelf: Shelf, case: Facts) -> None:
+    path = shelf.original(case) / top(case)["file"]
     result = addcow("map", "--output", "json", path)
     assert_warned(result, case)
     extents = json.loads(result.out)
@@ -289,10 +254,9 @@ def wanted_depth(at: int, case: Facts) -> int | None:
     return len(case["layers"]) if at < (case["backing_size"] or 0) else None
 
 
-@each_source
 @each_case
-def test_check_separates_clean_from_damaged_files(shelf: Shelf, source: str, case: Facts) -> None:
-    path = shelf.original(source, case) / top(case)["file"]
+def test_check_separates_clean_from_damaged_files(shelf: Shelf, case: Facts) -> None:
+    path = shelf.original(case) / top(case)["file"]
     result = addcow("check", path)
     assert result.exit == case["exit"]["check"], result
     assert ("No errors were found on the image." in result.out) is not is_short(case)
@@ -303,13 +267,10 @@ def test_check_separates_clean_from_damaged_files(shelf: Shelf, source: str, cas
 # commit
 
 
-@each_source
 @each_case
 @each_jobs
-def test_commit_keeps_the_guest_s_view(
-    shelf: Shelf, source: str, case: Facts, jobs: int, room: Path
-) -> None:
-    path = copy_case(shelf, source, case, room)
+def test_commit_keeps_the_guest_s_view(shelf: Shelf, case: Facts, jobs: int, room: Path) -> None:
+    path = copy_case(shelf, case, room)
     before = snapshot(path.parent)
     header = path.read_bytes()[: case["header"]["header_size"]]
     result = addcow("commit", "--jobs", str(jobs), path)
@@ -355,13 +316,10 @@ def assert_committed(folder: Path, before: dict[str, tuple[int, str]], case: Fac
 # flatten
 
 
-@each_source
 @each_case
 @each_jobs
-def test_flatten_keeps_the_guest_s_view(
-    shelf: Shelf, source: str, case: Facts, jobs: int, room: Path
-) -> None:
-    path = copy_case(shelf, source, case, room)
+def test_flatten_keeps_the_guest_s_view(shelf: Shelf, case: Facts, jobs: int, room: Path) -> None:
+    path = copy_case(shelf, case, room)
     before = snapshot(path.parent)
     header = bytearray(path.read_bytes()[: case["header"]["header_size"]])
     result = addcow("flatten", "--jobs", str(jobs), path)
@@ -392,17 +350,6 @@ def assert_flattened(
         assert after[name] == before[name], name
 
 
-# A backing of another format: described, not read
-
-
-def test_info_describes_a_qcow2_backing(shelf: Shelf) -> None:
-    case = FACTS["info_only"]
-    path = shelf.original("archive", case) / "top.add-cow"
-    result = addcow("info", "--output", "json", path)
-    assert (result.exit, result.err) == (0, "")
-    assert_info(json.loads(result.out), path, case, expand(case["allocated"]))
-
-
 # Files with one forbidden edit
 
 COMMANDS: dict[str, list[str]] = {
@@ -418,39 +365,29 @@ COMMANDS: dict[str, list[str]] = {
 
 def test_invalid_files_are_those_of_the_reference(shelf: Shelf, room: Path) -> None:
     for case in INVALID["cases"]:
-        path = shelf.invalid("replayed", case, room / case["file"])
+        path = shelf.invalid(case, room / case["file"])
         assert file_sha256(path) == case["sha256"], case["file"]
         for name in ("base.img", "top.raw"):
             assert file_sha256(path.parent / name) == INVALID["files"][name]["sha256"]
 
 
-@each_source
 @each_invalid
-def test_every_command_refuses_an_invalid_file(
-    shelf: Shelf, source: str, case: Facts, room: Path
-) -> None:
-    paths = {name: shelf.invalid(source, case, room / name / "in") for name in COMMANDS}
-    if source == "replayed":
-        # Each command has files of its own, so two may run at a time without meeting a lock.
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            results = list(pool.map(run_on, paths, paths.values(), repeat(addcow)))
-    else:
-        # The archive's files have the same bytes, so their turn looks at something else: that
-        # one process can refuse them one after the other and leave nothing open behind.
-        descriptors = set(os.listdir("/proc/self/fd"))
-        results = list(map(run_on, paths, paths.values(), repeat(addcow_here)))
-        assert set(os.listdir("/proc/self/fd")) == descriptors
+def test_every_command_refuses_an_invalid_file(shelf: Shelf, case: Facts, room: Path) -> None:
+    paths = {name: shelf.invalid(case, room / name / "in") for name in COMMANDS}
+    # Each command has files of its own, so two may run at a time without meeting a lock.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = list(pool.map(run_on, paths, paths.values()))
     for (name, path), result in zip(paths.items(), results, strict=True):
         assert_met(name, result, path, case)
 
 
-def run_on(name: str, path: Path, run: Callable[..., Result]) -> Result:
+def run_on(name: str, path: Path) -> Result:
     """Run one of COMMANDS on PATH and see that it leaves the folder alone."""
     before = snapshot(path.parent)
     output = path.parent.parent / "out"
     output.mkdir()
     places = {"FILE": path, "OUT": output / "out.raw"}
-    result = run(*[places.get(word, word) for word in COMMANDS[name]])
+    result = addcow(*[places.get(word, word) for word in COMMANDS[name]])
     assert snapshot(path.parent) == before, name
     assert name == "convert" or not os.listdir(output)
     return result
@@ -500,7 +437,7 @@ def assert_read_with_warning(name: str, result: Result, path: Path) -> None:
 def test_library_refuses_an_invalid_file_with_its_own_error(
     shelf: Shelf, case: Facts, room: Path
 ) -> None:
-    path = shelf.invalid("replayed", case, room / "in")
+    path = shelf.invalid(case, room / "in")
     before = snapshot(path.parent)
     if case["exit"]["io"] == 0:
         with addcow_mp.open(path) as device:

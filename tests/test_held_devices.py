@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from support.availability import missing
-from support.command import CLUSTER, MiB, addcow, draw_raw, overlay_bytes, refused, succeed
+from support.command import CLUSTER, MiB, addcow, draw_raw, overlay_bytes, ran, refused, succeed
 from support.loops import Loops, loops, run
 
 pytestmark = pytest.mark.sample(1)
@@ -303,13 +303,7 @@ def test_user_without_devices_finds_holders_by_mounts(
     open_to_all(tmp_path)
     for path in (tmp_path, *tmp_path.glob("*.*")):
         os.chown(path, 65534, 65534)
-    done = subprocess.run(
-        [*NOBODY, sys.executable, "-m", "addcow_mp", "commit", "vm.add-cow"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ran([*NOBODY, sys.executable, "-m", "addcow_mp", "commit", "vm.add-cow"], cwd=tmp_path)
     assert done.returncode == 1
     assert "a loop device over it, is mounted on" in done.stderr
 

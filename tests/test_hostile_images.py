@@ -44,6 +44,7 @@ from support.command import (
     look,
     overlay_bytes,
     patch,
+    ran,
     refused,
     snapshot,
     succeed,
@@ -475,13 +476,7 @@ def device(tmp_path: Path) -> Iterator[str]:
     draw_raw(tmp_path / "disk", "DEFGHI")
     if os.geteuid() != 0 or shutil.which("losetup") is None:
         pytest.skip("loop devices need root and losetup")
-    made = subprocess.run(
-        ["losetup", "--find", "--show", "disk"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    made = ran(["losetup", "--find", "--show", "disk"], cwd=tmp_path)
     if made.returncode:
         pytest.skip(f"no loop device: {made.stderr.strip()}")
     yield made.stdout.strip()
@@ -731,15 +726,7 @@ def bounded(here: Path, *words: str, addresses: int = ADDRESSES) -> Result:
     peak, written = os.pipe()
     try:
         limited = [sys.executable, "-c", LIMITED, str(addresses), str(written), *words]
-        done = subprocess.run(
-            limited,
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-            pass_fds=(written,),
-        )
+        done = ran(limited, cwd=here, pass_fds=(written,))
         os.close(written)
         memory = int(os.read(peak, 100)) * KiB
     finally:
@@ -832,7 +819,7 @@ def xfs(tmp_path: Path) -> Iterator[Path]:
     here.mkdir()
     subprocess.run(["mkfs.xfs", "-q", "xfs.img"], cwd=tmp_path, check=True, capture_output=True)
     words = ["mount", "-o", "loop", "xfs.img", "xfs"]
-    made = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    made = ran(words, cwd=tmp_path)
     if made.returncode:
         pytest.skip(f"XFS cannot be mounted: {made.stderr.strip()}")
     yield here

@@ -33,6 +33,7 @@ from support.command import (
     draw,
     draw_raw,
     guest_picture,
+    ran,
     refused,
     snapshot,
     stored_bytes,
@@ -419,14 +420,7 @@ def test_guest_cannot_start_on_the_target_of_a_commit(here: Path) -> None:
     tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", MID_IMAGE, "-F", "raw", "vm", cwd=here)
     with job(here, "commit", TOP, events=("data_sync",)) as process:
         assert next_stop(process)
-        done = subprocess.run(
-            ["qemu-io", "-f", "qcow2", "-c", "length", "vm"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PATIENCE,
-        )
+        done = ran(["qemu-io", "-f", "qcow2", "-c", "length", "vm"], cwd=here)
     assert done.returncode == 1
     assert re.search(r"Failed to get .*lock", done.stderr), done.stderr
     assert MID_IMAGE in done.stderr

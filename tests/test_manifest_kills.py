@@ -19,7 +19,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,6 +37,7 @@ from support.command import (
     draw,
     draw_raw,
     overlay_bytes,
+    ran,
     read_header,
     snapshot,
     succeed,
@@ -692,7 +692,7 @@ def test_unwritable_directory_is_named(here: Path) -> None:
     less = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
     program = [*less, sys.executable, "-m", "addcow_mp", *chain.words]
     try:
-        done = subprocess.run(program, cwd=here, capture_output=True, text=True, check=False)
+        done = ran(program, cwd=here)
     finally:
         here.chmod(0o755)
     line = one_line(Ended(done.returncode, done.stdout, done.stderr))

@@ -14,7 +14,7 @@ import pytest
 
 from addcow_mp.format.bits import READ_BYTES, MappedBits
 from addcow_mp.format.manifest import FileBytes, content_of
-from support.command import KiB, MiB, addcow, draw_raw, refused, same_content, succeed, tool
+from support.command import KiB, MiB, addcow, draw_raw, ran, refused, same_content, succeed, tool
 
 pytestmark = pytest.mark.sample(1)
 
@@ -35,7 +35,7 @@ def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for path in (*branches, top / "pool"):
         path.mkdir()
     words = ["mergerfs", "-o", "cache.files=off", ":".join(map(str, branches)), str(top / "pool")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    done = ran(words)
     if done.returncode != 0:
         _unavailable(f"mergerfs cannot be mounted: {done.stderr.strip()}")
     try:

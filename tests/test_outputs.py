@@ -19,6 +19,7 @@ from support.command import (
     local_clusters,
     pair,
     picture,
+    ran,
     refused,
 )
 from support.processes import until
@@ -217,14 +218,7 @@ def test_failed_output_after_a_job_is_reported(
 ) -> None:
     pair(tmp_path, "ABCD", "X-X-")
     script = f'set -o pipefail; "$@" {where}'
-    done = subprocess.run(
-        ["bash", "-c", script, "bash", *ADDCOW, *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = ran(["bash", "-c", script, "bash", *ADDCOW, *words], cwd=tmp_path)
     if where == "| true" and done.stderr == "":
         return  # it was quicker than `true`
     assert done.returncode == 1
@@ -264,14 +258,7 @@ def test_log_that_cannot_be_written_is_reported_once(
     pair(tmp_path, "ABCD", "X-X-")
     (tmp_path / "log").write_bytes(b'{"time": '.ljust(2 << 20, b" "))
     command = [*ADDCOW, "farm", "commit", *words, "--jobs", "0", "--log", "log", "."]
-    done = subprocess.run(
-        ["prlimit", f"--fsize={2 << 20}", *command],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = ran(["prlimit", f"--fsize={2 << 20}", *command], cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr.count("cannot write the log any more") == 1
     assert len(done.stderr.splitlines()) == 1

@@ -18,7 +18,17 @@ from pathlib import Path
 import pytest
 
 from support.availability import missing
-from support.command import CLUSTER, MiB, addcow, draw, draw_raw, overlay_bytes, snapshot, succeed
+from support.command import (
+    CLUSTER,
+    MiB,
+    addcow,
+    draw,
+    draw_raw,
+    overlay_bytes,
+    ran,
+    snapshot,
+    succeed,
+)
 from support.loops import Loops, loops, run
 
 pytestmark = pytest.mark.sample(1)
@@ -153,13 +163,7 @@ def as_nobody(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     for here in (cwd, *cwd.parents):
         if here.name.startswith("pytest") or "pytest-of" in str(here):
             here.chmod(here.stat().st_mode | 0o055)
-    return subprocess.run(
-        [*NOBODY, sys.executable, "-m", "addcow_mp", *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return ran([*NOBODY, sys.executable, "-m", "addcow_mp", *words], cwd=cwd)
 
 
 def a_farm(here: Path, count: int = 1) -> Path:

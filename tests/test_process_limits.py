@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command import CLUSTER, PATIENCE, MiB, overlay_bytes, read_header, same_content
+from support.command import CLUSTER, PATIENCE, MiB, overlay_bytes, ran, read_header, same_content
 from support.seccomp import FILTER, refusing, skip_without_filters
 from support.seccomp_filter import CALLS
 
@@ -97,14 +97,7 @@ def test_job_with_few_processes_is_done(here: Path, allowed: int) -> None:
     script = here.parent / f"once-{allowed}.py"
     script.write_text(textwrap.dedent(ONCE).format(allowed=allowed))
     words = ["flatten", "--jobs", "3", "top.add-cow"]
-    done = subprocess.run(
-        [sys.executable, str(script), *words],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = ran([sys.executable, str(script), *words], cwd=here)
     assert (done.returncode, done.stderr) == (0, "")
     assert read_header(here / "top.add-cow").compatible == 1
 
@@ -126,15 +119,7 @@ def test_command_with_few_descriptors_succeeds_or_fails_in_one_line(
     def bind() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
-    done = subprocess.run(
-        [sys.executable, "-m", "addcow_mp", *words],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        preexec_fn=bind,
-    )
+    done = ran([sys.executable, "-m", "addcow_mp", *words], cwd=here, preexec_fn=bind)
     assert "Traceback" not in done.stderr, done.stderr
     assert "please report" not in done.stdout + done.stderr
     if done.returncode not in (0, 3):

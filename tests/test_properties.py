@@ -670,21 +670,7 @@ def files_in(directory: Path, chain: Overlay) -> Files:
     return build(chain, str(directory))
 
 
-def seen(path: str, file_format: str = "add-cow") -> str:
-    """Return the picture of what a guest reads from the file."""
-    return picture(read_view(path, file_format))
-
-
 BASE = raw("UVWXYZ")
-TOP = overlay("A-b0.-", BASE)
-MERGED = "AVW00Z"
-
-
-def test_device_reads_the_backing_of_unallocated_clusters(tmp_path: Path) -> None:
-    files = files_in(tmp_path, TOP)
-    with addcow_mp.open(files.path) as device:
-        assert picture(device.read(0, device.size)) == MERGED
-        assert list(device.allocated_runs()) == [(0, 1), (3, 5)]
 
 
 def test_device_reads_a_chain_layer_by_layer(tmp_path: Path) -> None:
@@ -695,12 +681,6 @@ def test_device_reads_a_chain_layer_by_layer(tmp_path: Path) -> None:
     whole = 4 * KiB
     assert found[:3] == [(0, True, whole), (1, True, whole), (2, True, 2 * whole)]
     assert [present for _, present, _ in found[3:]] == [False]
-
-
-def test_device_without_a_backing_reads_zeros(tmp_path: Path) -> None:
-    files = files_in(tmp_path, overlay("-Ab"))
-    with addcow_mp.open(files.path) as device:
-        assert picture(device.read(0, device.size)) == "0A0"
 
 
 def test_write_copies_up_the_rest_of_its_cluster(tmp_path: Path) -> None:
@@ -724,51 +704,6 @@ def test_all_allocated_hides_the_bitmap_and_the_backing(tmp_path: Path) -> None:
         device.write(0, b"!")
         assert {(each.depth, each.present) for each in device.extents()} == {(0, True)}
     assert read_bits(files.path) == frozenset()
-
-
-@pytest.mark.parametrize("jobs", [0, 2, None])
-def test_commit_in_a_picture(tmp_path: Path, jobs: int | None) -> None:
-    files = files_in(tmp_path, TOP)
-    addcow_mp.commit(files.path, jobs=jobs)
-    assert picture(read_file(files.below[0])) == MERGED
-    assert picture(read_file(files.image)) == "000000"
-    assert read_bits(files.path) == frozenset()
-
-
-def test_commit_grows_a_shorter_raw_backing_with_zeros(tmp_path: Path) -> None:
-    # The last 100 bytes of the backing are no whole sector, and stay what they are.
-    files = files_in(tmp_path, overlay("A---D", raw("XYZ", cut=4 * KiB - 100)))
-    tail = read_file(files.below[0])[-100:]
-    addcow_mp.commit(files.path, jobs=0)
-    content = read_file(files.below[0])
-    assert picture(content) == "AY?0D"
-    assert content[8 * KiB : 12 * KiB] == tail.ljust(4 * KiB, b"\0")
-
-
-def test_commit_never_shortens_a_longer_backing(tmp_path: Path) -> None:
-    files = files_in(tmp_path, overlay("A-", raw("WXYZ")))
-    addcow_mp.commit(files.path, jobs=0)
-    assert picture(read_file(files.below[0])) == "AXYZ"
-
-
-@pytest.mark.parametrize("jobs", [0, 2, None])
-def test_flatten_in_a_picture(tmp_path: Path, jobs: int | None) -> None:
-    files = files_in(tmp_path, TOP)
-    addcow_mp.flatten(files.path, jobs=jobs)
-    assert picture(read_file(files.image)) == MERGED
-    assert read_bits(files.path) == frozenset(range(6))
-
-
-def test_flatten_leaves_no_garbage_past_a_shorter_backing(tmp_path: Path) -> None:
-    files = files_in(tmp_path, overlay("A-bb", raw("X")))
-    addcow_mp.flatten(files.path, jobs=0)
-    assert picture(read_file(files.image)) == "A000"
-
-
-def test_convert_in_a_picture(tmp_path: Path) -> None:
-    files = files_in(tmp_path, TOP)
-    addcow_mp.convert(files.path, f"{tmp_path}/new", jobs=0)
-    assert seen(f"{tmp_path}/new", "raw") == MERGED
 
 
 def test_extents_separate_holes_from_data(tmp_path: Path) -> None:

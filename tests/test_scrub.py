@@ -39,6 +39,7 @@ from support.command import (
     overlay_bytes,
     patch,
     put,
+    ran,
     read_header,
     snapshot,
     tool,
@@ -1471,13 +1472,7 @@ def test_scrub_works_with_closed_streams(shop: Shop, words: str, closed: str) ->
     shop.run(status=2)
     place = str(shop.here) if words.startswith("run") else ""
     line = f'"$0" -m addcow_mp farm scrub {words} --state "$1" {place} {closed}'
-    done = subprocess.run(
-        ["sh", "-c", line, sys.executable, str(shop.state)],
-        cwd=shop.here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ran(["sh", "-c", line, sys.executable, str(shop.state)], cwd=shop.here)
     assert done.returncode == 2, done
     assert done.stderr == ""
     assert len(shop.status()["runs"]) == 1 + words.startswith("run")
@@ -1493,13 +1488,7 @@ def test_scrub_records_results_that_it_cannot_print(shop: Shop, words: str, wher
     shop.run(status=2)
     place = str(shop.here) if words.startswith("run") else ""
     line = f'"$0" -m addcow_mp farm scrub {words} --state "$1" {place} {where}'
-    done = subprocess.run(
-        ["sh", "-c", line, sys.executable, str(shop.state)],
-        cwd=shop.here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ran(["sh", "-c", line, sys.executable, str(shop.state)], cwd=shop.here)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
     assert len(done.stderr.splitlines()) <= 1, done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command import PATIENCE, addcow, pair, refused, succeed
+from support.command import PATIENCE, addcow, pair, ran, refused, succeed
 
 pytestmark = pytest.mark.sample(3)
 
@@ -174,14 +174,7 @@ def installed(here: Path, *arguments: str) -> tuple[int, str, str]:
         if os.environ.get("CI") == "true":
             pytest.fail("addcow is not installed beside this Python")
         pytest.skip("addcow is not installed beside this Python")
-    done = subprocess.run(
-        [command, *arguments],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = ran([command, *arguments], cwd=here)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -30,6 +30,7 @@ from support.command import (
     guest_picture,
     look,
     put,
+    ran,
     refused,
     succeed,
 )
@@ -50,14 +51,7 @@ def bound(*words: str, cwd: Path) -> Result:
                 pytest.fail("setpriv is not installed")
             pytest.skip("setpriv is not installed, and root reads everything")
         less = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
-    done = subprocess.run(
-        [*less, sys.executable, "-m", "addcow_mp", *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    done = ran([*less, sys.executable, "-m", "addcow_mp", *words], cwd=cwd)
     assert "Traceback" not in done.stderr, done.stderr
     return Result(done.returncode, done.stdout, done.stderr)
 

@@ -19,7 +19,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,13 @@ class Result:
     def said(self) -> str:
         """Everything printed, whichever stream it took."""
         return self.stdout + self.stderr
+
+
+def ran(words: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; return its status and what it printed."""
+    return subprocess.run(  # noqa: PLW1510 - the caller looks at the status
+        words, capture_output=True, text=True, timeout=PATIENCE, **options
+    )
 
 
 def addcow(*arguments: str, cwd: Path, stdin: str = "") -> Result:

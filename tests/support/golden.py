@@ -1,14 +1,12 @@
 """The golden images: facts about files of the reference, and ways to have them.
 
 `golden_facts.json` holds what the reference implementation made: sizes, steps,
-header fields, hashes. From it this module can have a case's files in three
-ways, and the tests compare all of them with the same facts:
+header fields, hashes. From it this module can have a case's files in two
+ways, and the tests compare both with the same facts:
 
 - `replay` runs the steps through the command line, as a user would;
 - `assemble` lays the bytes down by the format's rules alone, with no code of
   the package, for the tests of the oracle;
-- `unpack` takes the reference's own files from the archive, where that lies
-  beside the repository.
 
 The module keeps no state but the loaded facts, and asserts nothing about the
 package except that the commands of a replay succeed.
@@ -25,7 +23,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +31,6 @@ from typing import Any
 KiB = 1024
 SECTOR = 512
 ROOT = Path(__file__).resolve().parent.parent.parent
-ARCHIVE = ROOT.parent / "shared" / "golden" / "golden.tar.xz"
 LONG_AGO_NS = 1_000_000_000 * 10**9
 """A file time in 2001: whatever is written during a test gets another one."""
 
@@ -370,15 +366,3 @@ def header_bytes(fields: Facts) -> bytes:
         at = fields[f"{name}_offset"]
         area[at : at + fields[f"{name}_size"]] = fields[name].encode()
     return bytes(area)
-
-
-# From the archive
-
-
-def unpack(folder: Path) -> Path:
-    """Unpack the reference's own files below FOLDER; return where the cases lie."""
-    with tarfile.open(ARCHIVE) as archive:
-        # Pythons before 3.11.4 know no filters; the archive is the project's own.
-        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
-        archive.extractall(folder)  # noqa: S202
-    return folder / "golden"
