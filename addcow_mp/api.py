@@ -22,8 +22,8 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.format.header import ADD_COW, DEFAULT_CLUSTER_BITS, RAW
 
 if TYPE_CHECKING:
+    from addcow_mp.findings import CheckReport
     from addcow_mp.jobs.create import Created
-    from addcow_mp.jobs.findings import CheckReport
     from addcow_mp.jobs.info import Info
     from addcow_mp.jobs.options import RunOptions
     from addcow_mp.jobs.report import Report

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from addcow_mp.format.bits import READ_BYTES, MappedBits
-from addcow_mp.format.manifest import FileBytes, content_of
+from addcow_mp.format.manifest import FileBytes
 from support.command import KiB, MiB, addcow, draw_raw, ran, refused, same_content, succeed, tool
 
 pytestmark = pytest.mark.sample(1)
@@ -175,8 +175,7 @@ def test_manifest_without_shared_mappings_is_read(pool: Path) -> None:
     data = bytes(range(256)) * 16
     (pool / "data").write_bytes(data)
     with (pool / "data").open("rb") as file:
-        content = content_of(file.fileno(), len(data) - 3, "data")
-    assert isinstance(content, FileBytes)
+        content = FileBytes(file.fileno(), len(data) - 3, "data")
     assert len(content) == len(data) - 3
     for part in (slice(0, 16), slice(100, 5000), slice(None, -32), slice(4090, None)):
         assert content[part] == data[:-3][part]

@@ -133,7 +133,7 @@ def _enter(entry: os.DirEntry[str], found: Listing, excluded: Exclusions) -> Non
         elif entry.is_dir(follow_symlinks=False):
             found.directories.append(entry.path)
     except OSError as error:
-        found.unexamined.append(Unexamined.of(entry.path, error))
+        _add_hidden(Unexamined.of(entry.path, error), found.unexamined)
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:
@@ -144,16 +144,16 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def _enter_link(entry: os.DirEntry[str], found: Listing) -> None:
-    try:
-        status = entry.stat()
-    except OSError as error:
-        if error.errno not in ABSENT:
-            found.unexamined.append(Unexamined.of(entry.path, error))
-        return
+    status = entry.stat()
     if stat.S_ISDIR(status.st_mode):
         found.links += 1
     elif stat.S_ISREG(status.st_mode) and status.st_dev not in pseudo_devices():
         found.linked.append(entry.path)
+
+
+def _add_hidden(one: Unexamined, unexamined: list[Unexamined]) -> None:
+    if not one.absent:
+        unexamined.append(one)
 
 
 def listings(directory: str, excluded: Exclusions, *, deep: bool) -> Iterator[Listing]:
@@ -306,32 +306,20 @@ def matching_paths(pattern: str, unexamined: list[Unexamined]) -> list[str]:
 
 
 def _matching_in(base: str, part: str, unexamined: list[Unexamined]) -> list[str]:
-    if not glob.has_magic(part):
-        return _existing(os.path.join(base, part), unexamined)
-    if part == "**":
-        return [base, *_below(base, unexamined)]
-    regex = re.compile(translate(part))
-    names = [name for name in _names_in(base, unexamined) if regex.match(name)]
-    return [os.path.join(base, one) for one in names if part[0] == "." or one[0] != "."]
-
-
-def _existing(path: str, unexamined: list[Unexamined]) -> list[str]:
+    path, is_directory = os.path.join(base, part), False
     try:
-        os.lstat(path)
+        if not glob.has_magic(part):
+            os.lstat(path)
+            return [path]
+        if part == "**":
+            return [base, *_below(base, unexamined)]
+        path, is_directory = base or ".", True
+        regex = re.compile(translate(part))
+        names = [name for name in os.listdir(path) if regex.match(name)]
     except (OSError, ValueError) as error:
-        one = Unexamined.of(path, error)
-        unexamined += [] if one.absent else [one]
+        _add_hidden(Unexamined.of(path, error, is_directory=is_directory), unexamined)
         return []
-    return [path]
-
-
-def _names_in(directory: str, unexamined: list[Unexamined]) -> list[str]:
-    try:
-        return os.listdir(directory or ".")
-    except OSError as error:
-        one = Unexamined.of(directory or ".", error, is_directory=True)
-        unexamined += [] if one.absent else [one]
-        return []
+    return [os.path.join(base, one) for one in names if part[0] == "." or one[0] != "."]
 
 
 def _below(base: str, unexamined: list[Unexamined]) -> Iterator[str]:

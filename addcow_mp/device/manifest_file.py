@@ -1,10 +1,9 @@
-"""Sidecars: the manifest beside a layer, and how it ceases to be valid.
+"""Manifest files: where the manifest of a layer lies, and how it is removed.
 
-A manifest says what a layer held. It lies beside the file itself, not beside a symbolic link to
-it, so that a layer with several names has one. An image file may have its own, as a raw disk: it
-changes with its overlay. Whoever is about to change the layer takes it away first, and
-makes that durable: better none than one that accuses sound data. Those who change a file without
-asking leave other times behind, which the manifest knows too.
+A manifest lies beside the file itself, not beside a symbolic link to it, so a layer with several
+names has one. An image file may also have a manifest of its own, as a raw disk. A job removes the
+manifests of a layer, durably, before it changes the layer: a missing manifest is better than one
+that reports sound data as damaged. Other programs leave a changed time, which the manifest shows.
 """
 
 from __future__ import annotations
@@ -24,11 +23,14 @@ if TYPE_CHECKING:
 
 SUFFIX = ".manifest"
 
+#: The suffix after that of a manifest that is being written, or was left by a crash.
+DRAFT = ".part"
+
 #: The kernel follows no more links, one after the other.
 MAX_LINKS = 40
 
-#: Answers that mean that no file can be read under such a name.
-_THERE_IS_NONE = (
+#: Errors which say that no file can be read under a name.
+_NO_FILE = (
     errno.ENOENT,
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
@@ -37,13 +39,12 @@ _THERE_IS_NONE = (
     errno.EISDIR,
 )
 
-#: What is not finished, or was left by a crash, has this behind its name besides.
-DRAFT = ".part"
+_REMOVE = "remove it, as what it describes will change"
 
 
 def manifest_of(path: str) -> str:
     """The path of the manifest of the layer at ``path``."""
-    return _itself(path) + SUFFIX
+    return _target(path) + SUFFIX
 
 
 def draft_of(path: str) -> str:
@@ -51,18 +52,18 @@ def draft_of(path: str) -> str:
     return manifest_of(path) + DRAFT
 
 
-def _itself(path: str) -> str:
-    """The file that ``path`` leads to if it is a link; the directories on the way do not matter."""
+def _target(path: str) -> str:
+    """The file that ``path`` leads to if it is a link; links in its directory stay."""
     if os.path.basename(path) in ("", "."):
         return os.path.realpath(path)
-    with suppress(OSError, ValueError):  # it is no link, or nothing at all
+    with suppress(OSError, ValueError):  # it is no link, or does not exist
         for _ in range(MAX_LINKS):
             path = os.path.join(os.path.dirname(path), os.readlink(path))
     return path
 
 
 def described_by(path: str) -> str | None:
-    """The layer that ``path`` is the manifest of, or the draft of one; None = by its name, none."""
+    """The layer that ``path`` is the manifest or the draft of, by its name; None for others."""
     name = path.removesuffix(DRAFT)
     return name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else None
 
@@ -74,75 +75,75 @@ def invalidate_all(layer: Layer, *, durable: bool = True) -> None:
 
 
 def refuse_unremovable_manifests(layer: Layer) -> None:
-    """Raise when a manifest of the layer is there that :func:`invalidate_all` could not remove."""
+    """Raise when :func:`invalidate_all` could not remove a manifest of the layer."""
     from addcow_mp.device.changeable import why_not_removable
 
-    for sidecar in map(manifest_of, _described(layer)):
-        reason = why_not_removable(sidecar) if is_manifest(sidecar) else None
+    for manifest in map(manifest_of, _described(layer)):
+        reason = why_not_removable(manifest) if is_manifest(manifest) else None
         if reason is not None:
-            action = "remove it, as what it describes will change"
-            raise FileError(path=sidecar, action=action, reason=reason)
+            raise FileError(path=manifest, action=_REMOVE, reason=reason)
 
 
 def _described(layer: Layer) -> Iterator[str]:
-    """The names of a layer and of its image file, beside which manifests of them can lie."""
+    """The names of a layer and of its image file, beside which their manifests can lie."""
     files = list(layer.files())
     for path in dict.fromkeys((layer.path, files[0].path)):
         for name in _names(path):
-            # A disk of the chain may have such a name, and what its guest has written at its start.
+            # A disk of the chain may have the name of a manifest, and a guest may have written
+            # the magic to its start.
             if identity_at(manifest_of(name)) not in {file.identity for file in files}:
                 yield name
 
 
 def _names(path: str) -> list[str]:
-    """The names of the file at ``path``: hard links are looked for in its directory alone."""
-    itself = _itself(path)
+    """The names of the file at ``path``, including hard links in its directory."""
+    target = _target(path)
     try:
-        status = os.stat(itself)
+        status = os.stat(target)
         if status.st_nlink == 1:
-            return [itself]
-        directory = os.path.dirname(itself)
+            return [target]
+        directory = os.path.dirname(target)
         with os.scandir(directory or ".") as entries:
             names = [entry.name for entry in entries if entry.inode() == status.st_ino]
     except OSError:
-        return [itself]
+        return [target]
     return [os.path.join(directory, name) for name in names]
 
 
 def invalidate(path: str, *, durable: bool = True) -> None:
     """Remove the manifest of the file at ``path``, if there is one.
 
-    A file of that name that is none is somebody else's, and stays.
+    Another file with the name of a manifest stays.
     """
-    sidecar = manifest_of(path)
-    if not is_manifest(sidecar):
+    manifest = manifest_of(path)
+    if not is_manifest(manifest):
         return
     try:
-        os.unlink(sidecar)
+        os.unlink(manifest)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise FileError.of(sidecar, "remove it, as what it describes will change", error) from error
+        raise FileError.of(manifest, _REMOVE, error) from error
     if durable:
-        sync_directory(sidecar)
+        sync_directory(manifest)
 
 
 def is_manifest(path: str) -> bool:
-    """Whether the file at ``path`` begins like one.
+    """Whether the file at ``path`` begins like a manifest.
 
-    Raises :class:`FileError` for one that may not be read: that could be.
+    Raises :class:`FileError` for a file that cannot be read: it may be one.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in _THERE_IS_NONE:
+        if error.errno in _NO_FILE:
             return False
         raise FileError.of(path, "see whether it is a manifest", error) from error
     try:
         from addcow_mp.format.manifest import MAGIC
 
         is_file = stat.S_ISREG(os.fstat(fd).st_mode)
-        # One that was cut short is one as well.
+        # A manifest that was cut short counts.
         head = os.pread(fd, len(MAGIC), 0) if is_file else b""
         return bool(head) and MAGIC.startswith(head)
     finally:

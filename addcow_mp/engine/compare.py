@@ -1,14 +1,12 @@
-"""One task of looking: whether two guests' views show the same bytes.
+"""One task of comparing: whether two guests' views show the same bytes.
 
-For each extent that both sides agree on, the cheapest answer is taken: nothing is read when
-both sides take the same bytes of the same file, or both read as zeros; when one side reads as
-zeros, only the other is read; else both are mapped, window by window, and compared at the
-speed of memory. Where they differ, the range is narrowed down to sectors.
+For each extent that both sides agree on, the cheapest way is taken. Nothing is read when both sides
+use the same bytes of the same file, or both are zeros. When one side is zeros, only the other is
+read. Else both are mapped, window by window, and compared at the speed of memory. Differences are
+narrowed down to sectors.
 
-A sector that cannot be read kills whoever looks at it through a mapping. So only a worker,
-which may die, maps; in the parent's own process windows are read, and an error has a name.
-
-A side that is shorter reads as zeros behind its end.
+An unreadable sector ends a process that reads it through a mapping. So only workers map files; the
+parent reads, and an error has a name. A side that is shorter reads as zeros behind its end.
 """
 
 from __future__ import annotations
@@ -28,28 +26,28 @@ from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import SECTOR, KiB, MiB, round_down
 
-#: Bytes of each side that are mapped at a time: bounds what is resident.
+#: Bytes of each side that are mapped at a time: bounds the resident memory.
 WINDOW = 16 * MiB
 
-#: Bytes compared in one go where a window differs, before sectors are looked at.
+#: Bytes compared at once where a window differs, before single sectors are compared.
 FINE = 64 * KiB
 
-#: Differing extents that one task tells; behind them it only says that there are more.
+#: Differing extents that one task reports; after them it only reports that there are more.
 MOST = 1000
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The differing bytes of one task, as runs; ``complete`` unless there were too many."""
+    """The differing bytes of one task, as runs; not ``complete`` if there were too many."""
 
     runs: tuple[Run, ...] = ()
     complete: bool = True
 
 
 class Comparison:
-    """Compares two views, task by task. Picklable to a worker that is starting.
+    """Compares two views, task by task. Picklable to a worker, which maps the files.
 
-    ``first_only``: one difference per task is enough. Files are read; a worker maps them.
+    ``first_only``: one difference per task is enough.
     """
 
     def __init__(self, one: Layer, other: Layer, geometry: Geometry, *, first_only: bool) -> None:
@@ -81,18 +79,16 @@ class Comparison:
                     yield from self._compared(one, other, first, last)
 
     def _equal_unread(self, one: Extent, other: Extent) -> bool:
-        """Both zero, or both the same bytes of the same file."""
-        if one.kind is not ExtentKind.DATA and other.kind is not ExtentKind.DATA:
-            return True
-        if one.kind is not other.kind:
-            return False
+        """Whether both are zeros, or the same bytes of the same file."""
+        if not (one.data and other.data):
+            return not one.data and not other.data
         here, there = self._files[0][one.depth], self._files[1][other.depth]
         return here.identity == there.identity
 
     def _compared(self, one: Extent, other: Extent, start: int, stop: int) -> Iterator[Run]:
         views = [
-            self._window(files[piece.depth], start, stop) if piece.kind is ExtentKind.DATA else None
-            for piece, files in zip((one, other), self._files, strict=True)
+            self._window(files[extent.depth], start, stop) if extent.data else None
+            for extent, files in zip((one, other), self._files, strict=True)
         ]
         for first, last in _narrowed(views[0], views[1], stop - start):
             yield start + first, start + last
@@ -103,7 +99,7 @@ def _received(one: Layer, other: Layer, geometry: Geometry, first_only: bool) ->
 
 
 def _padded(side: Layer, start: int, stop: int) -> Iterator[Extent]:
-    """The pieces of ``[start, stop)``, absent behind the end of ``side``."""
+    """The extents of ``[start, stop)``; behind the end of ``side`` they are absent."""
     held = max(start, min(stop, side.size))
     if start < held:
         yield from joined(side.walk(start, held))
@@ -114,7 +110,7 @@ def _padded(side: Layer, start: int, stop: int) -> Iterator[Extent]:
 def overlapping(
     ones: Iterator[Extent], others: Iterator[Extent]
 ) -> Iterator[tuple[Extent, Extent]]:
-    """Two lists of pieces that cover the same range, cut so that both have the same borders."""
+    """Two lists of extents over the same range, cut so that both have the same borders."""
     one, other = next(ones, None), next(others, None)
     while one is not None and other is not None:
         stop = min(one.stop, other.stop)
@@ -129,14 +125,14 @@ def _windows(start: int, stop: int) -> Iterator[Run]:
 
 
 def mapped(file: File, start: int, stop: int) -> memoryview:
-    """The bytes ``[start, stop)`` of ``file``, mapped for reading; read where that cannot be."""
+    """The bytes ``[start, stop)`` of ``file``, mapped, or read where they cannot be mapped."""
     base = round_down(start, mmap.ALLOCATIONGRANULARITY)
     try:
         window = mmap.mmap(
             file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
         )
     except (OSError, ValueError):
-        # A file system without mappings, or a file that was cut short: reading says which.
+        # A file system without mappings, or a file that was cut short: reading tells which.
         return reading(file, start, stop)
     with file.doing(f"map {stop - start} bytes at {start}"):
         window.madvise(mmap.MADV_SEQUENTIAL)
@@ -144,14 +140,14 @@ def mapped(file: File, start: int, stop: int) -> memoryview:
 
 
 def reading(file: File, start: int, stop: int) -> memoryview:
-    """The bytes ``[start, stop)`` of ``file``, read into memory of our own."""
+    """The bytes ``[start, stop)`` of ``file``, read into memory."""
     view = memoryview(bytearray(stop - start))
     file.read_into(view, start)
     return view
 
 
 def _narrowed(one: memoryview | None, other: memoryview | None, length: int) -> Iterator[Run]:
-    """The differing sectors of two views of ``length`` bytes; None is all zeros."""
+    """The differing sectors of two views of ``length`` bytes; None stands for zeros."""
     if _same(one, other, 0, length):
         return
     for start in range(0, length, FINE):
@@ -164,7 +160,7 @@ def _narrowed(one: memoryview | None, other: memoryview | None, length: int) -> 
 
 
 def _same(one: memoryview | None, other: memoryview | None, start: int, stop: int) -> bool:
-    """Whether two views agree in ``[start, stop)``; compared at the speed of memcmp."""
+    """Whether two views are equal in ``[start, stop)``; compared at the speed of memcmp."""
     if one is None or other is None:
         view = other if one is None else one
         return view is None or not bitarray(buffer=view[start:stop]).any()

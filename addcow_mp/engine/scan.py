@@ -1,17 +1,17 @@
-"""The scan engine: tasks that only look, done by processes, and their answers as they come.
+"""The scan engine: tasks that only read, done by processes, and their results as they come.
 
 Compare, manifest, read-back, verify, and the check and the plan of a farm differ in what a task
-looks at and in how answers are folded. What they share is decided here, once:
+reads and in how results are combined. What they share is decided here:
 
 - *Processes*: as many as asked for, else the usable processors. One small task is done in this
-  process. Under a rate limit one process keeps up with any limit, and more would share it.
-- *The parent* takes part, and starts others when its first tasks take long enough. It keeps out
-  where a limit holds, which it would exceed, and where tasks map files: a bad sector under a
-  mapping kills the process that looks at it.
-- *Stopping*: no task is begun any more, and the scan raises :class:`RestartsError`, since a scan
+  process. Under a rate limit there is one process: more would only share the limit.
+- *The parent* does tasks too, and starts other processes when its first tasks take long enough. It
+  does none under a rate limit, which it would exceed, and where tasks map files: a bad sector under
+  a mapping ends the process.
+- *Stopping*: no further task begins, and the scan raises :class:`RestartsError`, since a scan
   keeps no record of what it has done.
-- *Counting*: progress by the weight of tasks that are done.
-- *Failing*: a task that failed is handed to ``failed``, which raises or gives an answer instead.
+- *Progress*: the weight of finished tasks.
+- *Failures*: ``failed`` gets a failed task, and raises or returns a result instead.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from addcow_mp.errors import RestartsError, StoppedError
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """Who takes part in a scan.
+    """The processes of a scan.
 
-    ``jobs``: processes as asked for, None = as many as pay. ``rate``: bytes per second for all
-    processes together, 0 = no limit. ``maps``: tasks map files. ``many``: so many tasks that
+    ``jobs``: processes as asked for; None = as many as pay. ``rate``: bytes per second for all
+    processes together; 0 = no limit. ``maps``: tasks map files. ``many``: so many tasks that
     processes are started at once.
-    ``counts``: tasks weigh things, not bytes, so that their weight does not tell whether another
-    process pays.
+    ``counts``: the weight of a task is a number of things, not of bytes, and does not tell whether
+    another process pays.
     """
 
     jobs: int | None = None
@@ -46,7 +46,7 @@ class ScanOptions:
     counts: bool = False
 
     def processes(self, tasks: Sequence[Task]) -> int:
-        """How many processes to start for ``tasks``, this one not counted."""
+        """The number of processes to start for ``tasks``, without this one."""
         if self.jobs is not None:
             return self.jobs if self.counts else min(self.jobs, len(tasks))
         if not self.counts and sum(task.weight for task in tasks) <= TASK_BYTES:
@@ -64,10 +64,10 @@ class ScanOptions:
 
 @dataclass(frozen=True)
 class ScanHooks:
-    """What a scan asks and tells: ``name`` is what its errors call the thing that is looked at.
+    """Functions of the caller; ``name`` is what errors call the thing that is scanned.
 
-    ``stopping``: whether the user wants it to end. ``enough``: whether further answers change
-    nothing. ``failed``: the answer in place of a failed task; raises where there is none.
+    ``stopping``: whether the user wants to stop. ``enough``: whether further results change
+    nothing. ``failed``: returns a result in place of a failed task, or raises.
     """
 
     name: str
@@ -80,7 +80,7 @@ class ScanHooks:
 def scan_pool(
     work: Work, tasks: Sequence[Task], options: ScanOptions, stopping: Callable[[], bool]
 ) -> Pool:
-    """Return the processes of a scan, for callers that deal out tasks themselves."""
+    """The processes of a scan, for callers that distribute tasks themselves."""
     role, rate = options.parent_role, options.rate
     return Pool(work, options.processes(tasks), parent_role=role, rate=rate, stopping=stopping)
 
@@ -88,7 +88,7 @@ def scan_pool(
 def scan(
     work: Work, tasks: Sequence[Task], options: ScanOptions, hooks: ScanHooks
 ) -> Iterator[tuple[Task, Any]]:
-    """Do all tasks; each with its answer, in the order in which they end.
+    """Do all tasks; yields each with its result, in the order in which they end.
 
     Raises :class:`RestartsError` when it is stopped before all are done.
     """

@@ -1,12 +1,11 @@
-"""Farm check: every image of a farm by itself, and then what no image can know of itself.
+"""Farm check: check every image of a farm, and then what no single image shows.
 
-Each image goes through the checks of :mod:`addcow_mp.jobs.check`, and its report is the same as
-if it had been checked alone. Over all of them stand the checks of the *graph*: a file that two
-overlays take for their image, an image that is somebody's backing file besides, and circles.
+Each image gets the checks of :mod:`addcow_mp.jobs.check`, and its report is that of a check of the
+image alone. The checks of the *graph* come on top: an image file of two overlays, an image file
+that is also a backing file, and cycles.
 
-Files are dealt out in parcels to the engine's pool: this process takes part, and others are
-started only when there are so many that it pays. There is no process for each image. Most images
-are proved clean by a glance (:mod:`addcow_mp.farm.quick_check`); the others get the full check.
+Batches of files are distributed by the scan engine. The quick check
+(:mod:`addcow_mp.farm.quick_check`) proves most images clean; the others get the full check.
 """
 
 from __future__ import annotations
@@ -14,32 +13,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import Identity, Named, Unexamined, examined, is_gone, named_by
+from addcow_mp.device.discovery import Identity, Named, examined, is_gone, named_by
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
 from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import Found, files_of, without_backups
 from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
+from addcow_mp.findings import Finding, Severity, worst
 from addcow_mp.jobs.check import check
-from addcow_mp.jobs.findings import CheckReport, Finding, Severity
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 
-#: Files in one task: enough that handing it out costs nothing against it.
+#: Files in one task: enough that the cost of distributing it does not matter.
 BATCH = 128
 
-#: Files for which other processes are started at once: they take longer than to find it out.
+#: With so many files other processes are started at once, without measuring the first tasks.
 MANY = 4096
-
-#: Exit statuses of single images, the worst first.
-WORST_FIRST = (2, 1, 3, 0)
 
 
 class Checked(NamedTuple):
-    """An overlay, what is wrong with it, and the files that it names, where that is known."""
+    """An overlay, what is wrong with it, and the files that it names, if they are known."""
 
     path: str
     named: Named | None
@@ -47,21 +43,28 @@ class Checked(NamedTuple):
 
     @property
     def exit_code(self) -> int:
-        """The exit status that the check of this image alone would have."""
-        return CheckReport(self.path, list(self.findings)).exit_code if self.findings else 0
+        """The exit status of a check of this image alone."""
+        return worst(one.severity.exit_code for one in self.findings)
 
 
 @dataclass
 class FarmReport:
-    """The report of each image, in order of paths, and the findings about the farm as a whole.
+    """The result for each image, in order of paths, and the findings on the whole farm.
 
-    ``places`` are directories, and files that are named, that could not be looked at.
+    ``places``: directories, and files given by name, that could not be examined.
     """
 
-    images: list[Checked] = field(default_factory=list)
-    graph: list[Finding] = field(default_factory=list)
-    places: list[Checked] = field(default_factory=list)
-    found: Found = field(default_factory=lambda: Found(Access()))
+    exit_statuses: ClassVar = {
+        0: "no errors were found",
+        1: "an image or place could not be checked, or the given files are no overlays",
+        2: "an image or the graph is corrupt",
+        3: "only leaks were found",
+    }
+
+    images: list[Checked]
+    graph: list[Finding]
+    places: list[Checked]
+    found: Found = field(repr=False)
 
     @property
     def all(self) -> list[Checked]:
@@ -70,17 +73,18 @@ class FarmReport:
 
     @property
     def exit_code(self) -> int:
-        """That of the worst image; a finding about the graph is a corruption."""
-        statuses = {one.exit_code for one in self.all} | ({2} if self.graph else {0})
-        return next(status for status in WORST_FIRST if status in statuses)
+        """The status of the worst image or finding; 1 when the given files are no overlays."""
+        findings = (one.severity.exit_code for one in self.graph)
+        found = worst([*findings, *(one.exit_code for one in self.all)])
+        return found or int(not self.images and bool(self.found.named))
 
     def count(self, status: int) -> int:
-        """How many images and places have this exit status."""
+        """The number of images and places with this exit status."""
         return sum(1 for one in self.all if one.exit_code == status)
 
 
 class _Checks:
-    """The work of a task: the overlays among the files ``[first, stop)`` of the list."""
+    """Does a task: checks the overlays among the files ``[first, stop)`` of the list."""
 
     def __init__(self, paths: list[str], access: Access) -> None:
         self.paths = paths
@@ -92,13 +96,13 @@ class _Checks:
 
     def __call__(self, task: Task, worker: WorkerContext) -> list[Checked]:  # noqa: ARG002
         self._quick_check = self._quick_check or QuickCheck(self.access)
-        looked_at = map(self._checked, self.paths[task.first : task.stop])
-        return [one for one in looked_at if one is not None]
+        paths = self.paths[task.first : task.stop]
+        results = (self._checked(path, self._quick_check) for path in paths)
+        return [one for one in results if one is not None]
 
-    def _checked(self, path: str) -> Checked | None:
-        assert self._quick_check is not None  # noqa: S101 - made by the call above
+    def _checked(self, path: str, quick_check: QuickCheck) -> Checked | None:
         try:
-            seen = self._quick_check.at(path)
+            seen = quick_check.at(path)
         except NeedsFullCheckError:
             return full_check(path, self.access)
         if seen is None:
@@ -107,28 +111,22 @@ class _Checks:
 
 
 def full_check(path: str, access: Access) -> Checked | None:
-    """What the full check says of ``path``; None when it is no overlay."""
-    # What a link leads to and is no overlay, wherever that lies, is of no concern.
+    """The result of the full check of ``path``; None when it is no overlay."""
+    # A link may lead to any file that is no overlay, wherever it lies.
     if os.path.islink(path) and examined(path) is None:
         return None
     try:
         report = check(path, access)
     except OSError as error:
-        return _unexamined(path, error)
-    if not (report.is_addcow and not is_gone(path)):
+        return _unexamined(path, str(error))
+    if not report.is_addcow or is_gone(path):
         return None
     return Checked(path, named_by(path), tuple(report.findings))
 
 
-def _unexamined(path: str, error: Exception) -> Checked:
-    """An image that nobody could look at: it is not clean, and ends alone."""
-    finding = Finding("file", Severity.CHECK_ERROR, str(error))
-    return Checked(path, None, (finding,))
-
-
-def _place(one: Unexamined) -> Checked:
-    finding = Finding("not-examined", Severity.CHECK_ERROR, one.reason)
-    return Checked(one.path, None, (finding,))
+def _unexamined(path: str, reason: str, name: str = "file") -> Checked:
+    """The result for a file or place that could not be examined."""
+    return Checked(path, None, (Finding(name, Severity.CHECK_ERROR, reason),))
 
 
 def farm_check(
@@ -140,15 +138,15 @@ def farm_check(
     """
     with hooks.looking():
         there = files_of(places, options.access)
-    found = list(each_once(_checked(there.files, replace(options, access=there.access), hooks)))
+    found = list(_each_once(_checked(there.files, replace(options, access=there.access), hooks)))
     named = without_backups(one.named for one in found if one.named is not None)
     counted = {one.path for one in named}
     found = [one for one in found if one.named is None or one.path in counted]
-    hidden = [_place(one) for one in there.unexamined]
+    hidden = [_unexamined(one.path, one.reason, "not-examined") for one in there.unexamined]
     return FarmReport(found, list(graph_findings(named)), hidden, there)
 
 
-def each_once(found: Iterable[Checked]) -> Iterator[Checked]:
+def _each_once(found: Iterable[Checked]) -> Iterator[Checked]:
     """Each overlay under the first of its names."""
     seen: set[Identity] = set()
     for one in found:
@@ -166,17 +164,17 @@ def _checked(paths: list[str], options: RunOptions, hooks: Hooks) -> Iterator[Ch
     def failed(result: Failed) -> list[Checked]:
         """When a worker died, nothing is known of its files."""
         task = result.task
-        return [_unexamined(path, result.error) for path in paths[task.first : task.stop]]
+        return [_unexamined(path, str(result.error)) for path in paths[task.first : task.stop]]
 
     scan_hooks = ScanHooks(f"{count} files", failed, hooks.stopping)
-    done: dict[int, list[Checked]] = {}
-    looked_at = images = 0
     work = _Checks(paths, options.access)
+    done: dict[int, list[Checked]] = {}
+    examined_files = images = 0
     for task, checked in scan(work, tasks, scan_options, scan_hooks):
         done[task.number] = checked
-        looked_at, images = looked_at + task.weight, images + len(checked)
-        # How many of the files are images shows in time: at least one is left till then.
-        expected = max(round(images * count / looked_at), images + (looked_at < count))
+        examined_files, images = examined_files + task.weight, images + len(checked)
+        # The number of images is estimated until all files are examined; at least one is left.
+        expected = max(round(images * count / examined_files), images + (examined_files < count))
         hooks.counted(images, expected)
     if not tasks:
         hooks.counted(0, 0)

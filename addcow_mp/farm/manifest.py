@@ -1,8 +1,8 @@
 """Farm manifest: a manifest beside each layer of a farm that has none, each layer once.
 
 Every image is one task: a process makes the manifests of its chain from the bottom up
-(:mod:`addcow_mp.jobs.manifest`). Overlays that share a base meet at the base's manifest: one
-process writes it, the others wait for it and take it. An image with much to read is done by all
+(:mod:`addcow_mp.jobs.manifest`). Where overlays share a base, one process writes the base's
+manifest, and the others wait for it and use it. An image with much to read is done by all
 processes together, after the others. An image that fails does not end the others.
 """
 
@@ -11,18 +11,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
-from addcow_mp.errors import AddcowError, StoppedError
+from addcow_mp.errors import AddcowError, ImageError, StoppedError
 from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.jobs.manifest import Made, create
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.units import MiB
 
 #: Images with more bytes to read are done by all processes together: others can help for longer
-#: than it takes to hand out the work.
+#: than it takes to distribute the work.
 LARGE = 256 * MiB
 
 
@@ -39,35 +40,44 @@ class ImageManifests:
 class FarmManifests:
     """All images in order of paths, and what else was found in the places."""
 
+    exit_statuses: ClassVar = {
+        0: "every layer has a manifest",
+        1: "an image failed or a place could not be examined, or the given files are no overlays",
+    }
+
     images: list[ImageManifests]
     places: Found = field(repr=False)
 
     @property
-    def written(self) -> int:
-        """Manifests that were written."""
-        return sum(one.written for image in self.images for one in image.made)
+    def all(self) -> list[ImageManifests]:
+        """The images, and what could not be examined."""
+        hidden = (
+            ImageManifests(one.path, problem=ImageError(path=one.path, problem=one.reason))
+            for one in self.places.unexamined
+        )
+        return [*self.images, *hidden]
 
     @property
     def exit_code(self) -> int:
-        """1 when an image failed or a place could not be looked at."""
-        failed = any(image.problem is not None for image in self.images)
-        return 1 if failed or self.places.unexamined else 0
+        """1 when an image failed, a place was not examined, or the given files are no overlays."""
+        failed = any(one.problem is not None for one in self.all)
+        return int(failed or (not self.images and bool(self.places.named)))
 
 
 @dataclass(frozen=True)
 class _Work:
-    """The work of a task: the manifests of one image. Picklable to a worker process."""
+    """Does a task: the manifests of one image. Picklable to a worker process."""
 
     paths: list[str]
     options: RunOptions
     replaces: bool
 
     def __call__(self, task: Task, worker: WorkerContext) -> ImageManifests:
-        path, hooks = self.paths[task.first], Hooks(stopping=worker.must_stop)
-        return _of_image(path, self.options, hooks, replaces=self.replaces)
+        hooks = Hooks(stopping=worker.must_stop)
+        return _of_image(self.paths[task.first], self.options, hooks, self.replaces)
 
 
-def _of_image(path: str, options: RunOptions, hooks: Hooks, *, replaces: bool) -> ImageManifests:
+def _of_image(path: str, options: RunOptions, hooks: Hooks, replaces: bool) -> ImageManifests:
     try:
         return ImageManifests(path, tuple(create(path, options, hooks, replaces=replaces)))
     except StoppedError:
@@ -83,7 +93,7 @@ def farm_manifest(
     *,
     replaces: bool = False,
 ) -> FarmManifests:
-    """Make the manifests of all overlays in ``places`` and of what they stand on.
+    """Make the manifests of all overlays in ``places`` and of the layers below them.
 
     ``replaces`` existing ones that do not match. Raises :class:`ImageError` when none of the places
     is there, and :class:`RestartsError` when ``hooks`` stops it.
@@ -92,21 +102,23 @@ def farm_manifest(
         there = files_of(places, options.access)
         paths = sorted(one.path for one in overlays_of(there.files, there.unexamined))
     options = replace(options, access=there.access)
-    large = [path for path in paths if _bytes_of(path) > LARGE]
-    small = [path for path in paths if path not in set(large)]
+    large = [path for path in paths if _stored_bytes(path) > LARGE]
+    small = sorted(set(paths) - set(large))
     done: dict[str, ImageManifests] = {}
-    found = (
-        *_small_ones(small, options, hooks, replaces),
-        *_large_ones(large, options, hooks, replaces),
-    )
-    for one in found:
+
+    def enter(one: ImageManifests) -> None:
         done[one.path] = one
         hooks.counted(len(done), len(paths))
+
+    for one in _small_ones(small, options, hooks, replaces):
+        enter(one)
+    for path in large:
+        enter(_of_image(path, options, hooks, replaces))
     return FarmManifests([done[path] for path in paths], there)
 
 
-def _bytes_of(path: str) -> int:
-    """About how many bytes there are to read beside an overlay's base."""
+def _stored_bytes(path: str) -> int:
+    """About how many bytes there are to read in an overlay's own image file."""
     try:
         return os.stat(os.path.splitext(path)[0] + ".raw").st_blocks * 512
     except OSError:
@@ -124,10 +136,3 @@ def _small_ones(
     scan_options = replace(options.scan_options, counts=True)
     for _, one in scan(work, equal_tasks(len(paths), 1), scan_options, scan_hooks):
         yield one
-
-
-def _large_ones(
-    paths: list[str], options: RunOptions, hooks: Hooks, replaces: bool
-) -> Iterator[ImageManifests]:
-    for path in paths:
-        yield _of_image(path, options, hooks, replaces=replaces)

@@ -1,13 +1,13 @@
-"""A glance: proof that an overlay is clean, in a few system calls, or the advice to look closer.
+"""Quick check: prove that an overlay is clean with a few system calls, or ask for the full check.
 
-Of ten thousand images nearly all are clean and laid out plainly: names at the beginning of the
-header, a small bitmap, data where bits are set. For those a glance asserts all that
-:mod:`addcow_mp.jobs.check` asserts, looking only once at what a thousand of them share.
-Whatever is the least bit out of the ordinary, sound or not, is *not* judged here: the full check
-does that, and alone has words for it. So a glance that gives up costs time, never a finding.
+Nearly all images are clean and laid out plainly: names at the beginning of the header, a small
+bitmap, data where bits are set. For those the quick check asserts all that
+:mod:`addcow_mp.jobs.check` asserts, and examines a file that many images share only once. Anything
+unusual, sound or not, is left to the full check, which alone makes findings. So a quick check that
+gives up costs time, never a finding.
 
-What was seen of a file is remembered for the files above it. No lock is taken: one that a guest
-takes while an image is glanced at is as good as one taken right after the check.
+Results are kept for the files above. No lock is taken: a guest that takes a lock during the quick
+check could as well take it right after the check.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from addcow_mp.format.header import ADD_COW, FIXED_SIZE, MAGIC, RAW, Header, for
 from addcow_mp.format.names import path_has_protocol
 from addcow_mp.units import KiB
 
-#: What is read of a file at once: a plainly laid out header has its names in it.
+#: Bytes of a file that are read at once: they include the names of a plain header.
 HEAD = 4 * KiB
 
-#: A longer bitmap is left to the full check, which maps it.
+#: Longer bitmaps are left to the full check, which maps them.
 LONGEST_BITMAP = 256 * KiB
 
-#: Bytes that are looked at for zeros; more are left to the full check as well.
+#: Bytes that are compared with zeros; more are left to the full check.
 MOST_READ = 256 * KiB
 
 _ZEROS = bytes(MOST_READ)
 
-#: Files and directories remembered; then it begins anew, so that memory stays flat.
+#: Results that are kept; then all are dropped, so that memory stays bounded.
 REMEMBERED = 1024
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
@@ -55,18 +55,23 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 Place = tuple[str, str]
-"""A directory without links on the way, ending with a slash, and a name in it."""
+"""The real path of a directory, with a slash at its end, and a name in it."""
 
 
 class NeedsFullCheckError(Exception):
-    """The file is not plain enough to be judged at a glance."""
+    """The file is not plain enough for the quick check."""
+
+
+def _require(condition: object) -> None:
+    if not condition:
+        raise NeedsFullCheckError
 
 
 class SeenFile(NamedTuple):
-    """A file with nothing wrong about it, as far as files above it are concerned.
+    """A file in which files above it would find nothing wrong.
 
-    ``identities``: its own and those of all files below it, ``overlays`` how many of them are
-    overlays. ``clean`` says that the full check of it would find nothing at all.
+    ``identities``: its own and those of all files below it; ``overlays``: how many of them are
+    overlays. ``clean``: the full check of the file itself would find nothing.
     """
 
     identity: Identity
@@ -77,75 +82,63 @@ class SeenFile(NamedTuple):
     clean: bool = True
 
 
-#: What is seen below an overlay without a backing file: no file has this identity.
+#: Stands for the backing file of an overlay that has none: no file has this identity.
 NOTHING = SeenFile((-1, -1))
 
 
-class _Plain(NamedTuple):
-    """A legal header, its names, and nothing else."""
-
-    header: Header
-    image: str
-    backing: str
-
-
 class QuickCheck:
-    """The glances of one process; ``access`` says where names may lead."""
+    """The quick checks of one process; ``access`` says where names may lead."""
 
     def __init__(self, access: Access) -> None:
-        self._heeds_locks = access.locking and not access.share
+        self._respects_locks = access.locking and not access.share
         self._roots = tuple(os.path.realpath(root).rstrip("/") + "/" for root in access.roots)
         self._seen_files: dict[tuple[str, str, str], SeenFile] = {}
-        #: Image files that were met: they begin as no other format does.
+        #: Image files of overlays that were checked: none begins as an overlay does.
         self._images: dict[Place, None] = {}
         self._directories: dict[str, str] = {}
-        self._under_way: set[tuple[str, str, str]] = set()
-        self._ways: dict[str, Callable[[Place, int], SeenFile | None]]
-        self._ways = {ADD_COW: self._overlay, RAW: self._raw}
+        self._in_progress: set[tuple[str, str, str]] = set()
+        self._checks: dict[str, Callable[[Place, int], SeenFile | None]]
+        self._checks = {ADD_COW: self._overlay, RAW: self._raw}
 
     def at(self, path: str) -> SeenFile | None:
-        """What was seen of the file at ``path``; None when it does not begin as an overlay does.
+        """The result for the file at ``path``; None when it does not begin as an overlay does.
 
-        Raises :class:`NeedsFullCheckError` when only the full check can say how it is.
+        Raises :class:`NeedsFullCheckError` when only the full check can give the result.
         """
         place = self._place(path)
         if place in self._images:
             return None
         seen = self._seen(place, ADD_COW)
-        if seen is not None and not seen.clean:
-            raise NeedsFullCheckError
+        _require(seen is None or seen.clean)
         return seen
 
     def _place(self, path: str) -> Place:
-        directory, slash, name = path.rpartition("/")
-        return self._real(directory + slash), name
-
-    def _real(self, directory: str) -> str:
+        head, slash, name = path.rpartition("/")
+        directory = head + slash
         real = self._directories.get(directory)
         if real is None:
             real = os.path.realpath(directory or ".").rstrip("/") + "/"
             _remember(self._directories, directory, real)
-        return real
+        return real, name
 
     def _seen(self, place: Place, format_: str) -> SeenFile | None:
-        """What is remembered of ``place``, looked at as ``format_``, or what is seen there."""
+        """The result for ``place`` as a file of ``format_``: the kept one, or a new one."""
         key = (*place, format_)
         known = self._seen_files.get(key)
         if known is not None:
             return known
-        if key in self._under_way or format_ not in self._ways:
-            raise NeedsFullCheckError
-        self._under_way.add(key)
+        _require(key not in self._in_progress and format_ in self._checks)
+        self._in_progress.add(key)
         try:
             fd, place = self._open(place)
             try:
-                seen = self._ways[format_](place, fd)
+                seen = self._checks[format_](place, fd)
             finally:
                 os.close(fd)
         except (OSError, ValueError) as error:
             raise NeedsFullCheckError from error
         finally:
-            self._under_way.discard(key)
+            self._in_progress.discard(key)
         if seen is not None:
             _remember(self._seen_files, key, seen)
         return seen
@@ -157,48 +150,44 @@ class QuickCheck:
         if not head.startswith(MAGIC):
             return None
         status = self._status(fd)
-        plain = _plain(fd, head, status.st_size)
-        below = self._below(place, plain)
-        where = self._led_to(place, plain.image)
+        header, image_name, backing_name = _plain_header(fd, head, status.st_size)
+        below = self._below(place, header, backing_name)
+        where = self._target(place, image_name)
         image, _ = self._open(where)
         try:
             held = self._status(image)
-            if magic_of(os.pread(image, LONGEST_MAGIC, 0)) is not None:
-                raise NeedsFullCheckError
+            _require(magic_of(os.pread(image, LONGEST_MAGIC, 0)) is None)
             _remember(self._images, where, None)
-            clean = _is_clean(fd, status.st_size, plain.header, image, held.st_size)
+            clean = _is_clean(fd, status.st_size, header, image, held.st_size)
         finally:
             os.close(image)
         own = identity_of(status), identity_of(held)
-        identities = below.identities.union(own)
-        overlays = below.overlays + 1
-        if len(identities) < len(below.identities) + len(own) or overlays >= MAX_DEPTH:
-            raise NeedsFullCheckError
+        identities, overlays = below.identities.union(own), below.overlays + 1
+        _require(len(identities) == len(below.identities) + len(own) and overlays < MAX_DEPTH)
         backing = None if below is NOTHING else below.identity
         return SeenFile(*own, backing, identities, overlays, clean)
 
     def _raw(self, _: Place, fd: int) -> SeenFile:
         identity = identity_of(self._status(fd))
-        if magic_of(os.pread(fd, LONGEST_MAGIC, 0)) is not None:
-            raise NeedsFullCheckError
+        _require(magic_of(os.pread(fd, LONGEST_MAGIC, 0)) is None)
         return SeenFile(identity, identities=frozenset([identity]))
 
-    def _below(self, place: Place, plain: _Plain) -> SeenFile:
-        """What was seen of the backing file."""
-        if not plain.header.has_backing:
+    def _below(self, place: Place, header: Header, name: str) -> SeenFile:
+        """The result for the backing file."""
+        if not header.has_backing:
             return NOTHING
-        below = self._led_to(place, plain.backing)
-        if plain.header.all_allocated and not os.path.lexists("".join(below)):
-            return NOTHING  # nobody needs it
-        seen = self._seen(below, format_name(plain.header.backing_format))
+        below = self._target(place, name)
+        if header.all_allocated and not os.path.lexists("".join(below)):
+            return NOTHING  # with ALL_ALLOCATED it is not needed
+        seen = self._seen(below, format_name(header.backing_format))
         if seen is None:
             raise NeedsFullCheckError
         return seen
 
     def _open(self, place: Place) -> tuple[int, Place]:
-        """Open a file, and say where it really lies: names inside it are relative to that.
+        """Open a file, and return where it really lies: names inside it are relative to that.
 
-        What a link leads to must be where names may lead from the link's directory as well.
+        The target of a link must also lie where names may lead from the link's directory.
         """
         try:
             return os.open("".join(place), _FLAGS), place
@@ -206,27 +195,23 @@ class QuickCheck:
             if error.errno != errno.ELOOP:
                 raise
         real = os.path.realpath("".join(place))
-        if not real.startswith((place[0], *self._roots)):
-            raise NeedsFullCheckError
+        _require(real.startswith((place[0], *self._roots)))
         directory, slash, name = real.rpartition("/")
         return os.open(real, _FLAGS), (directory + slash, name)
 
-    def _led_to(self, place: Place, name: str) -> Place:
-        """Where ``name``, in the overlay at ``place``, leads, if it may lead there."""
+    def _target(self, place: Place, name: str) -> Place:
+        """Where ``name``, in the overlay at ``place``, leads. Raises if it may not lead there."""
         if "/" not in name:
             return place[0], name
         there = self._place(name if name.startswith("/") else place[0] + name)
-        if not there[0].startswith((place[0], *self._roots)):
-            raise NeedsFullCheckError
+        _require(there[0].startswith((place[0], *self._roots)))
         return there
 
     def _status(self, fd: int) -> os.stat_result:
-        """The status of a plain file that nobody changes at this moment."""
+        """The status of a regular file that no other process writes at this moment."""
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_dev in pseudo_devices():
-            raise NeedsFullCheckError
-        if self._heeds_locks and not is_available(fd, READING):
-            raise NeedsFullCheckError
+        _require(stat.S_ISREG(status.st_mode) and status.st_dev not in pseudo_devices())
+        _require(not self._respects_locks or is_available(fd, READING))
         return status
 
 
@@ -239,40 +224,32 @@ def _remember(memory: dict[K, V], key: K, value: V) -> None:
 # The header
 
 
-def _plain(fd: int, head: bytes, length: int) -> _Plain:
-    """The header of a file of ``length`` bytes that begins with ``head``."""
+def _plain_header(fd: int, head: bytes, length: int) -> tuple[Header, str, str]:
+    """The header of a file of ``length`` bytes that begins with ``head``, and its names."""
     header = _legal(head[:FIXED_SIZE])
     if header.name_ranges()[-1][1] > len(head):
         head = os.pread(fd, header.header_size, 0)
-    if length < header.header_size or not _is_zero(_without_names(head, header)):
-        raise NeedsFullCheckError
-    if not _is_empty(fd, len(head), header.header_size):
-        raise NeedsFullCheckError
+    _require(length >= header.header_size and format_name(header.image_format) == RAW)
+    end = FIXED_SIZE
+    for start, stop in header.name_ranges():
+        _require(_is_zero(head[end:start]))
+        end = max(end, stop)  # names may overlap
+    _require(_is_zero(head[end:]))
+    # Where the file has a hole, nothing is read.
+    data = next_data(fd, len(head)) if len(head) < header.header_size else None
+    if data is not None and data < header.header_size:
+        _require(_is_zero(os.pread(fd, header.header_size - data, data)))
     image = _name(head, header.image_offset, header.image_size)
-    backing = _name(head, header.backing_offset, header.backing_size)
-    if format_name(header.image_format) != RAW:
-        raise NeedsFullCheckError
-    return _Plain(header, image, backing)
+    return header, image, _name(head, header.backing_offset, header.backing_size)
 
 
 @lru_cache(maxsize=REMEMBERED)
 def _legal(fixed: bytes) -> Header:
-    """The header in ``fixed``; many images have the same one, names apart."""
-    if len(fixed) < FIXED_SIZE:
-        raise NeedsFullCheckError
+    """The header in ``fixed``; many images have the same one, except for the names."""
+    _require(len(fixed) == FIXED_SIZE)
     header = Header.unpack(fixed)
-    if next(violations(header), None) is not None:
-        raise NeedsFullCheckError
+    _require(next(violations(header), None) is None)
     return header
-
-
-def _without_names(head: bytes, header: Header) -> bytes:
-    """What is left of ``head`` behind the fixed header when the names are taken out."""
-    left, end = b"", FIXED_SIZE
-    for start, stop in header.name_ranges():
-        left += head[end:start]
-        end = max(end, stop)  # names may lie over each other
-    return left + head[end:]
 
 
 def _is_zero(data: bytes) -> bool:
@@ -281,22 +258,15 @@ def _is_zero(data: bytes) -> bool:
 
 def _name(head: bytes, offset: int, size: int) -> str:
     name = os.fsdecode(head[offset : offset + size])
-    if "\0" in name or path_has_protocol(name):
-        raise NeedsFullCheckError
+    _require("\0" not in name and not path_has_protocol(name))
     return name
-
-
-def _is_empty(fd: int, start: int, stop: int) -> bool:
-    """Whether ``[start, stop)`` is zeros; where the file has a hole, nothing is read."""
-    data = next_data(fd, start) if start < stop else None
-    return data is None or data >= stop or _is_zero(os.pread(fd, stop - data, data))
 
 
 # The bitmap
 
 
 def _is_clean(fd: int, length: int, header: Header, image: int, size: int) -> bool:
-    """Whether the bitmap is whole, without stray bits, and all data of the image is local."""
+    """Whether the bitmap is whole, has no stray bits, and covers all data of the image."""
     geometry = Geometry(virtual_size(size), header.cluster_size)
     stop = header.header_size + geometry.bitmap_length
     if length < stop or geometry.bitmap_length > LONGEST_BITMAP:
@@ -304,16 +274,14 @@ def _is_clean(fd: int, length: int, header: Header, image: int, size: int) -> bo
     bits = _bits(fd, header.header_size, stop)
     if bits.find(1, geometry.clusters) >= 0:
         return False
-    if header.all_allocated:
-        return True
-    for run in data_runs(image, 0, geometry.size):
-        if bits.find(0, *geometry.touched(*run)) >= 0 and not _is_sound(image, run, bits, geometry):
-            return False
-    return True
+    return header.all_allocated or all(
+        bits.find(0, *geometry.touched(*run)) < 0 or _is_sound(image, run, bits, geometry)
+        for run in data_runs(image, 0, geometry.size)
+    )
 
 
 def _is_sound(image: int, run: Run, bits: bitarray, geometry: Geometry) -> bool:
-    """Whether what lies in ``run`` of the image file is local, or written zeros, and not many."""
+    """Whether ``run`` of the image file is allocated, or holds only a few zeros elsewhere."""
     foreign = runs(bits, 0, *geometry.touched(*run))
     parts = [
         (max(start, run[0]), min(stop, run[1])) for start, stop in starmap(geometry.span, foreign)
@@ -323,7 +291,7 @@ def _is_sound(image: int, run: Run, bits: bitarray, geometry: Geometry) -> bool:
 
 
 def _bits(fd: int, start: int, stop: int) -> bitarray:
-    """The bits in ``[start, stop)`` of the file; what lies in holes is not read."""
+    """The bits in ``[start, stop)`` of the file; holes are not read."""
     if stop - start <= HEAD:
         return bitarray(buffer=os.pread(fd, stop - start, start), endian="little")
     content = bytearray(stop - start)

@@ -1,12 +1,11 @@
 """Scrub: verify the layers of a farm again and again, the longest-unverified first.
 
-A run goes on where the last one ended, however that was, and ends when every layer was looked at
-in this pass, or when it shall. Layers that were never verified come first, then those whose last
-verification is the longest ago; whatever a pass has looked at it does not look at again. A layer
-whose manifest was made anew was never verified.
+A run continues where the last one ended, and ends when every layer was verified in this pass, or
+when it is stopped. Layers that were never verified come first, then those whose last verification
+is the oldest. A pass verifies no layer twice. A layer with a new manifest was never verified.
 
-With a *sample* only a random part of the leaves is read, of every layer: no verification, but
-enough of them find what is widespread. It leaves the pass where it is.
+With a *sample* only a random part of the leaves is read, of every layer. That is no verification
+and leaves the pass as it is, but many samples find what is widespread.
 """
 
 from __future__ import annotations
@@ -14,42 +13,59 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar
 
 from addcow_mp.device.manifest_file import manifest_of
-from addcow_mp.errors import AddcowError, ManifestError
+from addcow_mp.engine.leaf_compare import Sample
+from addcow_mp.engine.verify_task import LayerRef, LeafRange, Verified
+from addcow_mp.errors import AddcowError, ManifestError, StoppedError, TimeLimitError
 from addcow_mp.farm.places import Found
 from addcow_mp.farm.scrub_state import Entry, Record, ScrubState, opened
 from addcow_mp.farm.verify import FarmFiles
+from addcow_mp.findings import DIFFERENT, UNVERIFIED, LayerReport, worst
 from addcow_mp.format.bits import Run
 from addcow_mp.format.manifest import FileState, read_head, weight_of
-from addcow_mp.jobs.layer_report import LayerReport
-from addcow_mp.jobs.leaf_compare import Sample
 from addcow_mp.jobs.options import Hooks, RunOptions
-from addcow_mp.jobs.verify import ReadSoFar, RemainingLeaves, verifiers
-from addcow_mp.jobs.verify_task import LayerRef, LeafRange, Verified
+from addcow_mp.jobs.verify import Remaining, verifiers
 
-#: How a run has ended, in the ledger's words.
+#: How a run has ended, as it is stored.
 COMPLETE, TIME_LIMIT, INTERRUPTED, FAILED = "complete", "time-limit", "interrupted", "failed"
-
-#: Exit statuses of layers.
-UNVERIFIED, DIFFERENT = 1, 2
 
 
 @dataclass
 class Scrubbed:
-    """What a run has found: ``layer_reports`` of layers that it has finished, or found damaged.
+    """The result of a run: the reports on layers that it has finished or found damaged.
 
-    ``bytes_read`` were read, those of layers that were not finished included; ``left`` layers of
-    the pass were not looked at to their ends. ``problem`` ended the run.
+    ``bytes_read``: includes layers that were not finished. ``left``: the number of layers of the
+    pass that were not finished. ``problem``: what ended the run early.
     """
+
+    exit_statuses: ClassVar = {
+        **LayerReport.exit_statuses,
+        TimeLimitError.exit_code: "the time limit was reached, and no layer differs",
+    }
 
     layer_reports: list[LayerReport] = field(default_factory=list)
     bytes_read: int = 0
     left: int = 0
     problem: AddcowError | None = None
     places: Found | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """The status of the worst layer, unless the problem outranks it."""
+        if self.problem is not None and self.is_problem_worst:
+            return self.problem.exit_code
+        return worst(one.exit_code for one in self.layer_reports)
+
+    @property
+    def is_problem_worst(self) -> bool:
+        """Whether the problem outranks the reports; a stop always does, others not a difference."""
+        if type(self.problem) is StoppedError:
+            return True
+        return all(one.exit_code != DIFFERENT for one in self.layer_reports)
 
 
 def scrub(
@@ -61,113 +77,89 @@ def scrub(
     share: float | None = None,
     is_late: Callable[[], bool] = lambda: False,
 ) -> Scrubbed:
-    """Verify what is due of the layers in ``places``, and remember it in the file ``scrub_state``.
+    """Verify what is due of the layers in ``places``, and store it in the file ``scrub_state``.
 
-    ``share`` of 1 is everything; None = no sample. No further part is begun once it ``is_late``
-    or ``hooks`` stops it. Raises :class:`ImageError` when none of the places is there and for a
-    file that is no ledger.
+    ``share``: the size of a sample; 1 is everything, None no sample. No further part is begun once
+    ``is_late`` or ``hooks`` stops it. Raises :class:`ImageError` when none of the places is there,
+    and for a file that is no scrub state.
     """
     with hooks.looking():
         files = FarmFiles(map(os.path.realpath, places), options.access)
-        targets = _targets(files)
-    with opened(scrub_state, locking=files.access.locking) as book:
-        known, runs = book.entries(), book.runs()
+        images, others = files.layers()
+        targets = {os.path.realpath(one.path): one for one in (*images, *others)}
+    with opened(scrub_state, locking=files.access.locking) as state:
+        known, runs = state.entries(), state.runs()
         entries = {path: _current(path, known.get(path)) for path in targets}
-        book.put(
-            *entries.values(), *(one._replace(gone=1) for one in known.values() if one.is_gone)
-        )
-        way = _Whole(entries, runs) if share is None else _Sampled(entries, runs, share)
-        run = Record(len(runs) + 1, way.pass_, time.time())
-        if way.sample is not None:
-            run = run._replace(sample=way.sample.share, seed=way.sample.seed)
-        scrubbed = _Round(book, run, way, targets).run(
-            replace(options, access=files.access), hooks, is_late
-        )
+        gone = (one._replace(gone=1) for one in known.values() if one.is_gone)
+        state.put(*entries.values(), *gone)
+        selection = _Pass(entries, runs) if share is None else _Sampling(entries, runs, share)
+        run = Record(len(runs) + 1, selection.pass_, time.time())
+        if selection.sample is not None:
+            run = run._replace(sample=selection.sample.share, seed=selection.sample.seed)
+        running = _Run(state, run, selection, targets)
+        scrubbed = running.result(replace(options, access=files.access), hooks, is_late)
     scrubbed.layer_reports += files.unexamined()
     scrubbed.places = files.found
     return scrubbed
 
 
-def _targets(files: FarmFiles) -> dict[str, LayerRef]:
-    """The layers by their real paths."""
-    images, others = files.layers()
-    return {os.path.realpath(one.path): one for one in (*images, *others)}
+# What a run verifies, and what the results mean
 
 
-# What is looked at, and what that means
-
-
-class _Way(Protocol):
-    """Which layers a run looks at, at what of them, and what it makes of that."""
-
-    pass_: int
-    sample: Sample | None
-    order: list[Entry]
-    """The layers, in the order in which they are looked at."""
-
-    def parts(self, number: int, entry: Entry) -> list[LeafRange]:
-        """What is to be looked at of the layer that has this ``number`` in the order."""
-
-    def weight(self, entry: Entry) -> int:
-        """About how many bytes of the layer are to be read."""
-
-    def beginning(self, entry: Entry) -> LayerReport:
-        """What earlier runs have found of what this one completes."""
-
-    def partly(self, entry: Entry, found: LayerReport, unseen: list[Run]) -> Entry:
-        """What is known of a layer that was looked at but for the leaves ``unseen``."""
-
-    def wholly(self, entry: Entry, found: LayerReport) -> Entry:
-        """What is known of a layer that was looked at to its end."""
-
-
-class _Whole:
-    """Everything of what this pass has not looked at yet; a new pass when that is nothing."""
+class _Pass:
+    """Verifies all leaves that this pass has not verified; a new pass if there are none."""
 
     sample: Sample | None = None
 
     def __init__(self, entries: dict[str, Entry], runs: list[Record]) -> None:
-        self.pass_ = _last_pass(runs)
+        self.pass_ = max((run.pass_ for run in runs), default=1)
+        #: The layers in the order in which they are verified.
+        self.order = self._ordered(entries, runs)
+
+    def _ordered(self, entries: dict[str, Entry], runs: list[Record]) -> list[Entry]:
         is_over = [run.result == COMPLETE for run in runs if run.sample is None][-1:] == [True]
         if is_over or all(entry.pass_ == self.pass_ for entry in entries.values()):
             self.pass_ += 1
         due = (entry for entry in entries.values() if entry.pass_ < self.pass_)
-        # What was begun goes first among its equals.
-        self.order = sorted(due, key=lambda one: (one.verified or 0, not one.unseen, one.path))
+        # Of layers that are equally old, those that were begun come first.
+        return sorted(due, key=lambda one: (one.verified or 0, not one.unseen, one.path))
 
     def parts(self, number: int, entry: Entry) -> list[LeafRange]:
+        """What is to be verified of the layer with this ``number`` in the order."""
         return [LeafRange(number, *span) for span in entry.spans] or [LeafRange(number)]
 
     def weight(self, entry: Entry) -> int:
+        """About how many bytes of the layer are to be read."""
         return max(0, entry.bytes - entry.begun().bytes_read)
 
-    def beginning(self, entry: Entry) -> LayerReport:
+    def earlier(self, entry: Entry) -> LayerReport:
+        """The report of earlier runs that this one completes."""
         return entry.begun()
 
-    def partly(self, entry: Entry, found: LayerReport, unseen: list[Run]) -> Entry:
-        # Damage is known at once: the end of a large layer may be nights away.
-        known = _remembering(entry, found) if found.exit_code == DIFFERENT else entry
-        return known.begin(found, unseen)
+    def partial(self, entry: Entry, report: LayerReport, unseen: list[Run]) -> Entry:
+        """The entry of a layer that was verified except for the leaves ``unseen``."""
+        return _with_damage(entry, report).begin(report, unseen)
 
-    def wholly(self, entry: Entry, found: LayerReport) -> Entry:
+    def finished(self, entry: Entry, report: LayerReport) -> Entry:
+        """The entry of a layer that was verified to its end."""
         entry = entry._replace(pass_=self.pass_, unseen=None, pending=None)
-        if found.exit_code == UNVERIFIED or not found.was_compared:
-            return _remembering(entry, found)
-        return entry.looked_at(found)._replace(verified=time.time())
+        if report.exit_code == UNVERIFIED or not report.was_compared:
+            return _merged(entry, report)
+        return entry.with_result(report)._replace(verified=time.time())
 
 
-class _Sampled:
-    """A random part of every layer; the pass stays where it is."""
-
-    sample: Sample | None
+class _Sampling(_Pass):
+    """Reads a random part of every layer; the pass stays as it is."""
 
     def __init__(self, entries: dict[str, Entry], runs: list[Record], share: float) -> None:
         from random import SystemRandom
 
-        self.pass_ = _last_pass(runs)
+        super().__init__(entries, runs)
         self._share = share
         self.sample = Sample(share, SystemRandom().getrandbits(48))
-        self.order = sorted(entries.values(), key=lambda one: (one.last_looked_at, one.path))
+
+    def _ordered(self, entries: dict[str, Entry], runs: list[Record]) -> list[Entry]:  # noqa: ARG002
+        return sorted(entries.values(), key=lambda one: (one.last_read, one.path))
 
     def parts(self, number: int, entry: Entry) -> list[LeafRange]:  # noqa: ARG002
         return [LeafRange(number)]
@@ -175,150 +167,136 @@ class _Sampled:
     def weight(self, entry: Entry) -> int:
         return round(entry.bytes * self._share)
 
-    def beginning(self, entry: Entry) -> LayerReport:
+    def earlier(self, entry: Entry) -> LayerReport:
         return LayerReport(entry.path)
 
-    def partly(self, entry: Entry, found: LayerReport, unseen: list[Run]) -> Entry:  # noqa: ARG002
-        # The next run draws others, and begins with layers whose turn was longer ago.
-        known = _remembering(entry, found) if found.exit_code == DIFFERENT else entry
-        return known._replace(sampled=time.time())
+    def partial(self, entry: Entry, report: LayerReport, unseen: list[Run]) -> Entry:  # noqa: ARG002
+        # The next run draws other leaves, and begins with layers that were read earlier.
+        return _with_damage(entry, report)._replace(sampled=time.time())
 
-    def wholly(self, entry: Entry, found: LayerReport) -> Entry:
-        return _remembering(entry, found)._replace(sampled=time.time())
-
-
-def _last_pass(runs: list[Record]) -> int:
-    return max((run.pass_ for run in runs), default=1)
+    def finished(self, entry: Entry, report: LayerReport) -> Entry:
+        return _merged(entry, report)._replace(sampled=time.time())
 
 
-def _remembering(entry: Entry, found: LayerReport) -> Entry:
-    """What is known after a look that may have missed something: damage is not mended by that."""
+def _with_damage(entry: Entry, report: LayerReport) -> Entry:
+    """The entry with damage that was found before the end of a layer, which may take nights."""
+    return _merged(entry, report) if report.exit_code == DIFFERENT else entry
+
+
+def _merged(entry: Entry, report: LayerReport) -> Entry:
+    """The entry after an incomplete verification: damage that was known remains."""
     if entry.exit == DIFFERENT:
-        found = replace(found, path=entry.path)
-        found.join(entry.known())
-    return entry.looked_at(found)
+        report = replace(report, path=entry.path)
+        report.join(entry.known())
+    return entry.with_result(report)
 
 
-class _Round:
-    """A ``run`` over the layers in ``targets``, entered in the ledger as it goes."""
+class _Run:
+    """A ``run`` over the layers in ``targets``, whose results are stored as they come."""
 
     def __init__(
-        self, book: ScrubState, run: Record, way: _Way, targets: dict[str, LayerRef]
+        self, state: ScrubState, run: Record, selection: _Pass, targets: dict[str, LayerRef]
     ) -> None:
-        self._book = book
+        self._state = state
         self._run = run
-        self._way = way
-        self._entries = way.order
-        self._targets = [targets[entry.path] for entry in way.order]
-        self._found = [way.beginning(entry) for entry in way.order]
-        self._read = [0] * len(way.order)
-        parts = (way.parts(number, entry) for number, entry in enumerate(way.order))
-        self._outstanding = RemainingLeaves(part for some in parts for part in some)
-        self._so_far = ReadSoFar([way.weight(entry) for entry in way.order])
+        self._selection = selection
+        self._entries = selection.order
+        self._targets = [targets[entry.path] for entry in self._entries]
+        self._reports = [selection.earlier(entry) for entry in self._entries]
+        self._read = [0] * len(self._entries)
+        parts = (selection.parts(number, entry) for number, entry in enumerate(self._entries))
+        weights = [selection.weight(entry) for entry in self._entries]
+        self._remaining = Remaining((part for some in parts for part in some), weights)
         self._result = Scrubbed()
         self._different: set[int] = set()
 
-    def run(self, options: RunOptions, hooks: Hooks, is_late: Callable[[], bool]) -> Scrubbed:
-        """Look at what is due, as long as that is allowed."""
+    def result(self, options: RunOptions, hooks: Hooks, is_late: Callable[[], bool]) -> Scrubbed:
+        """Verify what is due until it is done or stopped."""
         self._write()
-        ending = FAILED
+        ending, result = FAILED, self._result
         try:
-            bounded = replace(hooks, stopping=lambda: hooks.stopping() or is_late())
-            self._look(options, bounded)
-            ending = self._ending(hooks)
+            self._verify(options, replace(hooks, stopping=lambda: hooks.stopping() or is_late()))
+            ending, result.problem = self._ending(hooks)
         except KeyboardInterrupt:  # a second one, which ends it at once
             ending = INTERRUPTED
             raise
-        except AddcowError as error:  # what was found is told all the same
-            self._result.problem = error.without_traceback()
+        except AddcowError as error:  # the results so far are reported all the same
+            result.problem = error.without_traceback()
         finally:
-            self._result.left = len(self._outstanding.layers)
-            self._result.layer_reports += self._unfinished()
+            unfinished = self._remaining.layers.keys()
+            result.left = len(unfinished)
+            result.layer_reports += map(self._report, sorted(self._different & unfinished))
             self._run = self._run._replace(ended=time.time(), result=ending)
-            self._write_last()
-        return self._result
+            try:
+                self._write()
+            except AddcowError as error:
+                if result.problem is None or isinstance(result.problem, StoppedError):
+                    result.problem = error.without_traceback()
+        return result
 
-    def _write_last(self) -> None:
-        try:
-            self._write()
-        except AddcowError as error:
-            self._result.problem = self._result.problem or error.without_traceback()
-
-    def _unfinished(self) -> list[LayerReport]:
-        """What this run has found of layers in which it found damage, and not their ends."""
-        numbers = sorted(self._different & self._outstanding.layers.keys())
-        return [self._told(number) for number in numbers]
-
-    def _told(self, number: int) -> LayerReport:
+    def _report(self, number: int) -> LayerReport:
+        """The report on a layer, with the bytes that this run has read."""
         path, read = self._entries[number].path, self._read[number]
-        return replace(self._found[number], path=path, bytes_read=read)
+        return replace(self._reports[number], path=path, bytes_read=read)
 
-    def _ending(self, hooks: Hooks) -> str:
-        if not self._outstanding.layers:
-            return COMPLETE
-        return INTERRUPTED if hooks.stopping() else TIME_LIMIT
+    def _ending(self, hooks: Hooks) -> tuple[str, AddcowError | None]:
+        """How the run has ended, and the error that says so."""
+        left = len(self._remaining.layers)
+        if not left:
+            return COMPLETE, None
+        if hooks.stopping():
+            return INTERRUPTED, StoppedError(path=f"{left} layers left")
+        message = "the time limit was reached; the same command continues from there"
+        return TIME_LIMIT, TimeLimitError(message=f"{left} layers left: {message}")
 
-    def _look(self, options: RunOptions, hooks: Hooks) -> None:
-        parts = self._outstanding.parts
-        with verifiers(options, hooks, len(parts), self._way.sample) as crew:
-            for verified in crew.look(self._targets, parts):
-                self._take(verified)
-                self._so_far.tell(hooks)
-                if self._book.is_due:
+    def _verify(self, options: RunOptions, hooks: Hooks) -> None:
+        parts = self._remaining.parts
+        with verifiers(options, hooks, len(parts), self._selection.sample) as running:
+            for verified in running.compare(self._targets, parts):
+                self._enter(verified)
+                self._remaining.show(hooks)
+                if self._state.is_due:
                     self._write()
 
     def _write(self) -> None:
-        self._book.put_run(self._run)
-        self._book.write()
+        self._state.put_run(self._run)
+        self._state.write()
 
-    def _take(self, verified: Verified) -> None:
-        """Enter what was seen of a part of a layer."""
+    def _enter(self, verified: Verified) -> None:
+        """Enter the result for a part of a layer."""
         number, size = verified.part.index, verified.layer_report.bytes_read
-        entry, found = self._entries[number], self._found[number]
-        found.join(verified.layer_report)
+        entry, report = self._entries[number], self._reports[number]
+        report.join(verified.layer_report)
         self._read[number] += size
         self._result.bytes_read += size
-        if found.exit_code == DIFFERENT:
+        if report.exit_code == DIFFERENT:
             self._different.add(number)
-        self._run = self._run._replace(
-            bytes=self._result.bytes_read, different=len(self._different)
-        )
-        is_last = self._outstanding.take(verified)
-        self._so_far.take(verified, is_last=is_last)
-        if is_last:
-            entry = self._way.wholly(entry, found)
-            self._finish(entry, self._told(number))
+        read, different = self._result.bytes_read, len(self._different)
+        self._run = self._run._replace(bytes=read, different=different)
+        if self._remaining.enter(verified):
+            entry = self._selection.finished(entry, report)
+            self._result.layer_reports.append(self._report(number))
+            self._run = self._run._replace(layers=self._run.layers + 1)
+            self._state.remember(self._run, entry, self._read[number])
         else:
-            left = sorted(self._outstanding.layers[number])
-            entry = self._way.partly(entry, found, [(one.first, one.stop) for one in left])
+            left = sorted(self._remaining.layers[number])
+            unseen = [(one.first, one.stop) for one in left]
+            entry = self._selection.partial(entry, report, unseen)
         self._entries[number] = entry
-        self._book.put(entry)
-
-    def _finish(self, entry: Entry, found: LayerReport) -> None:
-        """Enter what this run has found of a whole layer."""
-        self._result.layer_reports.append(found)
-        self._run = self._run._replace(layers=self._run.layers + 1)
-        self._book.remember(self._run, entry, found.bytes_read)
-
-
-# What is known of layers
+        self._state.put(entry)
 
 
 def _current(path: str, known: Entry | None) -> Entry:
-    """What is known of a layer, if that is of the manifest that it has now."""
-    sidecar = manifest_of(path)
+    """The entry of a layer; a new one if it has another manifest than the known one."""
+    manifest = manifest_of(path)
     try:
-        # Without the ctime, which a change of owner or mode moves as well.
-        identity = " ".join(map(str, FileState.of(os.stat(sidecar))[:3]))
+        # Without the ctime, which a change of owner or mode changes too.
+        identity = " ".join(map(str, FileState.of(os.stat(manifest))[:3]))
     except OSError:
         identity = None
     if known is not None and identity in (None, known.manifest):
         return known._replace(gone=0)
-    return Entry(path, identity, 0 if identity is None else _weight(sidecar))
-
-
-def _weight(sidecar: str) -> int:
-    try:
-        return weight_of(sidecar, read_head(sidecar))
-    except (OSError, ManifestError):
-        return 0
+    weight = 0
+    with suppress(OSError, ManifestError):
+        weight = weight_of(manifest, read_head(manifest))
+    return Entry(path, identity, weight)

@@ -1,12 +1,12 @@
-"""The ledger of a scrub: what was verified when, what came of it, and where to go on.
+"""The state of a scrub: what was verified when, with which result, and where to continue.
 
-One SQLite file, written in short transactions, so that whoever asks meanwhile waits for no more
-than one of them, and what a crash takes along is the last second. Layers are known by their real
-paths; what is recorded of one is of the manifest that it had, and begins anew when that does.
+It is one SQLite file, written in short transactions: a reader waits for one of them at most, and a
+crash loses the last second. Layers are known by their real paths. An entry belongs to the manifest
+that the layer had; a layer with a new manifest gets a new entry.
 
-A *pass* is one round over all layers. Of a layer that was begun in it, *unseen* are the ranges of
-leaves that are still to be looked at, *pending* what was found in the others. What was sampled is
-no verification, but damage that it found stays until a whole look says otherwise.
+A *pass* is one round over all layers. For a layer that was begun in it, *unseen* are the ranges of
+leaves that are left, and *pending* is what was found in the others. A sample is no verification,
+but damage that it found stays until the layer is verified.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
 
 from addcow_mp.device.discovery import is_gone
 from addcow_mp.device.files import cannot_lock, cannot_open, claim_alone
 from addcow_mp.errors import FileError, ImageError
+from addcow_mp.findings import LayerReport, Range, Severity, worst
 from addcow_mp.format.bits import Run
-from addcow_mp.jobs.layer_report import Grade, LayerReport, Range, Remark
-from addcow_mp.jobs.verify_task import LeafRange
 from addcow_mp.units import MAX_SIZE
 
-#: What says that a database is one of these: "ACSC", and the version of its tables.
+#: Marks a database as a scrub state: "ACSC", and the version of its tables.
 APPLICATION, VERSION = 0x41435343, 1
 
 #: Seconds between two transactions: what a crash may cost in repeated work.
@@ -45,10 +45,10 @@ _TABLES = (
     path TEXT PRIMARY KEY,
     manifest TEXT,               -- which file it was: inode, size, times
     bytes INTEGER NOT NULL,      -- about what there is to read
-    pass INTEGER NOT NULL,       -- the last one in which all of it was looked at
+    pass INTEGER NOT NULL,       -- the last one in which all of it was verified
     verified REAL,               -- when: seconds since 1970
     sampled REAL,
-    exit INTEGER,                -- of the last look, as that of verify
+    exit INTEGER,                -- of the last time, as that of verify
     ranges TEXT NOT NULL,
     findings TEXT NOT NULL,
     unseen TEXT,                 -- [[first leaf, stop], ...] when begun in this pass
@@ -82,7 +82,7 @@ _TABLES = (
 #: No time of ours is later, in seconds since 1970: the year 5138.
 LATEST = 1e11
 
-#: How a run is called that has not ended, or was killed.
+#: The result of a run that has not ended, or was killed.
 UNFINISHED = "unfinished"
 
 
@@ -103,39 +103,52 @@ class Entry(NamedTuple):
     gone: int = 0
 
     @property
-    def last_looked_at(self) -> float:
-        """When it was verified or sampled last; 0 = never."""
+    def last_read(self) -> float:
+        """When it was last verified or sampled; 0 = never."""
         return max(self.verified or 0, self.sampled or 0)
 
     def known(self) -> LayerReport:
-        """What the last look has found."""
+        """The last result."""
         found = {"ranges": json.loads(self.ranges), "findings": json.loads(self.findings)}
-        return _verdict(self.path, found)
+        return _report(self.path, found)
 
     def begun(self) -> LayerReport:
         """What this pass has found so far."""
-        found = json.loads(self.pending) if self.pending else {}
-        return _verdict(self.path, found)
+        return _report(self.path, json.loads(self.pending or "{}"))
 
     @property
     def spans(self) -> list[Run]:
-        """The leaves that this pass has still to look at, as far as it has begun."""
+        """The leaves that are left of a layer that was begun in this pass."""
         return [(first, stop) for first, stop in json.loads(self.unseen or "[]")]
 
     @property
     def is_gone(self) -> bool:
-        """Whether there is no such file any more; one that cannot be looked at may be there."""
+        """Whether the file does not exist any more; one that cannot be examined may exist."""
         return bool(self.gone) or is_gone(self.path)
 
-    def begin(self, layer_report: LayerReport, unseen: list[Run]) -> Entry:
-        """The same, looked at but for the leaves ``unseen``."""
-        pending = {**_told(layer_report), "bytes": layer_report.bytes_read}
+    def begin(self, report: LayerReport, unseen: list[Run]) -> Entry:
+        """The entry after all leaves but ``unseen`` were verified."""
+        found = report.as_json()
+        pending = {key: found[key] for key in ("ranges", "findings", "bytes")}
         return self._replace(unseen=json.dumps(unseen), pending=json.dumps(pending))
 
-    def looked_at(self, layer_report: LayerReport) -> Entry:
-        """The same with what was found."""
-        ranges, findings = map(json.dumps, _told(layer_report).values())
-        return self._replace(exit=layer_report.exit_code, ranges=ranges, findings=findings)
+    def with_result(self, report: LayerReport) -> Entry:
+        """The entry with a new result."""
+        found = report.as_json()
+        ranges, findings = json.dumps(found["ranges"]), json.dumps(found["findings"])
+        return self._replace(exit=report.exit_code, ranges=ranges, findings=findings)
+
+    @classmethod
+    def of(cls, row: tuple[Any, ...]) -> Entry:
+        """The entry in a row of the table. Raises for what no scrub has written."""
+        entry = cls(*row)
+        _text(entry.path)
+        leaves = [leaf for first, stop in entry.spans for leaf in (first, stop)]
+        _check_counts(entry.bytes, entry.pass_, entry.gone, entry.exit or 0, *leaves)
+        _check_times(entry.verified or 0, entry.sampled or 0)
+        entry.known()
+        entry.begun()
+        return entry
 
 
 class Record(NamedTuple):
@@ -152,55 +165,50 @@ class Record(NamedTuple):
     bytes: int = 0
     different: int = 0
 
+    @classmethod
+    def of(cls, row: tuple[Any, ...]) -> Record:
+        """The run in a row of the table. Raises for what no scrub has written."""
+        run = cls(*row)
+        _text(run.result)
+        counts = (run.number, run.pass_, run.seed or 0, run.layers, run.bytes, run.different)
+        _check_counts(*counts)
+        _check_times(run.begun, run.ended or 0, run.sample or 0)
+        return run
 
-def _told(layer_report: LayerReport) -> dict[str, object]:
-    return {
-        "ranges": [one.as_json() for one in layer_report.ranges],
-        "findings": [one.as_json() for one in layer_report.remarks],
+
+@dataclass(frozen=True)
+class Status:
+    """What a scrub state says of the layers that still exist, and of all runs."""
+
+    exit_statuses: ClassVar = {
+        0: "no layer is known to differ",
+        1: "a layer could not be verified",
+        2: "a layer differs",
     }
 
+    layers: list[Entry]
+    gone: int
+    runs: list[Record]
 
-def _verdict(path: str, told: dict[str, Any]) -> LayerReport:
-    ranges = [
-        Range(_text(one["file"]), _count(one["start"]), _count(one["length"]))
-        for one in told.get("ranges", ())
-    ]
-    remarks = [
-        Remark(
-            _text(one["name"]), Grade(one["severity"]), _text(one["file"]), _text(one["message"])
-        )
-        for one in told.get("findings", ())
-    ]
-    return LayerReport(path, ranges, remarks, _count(told.get("bytes", 0)))
+    @property
+    def exit_code(self) -> int:
+        """The status of the worst layer."""
+        return worst(one.known().exit_code for one in self.layers)
 
 
-# What stands in the file: anybody can have written there
+# The file may hold anything that another program has written
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
-    """The layer of a row. Raises for what cannot have been written by a scrub."""
-    entry = Entry(*row)
-    _text(entry.path)
-    for number in (entry.bytes, entry.pass_, entry.gone, entry.exit or 0):
-        _count(number)
-    for seconds in (entry.verified or 0, entry.sampled or 0):
-        _time(seconds)
-    entry.known()
-    entry.begun()
-    for span in entry.spans:
-        LeafRange(0, *map(_count, span))
-    return entry
-
-
-def _record(row: tuple[Any, ...]) -> Record:
-    """The run of a row. Raises like :func:`_entry`."""
-    run = Record(*row)
-    _text(run.result)
-    for number in (run.number, run.pass_, run.seed or 0, run.layers, run.bytes, run.different):
-        _count(number)
-    for seconds in (run.begun, run.ended or 0, run.sample or 0):
-        _time(seconds)
-    return run
+def _report(path: str, stored: dict[str, Any]) -> LayerReport:
+    report = LayerReport(path, bytes_read=stored.get("bytes", 0))
+    for one in stored.get("ranges", ()):
+        report.ranges.append(Range(_text(one["file"]), one["start"], one["length"]))
+    for one in stored.get("findings", ()):
+        name, file, message = (_text(one[key]) for key in ("name", "file", "message"))
+        report.add(name, Severity(one["severity"]), file, message)
+    lengths = (one.length for one in report.ranges)
+    _check_counts(report.bytes_read, *(one.start for one in report.ranges), *lengths)
+    return report
 
 
 def _text(value: object) -> str:
@@ -209,93 +217,91 @@ def _text(value: object) -> str:
     return value
 
 
-def _count(value: object) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_SIZE:
+def _check_counts(*values: object) -> None:
+    if not all(type(one) is int and 0 <= one <= MAX_SIZE for one in values):
         raise TypeError
-    return value
 
 
-def _time(value: object) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < LATEST:
+def _check_times(*values: object) -> None:
+    if not all(isinstance(one, int | float) and 0 <= one < LATEST for one in values):
         raise TypeError
-    return float(value)
 
 
 class ScrubState:
-    """An open ledger. Every method raises :class:`FileError` for what SQLite meets."""
+    """An open scrub state. Every method raises :class:`FileError` for errors of SQLite."""
 
     def __init__(self, path: str, database: sqlite3.Connection) -> None:
-        self.path = path
+        self._path = path
         self._database = database
         self._due: list[tuple[str, tuple[object, ...]]] = []
         self._last = time.monotonic()
 
     def entries(self) -> dict[str, Entry]:
         """All layers, by their paths."""
-        with _saying(self.path, "read it"):
+        with _errors_naming(self._path, "read it"):
             rows = self._database.execute("SELECT * FROM layer ORDER BY path")
-            return {entry.path: entry for entry in map(_entry, rows)}
+            return {entry.path: entry for entry in map(Entry.of, rows)}
 
     def runs(self) -> list[Record]:
         """All runs, in order."""
-        with _saying(self.path, "read it"):
-            return list(map(_record, self._database.execute("SELECT * FROM run ORDER BY 1")))
+        with _errors_naming(self._path, "read it"):
+            return list(map(Record.of, self._database.execute("SELECT * FROM run ORDER BY 1")))
 
     def put(self, *entries: Entry) -> None:
-        """Record what is known of layers now."""
-        self._due += [_inserting("layer", entry) for entry in entries]
+        """Store entries with the next transaction."""
+        self._due += [_insert("layer", entry) for entry in entries]
 
     def put_run(self, run: Record) -> None:
-        """Record how far a run has come."""
-        self._due.append(_inserting("run", run))
+        """Store a run with the next transaction."""
+        self._due.append(_insert("run", run))
 
     def remember(self, run: Record, entry: Entry, size: int) -> None:
-        """Add a result to the history: ``size`` bytes were read for it."""
+        """Add a result to the history; ``size`` bytes were read for it."""
         values = (run.number, entry.path, time.time(), entry.exit, size)
-        row = (*values, entry.ranges, entry.findings)
-        self._due.append(_inserting("history", row))
+        self._due.append(_insert("history", (*values, entry.ranges, entry.findings)))
 
     @property
     def is_due(self) -> bool:
-        """Whether what was recorded has waited long enough."""
+        """Whether the last transaction is long enough ago."""
         return time.monotonic() - self._last >= EVERY
 
     def write(self) -> None:
-        """Make durable all that was recorded."""
-        with _saying(self.path, "write it"), _transaction(self._database):
+        """Make everything durable in one transaction."""
+        with _transaction(self._path, self._database):
             for statement, values in self._due:
                 self._database.execute(statement, values)
         self._due.clear()
         self._last = time.monotonic()
 
 
-def _inserting(table: str, row: tuple[object, ...]) -> tuple[str, tuple[object, ...]]:
-    # Names of files are bytes: as such they are bound, and as text they are kept.
+def _insert(table: str, row: tuple[object, ...]) -> tuple[str, tuple[object, ...]]:
+    # Names of files are bytes: they are bound as bytes and stored as text.
     bound = tuple(os.fsencode(value) if isinstance(value, str) else value for value in row)
     marks = ", ".join("CAST(? AS TEXT)" if isinstance(one, str) else "?" for one in row)
     return f"INSERT OR REPLACE INTO {table} VALUES ({marks})", bound  # noqa: S608 - no user's words
 
 
 @contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        database.execute("COMMIT")
-    except BaseException:
-        with suppress(sqlite3.Error):
-            database.execute("ROLLBACK")
-        raise
+def _transaction(path: str, database: sqlite3.Connection) -> Iterator[None]:
+    with _errors_naming(path, "write it"):
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            database.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                database.execute("ROLLBACK")
+            raise
 
 
 @contextmanager
-def _saying(path: str, action: str) -> Iterator[None]:
+def _errors_naming(path: str, action: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
         raise FileError(path=path, action=action, reason=str(error)) from error
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        problem = "what stands in it makes no sense; go back to a copy, or name a new file"
+        problem = "its content is invalid; restore it from a backup, or name a new file"
         raise ImageError(path=path, problem=problem) from error
 
 
@@ -304,36 +310,42 @@ def _saying(path: str, action: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: str, *, locking: bool = True) -> Iterator[ScrubState]:
-    """Open a ledger to be written, made if it is not there; nobody else writes it meanwhile.
+    """Open a scrub state for writing, or create it; no other process writes it meanwhile.
 
     Without ``locking`` the database is used without locks. Raises :class:`ImageError` for a file
     that is something else, in use or cannot be locked, :class:`FileError`.
     """
     with _alone(path, locking=locking), _connected(path, locking=locking) as database:
         if os.stat(path).st_size == 0:
-            _make(path, database)
+            with _transaction(path, database):
+                for statement in _TABLES:
+                    database.execute(statement)
+                database.execute(f"PRAGMA application_id = {APPLICATION}")
+                database.execute(f"PRAGMA user_version = {VERSION}")
         _refuse_others(path, database)
         yield ScrubState(path, database)
 
 
-@contextmanager
-def read(path: str, *, locking: bool = True) -> Iterator[ScrubState]:
-    """Open a ledger to be asked; it may be in use. Raises like :func:`opened`."""
+def read(path: str, *, locking: bool = True) -> Status:
+    """Read a scrub state, which may be in use. Raises like :func:`opened`."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         raise cannot_open(path, "open it", error) from error
     _refuse_kind(path, status)
     if status.st_size == 0:
-        raise ImageError(path=path, problem="it is empty: no scrub has remembered anything yet")
+        raise ImageError(path=path, problem="it is empty: no scrub has stored anything yet")
     with _connected(path, locking=locking) as database:
         _refuse_others(path, database)
-        yield ScrubState(path, database)
+        state = ScrubState(path, database)
+        entries, runs = state.entries().values(), state.runs()
+    layers = [one for one in entries if not one.is_gone]
+    return Status(layers, len(entries) - len(layers), runs)
 
 
 @contextmanager
 def _alone(path: str, *, locking: bool) -> Iterator[None]:
-    """Hold the file against other scrubs.
+    """Lock the file against other scrubs.
 
     The descriptor stays open as long as the database: closing any drops SQLite's own locks.
     """
@@ -343,23 +355,13 @@ def _alone(path: str, *, locking: bool) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise cannot_open(path, "open it", error) from error
     try:
-        with _naming(path):
-            status = os.fstat(fd)
-        _refuse_kind(path, status)
+        _refuse_kind(path, os.fstat(fd))
         if not claim_alone(path, fd, locking=locking):
             problem = "another scrub is using it; wait until that has ended"
             raise ImageError(path=path, problem=problem)
         yield
     finally:
         os.close(fd)
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FileError.of(path, "look at it", error) from error
 
 
 def _refuse_kind(path: str, status: os.stat_result) -> None:
@@ -373,7 +375,7 @@ def _connected(path: str, *, locking: bool) -> Iterator[sqlite3.Connection]:
         _refuse_without_locks(path)
     uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode=rw"
     uri += "" if locking else "&nolock=1"
-    with _saying(path, "open it"):
+    with _errors_naming(path, "open it"):
         database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=PATIENCE)
     database.text_factory = os.fsdecode
     try:
@@ -383,21 +385,13 @@ def _connected(path: str, *, locking: bool) -> Iterator[sqlite3.Connection]:
 
 
 def _refuse_without_locks(path: str) -> None:
-    """Raise where the file system has no locks: SQLite would wait, as if another had locked it."""
+    """Raise where the file system has no locks: SQLite would wait as for another process."""
     try:
         with open(path, "rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise cannot_lock(path, error) from error
-
-
-def _make(path: str, database: sqlite3.Connection) -> None:
-    with _saying(path, "write it"), _transaction(database):
-        for statement in _TABLES:
-            database.execute(statement)
-        database.execute(f"PRAGMA application_id = {APPLICATION}")
-        database.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def _refuse_others(path: str, database: sqlite3.Connection) -> None:
@@ -409,5 +403,5 @@ def _refuse_others(path: str, database: sqlite3.Connection) -> None:
             raise FileError(path=path, action="read it", reason=str(error)) from error
         application, version = 0, 0
     if (application, version) != (APPLICATION, VERSION):
-        problem = "it is not what a scrub remembers, or of another version; name another file"
+        problem = "it is no scrub state, or of another version; name another file"
         raise ImageError(path=path, problem=problem)

@@ -1,11 +1,9 @@
-"""Farm verify: every layer of a farm held against its manifest, each once.
+"""Farm verify: compare every layer of a farm with its manifest, each once.
 
-A base that a thousand overlays share is read once, as is every overlay; what stands above a layer
-that differs is known from the graph. Files with a manifest that nobody names any more count too:
-they may be overlays whose header was damaged beyond recognition.
+A base that many overlays share is read once. Files with a manifest that no overlay names count
+too: they may be overlays with a damaged header.
 
-The processes are started once it is known how many manifests there are, and while the headers of
-a large farm are being read.
+The processes start when the number of manifests is known, while the headers are being read.
 """
 
 from __future__ import annotations
@@ -13,26 +11,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Identity, Named, Unexamined
 from addcow_mp.device.manifest_file import SUFFIX, described_by, manifest_of
+from addcow_mp.engine.verify_task import LayerRef
 from addcow_mp.errors import ManifestError
 from addcow_mp.farm.places import Found, files_of, overlays_of
+from addcow_mp.findings import LayerReport, Severity, worst
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import read_head
-from addcow_mp.jobs.layer_report import Grade, LayerReport
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
-from addcow_mp.jobs.verify import chain_of, verifiers, was_met
-from addcow_mp.jobs.verify_task import LayerRef
+from addcow_mp.jobs.verify import chain_of, is_new, verifiers
 
 
 @dataclass(frozen=True)
 class FarmLayerReports:
-    """What was found: ``images`` are the overlays in the places, ``files`` all other layers.
+    """The reports on ``images``, the overlays in the places, and ``files``, all other layers.
 
-    Also among ``files`` is what could not be looked at. ``places``: where they were looked for.
+    ``files`` also has what could not be examined. ``places``: where overlays were looked for.
     """
+
+    exit_statuses: ClassVar = LayerReport.exit_statuses
 
     images: list[LayerReport]
     files: list[LayerReport]
@@ -40,8 +41,13 @@ class FarmLayerReports:
 
     @property
     def all(self) -> list[LayerReport]:
-        """Both."""
+        """Images and files."""
         return [*self.images, *self.files]
+
+    @property
+    def exit_code(self) -> int:
+        """The status of the worst layer."""
+        return worst(one.exit_code for one in self.all)
 
 
 def farm_verify(
@@ -54,16 +60,16 @@ def farm_verify(
     with hooks.looking():
         files = FarmFiles(places, options.access)
     options = replace(options, access=files.access)
-    with verifiers(options, hooks, len(files.manifests)) as crew:
+    with verifiers(options, hooks, len(files.manifests)) as running:
         with hooks.looking():
             images, others = files.layers()
-        layer_reports = crew.verify([*images, *others])
-    others_found = layer_reports[len(images) :] + files.unexamined()
-    return FarmLayerReports(layer_reports[: len(images)], others_found, files.found)
+        reports = running.verify([*images, *others])
+    others_found = reports[len(images) :] + files.unexamined()
+    return FarmLayerReports(reports[: len(images)], others_found, files.found)
 
 
 class FarmFiles:
-    """The files in ``places`` by their names, and how what they name may be opened.
+    """The files in ``places``; ``access`` says how the files that they name may be opened.
 
     Raises :class:`ImageError` when none of the places is there.
     """
@@ -72,78 +78,56 @@ class FarmFiles:
         self.found = files_of(places, access)
         self._named = set(self.found.named)
         paths, access = self.found.files, self.found.access
-        # A manifest that was named stands for its layer.
+        # A manifest that is given by name stands for its layer.
         files = (access.files or frozenset()).union(filter(None, map(described_by, self._named)))
         self.access = access._replace(files=files)
-        #: As many layers as have one can be verified.
         self.manifests = [path for path in paths if path.endswith(SUFFIX)]
         self._paths = [path for path in paths if not path.endswith(SUFFIX)]
 
     def layers(self) -> tuple[list[LayerRef], list[LayerRef]]:
         """The overlays among the files, and all other layers.
 
-        A file that is a place itself is a layer, whatever it is: it was asked for.
+        A file that was given by name is a layer, whatever it is.
         """
-        # A file has one verdict; of several names it goes by one that has a manifest.
+        # A file has one report; of several names it has the one with a manifest.
         described = {path.removesuffix(SUFFIX) for path in self.manifests}
         paths = sorted(self._paths, key=lambda path: path not in described)
-        overlays = sorted(self._overlays_of(paths), key=lambda one: one.path)
+        hidden: list[Unexamined] = []
+        overlays = sorted(overlays_of(paths, hidden), key=lambda one: one.path)
+        self.found.unexamined += [one for one in hidden if one.path not in self._named]
         seen: set[Identity | str] = {one.identity for one in overlays}
-        others = list(_others(overlays, self.manifests, self.access, seen))
-        others += [one for path in sorted(self._named) for one in _alone(path, seen)]
+        others = list(self._others(overlays, seen))
         return [LayerRef(one.path) for one in overlays], others
 
-    def _overlays_of(self, paths: list[str]) -> list[Named]:
-        hidden: list[Unexamined] = []
-        overlays = overlays_of(paths, hidden)
-        # What is named is a layer, and is told of as one.
-        self.found.unexamined += [one for one in hidden if one.path not in self._named]
-        return overlays
+    def _others(self, overlays: list[Named], seen: set[Identity | str]) -> Iterator[LayerRef]:
+        """Layers below the overlays, files with a manifest, and files that were given by name."""
+        for one in overlays:
+            # A layer that was seen has come with all layers below it.
+            if one.backing not in seen:
+                access = self.access.beside(one.base or one.path)
+                below = list(chain_of(one.path, ADD_COW, access))[1:]
+                yield from (layer for layer in below if is_new(layer.path, seen))
+        for path in self.manifests:
+            if is_new(path.removesuffix(SUFFIX), seen):
+                yield LayerRef(path.removesuffix(SUFFIX), _kind(path))
+        for path in sorted(self._named):
+            if described_by(path) is None and is_new(path, seen):
+                manifest = manifest_of(path)
+                yield LayerRef(path, _kind(manifest) if os.path.lexists(manifest) else RAW)
 
     def unexamined(self) -> list[LayerReport]:
-        """What could not be looked at, once the layers are known."""
-        return [_unexamined(one) for one in self.found.unexamined]
-
-
-def _unexamined(one: Unexamined) -> LayerReport:
-    layer_report = LayerReport(one.path)
-    layer_report.remark("not-examined", Grade.UNVERIFIED, one.path, one.reason)
-    return layer_report
-
-
-def _others(
-    overlays: list[Named], manifests: list[str], access: Access, seen: set[Identity | str]
-) -> Iterator[LayerRef]:
-    """What overlays stand on and no overlay of the farm is, and what has a manifest besides."""
-    for one in overlays:
-        # What was met has brought with it all that it stands on.
-        if one.backing not in seen:
-            for target in list(chain_of(one.path, ADD_COW, access.beside(one.base or one.path)))[
-                1:
-            ]:
-                yield from _new(target, seen)
-    for path in manifests:
-        for target in _new(LayerRef(path.removesuffix(SUFFIX)), seen):
-            yield replace(target, format=_kind(path))
-
-
-def _alone(path: str, seen: set[Identity | str]) -> Iterator[LayerRef]:
-    """A file that was named and is no overlay: raw, but for the manifest that was one of those."""
-    if described_by(path) is None:
-        sidecar = manifest_of(path)
-        kind = _kind(sidecar) if os.path.lexists(sidecar) else RAW
-        yield from _new(LayerRef(path, kind), seen)
+        """Reports on what could not be examined, once the layers are known."""
+        reports = []
+        for one in self.found.unexamined:
+            report = LayerReport(one.path)
+            report.add("not-examined", Severity.UNVERIFIED, one.path, one.reason)
+            reports.append(report)
+        return reports
 
 
 def _kind(path: str) -> str:
-    """What layer the manifest at ``path`` is about."""
+    """The format of the layer that the manifest at ``path`` describes."""
     try:
         return read_head(path).kind
     except (OSError, ManifestError):
         return ADD_COW
-
-
-def _new(target: LayerRef, seen: set[Identity | str]) -> Iterator[LayerRef]:
-    """``target``, unless the same file was met before, or the same name of none."""
-    if not was_met(target.path, seen):
-        yield target

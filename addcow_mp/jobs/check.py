@@ -1,12 +1,11 @@
-"""Check: named checks, all of them run, and "damaged" kept apart from "could not look".
+"""Check: run every named check on an overlay, and report what is damaged or could not be examined.
 
-Each check looks at one thing and notes findings. A finding is a *corruption* (a rule of
-the format is broken), a *leak* (data in clusters that are not local: space lost, nothing
-else), or a *check-error* (something could not be looked at). A check whose premises are
-gone, such as the bitmap's length without an image to give the virtual size, says nothing:
-what took its premise away has been noted by the check before it.
+Each check examines one thing and reports findings: a *corruption* (a rule of the format is
+broken), a *leak* (data in clusters that are not allocated: lost space, no harm) or a *check-error*
+(something could not be examined). A check that cannot work without the result of an earlier one
+reports nothing: the earlier check has reported why.
 
-Nothing is ever changed here.
+Nothing is changed here.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from addcow_mp.device.locks import READING
 from addcow_mp.device.magic import contradicts, resembles
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import AddcowError, FormatError, NotAddcowError
+from addcow_mp.findings import CheckReport, Finding, Severity
 from addcow_mp.format.header import (
     ADD_COW,
     BACKING_NAME_LIMIT,
@@ -44,18 +44,17 @@ from addcow_mp.format.header import (
     format_name,
     violations,
 )
-from addcow_mp.jobs.findings import CheckReport, Finding, Severity
 from addcow_mp.units import human_size
 
 
 def check(path: str, access: Access | None = None) -> CheckReport:
-    """Run every check on the overlay at ``path``; raises nothing for a damaged one."""
+    """Run every check on the overlay at ``path``. A damaged overlay raises no error."""
     report = CheckReport(path)
     with contextlib.ExitStack() as opened:
         run = _Check(path, report, opened, access or Access())
         try:
-            for name, look in run.checks():
-                run.guarded(name, look)
+            for name, examine in run.checks():
+                run.guarded(name, examine)
         except NotAddcowError as error:
             report.is_addcow = False
             run.note("header", Severity.CHECK_ERROR, str(error))
@@ -63,7 +62,7 @@ def check(path: str, access: Access | None = None) -> CheckReport:
 
 
 class _Check:
-    """One run: what the checks so far have opened and read, for those that come later."""
+    """One run of all checks; keeps what earlier checks have opened and read for later ones."""
 
     def __init__(
         self, path: str, report: CheckReport, opened: contextlib.ExitStack, access: Access
@@ -80,13 +79,13 @@ class _Check:
         self.seen: dict[tuple[int, int], str] = {}
 
     def checks(self) -> tuple[tuple[str, Callable[[], None]], ...]:
-        """All checks, in an order in which each finds its premises."""
+        """All checks; each comes after those whose results it needs."""
         return (
             ("file", self.open_cow),
             ("header", self.check_header),
             ("names", self.check_names),
             ("reserved-bytes", self.check_reserved),
-            ("formats", self.check_formats),
+            ("formats", lambda: self._note_broken("formats")),
             ("image-file", self.check_image),
             ("backing-file", self.check_backing),
             ("bitmap-length", self.check_bitmap_length),
@@ -94,27 +93,27 @@ class _Check:
             ("leaks", self.check_leaks),
         )
 
-    def guarded(self, name: str, look: Callable[[], None]) -> None:
-        """Run one check; what keeps it from looking is a check-error."""
+    def guarded(self, name: str, examine: Callable[[], None]) -> None:
+        """Run one check; an error becomes a check-error."""
         try:
-            look()
+            examine()
         except NotAddcowError:
             raise
         except AddcowError as error:
             self.note(name, Severity.CHECK_ERROR, str(error))
 
     def note(self, name: str, severity: Severity, message: str, count: int = 1) -> None:
-        """Note one finding."""
+        """Add a finding."""
         self.report.findings.append(Finding(name, severity, message, count))
 
-    def corrupt(self, name: str, message: str, count: int = 1) -> None:
-        """Note a broken rule."""
-        self.note(name, Severity.CORRUPTION, message, count)
+    def corrupt(self, name: str, message: str) -> None:
+        """Add a broken rule."""
+        self.note(name, Severity.CORRUPTION, message)
 
     # The header
 
     def open_cow(self) -> None:
-        """The ``.add-cow`` file can be opened."""
+        """Open the ``.add-cow`` file."""
         cow = open_claimed(self.access, self.path, READING, COW, named=True)
         self.cow = self._opened.enter_context(contextlib.closing(cow))
         self.access = self.access.beside(cow.base)
@@ -122,7 +121,7 @@ class _Check:
         self.seen[self.cow.identity] = f"the overlay {self.path}"
 
     def check_header(self) -> None:
-        """The fixed header is there and its numbers are legal."""
+        """Check that the fixed header is there and its numbers are legal."""
         if self.cow is None:
             return
         try:
@@ -146,7 +145,7 @@ class _Check:
         return any(rule in rules for rule, _ in self.broken)
 
     def check_names(self) -> None:
-        """The names lie in the header region and are names."""
+        """Check that the names lie in the header region and are names."""
         self._note_broken("names")
         header, cow = self.header, self.cow
         if header is None or cow is None or self._is_broken("names"):
@@ -162,7 +161,7 @@ class _Check:
                     self.corrupt("names", f"{what} {error.fields['problem']}")
 
     def check_reserved(self) -> None:
-        """Every byte of the header region that no name points at is 0."""
+        """Check that every header byte that no name uses is 0."""
         header, cow = self.header, self.cow
         if header is None or cow is None or self._is_broken("header", "names"):
             return
@@ -178,14 +177,10 @@ class _Check:
                 f"{stray} bytes of the header that no name uses are not 0, the first at {first}",
             )
 
-    def check_formats(self) -> None:
-        """The formats are written as they must be, and known."""
-        self._note_broken("formats")
-
     # The files
 
     def check_image(self) -> None:
-        """The image file is there, a file of its own, and what it is declared to be."""
+        """Check that the image file exists, is used once, and has the declared format."""
         name, header, cow = self.names.get("image"), self.header, self.cow
         if name is None or header is None or cow is None:
             return
@@ -205,31 +200,30 @@ class _Check:
                 )
 
     def _is_plausible(self, file: File, declared: str, what: str) -> bool:
-        """Whether the first bytes agree with the format; a raw file is used all the same."""
+        """Whether the first bytes agree with the format; a raw file may begin with any bytes."""
         if contradicts(file, declared):
             self.corrupt("formats", f"{what} is declared {declared}, but is not")
             return False
         seems = resembles(file) if declared == RAW else None
         if seems is not None:
-            told = f"{what} is declared raw and read as raw, but begins as {seems} does"
-            self.report.findings.append(Finding("formats", Severity.CORRUPTION, told, bars=False))
+            message = f"{what} is declared raw and read as raw, but begins as {seems} does"
+            finding = Finding("formats", Severity.CORRUPTION, message, bars=False)
+            self.report.findings.append(finding)
         return True
 
     def _open_overlay(self, image: File) -> None:
-        if self.cow is not None and self.header is not None and not self._is_broken("header"):
-            self.overlay = Overlay(self.cow, image, None, self.header)
-            self.report.total_clusters = self.overlay.geometry.clusters
-            self.report.allocated_clusters = self.overlay.allocated_clusters
-            self._note_hidden(image, self.overlay.size)
-
-    def _note_hidden(self, image: File, size: int) -> None:
-        """Name the bytes of the image file that are not part of the view."""
+        if self.cow is None or self.header is None or self._is_broken("header"):
+            return
+        self.overlay = Overlay(self.cow, image, None, self.header)
+        self.report.total_clusters = self.overlay.geometry.clusters
+        self.report.allocated_clusters = self.overlay.allocated_clusters
+        size = self.overlay.size
         if image.length > size:
-            told = f"its last {image.length - size} bytes, from {size} on, are not part of the disk"
-            self.report.notes.append(f"{image.path}: {told}; flatten --discard cuts them off")
+            rest = f"its last {image.length - size} bytes, from {size} on, are not part of the disk"
+            self.report.notes.append(f"{image.path}: {rest}; flatten --discard cuts them off")
 
     def _open(self, holder: File, name: str, what: str, *, optional: bool = False) -> File | None:
-        """Open what ``holder`` names, or note why not."""
+        """Open what ``holder`` names, or report why that fails."""
         try:
             target = resolve(holder, name)
             file = open_claimed(self.access, target, READING, BACKING, named=False)
@@ -242,7 +236,7 @@ class _Check:
         return self._opened.enter_context(contextlib.closing(file))
 
     def _is_new(self, file: File, name: str, what: str) -> bool:
-        """Whether this file was not met before; a file met twice is noted under ``name``."""
+        """Whether the chain has not used this file before; else report that as ``name``."""
         other = self.seen.get(file.identity)
         if other is not None:
             self.corrupt(name, f"{what} is the same file as {other}")
@@ -251,7 +245,7 @@ class _Check:
         return True
 
     def check_backing(self) -> None:
-        """Every file below is there, of its declared format, and not met before."""
+        """Check that every backing file exists, has its declared format, and is used once."""
         holder, header, name = self.cow, self.header, self.names.get("backing")
         for depth in range(1, MAX_DEPTH + 1):
             if holder is None or header is None or name is None:
@@ -259,25 +253,21 @@ class _Check:
             if depth == MAX_DEPTH and format_name(header.backing_format) == ADD_COW:
                 break
             # With ALL_ALLOCATED the backing may be absent.
-            optional = header.all_allocated
-            backing = self._open(holder, name, "backing file", optional=optional)
+            backing = self._open(holder, name, "backing file", optional=header.all_allocated)
             if backing is None:
                 return
             what = f"backing file '{name}' of {holder.path}"
-            if not self._is_new(backing, self._sameness(backing), what):
+            # A raw file that is used twice serves two purposes; an overlay closes a cycle.
+            is_image = self.seen.get(backing.identity, "").startswith("image file")
+            if not self._is_new(backing, "same-file" if is_image else "chain-cycle", what):
                 return
             holder = backing
             header, name = self._below(backing, format_name(header.backing_format), what)
         if name is not None:
             self.corrupt("chain", f"the chain is deeper than {MAX_DEPTH} overlays")
 
-    def _sameness(self, backing: File) -> str:
-        """An overlay met again closes a cycle; a raw file met again serves two purposes."""
-        other = self.seen.get(backing.identity, "")
-        return "same-file" if other.startswith("image file") else "chain-cycle"
-
     def _below(self, file: File, format_: str, what: str) -> tuple[Header | None, str | None]:
-        """Look at one file below; its header and its backing's name if it is an overlay."""
+        """Examine one backing file; its header and backing name if it is an overlay."""
         try:
             if format_ != ADD_COW:
                 self._is_plausible(file, format_, what)
@@ -295,7 +285,7 @@ class _Check:
     # The bitmap
 
     def check_bitmap_length(self) -> None:
-        """The bitmap is as long as the virtual size asks for."""
+        """Check that the file does not end inside its bitmap."""
         overlay = self.overlay
         if overlay is not None and overlay.bitmap.short:
             wanted = overlay.header.header_size + overlay.geometry.bitmap_length
@@ -305,31 +295,27 @@ class _Check:
             )
 
     def check_stray(self) -> None:
-        """No bit past the last cluster is set."""
+        """Check that no bit past the last cluster is set."""
         stray = 0 if self.overlay is None else self.overlay.bitmap.stray()
         if stray:
             self.corrupt("stray-bits", f"{stray} bits past the last cluster are set")
 
     def check_leaks(self) -> None:
-        """The image file holds no data in clusters that are not local."""
+        """Check that the image file holds no data in clusters that are not allocated."""
         if self.overlay is None:
             return
         clusters = sum(1 for _ in leaked_clusters(self.overlay))
         if clusters:
             size = human_size(clusters * self.overlay.cluster_size)
-            self.note(
-                "leaks",
-                Severity.LEAK,
-                f"{clusters} clusters that are not local hold data in the image file ({size})",
-                clusters,
-            )
+            what = f"{clusters} clusters that are not allocated hold data in the image file"
+            self.note("leaks", Severity.LEAK, f"{what} ({size})", clusters)
 
 
 def leaked_clusters(overlay: Overlay) -> Iterator[int]:
-    """The clusters that are not local although the image file holds other bytes than 0 there.
+    """The clusters that are not allocated although the image file holds nonzero bytes there.
 
-    Where the file ends inside its bitmap the missing bits may have been set: the data of
-    those clusters is perhaps all that is left of them, and no leak.
+    Where the file ends inside its bitmap the missing bits may have been set. The data of those
+    clusters may be the only copy, and is no leak.
     """
     image, geometry = overlay.image.file, overlay.geometry
     data = -1

@@ -1,16 +1,16 @@
-"""Info: what the header says, and what the files it names are.
+"""Info: what the header says, and what the files that it names are.
 
-Only the ``.add-cow`` file and its image file are needed: a backing that is missing or
-of a format that is not opened here is still described by its name and format.
+Only the ``.add-cow`` file and its image file are needed. A backing file that is missing, or has a
+format that is not opened here, is described by its name and format.
 """
 
 from __future__ import annotations
 
-import os
+from contextlib import closing
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_of
+from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_at
 from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import (
     MAX_DEPTH,
@@ -32,7 +32,7 @@ from addcow_mp.format.names import path_combine
 
 
 class RawInfo(NamedTuple):
-    """A file at the end of a chain; ``virtual_size`` is None when its format is not read here."""
+    """A file at the end of a chain; ``virtual_size`` is None for formats that are not read here."""
 
     filename: str
     format: str
@@ -41,7 +41,10 @@ class RawInfo(NamedTuple):
 
 
 class Info(NamedTuple):
-    """An add-cow overlay. Sizes in bytes; ``virtual_size`` None when the image is not raw."""
+    """An add-cow overlay. Sizes are in bytes; ``virtual_size`` is None if the image is not raw.
+
+    ``base``: the path that its names are relative to.
+    """
 
     filename: str
     virtual_size: int | None
@@ -52,7 +55,6 @@ class Info(NamedTuple):
     total_clusters: int | None
     allocated_clusters: int | None
     warnings: list[str]
-    #: The path that its names are relative to.
     base: str
 
     @property
@@ -68,55 +70,45 @@ class Info(NamedTuple):
 
 
 def info(path: str, access: Access | None = None, *, named: bool = True) -> Info:
-    """Describe the overlay at ``path``. Raises :class:`AddcowError`.
+    """Describe the overlay at ``path``, which may lie anywhere if the user ``named`` it.
 
-    ``named`` by the user, it may lie anywhere.
+    Raises :class:`AddcowError`.
     """
     access = access or Access()
-    cow = open_claimed(access, path, READING, COW, named=named)
-    try:
+    with closing(open_claimed(access, path, READING, COW, named=named)) as cow:
         access = access.beside(cow.base) if named else access
         header = load_header(cow)
         names = load_names(cow, header)
         with errors_naming(cow, names.image, "image file") as target:
             image = open_claimed(access, target, READING, IMAGE, named=False)
-        try:
-            _refuse_same(cow, image, names)
+        with closing(image):
+            if names.backing is not None:
+                _refuse_same(cow, image, names.image, names.backing)
             with errors_naming(cow, names.image, "image file"):
                 refuse_mismatch(image, names.image_format)
             return _info(cow, image, header, names)
-        finally:
-            image.close()
-    finally:
-        cow.close()
 
 
 def _info(cow: File, image: File, header: Header, names: Names) -> Info:
     size = total = allocated = None
-    told: list[str] = []
+    warnings: list[str] = []
     if names.image_format == RAW:
         geometry = Geometry(virtual_size(image.length), header.cluster_size)
         with cow.doing("map its bitmap"):
             bitmap = CowBitmap(cow.fd, header.header_size, geometry, cow.path)
         size, total = geometry.size, geometry.clusters
         allocated = total if header.all_allocated else bitmap.count()
-        told = short_bitmap_warning(cow.path) if bitmap.short else []
-    told += link_warnings([cow, image])
-    counted = size, cow.allocated, cow.identity, header, names, total, allocated, told
-    return Info(cow.path, *counted, base=cow.base)
+        warnings = short_bitmap_warning(cow.path) if bitmap.short else []
+    warnings += link_warnings([cow, image])
+    about = size, cow.allocated, cow.identity, header, names, total, allocated, warnings
+    return Info(cow.path, *about, base=cow.base)
 
 
-def _refuse_same(cow: File, image: File, names: Names) -> None:
-    if names.backing is None:
-        return
-    try:
-        identity = identity_of(os.stat(path_combine(cow.base, names.backing)))
-    except (OSError, ValueError):
-        return  # a missing backing is no reason not to describe the overlay
-    if identity == image.identity:
+def _refuse_same(cow: File, image: File, image_name: str, backing_name: str) -> None:
+    if identity_at(path_combine(cow.base, backing_name)) == image.identity:
         raise ImageError(
             path=cow.path,
-            problem=f"backing file '{names.backing}' and image file '{names.image}' are the same "
+            problem=f"backing file '{backing_name}' and image file '{image_name}' are the same "
             "file; they must be different files",
         )
 
@@ -140,13 +132,6 @@ def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
         here, format_ = one.full_backing, one.names.backing_format
     if format_ == ADD_COW:
         raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
-    return [*found, _raw_info(here, format_, access)]
-
-
-def _raw_info(path: str, format_: str, access: Access) -> RawInfo:
-    file = open_claimed(access, path, READING, BACKING, named=False)
-    try:
+    with closing(open_claimed(access, here, READING, BACKING, named=False)) as file:
         size = raw_size(file.length) if format_ == RAW else None
-        return RawInfo(path, format_, size, file.allocated)
-    finally:
-        file.close()
+        return [*found, RawInfo(here, format_, size, file.allocated)]

@@ -39,7 +39,7 @@ from addcow_mp.errors import (
 )
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW, RAW
-from addcow_mp.format.manifest import GROUP, view_digest, zero_node
+from addcow_mp.format.leaves import GROUP, view_digest, zero_node
 from addcow_mp.jobs.options import Hooks, RunOptions
 from addcow_mp.jobs.report import Report
 

@@ -1,12 +1,12 @@
-"""Verify: every layer of a chain, or of many, held against its manifest.
+"""Verify: compare every layer of a chain, or of many, with its manifest.
 
-Layers are dealt out in batches to the processes of one scan. A process opens the files of its
-batch and looks at them (:mod:`addcow_mp.jobs.verify_task`). What it leaves, because it is much or
-because the job stops, is dealt out again before whatever comes later: layers are looked at in about
-the given order.
+Layers are distributed in batches to the processes of one scan. A process opens the files of its
+batch and compares them (:mod:`addcow_mp.engine.verify_task`). What it leaves, because it is much or
+because the job is stopped, is distributed again before anything later: layers are verified in
+about the given order.
 
-The processes can be had before the layers are known: they start while a farm is being listed. How
-much there is to read is estimated by the length of manifests, and corrected by what was read.
+The processes can start before the layers are known, while a farm is being listed. The bytes to be
+read are estimated from the length of the manifests, and corrected by what was read.
 """
 
 from __future__ import annotations
@@ -14,41 +14,50 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
+from typing import ClassVar
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Identity
 from addcow_mp.device.files import identity_at
 from addcow_mp.device.headers import load_header, load_names, resolve
 from addcow_mp.device.manifest_file import manifest_of
+from addcow_mp.engine.layer_state import can_reach
+from addcow_mp.engine.leaf_compare import Sample
 from addcow_mp.engine.pool import Pool
 from addcow_mp.engine.scan import scan_pool
+from addcow_mp.engine.verify_task import LayerRef, LeafRange, Verified, VerifyTask, VerifyWork
 from addcow_mp.engine.worker import Done, Failed
 from addcow_mp.errors import AddcowError, RestartsError
+from addcow_mp.findings import LayerReport, Severity, worst
 from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.format.manifest import weight_of_length
-from addcow_mp.jobs.layer_report import Grade, LayerReport
-from addcow_mp.jobs.leaf_compare import Sample
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
-from addcow_mp.jobs.verify_task import (
-    LayerRef,
-    LeafRange,
-    Verified,
-    VerifyTask,
-    VerifyWork,
-    can_reach,
-)
 
-#: Layers in one task: enough that handing it out costs little against it.
+#: Layers in one task: enough that the cost of distributing it does not matter.
 BATCH = 16
 
-#: Layers for which another process is started at once: finding out what the first ones take would
-#: take longer.
+#: Layers for which another process is started at once, without measuring the first ones.
 MANY = 128
 
 #: Tasks for each process at the least: so that all end at about the same time.
 SHARES = 8
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The reports on all layers of a chain, from the top down."""
+
+    exit_statuses: ClassVar = LayerReport.exit_statuses
+
+    filename: str
+    layers: list[LayerReport]
+
+    @property
+    def exit_code(self) -> int:
+        """The status of the worst layer."""
+        return worst(one.exit_code for one in self.layers)
 
 
 def verify(
@@ -57,8 +66,8 @@ def verify(
     hooks: Hooks = NO_HOOKS,
     *,
     format_: str = ADD_COW,
-) -> list[LayerReport]:
-    """Verify every layer of the chain of ``path``, from the top down.
+) -> VerifyReport:
+    """Verify every layer of the chain of ``path``.
 
     Raises :class:`AddcowError` when that file cannot be opened, and :class:`RestartsError` when
     ``hooks`` stops it.
@@ -66,19 +75,18 @@ def verify(
     with closing(options.access.open_named(path)) as file:
         access = options.access.beside(file.base)
     chain = list(chain_of(path, format_, access))
-    with verifiers(replace(options, access=access), hooks, len(chain)) as crew:
-        return crew.verify(chain)
+    with verifiers(replace(options, access=access), hooks, len(chain)) as running:
+        return VerifyReport(path, running.verify(chain))
 
 
 def chain_of(path: str, format_: str, access: Access) -> Iterator[LayerRef]:
-    """The layers of a chain as far down as sound headers lead; what is damaged is the last.
+    """The layers of a chain as far down as sound headers lead; a damaged layer is the last.
 
-    Each is named once: a chain that runs in a circle has an end, and one that is too deep to be
-    opened has layers to be verified all the same.
+    Each layer comes once, so a cycle ends. A chain that is too deep to be opened is verified too.
     """
     holder: str | None = None
-    met: set[Identity | str] = set()
-    while not was_met(path, met):
+    seen: set[Identity | str] = set()
+    while is_new(path, seen):
         yield LayerRef(path, format_, holder)
         below = _below(path, access, named=holder is None) if format_ == ADD_COW else None
         if below is None:
@@ -86,19 +94,19 @@ def chain_of(path: str, format_: str, access: Access) -> Iterator[LayerRef]:
         holder, path, format_ = below
 
 
-def was_met(path: str, met: set[Identity | str]) -> bool:
-    """Whether ``met`` has the file at ``path``, or the name of none, and has it from now on."""
+def is_new(path: str, seen: set[Identity | str]) -> bool:
+    """Whether ``seen`` lacks the file at ``path``, or its name if there is no file; adds it."""
     identity = identity_at(path) or os.path.realpath(path)
-    if identity in met:
-        return True
-    met.add(identity)
-    return False
+    if identity in seen:
+        return False
+    seen.add(identity)
+    return True
 
 
 def _below(path: str, access: Access, *, named: bool) -> tuple[str, str, str] | None:
-    """What the names of an overlay are relative to, and path and format of its backing file.
+    """The base path of an overlay's names, and path and format of its backing file.
 
-    None without one that counts.
+    None without a backing file that the guest reads.
     """
     try:
         with closing(access.open_named(path) if named else access.open_beneath(path)) as cow:
@@ -111,60 +119,53 @@ def _below(path: str, access: Access, *, named: bool) -> tuple[str, str, str] | 
         return None
 
 
-class RemainingLeaves:
-    """The parts of layers that are still to be looked at."""
+class Remaining:
+    """The parts of layers that are still to be verified, and the bytes read so far.
 
-    def __init__(self, parts: Iterable[LeafRange]) -> None:
+    ``weights``: about how many bytes there are to read of each layer.
+    """
+
+    def __init__(self, parts: Iterable[LeafRange], weights: list[int]) -> None:
         #: By the index of the layer, in order.
         self.layers: dict[int, set[LeafRange]] = {}
         for part in parts:
             self.layers.setdefault(part.index, set()).add(part)
+        self._expected = weights
+        self._read = [0] * len(weights)
+        self._finished = self._bytes = 0
+        self._total = sum(weights)
 
     @property
     def parts(self) -> list[LeafRange]:
-        """All of them."""
+        """All parts, in order."""
         return [part for parts in self.layers.values() for part in sorted(parts)]
 
-    def take(self, verified: Verified) -> bool:
-        """Take note of what was looked at; whether it was the last of its layer."""
-        parts = self.layers[verified.part.index]
+    def enter(self, verified: Verified) -> bool:
+        """Enter the result for a part; whether its layer is finished."""
+        index, size = verified.part.index, verified.layer_report.bytes_read
+        parts = self.layers[index]
         parts.discard(verified.part)
         parts.update(verified.left)
+        self._read[index] += size
+        self._bytes += size
+        expected = max(self._expected[index], self._read[index]) if parts else self._read[index]
+        self._total += expected - self._expected[index]
+        self._expected[index] = expected
         if not parts:
-            del self.layers[verified.part.index]
+            del self.layers[index]
+            self._finished += 1
         return not parts
 
-
-class ReadSoFar:
-    """How much was read of layers, of which there are about ``weights`` bytes to read."""
-
-    def __init__(self, weights: list[int]) -> None:
-        self._weights = weights
-        self._read = [0] * len(weights)
-        self._finished = 0
-        self._done = 0
-        self._total = sum(weights)
-
-    def take(self, verified: Verified, *, is_last: bool) -> None:
-        """Take note of what was seen of a layer, ``is_last`` when that was all of it."""
-        index, size = verified.part.index, verified.layer_report.bytes_read
-        expected = max(self._weights[index], self._read[index])
-        self._read[index] += size
-        self._done += size
-        found = self._read[index] if is_last else max(expected, self._read[index])
-        self._total += found - expected
-        self._finished += is_last
-
-    def tell(self, hooks: Hooks) -> None:
-        """Tell it in bytes and in layers."""
-        hooks.progress(self._done, self._total)
-        hooks.counted(self._finished, len(self._weights))
+    def show(self, hooks: Hooks) -> None:
+        """Report the progress in bytes and in layers."""
+        hooks.progress(self._bytes, self._total)
+        hooks.counted(self._finished, len(self._read))
 
 
-def _about(target: LayerRef, access: Access) -> int:
+def _weight(target: LayerRef, access: Access) -> int:
     """About how many bytes there are to read of a layer; 0 without a manifest.
 
-    Digests of zeros are not stored, but a file can be full of them.
+    Digests of zeros are not stored, but a file can hold many written zeros.
     """
     holder = target.holder
     if holder is not None and not can_reach(target.path, access.beside(holder)):
@@ -184,10 +185,7 @@ def _about(target: LayerRef, access: Access) -> int:
 def verifiers(
     options: RunOptions, hooks: Hooks, layers: int, sample: Sample | None = None
 ) -> Iterator[Verifiers]:
-    """Processes for about so many ``layers``, whichever these turn out to be.
-
-    Where that is many they are started at once, so that they stand ready when it is known.
-    """
+    """Processes for about so many ``layers``; if there are many, the processes start at once."""
     scan_options = replace(options.scan_options, counts=True, many=layers >= MANY)
     work = VerifyWork(options.access, sample)
     with scan_pool(work, (), scan_options, hooks.stopping) as pool:
@@ -197,77 +195,66 @@ def verifiers(
 
 
 class Verifiers:
-    """What :func:`verifiers` yields. Used once."""
+    """Distributes parts of layers to processes. Used once."""
 
     def __init__(self, pool: Pool, access: Access, hooks: Hooks) -> None:
         self._pool = pool
         self._access = access
         self._hooks = hooks
+        self._targets: list[LayerRef] = []
+        self._numbers = count()
 
     def verify(self, targets: list[LayerRef]) -> list[LayerReport]:
-        """Verify ``targets``; verdicts are in their order.
+        """Verify ``targets``; the reports are in their order.
 
         Raises :class:`RestartsError` when it is stopped.
         """
-        layer_reports = [LayerReport(target.path) for target in targets]
-        outstanding = RemainingLeaves(LeafRange(index) for index in range(len(targets)))
-        read = ReadSoFar([_about(target, self._access) for target in targets])
-        for verified in self.look(targets, outstanding.parts):
-            layer_reports[verified.part.index].join(verified.layer_report)
-            read.take(verified, is_last=outstanding.take(verified))
-            read.tell(self._hooks)
-        if outstanding.layers:
+        reports = [LayerReport(target.path) for target in targets]
+        weights = [_weight(target, self._access) for target in targets]
+        remaining = Remaining((LeafRange(index) for index in range(len(targets))), weights)
+        for verified in self.compare(targets, remaining.parts):
+            reports[verified.part.index].join(verified.layer_report)
+            remaining.enter(verified)
+            remaining.show(self._hooks)
+        if remaining.layers:
             raise RestartsError(path=f"{len(targets)} layers")
-        return layer_reports
+        return reports
 
-    def look(self, targets: list[LayerRef], parts: Sequence[LeafRange]) -> Iterator[Verified]:
-        """Look at ``parts`` of ``targets``, in about this order; ends early when it is stopped."""
-        dealing = _Dealing(self._pool, targets, max(1, self._pool.jobs))
-        return dealing.all(parts)
-
-
-class _Dealing:
-    """Parcels made of parts, and what becomes of those that are left or failed."""
-
-    def __init__(self, pool: Pool, targets: list[LayerRef], jobs: int) -> None:
-        self._pool = pool
+    def compare(self, targets: list[LayerRef], parts: Sequence[LeafRange]) -> Iterator[Verified]:
+        """Verify ``parts`` of ``targets``, in about this order; ends early when it is stopped."""
         self._targets = targets
-        self._jobs = jobs
-        self._numbers = count()
+        size = max(1, min(BATCH, len(parts) // (max(1, self._pool.jobs) * SHARES)))
+        for result in self._pool.run(self._tasks(parts, size)):
+            yield from self._results(result)
 
-    def all(self, parts: Sequence[LeafRange]) -> Iterator[Verified]:
-        size = max(1, min(BATCH, len(parts) // (self._jobs * SHARES)))
-        for result in self._pool.run(self._parcels(parts, size)):
-            yield from self._seen(result)
-
-    def _parcels(self, parts: Sequence[LeafRange], size: int) -> list[VerifyTask]:
+    def _tasks(self, parts: Sequence[LeafRange], size: int) -> list[VerifyTask]:
         groups = [tuple(parts[at : at + size]) for at in range(0, len(parts), size)]
         return [
-            VerifyTask(next(self._numbers), 0, 0, len(group), group, self._targets_of(group))
+            VerifyTask(
+                next(self._numbers),
+                0,
+                0,
+                len(group),
+                group,
+                tuple(self._targets[part.index] for part in group),
+            )
             for group in groups
         ]
 
-    def _targets_of(self, parts: Sequence[LeafRange]) -> tuple[LayerRef, ...]:
-        return tuple(self._targets[part.index] for part in parts)
-
-    def _seen(self, result: Done | Failed) -> list[Verified]:
-        """What a task has shown; whatever it left is dealt out."""
+    def _results(self, result: Done | Failed) -> list[Verified]:
+        """The results of a task; what it left is distributed again."""
         assert isinstance(result.task, VerifyTask)  # noqa: S101 - there are no others
         parts = result.task.parts
         if isinstance(result, Failed):
             if len(parts) == 1:
-                return [self._unexamined(parts[0], result.error)]
-            # One of them ended its process: which, shows when each is alone.
-            self._pool.add(self._parcels(parts, 1), first=True)
+                report = LayerReport(result.task.targets[0].path)
+                report.add("unexamined", Severity.UNVERIFIED, report.path, str(result.error))
+                return [Verified(parts[0], report)]
+            # One of the parts ended the process; each is tried alone to find it.
+            self._pool.add(self._tasks(parts, 1), first=True)
             return []
         found: list[Verified] = result.result
         left = [part for verified in found for part in verified.left]
-        self._pool.add(
-            self._parcels(left, 1) + self._parcels(parts[len(found) :], BATCH), first=True
-        )
+        again = self._tasks(left, 1) + self._tasks(parts[len(found) :], BATCH)
+        self._pool.add(again, first=True)
         return found
-
-    def _unexamined(self, part: LeafRange, error: AddcowError) -> Verified:
-        layer_report = LayerReport(self._targets[part.index].path)
-        layer_report.remark("unexamined", Grade.UNVERIFIED, layer_report.path, str(error))
-        return Verified(part, layer_report)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
+from addcow_mp.cli.findings import print_findings
 from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.messages import one_line, report_failure, warn
 from addcow_mp.cli.options import (
@@ -19,8 +19,8 @@ from addcow_mp.cli.options import (
     Share,
 )
 from addcow_mp.cli.results import job_is_done
+from addcow_mp.findings import CheckReport
 from addcow_mp.jobs.check import check
-from addcow_mp.jobs.findings import CheckReport, Severity
 from addcow_mp.jobs.repair import repair as job
 
 
@@ -54,37 +54,24 @@ def command(
     else:
         report = job(overlay.file, access, everything=repair is Repair.all)
         job_is_done()
-    raise typer.Exit(_show(report, as_json=printing.as_json, quiet=printing.quiet))
-
-
-def _show(report: CheckReport, *, as_json: bool, quiet: bool) -> int:
-    """Print what the checks found and repaired, and return the exit status."""
     warn(report.warnings)
-    if as_json:
+    if printing.as_json:
         print_document(report.as_json())
     elif not report.is_addcow:
-        return report_failure(report.findings[0].message, report.exit_code)
+        report_failure(report.findings[0].message, report.exit_code)
     else:
-        for line in [] if quiet else report.repairs:
-            print(f"REPAIRED {one_line(line)}")
-        _print_findings(report)
-        if not quiet:
-            _print_notes(report)
-            _print_summary(report)
-    return report.exit_code
+        _print(report, quiet=printing.quiet)
+    raise typer.Exit(report.exit_code)
 
 
-def _print_findings(report: CheckReport) -> None:
-    for finding in report.findings:
-        if finding.severity is Severity.CHECK_ERROR:
-            print(f"addcow: {finding.name}: {one_line(finding.message)}", file=sys.stderr)
-        else:
-            print(f"{finding.severity.value.upper()} {finding.name}: {one_line(finding.message)}")
-
-
-def _print_notes(report: CheckReport) -> None:
-    for note in report.notes:
-        print(f"NOTE {one_line(note)}")
+def _print(report: CheckReport, *, quiet: bool) -> None:
+    for line in [] if quiet else report.repairs:
+        print(f"REPAIRED {one_line(line)}")
+    print_findings(report.findings)
+    if not quiet:
+        for note in report.notes:
+            print(f"NOTE {one_line(note)}")
+        _print_summary(report)
 
 
 def _print_summary(report: CheckReport) -> None:

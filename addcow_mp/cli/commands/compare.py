@@ -70,11 +70,11 @@ def command(
         print_document(_as_json(sides.one, sides.other, result))
     elif not quiet:
         print("\n".join(_sentences(result)))
-    raise typer.Exit(0 if result.same else 1)
+    raise typer.Exit(result.exit_code)
 
 
 def _as_json(one: str, other: str, result: Compared) -> dict[str, object]:
-    # In whole sectors: a raw file may end within one, and with it what differs.
+    # In whole sectors: a raw file, and what differs in it, may end within a sector.
     sectors = merged(
         (round_down(start, SECTOR), round_up(stop, SECTOR)) for start, stop in result.differing
     )
@@ -91,7 +91,7 @@ def _as_json(one: str, other: str, result: Compared) -> dict[str, object]:
 
 
 def _sentences(result: Compared) -> list[str]:
-    """What differs first, by offset; sizes are spoken of once what both have is equal."""
+    """The first difference; sizes matter only when the common part is equal."""
     first = result.differing[0][0] if result.differing else None
     unequal = result.sizes[0] != result.sizes[1]
     if result.strict and unequal:
@@ -99,7 +99,7 @@ def _sentences(result: Compared) -> list[str]:
     if result.allocation is not None and (first is None or result.allocation <= first):
         return [f"Strict mode: Offset {result.allocation} block status mismatch!"]
     beyond = first is None or first >= min(result.sizes)
-    said = ["Warning: Image size mismatch!"] if unequal and beyond else []
+    lines = ["Warning: Image size mismatch!"] if unequal and beyond else []
     if first is not None:
-        return [*said, f"Content mismatch at offset {first}!"]
-    return [*said, "Images are identical."]
+        return [*lines, f"Content mismatch at offset {first}!"]
+    return [*lines, "Images are identical."]

@@ -1,11 +1,13 @@
-"""``addcow verify``: hold every layer of a chain against its manifest."""
+"""``addcow verify``: compare every layer of a chain with its manifest."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
+from addcow_mp.cli.findings import findings_of, print_layers
 from addcow_mp.cli.jsontext import print_document
-from addcow_mp.cli.layer_reports import findings_of, print_findings, worst
 from addcow_mp.cli.options import (
     AnyFile,
     FileFormat,
@@ -17,7 +19,9 @@ from addcow_mp.cli.options import (
     Share,
     Workers,
 )
-from addcow_mp.jobs.layer_report import LayerReport
+
+if TYPE_CHECKING:
+    from addcow_mp.jobs.verify import VerifyReport
 
 
 def command(
@@ -31,41 +35,38 @@ def command(
     share: Share = False,
     opening: Opening,
 ) -> None:
-    """Hold every layer against its manifest, and say which bytes of which file differ.
+    """Compare every layer with its manifest, and say which bytes of which file differ.
 
     Exit status: 0 all as it was, 1 something could not be verified, 2 something differs.
     """
     from addcow_mp.jobs.verify import verify as job
 
-    access = opening.access(share=share)
-    with workers.working(access, workers.copy_options(rate), progress, quiet=printing.quiet) as (
-        options,
-        hooks,
-    ):
-        layer_reports = job(file, options, hooks, format_=format.value)
-    raise typer.Exit(_show(file, layer_reports, as_json=printing.as_json, quiet=printing.quiet))
+    access, quiet = opening.access(share=share), printing.quiet
+    copy_options = workers.copy_options(rate)
+    with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
+        report = job(file, options, hooks, format_=format.value)
+    if printing.as_json:
+        _print_json(report)
+    else:
+        print_layers(report.layers, quiet=quiet)
+        if not quiet:
+            print(_summary(report))
+    raise typer.Exit(report.exit_code)
 
 
-def _show(file: str, layer_reports: list[LayerReport], *, as_json: bool, quiet: bool) -> int:
-    """Print what was found, and return the exit status."""
-    status = worst(layer_reports)
-    if as_json:
-        layers = [
-            {"filename": one.path, "exit": one.exit_code, "bytes": one.bytes_read}
-            for one in layer_reports
-        ]
-        told = {"filename": file, "exit": status, **findings_of(layer_reports), "layers": layers}
-        print_document(told)
-        return status
-    print_findings(layer_reports, quiet=quiet)
-    if not quiet:
-        print(_summary(layer_reports, status))
-    return status
+def _print_json(report: VerifyReport) -> None:
+    layers = [
+        {"filename": one.path, "exit": one.exit_code, "bytes": one.bytes_read}
+        for one in report.layers
+    ]
+    about = {"filename": report.filename, "exit": report.exit_code}
+    print_document({**about, **findings_of(report.layers), "layers": layers})
 
 
-def _summary(layer_reports: list[LayerReport], status: int) -> str:
+def _summary(report: VerifyReport) -> str:
+    status = report.exit_code
     if status == 0:
         return "All layers are as their manifests say."
-    different = sum(1 for one in layer_reports if one.exit_code == status)
+    worst = sum(1 for one in report.layers if one.exit_code == status)
     what = "differ from their manifests" if status > 1 else "could not be verified"
-    return f"{different} of {len(layer_reports)} layers {what}."
+    return f"{worst} of {len(report.layers)} layers {what}."

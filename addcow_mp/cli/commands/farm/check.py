@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import typer
 
+from addcow_mp.cli.findings import print_counts
 from addcow_mp.cli.jsontext import print_document, print_line
 from addcow_mp.cli.messages import one_line
-from addcow_mp.cli.options import FarmProgress, ListPrinting, Opening, Places, Share, Workers
+from addcow_mp.cli.options import (
+    FarmProgress,
+    Listing,
+    ListPrinting,
+    Opening,
+    Places,
+    Share,
+    Workers,
+)
 from addcow_mp.cli.reasons import explain
 from addcow_mp.farm.check import Checked, FarmReport, farm_check
+from addcow_mp.findings import Finding
 
 
 def command(
@@ -25,9 +35,15 @@ def command(
     access = opening.access(share=share, exclude=places.exclude)
     with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
         report = farm_check(listed, options, hooks)
-    PRINTERS[printing.output](report, quiet=quiet)
-    said = explain(report.found, [one.path for one in report.images], quiet=quiet)
-    raise typer.Exit(report.exit_code or int(said))
+    if printing.output is Listing.human:
+        _print_lines(report, quiet=quiet)
+    elif printing.output is Listing.json:
+        print_document({"images": [_image(one) for one in report.all], **_whole(report)})
+    else:
+        for one in (*map(_image, report.all), _whole(report)):
+            print_line(one)
+    explain(report.found, [one.path for one in report.images], quiet=quiet)
+    raise typer.Exit(report.exit_code)
 
 
 def _summary(report: FarmReport) -> dict[str, int]:
@@ -47,36 +63,21 @@ def _image(one: Checked) -> dict[str, object]:
 
 
 def _whole(report: FarmReport) -> dict[str, object]:
-    """What is said of the farm, and of no image by itself."""
+    """The result for the farm as a whole."""
     graph = [finding.as_json() for finding in report.graph]
     return {"graph": graph, "summary": _summary(report)}
 
 
-def print_json(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001 - all print in one manner
-    """Print one document."""
-    images = [_image(one) for one in report.all]
-    print_document({"images": images, **_whole(report)})
-
-
-def print_jsonl(report: FarmReport, *, quiet: bool) -> None:  # noqa: ARG001
-    """Print a line for each image, and one for the farm as a whole."""
-    for one in report.all:
-        print_line(_image(one))
-    print_line(_whole(report))
-
-
-def print_lines(report: FarmReport, *, quiet: bool) -> None:
-    """A line for each finding, in words that can be searched for, and one for all."""
+def _print_lines(report: FarmReport, *, quiet: bool) -> None:
+    """Print a line for each finding, and the summary."""
     for image in report.all:
         for finding in image.findings:
-            told = f"{finding.severity.value.upper()} {finding.name}: {finding.message}"
-            print(one_line(f"{image.path}: {told}"))
+            print(one_line(f"{image.path}: {_line(finding)}"))
     for finding in report.graph:
-        print(one_line(f"{finding.severity.value.upper()} {finding.name}: {finding.message}"))
+        print(one_line(_line(finding)))
     if not quiet:
-        counts = (f"{count} {word}" for word, count in _summary(report).items())
-        print(", ".join(counts).replace("-", " "))
+        print_counts(_summary(report))
 
 
-#: How to print, by the word for it on the command line.
-PRINTERS = {"human": print_lines, "json": print_json, "jsonl": print_jsonl}
+def _line(finding: Finding) -> str:
+    return f"{finding.severity.value.upper()} {finding.name}: {finding.message}"

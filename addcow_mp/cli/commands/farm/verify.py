@@ -1,13 +1,14 @@
-"""``addcow farm verify``: hold every layer of a farm against its manifest, each once."""
+"""``addcow farm verify``: compare every layer of a farm with its manifest, each once."""
 
 from __future__ import annotations
 
 import typer
 
+from addcow_mp.cli.findings import counts_of, findings_of, print_counts, print_layers
 from addcow_mp.cli.jsontext import print_document, print_line
-from addcow_mp.cli.layer_reports import counts_of, findings_of, layer_of, print_findings, worst
 from addcow_mp.cli.options import (
     FarmProgress,
+    Listing,
     ListPrinting,
     Opening,
     Places,
@@ -29,20 +30,33 @@ def command(
     share: Share = False,
     opening: Opening,
 ) -> None:
-    """Hold every layer against its manifest, each once; the exit status is that of the worst.
+    """Compare every layer with its manifest, each once; the exit status is that of the worst.
 
     Exit status: 0 all as it was, 1 something could not be verified, 2 something differs.
     """
     listed, quiet = places.listed(), printing.quiet
     access = opening.access(share=share, exclude=places.exclude)
-    with workers.working(access, workers.copy_options(rate), progress, quiet=quiet) as (
-        options,
-        hooks,
-    ):
+    copy_options = workers.copy_options(rate)
+    with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
         found = farm_verify(listed, options, hooks)
-    PRINTERS[printing.output](found, quiet=quiet)
+    _print(found, printing.output, quiet=quiet)
     explain(found.places, [one.path for one in found.all], quiet=quiet)
-    raise typer.Exit(worst(found.all))
+    raise typer.Exit(found.exit_code)
+
+
+def _print(found: FarmLayerReports, output: Listing, *, quiet: bool) -> None:
+    if output is Listing.human:
+        print_layers(found.all, quiet=quiet)
+        if not quiet:
+            print_counts(_totals(found))
+        return
+    images, files = ([one.as_json() for one in some] for some in (found.images, found.files))
+    if output is Listing.json:
+        layers = {"images": images, "files": files, **findings_of(found.all)}
+        print_document({**layers, "summary": _totals(found)})
+    else:
+        for one in (*images, *files, {"summary": _totals(found)}):
+            print_line(one)
 
 
 def _totals(found: FarmLayerReports) -> dict[str, int]:
@@ -50,34 +64,3 @@ def _totals(found: FarmLayerReports) -> dict[str, int]:
     del counts["layers"]
     read = sum(one.bytes_read for one in found.all)
     return {"images": len(found.images), "files": len(found.files), **counts, "bytes": read}
-
-
-def _print_farm_json(found: FarmLayerReports, *, quiet: bool) -> None:  # noqa: ARG001 - all alike
-    told = {
-        "images": [layer_of(one) for one in found.images],
-        "files": [layer_of(one) for one in found.files],
-        **findings_of(found.all),
-        "summary": _totals(found),
-    }
-    print_document(told)
-
-
-def _print_farm_jsonl(found: FarmLayerReports, *, quiet: bool) -> None:  # noqa: ARG001
-    for one in found.all:
-        print_line(layer_of(one))
-    print_line({"summary": _totals(found)})
-
-
-def _print_farm(found: FarmLayerReports, *, quiet: bool) -> None:
-    print_findings(found.all, quiet=quiet)
-    if not quiet:
-        counts = (f"{count} {word}" for word, count in _totals(found).items())
-        print(", ".join(counts).replace("-", " "))
-
-
-#: How to print, by the word for it on the command line.
-PRINTERS = {
-    "human": _print_farm,
-    "json": _print_farm_json,
-    "jsonl": _print_farm_jsonl,
-}

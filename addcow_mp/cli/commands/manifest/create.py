@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,16 +20,19 @@ from addcow_mp.cli.options import (
     Share,
     Workers,
 )
-from addcow_mp.jobs.manifest import Made
-from addcow_mp.jobs.manifest import create as job
+
+if TYPE_CHECKING:
+    from addcow_mp.jobs.manifest import Made
+
+Replace = Annotated[
+    bool, typer.Option("--replace", help="replace existing manifests that do not match")
+]
 
 
 def command(
     *,
     file: AnyFile,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="replace existing manifests that do not match")
-    ] = False,
+    replace: Replace = False,
     progress: JobProgress,
     workers: Workers,
     printing: Printing,
@@ -38,25 +42,24 @@ def command(
     opening: Opening,
 ) -> None:
     """Write a manifest beside each layer of FILE that has none."""
+    from addcow_mp.jobs.manifest import create as job
+
     access = opening.access(share=share, force=force, writes=True)
-    with workers.working(access, workers.copy_options(), progress, quiet=printing.quiet) as (
-        options,
-        hooks,
-    ):
+    quiet, copy_options = printing.quiet, workers.copy_options()
+    with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
         made = job(file, options, hooks, format_=format.value, replaces=replace)
-    _show(file, made, as_json=printing.as_json, quiet=printing.quiet)
-
-
-def _show(file: str, made: list[Made], *, as_json: bool, quiet: bool) -> None:
-    """Print a line for each layer, the deepest first."""
-    if as_json:
-        layers = [
-            {"filename": one.path, "guest-digest": one.guest_digest, "written": one.written}
-            for one in made
-        ]
-        told = {"filename": file, "guest-digest": made[-1].guest_digest, "manifests": layers}
-        print_document(told)
+    if printing.as_json:
+        top = {"filename": file, "guest-digest": made[-1].guest_digest}
+        print_document({**top, "manifests": manifests_json(made)})
     elif not quiet:
         for one in made:
             done = "written" if one.written else "kept"
             print(one_line(f"{one.path}: {done}, guest digest {one.guest_digest}"))
+
+
+def manifests_json(made: Sequence[Made]) -> list[dict[str, object]]:
+    """The manifests of a chain with their public keys, the deepest first."""
+    return [
+        {"filename": one.path, "guest-digest": one.guest_digest, "written": one.written}
+        for one in made
+    ]

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli import signals
+from addcow_mp.cli.findings import counts_of, findings_of, print_counts, print_layers
 from addcow_mp.cli.jsontext import print_document
-from addcow_mp.cli.layer_reports import counts_of, findings_of, layer_of, print_findings, worst
 from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.messages import say
 from addcow_mp.cli.options import (
@@ -24,9 +24,8 @@ from addcow_mp.cli.options import (
     Workers,
 )
 from addcow_mp.cli.reasons import explain
-from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError
-from addcow_mp.farm.scrub import DIFFERENT, Scrubbed, scrub
-from addcow_mp.jobs.options import Hooks
+from addcow_mp.errors import StoppedError
+from addcow_mp.farm.scrub import Scrubbed, scrub
 from addcow_mp.units import parse_share
 
 
@@ -52,9 +51,9 @@ def command(
     share: Share = False,
     opening: Opening,
 ) -> None:
-    """Hold layers against their manifests, the longest-unverified first.
+    """Compare layers with their manifests, the longest-unverified first.
 
-    The same command goes on where the last one ended. Exit status: 0 all as it was, 1 something
+    The same command continues where the last one ended. Exit status: 0 all as it was, 1 something
     could not be verified, 2 something differs, 75 the time limit was reached.
     """
     listed, quiet = places.listed(), printing.quiet
@@ -64,42 +63,25 @@ def command(
     copy_options = workers.copy_options(bounds.rate)
     with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
         found = scrub(listed, state, options, hooks, share=part, is_late=lambda: limit.is_reached)
-        problem = found.problem or _what_stopped_it(found, hooks)
     _show(found, as_json=printing.as_json, quiet=quiet)
     if found.places is not None and not found.left:
         explain(found.places, [one.path for one in found.layer_reports], quiet=quiet)
-    if problem is not None:
-        _raise(found, problem)
-    raise typer.Exit(worst(found.layer_reports))
-
-
-def _raise(found: Scrubbed, problem: AddcowError) -> None:
-    """Raise what ended a run, unless damage counts for more: then it is said."""
-    is_signal = isinstance(problem, StoppedError) and not isinstance(problem, TimeLimitError)
-    if is_signal or worst(found.layer_reports) != DIFFERENT:
-        raise problem
-    say(str(problem))
-
-
-def _what_stopped_it(found: Scrubbed, hooks: Hooks) -> AddcowError | None:
-    if not found.left:
-        return None
-    named = f"{found.left} layers left"
-    if hooks.stopping():
-        return signals.by_signal(StoppedError(path=named))
-    told = f"{named}: the time limit was reached; the same command continues from there"
-    return TimeLimitError(message=told)
+    if found.problem is not None:
+        if found.is_problem_worst:
+            if type(found.problem) is StoppedError:
+                raise signals.by_signal(found.problem)
+            raise found.problem
+        say(str(found.problem))
+    raise typer.Exit(found.exit_code)
 
 
 def _show(found: Scrubbed, *, as_json: bool, quiet: bool) -> None:
-    summary = counts_of(found.layer_reports)
-    summary |= {"bytes": found.bytes_read, "left": found.left}
+    reports = found.layer_reports
+    summary = {**counts_of(reports), "bytes": found.bytes_read, "left": found.left}
     if as_json:
-        layers = [layer_of(one) for one in found.layer_reports]
-        told = {"layers": layers, **findings_of(found.layer_reports), "summary": summary}
-        print_document(told)
+        layers = [one.as_json() for one in reports]
+        print_document({"layers": layers, **findings_of(reports), "summary": summary})
         return
-    print_findings(found.layer_reports, quiet=quiet)
+    print_layers(reports, quiet=quiet)
     if not quiet:
-        counts = (f"{count} {word}" for word, count in summary.items())
-        print(", ".join(counts).replace("-", " "))
+        print_counts(summary)

@@ -7,67 +7,52 @@ from datetime import UTC, datetime
 
 import typer
 
+from addcow_mp.cli.findings import print_layers
 from addcow_mp.cli.jsontext import print_document
-from addcow_mp.cli.layer_reports import print_findings, worst
 from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import Locking, LockingOption, Printing, StateFile
-from addcow_mp.farm.scrub import DIFFERENT, UNVERIFIED
-from addcow_mp.farm.scrub_state import Entry, Record, read
+from addcow_mp.farm.scrub_state import Entry, Record, Status, read
+from addcow_mp.findings import DIFFERENT, UNVERIFIED
 from addcow_mp.units import human_size
 
-#: Runs that are shown to people: the last ones.
+#: The last runs, which are shown to people.
 SHOWN_RUNS = 10
 
 
 def command(*, state: StateFile, printing: Printing, locking: LockingOption = Locking.on) -> None:
-    """Say what was verified, when, and what came of it.
+    """Show what was verified, when, and with what result.
 
-    Exit status: 0 nothing amiss is known, 1 something could not be verified, 2 something differs.
+    Files that do not exist any more are counted, and do not affect the exit status. Exit status:
+    0 nothing is known to be wrong, 1 something could not be verified, 2 something differs.
     """
-    as_json = printing.as_json
-    raise typer.Exit(_show(state, as_json=as_json, locking=locking is Locking.on))
+    status = read(state, locking=locking is Locking.on)
+    if printing.as_json:
+        layers, runs = [_layer(one) for one in status.layers], [_run(one) for one in status.runs]
+        print_document({"layers": layers, "coverage": _coverage(status), "runs": runs})
+    else:
+        print_layers(one.known() for one in status.layers)
+        for run in status.runs[-SHOWN_RUNS:]:
+            print(one_line(_run_line(run)))
+        print(_coverage_line(_coverage(status)))
+    raise typer.Exit(status.exit_code)
 
 
-def _show(state: str, *, as_json: bool, locking: bool) -> int:
-    """Print what the ledger in the file ``state`` says; returns the exit status of that.
-
-    Files that are gone are counted, and change nothing of the status.
-    """
-    with read(state, locking=locking) as scrub_state:
-        entries, runs = list(scrub_state.entries().values()), scrub_state.runs()
-    there = [one for one in entries if not one.is_gone]
-    coverage = _coverage(there, len(entries) - len(there), runs)
-    status = worst([one.known() for one in there])
-    if as_json:
-        told = {
-            "layers": [_layer(one) for one in there],
-            "coverage": coverage,
-            "runs": [_run(one) for one in runs],
-        }
-        print_document(told)
-        return status
-    print_findings([one.known() for one in there])
-    for run in runs[-SHOWN_RUNS:]:
-        print(one_line(_run_line(run)))
-    print(_coverage_line(coverage))
-    return status
-
-
-def _coverage(there: list[Entry], gone: int, runs: list[Record]) -> dict[str, object]:
-    verified = [one for one in there if one.verified is not None]
-    pass_ = max((run.pass_ for run in runs), default=0)
+def _coverage(status: Status) -> dict[str, object]:
+    layers = status.layers
+    verified = [one.verified for one in layers if one.verified is not None]
+    pass_ = max((run.pass_ for run in status.runs), default=0)
     return {
-        "layers": len(there),
+        "layers": len(layers),
         "verified": len(verified),
-        "never-verified": len(there) - len(verified),
-        "different": sum(1 for one in there if one.exit == DIFFERENT),
-        "unverified": sum(1 for one in there if one.exit == UNVERIFIED),
-        "gone": gone,
-        "bytes": sum(one.bytes for one in there),
-        "bytes-verified": sum(map(_bytes_verified, there)),
-        "oldest": _time(min((one.verified or 0 for one in verified), default=None)),
+        "never-verified": len(layers) - len(verified),
+        "different": sum(1 for one in layers if one.exit == DIFFERENT),
+        "unverified": sum(1 for one in layers if one.exit == UNVERIFIED),
+        "gone": status.gone,
+        "bytes": sum(one.bytes for one in layers),
+        "bytes-verified": sum(map(_bytes_verified, layers)),
+        "oldest": _time(min(verified, default=None)),
         "pass": pass_,
-        "pass-left": sum(1 for one in there if one.pass_ < pass_),
+        "pass-left": sum(1 for one in layers if one.pass_ < pass_),
     }
 
 
@@ -110,13 +95,10 @@ def _run_line(run: Record) -> str:
 
 
 def _coverage_line(coverage: dict[str, object]) -> str:
-    told = [f"{coverage[key]} {key.replace('-', ' ')}" for key in _COUNTS]
-    sizes = [human_size(int(str(coverage[key]))) for key in ("bytes-verified", "bytes")]
-    oldest = coverage["oldest"] or "nothing"
-    return f"{', '.join(told)}; {sizes[0]} of {sizes[1]}, the oldest of {oldest}"
-
-
-_COUNTS = ("layers", "verified", "never-verified", "different", "unverified", "gone")
+    keys = ("layers", "verified", "never-verified", "different", "unverified", "gone")
+    counts = ", ".join(f"{coverage[key]} {key.replace('-', ' ')}" for key in keys)
+    done, size = (human_size(int(str(coverage[key]))) for key in ("bytes-verified", "bytes"))
+    return f"{counts}; {done} of {size}, the oldest of {coverage['oldest'] or 'nothing'}"
 
 
 def _time(seconds: float | None) -> str | None:
