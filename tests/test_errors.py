@@ -16,6 +16,7 @@ import fcntl
 import os
 import pickle
 import pkgutil
+import re
 import resource
 import signal
 import string
@@ -1205,6 +1206,26 @@ def test_discard_that_cannot_remove_is_refused_before_any_change(
     with pytest.raises(addcow_mp.ImageError, match="leave --discard out"):
         addcow_mp.flatten(top, discard=True)
     assert snapshot(tmp_path) == before
+
+
+def documented_statuses() -> dict[str, set[str]]:
+    """Return the exit statuses of each command in docs/errors.md."""
+    text = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
+    statuses: dict[str, set[str]] = {}
+    for command, status in re.findall(r"^\| `([a-z ]+)` \| (\d+) \|", text, re.MULTILINE):
+        statuses.setdefault(command, set()).add(status)
+    return statuses
+
+
+def statuses_in_help(command: str) -> set[str]:
+    module = import_module(f"addcow_mp.cli.commands.{command.replace(' ', '.')}")
+    sentence = module.command.__doc__.partition("Exit status:")[2]
+    return set(re.findall(r"\b\d+\b", sentence))
+
+
+def test_help_and_documentation_give_the_same_exit_statuses() -> None:
+    documented = documented_statuses()
+    assert {command: statuses_in_help(command) for command in documented} == documented
 
 
 def stopped_commit(here: Path) -> None:

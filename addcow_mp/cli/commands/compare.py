@@ -48,7 +48,7 @@ def command(
 ) -> None:
     """Compare what the guests of two images see.
 
-    Exit status: 0 the same, 1 they differ, 2 and more: they could not be compared.
+    Exit status: 0 the same, 1 they differ, 2 they could not be compared.
     """
     from addcow_mp.jobs.compare import compare as job
 

@@ -30,7 +30,10 @@ def command(
     share: Share = False,
     opening: Opening,
 ) -> None:
-    """Check every overlay, and the farm as a whole; the exit status is that of the worst."""
+    """Check every overlay, and the farm as a whole; the exit status is that of the worst.
+
+    Exit status: 0 clean, 1 could not check, 2 corruptions, 3 leaks only.
+    """
     listed, quiet = places.listed(), printing.quiet
     access = opening.access(share=share, exclude=places.exclude)
     with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
