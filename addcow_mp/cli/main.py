@@ -16,7 +16,6 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``addcow`` with these arguments and return its exit status."""
     results.begin()
     messages.begin()
-    signals.begin()
     status = _run(arguments)
     error = results.failure()
     if error is None:
@@ -29,10 +28,9 @@ def run(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> int:
     """Run the command and report its error."""
     try:
-        try:
+        # After the block a signal may end the process: only messages are left.
+        with signals.raising():
             status = _dispatch(arguments)
-        finally:
-            signals.end()  # from here on a signal may end the process: only messages are left
         messages.write_early_warnings()
     except AddcowError as error:
         return _failed(arguments, str(error), error.exit_code, error.fields.get("path"))

@@ -9,7 +9,7 @@ publishing. A SIGHUP that was ignored when the command began (nohup) stays ignor
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -31,28 +31,16 @@ _ERRORS: dict[int, type[StoppedError]] = {
 #: Signals that stop a job even if the caller has them ignored.
 _ALWAYS = (signal.SIGINT, signal.SIGTERM)
 
-#: The handlers from before the command.
-_before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-
 #: Signals received since the command began, in order.
 _received: list[int] = []
 
 
-def begin() -> None:
-    """From now on the first signal raises :class:`KeyboardInterrupt`."""
+@contextmanager
+def raising() -> Iterator[None]:
+    """A block that the first signal ends by :class:`KeyboardInterrupt`; for a whole command."""
     _received.clear()
-    for number in _ERRORS:
-        _before[number] = signal.getsignal(number)
-        if _before[number] is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-
-
-def end() -> None:
-    """Restore the handlers from before the command."""
-    for number, handler in _before.items():
-        repeats = number == signal.SIGXCPU and number in _received
-        signal.signal(number, signal.SIG_IGN if repeats else handler)
-    _before.clear()
+    with _handled(_interrupt, always=()):
+        yield
 
 
 def description() -> str:
@@ -110,13 +98,15 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _handled(handler: signal._HANDLER) -> Iterator[None]:
+def _handled(handler: signal._HANDLER, always: tuple[int, ...] = _ALWAYS) -> Iterator[None]:
+    """Handle the signals that the caller has not ignored, and those in ``always``."""
     old = {number: signal.getsignal(number) for number in _ERRORS}
-    changed = [one for one in _ERRORS if one in _ALWAYS or old[one] is not signal.SIG_IGN]
+    changed = [one for one in _ERRORS if one in always or old[one] is not signal.SIG_IGN]
     for number in changed:
         signal.signal(number, handler)
     try:
         yield
     finally:
         for number in changed:
-            signal.signal(number, old[number])
+            repeats = number == signal.SIGXCPU and number in _received
+            signal.signal(number, signal.SIG_IGN if repeats else old[number])
