@@ -267,12 +267,12 @@ def cpu_limit_error(here: Path) -> None:
 
 
 def time_limit_error(here: Path) -> None:
-    from addcow_mp.cli.farm_job import FarmJob, FarmRun, carry_out
-    from addcow_mp.farm.image_job import Operation
+    from addcow_mp.farm.farm_job import FarmJob, run_farm_job
+    from addcow_mp.farm.image_job import JobSpec, Operation
 
     pair(here, "AB", "-X")
-    job = FarmJob(Operation.COMMIT, FarmRun(time_limit="0"))
-    problem = carry_out([str(here)], job, ALONE, Hooks()).problem
+    job = FarmJob(JobSpec(Operation.COMMIT), is_late=lambda: True)
+    problem = run_farm_job([str(here)], job, ALONE).problem
     assert problem is not None
     raise problem
 

@@ -1,6 +1,6 @@
-"""The log of a farm's job: a file with one JSON object a line, one for each event.
+"""The log of a farm job: a file with one JSON object a line, one for each event.
 
-A full disk under the log is reported once and never ends the work.
+An error of the log, such as a full disk, is reported once and never ends the job.
 """
 
 from __future__ import annotations
@@ -9,37 +9,75 @@ import os
 import stat
 from datetime import UTC, datetime
 
+from addcow_mp.cli.farm_results import describe, describe_unexamined
 from addcow_mp.cli.jsontext import as_line
+from addcow_mp.cli.listing import NOT_EXAMINED
 from addcow_mp.cli.messages import say
 from addcow_mp.device.files import cannot_open, kind_of
 from addcow_mp.device.permissions import PRIVATE_MODE
 from addcow_mp.errors import ImageError
+from addcow_mp.farm.farm_job import Event
+from addcow_mp.farm.plan import Plan, State, Step
+from addcow_mp.farm.result import ImageResult
 
-#: What every line of a log begins with.
+#: The first bytes of every line of a log.
 _FIRST = b'{"time": '
 
+_EVENTS = {State.IDLE: "image-idle", State.LEFT: "image-left"}
 
-def _refuse_foreign(path: str, fd: int) -> None:
-    """Nothing is appended to a file that is no log: it may be somebody's disk.
 
-    Nor to what may keep a writer waiting: a FIFO, a terminal.
-    """
-    status = os.fstat(fd)
-    if stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev:
-        return
-    if not stat.S_ISREG(status.st_mode):
-        problem = f"it is {kind_of(status.st_mode)}, and a log is a regular file; name one"
-        raise ImageError(path=path, problem=problem)
-    if os.pread(fd, len(_FIRST), 0) not in (b"", _FIRST):
-        raise ImageError(path=path, problem="it is there and no log; name another file")
+class FarmLog:
+    """Appends an object for each event to the file at ``path``; None = no log."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._fd: int | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Log ``event``. Raises :class:`ImageError` for a file that is no log."""
+        if isinstance(event, Plan):
+            self._begin(event)
+        elif isinstance(event, Step):
+            operation = event.image_job.spec.operation
+            self._write("image-begun", filename=event.path, operation=operation)
+        elif isinstance(event, ImageResult):
+            self._write(_EVENTS.get(event.state, f"image-{event.state}"), **describe(event))
+        else:
+            counts = {str(state): event.count(state) for state in State if event.count(state)}
+            self._write("farm-ended", operation=event.plan.spec.operation, **counts)
+
+    def _begin(self, plan: Plan) -> None:
+        if self._path is not None:
+            self._fd = _opened(self._path)
+        operation = plan.spec.operation
+        self._write("farm-begun", operation=operation, images=len(plan.steps))
+        for one in plan.unexamined:
+            self._write(NOT_EXAMINED, **describe_unexamined(one, operation))
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _write(self, event: str, **keys: object) -> None:
+        if self._fd is None:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = as_line({"time": now, "event": event, **keys}) + "\n"
+        try:
+            os.write(self._fd, line.encode())
+        except OSError as error:
+            self.close()
+            say(f"{self._path}: cannot write the log any more: {error.strerror}")
 
 
 def _opened(path: str) -> int:
-    """Open a log, which is made if it is not there, without waiting for anybody."""
-    waits = os.O_NONBLOCK | os.O_NOCTTY
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | waits
+    """Open or create a log. Opening waits for no other program."""
+    no_wait = os.O_NONBLOCK | os.O_NOCTTY
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | no_wait
     try:
-        # It tells digests of disks that not everybody may be allowed to read.
+        # It holds digests of disks that not every user may read.
         fd = os.open(path, flags, PRIVATE_MODE)
     except (OSError, ValueError) as error:
         raise cannot_open(path, "write the log there", error) from error
@@ -51,29 +89,13 @@ def _opened(path: str) -> int:
     return fd
 
 
-class Log:
-    """A file with one JSON object a line, each appended at once; None is no log."""
-
-    def __init__(self, path: str | None) -> None:
-        self._path = path
-        self._fd: int | None = None
-        if path is not None:
-            self._fd = _opened(path)
-
-    def write(self, event: str, **about: object) -> None:
-        """Append one event."""
-        if self._fd is None:
-            return
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = as_line({"time": now, "event": event, **about}) + "\n"
-        try:
-            os.write(self._fd, line.encode())
-        except OSError as error:
-            self.close()
-            say(f"{self._path}: cannot write the log any more: {error.strerror}")
-
-    def close(self) -> None:
-        """Close the file."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+def _refuse_foreign(path: str, fd: int) -> None:
+    """Refuse what is no log, such as a disk, and what may block, such as a FIFO or terminal."""
+    status = os.fstat(fd)
+    if stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev:
+        return
+    if not stat.S_ISREG(status.st_mode):
+        problem = f"it is {kind_of(status.st_mode)}, and a log is a regular file; name one"
+        raise ImageError(path=path, problem=problem)
+    if os.pread(fd, len(_FIRST), 0) not in (b"", _FIRST):
+        raise ImageError(path=path, problem="it exists and is no log; name another file")

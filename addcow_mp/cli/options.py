@@ -1,9 +1,10 @@
 """The options of all commands, each declared once.
 
 Options that several commands share form a *group*: a class with annotated attributes. A command
-takes a group as one parameter. :func:`expanded` makes the attributes options of the command line
-and hands the filled group to the command. So an option has the same name, meaning and help text
-everywhere, and the signature of a command shows only what is its own.
+takes a group as one parameter; a group may contain other groups. :func:`expanded` makes the
+attributes options of the command line and passes the filled group to the command. So an option has
+the same name, meaning and help text everywhere, and the signature of a command shows only what is
+its own.
 
 A group also turns its options into what a job takes: access to files, ways to copy, printing.
 """
@@ -39,22 +40,18 @@ class OptionGroup:
 
 def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
     """``command`` with the options of its groups as parameters of their own."""
-    groups: dict[str, tuple[type[OptionGroup], list[str]]] = {}
-    parameters: list[Parameter] = []
     hints = get_type_hints(command, include_extras=True)
+    parameters: list[Parameter] = []
     for parameter in signature(command).parameters.values():
         hint = hints[parameter.name]
-        if isinstance(hint, type) and issubclass(hint, OptionGroup):
-            members = list(_members(hint))
-            groups[parameter.name] = hint, [member.name for member in members]
-            parameters += members
+        if _is_group(hint):
+            parameters += _members(hint)
         else:
             parameters.append(parameter.replace(annotation=hint, kind=Parameter.KEYWORD_ONLY))
 
     def call(**given: Any) -> Any:
-        for name, (kind, members) in groups.items():
-            given[name] = kind(**{member: given.pop(member) for member in members})
-        return command(**given)
+        groups = {name: _filled(hint, given) for name, hint in hints.items() if _is_group(hint)}
+        return command(**given, **groups)
 
     call.__doc__ = command.__doc__
     call.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -62,10 +59,28 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _members(kind: type[OptionGroup]) -> Iterator[Parameter]:
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        default = getattr(kind, name, Parameter.empty)
-        yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, OptionGroup)
+
+
+def _members(group: type[OptionGroup]) -> Iterator[Parameter]:
+    """The options of ``group`` and of the groups in it."""
+    for name, hint in get_type_hints(group, include_extras=True).items():
+        if _is_group(hint):
+            yield from _members(hint)
+        else:
+            default = getattr(group, name, Parameter.empty)
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _filled(group: type[OptionGroup], given: dict[str, Any]) -> OptionGroup:
+    """``group`` with its options, which are taken out of ``given``."""
+    hints = get_type_hints(group, include_extras=True)
+    values = {
+        name: _filled(hint, given) if _is_group(hint) else given.pop(name)
+        for name, hint in hints.items()
+    }
+    return group(**values)
 
 
 # Words
@@ -408,6 +423,18 @@ def rate_of(text: str | None) -> int:
     from addcow_mp.units import parse_size
 
     return 0 if text is None else parse_size(text, "--limit-rate")
+
+
+def time_limit(text: str | None) -> Callable[[], bool]:
+    """A function that says whether the time limit, which begins now, is over."""
+    from time import monotonic
+
+    from addcow_mp.units import parse_duration
+
+    if text is None:
+        return lambda: False
+    end = monotonic() + parse_duration(text, "--time-limit")
+    return lambda: monotonic() >= end
 
 
 class ChangeOptions(Opening):

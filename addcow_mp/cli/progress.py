@@ -18,7 +18,7 @@ from addcow_mp.cli.background import Background
 from addcow_mp.cli.jsontext import as_line
 from addcow_mp.cli.messages import on_screen, write_progress
 from addcow_mp.errors import UsageError
-from addcow_mp.farm.tally import Tally
+from addcow_mp.farm.progress import Progress
 from addcow_mp.units import human_size
 
 #: Seconds between two lines for a program.
@@ -33,7 +33,7 @@ STEPS = 10
 #: The forms of progress, as the command line calls them.
 HUMAN, JSON = "human", "json"
 
-Show = Callable[[Tally], None]
+Show = Callable[[Progress], None]
 
 
 @contextmanager
@@ -74,38 +74,25 @@ class _Clock:
     def __init__(self) -> None:
         self.start = time.monotonic()
 
-    def rate(self, tally: Tally) -> float:
+    def rate(self, progress: Progress) -> float:
         """Bytes per second."""
-        return tally.bytes_done / max(self.seconds, 1e-6)
+        return progress.bytes_done / max(self.seconds, 1e-6)
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.start
 
-    def left(self, tally: Tally) -> float | None:
+    def left(self, progress: Progress) -> float | None:
         """Seconds that the rest takes at the rate so far, None while that is unknown."""
-        part = share(tally)
+        part = progress.share
         return self.seconds * (1 - part) / part if part else None
 
 
-def share(tally: Tally) -> float:
-    """The part that is done, by bytes, by images where there are no bytes to move."""
-    if tally.bytes:
-        return min(1.0, tally.bytes_done / tally.bytes)
-    return tally.images_done / tally.images if tally.images else 1.0
-
-
-def _is_complete(tally: Tally) -> bool:
-    if tally.images:
-        return tally.images_done == tally.images
-    return tally.bytes_done >= tally.bytes
-
-
-def bytes_line(tally: Tally) -> str:
+def bytes_line(progress: Progress) -> str:
     """Percentage and bytes, in one line for a person."""
-    done, total = human_size(tally.bytes_done), human_size(tally.bytes)
-    return f"    ({100 * share(tally):.2f}/100%) {done} of {total}"
+    done, total = human_size(progress.bytes_done), human_size(progress.bytes)
+    return f"    ({100 * progress.share:.2f}/100%) {done} of {total}"
 
 
 class _Objects:
@@ -117,21 +104,21 @@ class _Objects:
         self._last = -EVERY
         self._ended = False
 
-    def __call__(self, tally: Tally) -> None:
-        seconds, complete = self._clock.seconds, _is_complete(tally)
+    def __call__(self, progress: Progress) -> None:
+        seconds, complete = self._clock.seconds, progress.is_complete
         if self._ended or (seconds - self._last < EVERY and not complete):
             return
         self._last, self._ended = seconds, complete
-        self._write(as_line(self._object(tally, seconds)))
+        self._write(as_line(self._object(progress, seconds)))
 
-    def _object(self, tally: Tally, seconds: float) -> dict[str, object]:
-        images = {"images-done": tally.images_done, "images": tally.images}
-        left = self._clock.left(tally)
+    def _object(self, progress: Progress, seconds: float) -> dict[str, object]:
+        images = {"images-done": progress.images_done, "images": progress.images}
+        left = self._clock.left(progress)
         return {
-            **(images if tally.images else {}),
-            "bytes-done": tally.bytes_done,
-            "bytes": tally.bytes,
-            "bytes-per-second": round(self._clock.rate(tally)),
+            **(images if progress.images else {}),
+            "bytes-done": progress.bytes_done,
+            "bytes": progress.bytes,
+            "bytes-per-second": round(self._clock.rate(progress)),
             "seconds": round(seconds, 3),
             "seconds-left": None if left is None else round(left, 3),
         }
@@ -145,20 +132,21 @@ class _Lines:
         self._clock = _Clock()
         self._shown = -1
 
-    def __call__(self, tally: Tally) -> None:
-        step = STEPS + 1 if _is_complete(tally) else int(share(tally) * STEPS)
+    def __call__(self, progress: Progress) -> None:
+        step = STEPS + 1 if progress.is_complete else int(progress.share * STEPS)
         if step > self._shown:
             self._shown = step
-            self._write(self._line(tally))
+            self._write(self._line(progress))
 
-    def _line(self, tally: Tally) -> str:
-        if not tally.images:
-            return f"{bytes_line(tally)}, {human_size(self._clock.rate(tally))}/s"
-        words = f"    ({100 * share(tally):.2f}/100%) {tally.images_done} of {tally.images} images"
-        if tally.bytes:
-            done, total = human_size(tally.bytes_done), human_size(tally.bytes)
-            words += f", {done} of {total}, {human_size(self._clock.rate(tally))}/s"
-        left = self._clock.left(tally)
+    def _line(self, progress: Progress) -> str:
+        if not progress.images:
+            return f"{bytes_line(progress)}, {human_size(self._clock.rate(progress))}/s"
+        images = f"{progress.images_done} of {progress.images} images"
+        words = f"    ({100 * progress.share:.2f}/100%) {images}"
+        if progress.bytes:
+            done, total = human_size(progress.bytes_done), human_size(progress.bytes)
+            words += f", {done} of {total}, {human_size(self._clock.rate(progress))}/s"
+        left = self._clock.left(progress)
         return words if left is None else f"{words}, {left:.0f} s left"
 
 
@@ -179,19 +167,18 @@ class _Due:
 
 @contextmanager
 def _bar() -> Iterator[Show]:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
 
     with (
         on_screen() as screen,
-        Progress(
-            BarColumn(),
+        rich.Progress(
+            rich.BarColumn(),
             "{task.percentage:>3.0f}%",
             "{task.fields[images]}",
-            DownloadColumn(binary_units=True),
-            Speed(),
-            TimeRemainingColumn(),
+            rich.DownloadColumn(binary_units=True),
+            rich.TransferSpeedColumn(),
+            rich.TimeRemainingColumn(),
             console=Console(file=cast(IO[str], screen), force_terminal=True),
             redirect_stdout=False,
             redirect_stderr=False,
@@ -200,10 +187,12 @@ def _bar() -> Iterator[Show]:
     ):
         task, due = bar.add_task("", total=None, images=""), _Due(BAR_EVERY)
 
-        def show(tally: Tally) -> None:
-            images = f"{tally.images_done} of {tally.images} images" if tally.images else ""
-            refresh = due() or _is_complete(tally)
-            done, total = tally.bytes_done, tally.bytes
+        def show(progress: Progress) -> None:
+            images = (
+                f"{progress.images_done} of {progress.images} images" if progress.images else ""
+            )
+            refresh = due() or progress.is_complete
+            done, total = progress.bytes_done, progress.bytes
             bar.update(task, completed=done, total=total, images=images, refresh=refresh)
 
         try:

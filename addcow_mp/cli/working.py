@@ -12,7 +12,7 @@ from addcow_mp.cli.messages import in_background, note, write_progress
 from addcow_mp.cli.progress import Show, bytes_line, shown
 from addcow_mp.engine.throttle import use_idle_priority
 from addcow_mp.errors import StoppedError
-from addcow_mp.farm.tally import Tally
+from addcow_mp.farm.progress import Progress
 from addcow_mp.jobs.options import Hooks, ignore
 
 
@@ -64,12 +64,12 @@ class _State:
         """Take note of bytes."""
         self._bytes = done, total
         if not self._counts_images:
-            self._tell(Tally(0, 0, done, total))
+            self._tell(Progress(done, total))
 
     def counted(self, done: int, total: int) -> None:
         """Take note of images."""
         if self._counts_images:
-            self._tell(Tally(done, total, *self._bytes))
+            self._tell(Progress(*self._bytes, done, total))
 
 
 @contextmanager
@@ -78,11 +78,11 @@ def _asked(show: Show) -> Iterator[Show]:
     asked: list[int] = []
     old = signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
 
-    def tell(tally: Tally) -> None:
-        show(tally)
+    def tell(progress: Progress) -> None:
+        show(progress)
         if asked:
             asked.clear()
-            write_progress(_answer(tally))
+            write_progress(_answer(progress))
 
     try:
         yield tell
@@ -90,7 +90,7 @@ def _asked(show: Show) -> Iterator[Show]:
         signal.signal(signal.SIGUSR1, old)
 
 
-def _answer(tally: Tally) -> str:
-    if tally.images and not tally.bytes:
-        return f"    {tally.images_done} of {tally.images} images"
-    return bytes_line(tally)
+def _answer(progress: Progress) -> str:
+    if progress.images and not progress.bytes:
+        return f"    {progress.images_done} of {progress.images} images"
+    return bytes_line(progress)

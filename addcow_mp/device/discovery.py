@@ -33,6 +33,7 @@ from addcow_mp.format.header import (
     MAGIC,
     MIN_HEADER_SIZE,
     Header,
+    format_name,
 )
 from addcow_mp.format.names import path_combine, path_has_protocol, read_string
 
@@ -170,7 +171,7 @@ def listings(directory: str, excluded: Exclusions, *, deep: bool) -> Iterator[Li
 
 
 class Named(NamedTuple):
-    """An overlay, and the files that it names, by identity and by path.
+    """An overlay, and the files that it names, by identity, by path and as its header names them.
 
     ``base``: the path that its names are relative to.
     """
@@ -182,6 +183,10 @@ class Named(NamedTuple):
     image_path: str | None = None
     backing_path: str | None = None
     base: str = ""
+    image_name: str | None = None
+    backing_name: str | None = None
+    backing_format: str | None = None
+    all_allocated: bool = False
 
     @property
     def meaning(self) -> tuple[Identity | None, ...]:
@@ -207,14 +212,15 @@ def examined(path: str) -> Named | Unexamined | None:
     except (OSError, ValueError) as error:
         return Unexamined.of(path, error)
     try:
-        return _named(fd, path)
+        return named_in(fd, path)
     except OSError as error:
         return Unexamined.of(path, error)
     finally:
         os.close(fd)
 
 
-def _named(fd: int, path: str) -> Named | None:
+def named_in(fd: int, path: str) -> Named | None:
+    """What the open file names; None when it is no overlay. Raises :class:`OSError`."""
     head = os.pread(fd, FIXED_SIZE, 0)
     if not head.startswith(MAGIC):
         return None
@@ -223,20 +229,37 @@ def _named(fd: int, path: str) -> Named | None:
         return Named(path, own, None, None)
     header = Header.unpack(head)
     base = base_path(path, real_path(fd, path))
-    image = _path(base, fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
-    backing = _path(base, fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
-    return Named(path, own, _identity(image), _identity(backing), image, backing, base)
+    image = _name(fd, header.image_offset, header.image_size, IMAGE_NAME_LIMIT)
+    backing = _name(fd, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT)
+    image_path, backing_path = _path(base, image), _path(base, backing)
+    return Named(
+        path,
+        own,
+        _identity(image_path),
+        _identity(backing_path),
+        image_path,
+        backing_path,
+        base,
+        image,
+        backing,
+        format_name(header.backing_format) or None,
+        header.all_allocated,
+    )
 
 
-def _path(base: str, fd: int, offset: int, size: int, limit: int) -> str | None:
-    """The path that the name at ``offset`` stands for; None when there is none."""
+def _name(fd: int, offset: int, size: int, limit: int) -> str | None:
+    """The name at ``offset``; None when there is none that can be read."""
     if not offset or not size:
         return None
     try:
-        name = read_string(fd, offset, size, limit)
+        return read_string(fd, offset, size, limit)
     except ImageError:
         return None
-    return None if path_has_protocol(name) else path_combine(base, name)
+
+
+def _path(base: str, name: str | None) -> str | None:
+    """The path that ``name`` stands for; None when it names no file."""
+    return None if name is None or path_has_protocol(name) else path_combine(base, name)
 
 
 def _identity(path: str | None) -> Identity | None:

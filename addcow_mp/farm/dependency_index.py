@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import (
@@ -48,7 +49,7 @@ class DependencyIndex:
         self._unread: dict[str, Unexamined] = {}
         #: Files that were examined, by their paths without links in directories.
         self._known: set[str] = set()
-        self._real_directories: dict[str, str] = {}
+        self._real = lru_cache(maxsize=None)(os.path.realpath)
         #: The modification time of each directory when it was searched.
         self._changed: dict[str, int] = {}
         self._deep: set[str] = set()
@@ -142,13 +143,6 @@ class DependencyIndex:
         """The directory of ``path``, and for a link also the directory of its target."""
         target = [os.path.dirname(os.path.realpath(path))] if os.path.islink(path) else []
         return [self._real(os.path.dirname(path)), *target]
-
-    def _real(self, directory: str) -> str:
-        """``directory`` without links."""
-        real = self._real_directories.get(directory)
-        if real is None:
-            real = self._real_directories[directory] = os.path.realpath(directory)
-        return real
 
     def _search(self, directory: str, *, deep: bool) -> None:
         """Examine the files in ``directory``, with ``deep`` also in all directories below."""

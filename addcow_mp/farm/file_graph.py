@@ -20,30 +20,22 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import Named, is_gone
-from addcow_mp.device.files import File, identity_of
-from addcow_mp.device.headers import peek_header, read_name
+from addcow_mp.device.discovery import Identity, Named, is_gone, named_in
+from addcow_mp.device.files import identity_at, identity_of
 from addcow_mp.device.manifest_file import described_by
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.graph import Graph, Key
-from addcow_mp.farm.marks import marks_of
+from addcow_mp.farm.marks import Mark, Node, NodeKind, marks_of
 from addcow_mp.farm.members import Member, members_of
-from addcow_mp.farm.nodes import HeaderNames, Mark, Node, NodeKind
 from addcow_mp.farm.places import Found, files_of, in_order
 from addcow_mp.format.geometry import raw_size
-from addcow_mp.format.header import (
-    ADD_COW,
-    BACKING_NAME_LIMIT,
-    IMAGE_NAME_LIMIT,
-    RAW,
-    format_name,
-)
-from addcow_mp.format.names import path_combine, path_has_protocol
-from addcow_mp.jobs.info import Info, info
+from addcow_mp.format.header import ADD_COW, RAW
+from addcow_mp.jobs.info import info
 
 #: Errors that say that there is no file, and not that access to it is refused.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -129,7 +121,9 @@ def file_graph(places: Iterable[str], access: Access | None = None) -> FileGraph
     found = files_of(places, access or Access())
     builder = _Builder(found)
     for member in members_of(found):
-        builder.add_member(member, found.access)
+        # Its names may also lead beneath its own directory.
+        beside = found.access.beside(member.named.base or member.filename)
+        builder.add_overlay(NodeKind.OVERLAY, member, beside)
     builder.add_backings()
     builder.add_unexamined()
     builder.add_unnamed()
@@ -142,91 +136,87 @@ class _Builder:
     def __init__(self, found: Found) -> None:
         self.found = found
         self.nodes: dict[Key, Node] = {}
-        self.waiting: deque[tuple[_Target, HeaderNames, Access]] = deque()
+        self.waiting: deque[tuple[Key, Named, Access]] = deque()
 
-    def add_member(self, member: Member, access: Access) -> None:
-        """Add an overlay in the places; its names may lead beneath its own directory."""
-        names = _header_names(member.filename, member.about, access, named=True)
-        beside = access.beside(names.base or member.filename)
-        self._add_overlay(NodeKind.OVERLAY, member, names, beside)
+    def add_overlay(self, kind: NodeKind, member: Member, access: Access) -> None:
+        """Add an overlay; its backing file waits."""
+        named, about = member.named, member.about
+        backing = _key(named.backing, named.backing_path or named.backing_name)
+        self.nodes[named.identity] = Node(
+            named.path,
+            kind,
+            named.identity,
+            image=_key(named.image, named.image_path),
+            backing=None if named.all_allocated else backing,
+            format=ADD_COW,
+            virtual_size=None if about is None else about.virtual_size,
+            member=member,
+            written=_modified(named.path, named.image_path),
+        )
+        if backing is not None:
+            self.waiting.append((backing, named, access))
 
     def add_backings(self) -> None:
         """Add the backing files of all overlays, and of overlays among these."""
         while self.waiting:
-            target, names, access = self.waiting.popleft()
-            if target.key not in self.nodes:
-                self._add_backing(target, names, access)
+            key, named, access = self.waiting.popleft()
+            if key not in self.nodes:
+                self._add_backing(key, named, access)
 
     def add_unexamined(self) -> None:
         """Add what could not be examined; it may already be a node."""
         self.found.unexamined = in_order(self.found.unexamined)
         for one in self.found.unexamined:
-            key = _looked_up(one.path).key
+            key = identity_at(one.path) or os.path.realpath(one.path)
             node = self.nodes.get(key) or Node(one.path, NodeKind.NOT_EXAMINED, key)
             self.nodes[key] = replace(node, problem=one.reason)
 
     def add_unnamed(self) -> None:
         """Add the regular files that no overlay names."""
         images = {node.image for node in self.nodes.values()}
-        sees_all = not self.found.unexamined and not any(map(_is_hidden, self.nodes.values()))
+        hidden = (node.is_hidden or node.state == Mark.UNEXAMINED for node in self.nodes.values())
+        sees_all = not self.found.unexamined and not any(hidden)
         kind = NodeKind.UNNAMED if sees_all else NodeKind.NOT_EXAMINED
         problem = None if sees_all else _MAY_BE_NAMED
         for path in self.found.files:
             layer = described_by(path)
             if layer is not None and not is_gone(layer):
                 continue  # a manifest belongs to its layer
-            file = _looked_up(path)
-            if file.is_regular and file.key not in self.nodes and file.key not in images:
-                self.nodes[file.key] = Node(
-                    path, kind, file.key, virtual_size=file.raw_size, problem=problem
-                )
+            status, _ = _status(path)
+            if status is None or not stat.S_ISREG(status.st_mode):
+                continue
+            key, size = identity_of(status), raw_size(status.st_size)
+            if key not in self.nodes and key not in images:
+                self.nodes[key] = Node(path, kind, key, virtual_size=size, problem=problem)
 
-    def _add_overlay(
-        self, kind: NodeKind, member: Member, names: HeaderNames, access: Access
-    ) -> None:
-        about = member.about
-        image, backing = _target(names.base, names.image), _target(names.base, names.backing)
-        files = (_looked_up(member.filename), image)
-        times = [None if file is None else file.written for file in files]
-        self.nodes[member.named.identity] = Node(
-            member.filename,
-            kind,
-            member.named.identity,
-            image=None if image is None else image.key,
-            backing=None if backing is None or names.all_allocated else backing.key,
-            format=ADD_COW,
-            virtual_size=None if about is None else about.virtual_size,
-            member=member,
-            names=names,
-            written=None if None in times else max(filter(None, times)),
-        )
-        if backing is not None and not (backing.is_absent and names.all_allocated):
-            self.waiting.append((backing, names, access))
-
-    def _add_backing(self, target: _Target, names: HeaderNames, access: Access) -> None:
+    def _add_backing(self, key: Key, named: Named, access: Access) -> None:
         """Add a backing file that is no overlay in the places."""
-        if target.status is not None and names.backing_format == ADD_COW:
-            self._add_outside(target, identity_of(target.status), access)
+        path = named.backing_path or named.backing_name or ""
+        status, is_hidden = _status(named.backing_path)
+        if status is not None and named.backing_format == ADD_COW:
+            self._add_outside(path, identity_of(status), access)
             return
-        self.nodes[target.key] = Node(
-            target.path,
-            NodeKind.MISSING if target.is_absent else NodeKind.BACKING,
-            target.key,
-            format=names.backing_format,
-            virtual_size=target.raw_size if names.backing_format == RAW else None,
-            written=target.written if target.is_regular else None,
-            is_hidden=target.status is None and not target.is_absent,
-        )
+        is_missing = status is None and not is_hidden
+        if is_missing and named.all_allocated:
+            return  # no overlay reads it
+        kind = NodeKind.MISSING if is_missing else NodeKind.BACKING
+        node = Node(path, kind, key, format=named.backing_format, is_hidden=is_hidden)
+        if status is not None and stat.S_ISREG(status.st_mode):
+            size = raw_size(status.st_size) if named.backing_format == RAW else None
+            node = replace(node, virtual_size=size, written=status.st_mtime_ns)
+        self.nodes[key] = node
 
-    def _add_outside(self, target: _Target, identity: tuple[int, int], access: Access) -> None:
+    def _add_outside(self, path: str, identity: Identity, access: Access) -> None:
         """Add an overlay outside of the places, as far as it may be opened."""
-        named = Named(target.path, identity, None, None)
+        named: Named | None = None
+        with suppress(AddcowError, OSError), closing(access.open_beneath(path)) as cow:
+            named = named_in(cow.fd, path)
+        named = named or Named(path, identity, None, None)
         try:
-            about, problem = info(target.path, access, named=False), None
+            member = Member(named, info(path, access, named=False), None)
         except AddcowError as error:
-            about, problem = None, error.without_traceback()
-        names = _header_names(target.path, about, access, named=False)
-        self._add_overlay(NodeKind.BACKING, Member(named, about, problem), names, access)
+            member = Member(named, None, error.without_traceback())
+        self.add_overlay(NodeKind.BACKING, member, access)
 
     def graph(self) -> FileGraph:
         """The graph of all nodes, with their marks."""
@@ -235,9 +225,8 @@ class _Builder:
         depths = graph.depths()
         graph = Graph(replace(node, marks=marks_of(node, graph, depths)) for node in nodes)
         loose = (NodeKind.UNNAMED, NodeKind.NOT_EXAMINED)
-        roots = [
-            node for node in graph.nodes.values() if node.backing is None and node.kind not in loose
-        ]
+        trees = (node for node in graph.nodes.values() if node.kind not in loose)
+        roots = [node for node in trees if node.backing is None]
         roots += [min(cycle, key=_path) for cycle in graph.cycles()]
         return FileGraph(graph, sorted(roots, key=_path), self.found)
 
@@ -246,89 +235,22 @@ def _path(node: Node) -> str:
     return node.path
 
 
-def _is_hidden(node: Node) -> bool:
-    return node.is_hidden or (node.member is not None and node.member.state == Mark.UNEXAMINED)
+def _key(identity: Identity | None, name: str | None) -> Key | None:
+    """The key of a file that is named; a file that does not exist has only its name."""
+    return identity or (None if name is None else os.path.realpath(name))
 
 
-# Names
-
-
-class _Target(NamedTuple):
-    """The file that a name leads to; without ``status`` it is absent or cannot be examined."""
-
-    key: Key
-    path: str
-    status: os.stat_result | None = None
-    is_absent: bool = False
-
-    @property
-    def is_regular(self) -> bool:
-        """Whether it is a regular file."""
-        return self.status is not None and stat.S_ISREG(self.status.st_mode)
-
-    @property
-    def raw_size(self) -> int | None:
-        """The virtual size of a regular file as a raw disk."""
-        return raw_size(self.status.st_size) if self.status and self.is_regular else None
-
-    @property
-    def written(self) -> int | None:
-        """Its modification time in nanoseconds."""
-        return None if self.status is None else self.status.st_mtime_ns
-
-
-def _target(base: str, name: str | None) -> _Target | None:
-    """The file that ``name``, relative to ``base``, leads to; a protocol leads to none."""
-    if name is None:
-        return None
-    if path_has_protocol(name):
-        return _Target(name, name, is_absent=True)
-    return _looked_up(path_combine(base, name))
-
-
-def _looked_up(path: str) -> _Target:
+def _modified(*paths: str | None) -> int | None:
+    """The newest modification time of files; None if one does not exist."""
     try:
-        status = os.stat(path)
+        return max(os.stat(path or "").st_mtime_ns for path in paths)
+    except OSError:
+        return None
+
+
+def _status(path: str | None) -> tuple[os.stat_result | None, bool]:
+    """The status of a file, and whether access to it is refused."""
+    try:
+        return os.stat(path or ""), False
     except OSError as error:
-        return _Target(os.path.realpath(path), path, is_absent=error.errno in _ABSENT)
-    return _Target(identity_of(status), path, status)
-
-
-def _header_names(path: str, about: Info | None, access: Access, *, named: bool) -> HeaderNames:
-    """The names in a header; without ``about`` it is read as far as possible."""
-    if about is not None:
-        names, all_allocated = about.names, about.header.all_allocated
-        return HeaderNames(
-            names.image, names.backing, names.backing_format, all_allocated, about.base
-        )
-    try:
-        cow = access.open_named(path) if named else access.open_beneath(path)
-    except AddcowError:
-        return HeaderNames()
-    try:
-        return _readable_names(cow)
-    except AddcowError:
-        return HeaderNames()
-    finally:
-        cow.close()
-
-
-def _readable_names(cow: File) -> HeaderNames:
-    header = peek_header(cow)
-    return HeaderNames(
-        _name(cow, header.image_offset, header.image_size, IMAGE_NAME_LIMIT),
-        _name(cow, header.backing_offset, header.backing_size, BACKING_NAME_LIMIT),
-        format_name(header.backing_format) or None,
-        header.all_allocated,
-        cow.base,
-    )
-
-
-def _name(cow: File, offset: int, size: int, limit: int) -> str | None:
-    """A name in a header that may be damaged; None where it cannot be read."""
-    if not offset or not size:
-        return None
-    try:
-        return read_name(cow, offset, size, limit)
-    except AddcowError:
-        return None
+        return None, error.errno not in _ABSENT

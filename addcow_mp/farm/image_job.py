@@ -1,17 +1,22 @@
-"""An errand: one image, and what shall be done with it. Whoever runs it runs the image's own job.
+"""An image job: one overlay of a farm, and what is done with it.
 
-The farm adds nothing to what commit and flatten do, and takes nothing away: each image is opened,
-locked, refused or worked on by its own job, with its own checkpoints. What the farm knows already,
-the overlays around the image, travels with the errand.
+It runs the image's own commit or flatten, with its own locks, refusals and checkpoints. The farm
+only adds what it already knows: the overlays around the image. An image job is frozen and can be
+pickled to another process.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from addcow_mp.device.discovery import NearbyOverlays
+from addcow_mp.device.files import sync_directory
 from addcow_mp.engine.pool import Pool
+from addcow_mp.errors import AddcowError
 from addcow_mp.jobs import commit, flatten
 from addcow_mp.jobs.options import Hooks, RunOptions, Shared
 from addcow_mp.jobs.report import Estimate, Report
@@ -25,40 +30,55 @@ class Operation(StrEnum):
 
 
 @dataclass(frozen=True)
-class ImageJob:
-    """``operation`` on the overlay at ``path``; ``discard`` is flatten's.
+class JobSpec:
+    """What is done with every image of a farm.
 
-    ``verifies``: what was written is read back from the disk, before anything is discarded.
-    ``receives``: before it, clusters will be committed into this overlay, so that there is
-    something to do although nothing in it is local yet.
+    ``discard``: a flatten then removes the ``.add-cow`` file. ``verifies``: what was written is
+    read back from the disk, before anything is removed.
+    """
+
+    operation: Operation
+    discard: bool = False
+    verifies: bool = False
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """``spec`` for the overlay at ``path``.
+
+    ``nearby``: the overlays around its files. ``receives``: earlier jobs commit clusters into this
+    overlay, so it will have something to commit even if no cluster is allocated yet.
     """
 
     path: str
-    operation: Operation
-    around: NearbyOverlays
-    discard: bool = False
+    spec: JobSpec
+    nearby: NearbyOverlays
     receives: bool = False
-    verifies: bool = False
 
-    def estimate(self, options: RunOptions) -> Estimate | None:
-        """What it would do, None for nothing. Raises what it would be refused for."""
-        shared = Shared(nearby=self.around)
-        if self.operation is Operation.FLATTEN:
-            return flatten.estimate(self.path, options, shared, discard=self.discard)
-        return commit.estimate(self.path, options, shared, receives=self.receives)
+    def estimate(self, options: RunOptions) -> Estimate | AddcowError | None:
+        """What it would do, or why it would be refused; None if there is nothing to do."""
+        shared = Shared(nearby=self.nearby)
+        try:
+            if self.spec.operation is Operation.FLATTEN:
+                return flatten.estimate(self.path, options, shared, discard=self.spec.discard)
+            return commit.estimate(self.path, options, shared, receives=self.receives)
+        except AddcowError as error:
+            return error.without_traceback()
 
     def run(self, options: RunOptions, hooks: Hooks, pool: Pool | None = None) -> Report:
-        """Do it, with the processes of ``pool``. Raises :class:`AddcowError`."""
-        shared = Shared(pool, self.around)
-        if self.operation is Operation.COMMIT:
-            return commit.commit(
-                self.path, verifies=self.verifies, options=options, hooks=hooks, shared=shared
-            )
-        return flatten.flatten(
-            self.path,
-            discard=self.discard,
-            verifies=self.verifies,
-            options=options,
-            hooks=hooks,
-            shared=shared,
-        )
+        """Run the job, with the processes of ``pool``. Raises :class:`AddcowError`."""
+        job: Callable[..., Report] = commit.commit
+        if self.spec.operation is Operation.FLATTEN:
+            job = partial(flatten.flatten, discard=self.spec.discard)
+        shared, verifies = Shared(pool, self.nearby), self.spec.verifies
+        return job(self.path, verifies=verifies, options=options, hooks=hooks, shared=shared)
+
+    @property
+    def is_discarded(self) -> bool:
+        """Whether the overlay is already removed, which is the last step of its job."""
+        return self.spec.discard and not os.path.exists(self.path)
+
+    def finish_discard(self) -> Report:
+        """Finish a job whose process died after it removed the overlay."""
+        sync_directory(os.path.realpath(self.path))
+        return Report(self.spec.operation, self.path)

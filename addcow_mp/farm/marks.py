@@ -1,4 +1,4 @@
-"""The marks of the nodes of a farm.
+"""The files of a farm as nodes of a graph, and their marks.
 
 *base-changed* means that data was written to the backing file after the last write to the overlay:
 the modification time of the backing file is later than those of the overlay's ``.add-cow`` and
@@ -16,20 +16,73 @@ effect. The mark is a hint and no proof: copying a file and ``touch`` also set m
 from __future__ import annotations
 
 from collections.abc import Container
+from dataclasses import dataclass
+from enum import StrEnum
 
 from addcow_mp.farm.graph import Graph, Key
-from addcow_mp.farm.nodes import Mark, Node, NodeKind
+from addcow_mp.farm.members import Member
+
+
+class NodeKind(StrEnum):
+    """What a node is: an overlay in the places, or another file."""
+
+    OVERLAY = "overlay"
+    BACKING = "backing"
+    MISSING = "missing"
+    NOT_EXAMINED = "not-examined"
+    UNNAMED = "unnamed"
+
+
+class Mark(StrEnum):
+    """A property of a node that the user should know, the worst first."""
+
+    DAMAGED = "damaged"
+    UNEXAMINED = "unexamined"
+    MISSING_IMAGE = "missing-image"
+    MISSING_BACKING = "missing-backing"
+    CYCLE = "cycle"
+    SHARED_IMAGE = "shared-image"
+    BASE_CHANGED = "base-changed"
+    NOT_EXAMINED = "not-examined"
+    UNNAMED = "unnamed"
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A file. ``member`` is known of overlays, also outside of the places.
+
+    ``image``, ``backing``: the files that its guest reads. ``written``: the modification time of
+    the newest of its files, in nanoseconds. ``problem``: why it is not examined. ``is_hidden``: the
+    system refused access to it.
+    """
+
+    path: str
+    kind: NodeKind
+    identity: Key
+    image: Key | None = None
+    backing: Key | None = None
+    format: str | None = None
+    virtual_size: int | None = None
+    member: Member | None = None
+    written: int | None = None
+    problem: str | None = None
+    is_hidden: bool = False
+    marks: tuple[Mark, ...] = ()
+
+    @property
+    def state(self) -> str | None:
+        """The state of an overlay."""
+        return None if self.member is None else self.member.state
 
 
 def marks_of(node: Node, graph: Graph[Node], depths: Container[Key]) -> tuple[Mark, ...]:
     """The marks of ``node``, the worst first; ``depths`` has the nodes outside of cycles."""
-    state = None if node.member is None else node.member.state
     below = graph.below(node)
     in_cycle = node.identity not in depths
     applies = {
-        Mark.DAMAGED: state == Mark.DAMAGED,
-        Mark.UNEXAMINED: state == Mark.UNEXAMINED or node.is_hidden,
-        Mark.MISSING_IMAGE: state == Mark.MISSING_IMAGE,
+        Mark.DAMAGED: node.state == Mark.DAMAGED,
+        Mark.UNEXAMINED: node.state == Mark.UNEXAMINED or node.is_hidden,
+        Mark.MISSING_IMAGE: node.state == Mark.MISSING_IMAGE,
         Mark.MISSING_BACKING: NodeKind.MISSING in (node.kind, below and below.kind),
         Mark.CYCLE: in_cycle,
         Mark.SHARED_IMAGE: node.image is not None and len(graph.owners[node.image]) > 1,

@@ -28,7 +28,7 @@ from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import Opening, Places, Quiet, Share
 from addcow_mp.cli.reasons import explain
 from addcow_mp.farm.file_graph import FileGraph, file_graph
-from addcow_mp.farm.nodes import Mark, Node, NodeKind
+from addcow_mp.farm.marks import Mark, Node, NodeKind
 from addcow_mp.units import human_size
 
 if TYPE_CHECKING:
@@ -165,25 +165,30 @@ def _draw_jsonl(graph: FileGraph) -> None:
 def _image(node: Node, graph: FileGraph) -> dict[str, object]:
     """The keys of `farm ls`, and those of the graph."""
     assert node.member is not None  # noqa: S101 - every overlay has one
+    named = node.member.named
     return {
         **ls.describe(node.member),
-        "image": node.names.image,
-        "full-image-filename": node.names.full_image,
+        "image": named.image_name,
+        "full-image-filename": named.image_path or named.image_name,
         # The header may be readable although the overlay cannot be examined.
-        "backing-filename": node.names.backing,
-        "full-backing-filename": node.names.full_backing,
+        "backing-filename": named.backing_name,
+        "full-backing-filename": _full_backing(node),
         "overlays": [one.path for one in graph.overlays(node)],
         "marks": node.marks,
     }
 
 
+def _full_backing(node: Node) -> str | None:
+    named = None if node.member is None else node.member.named
+    return None if named is None else named.backing_path or named.backing_name
+
+
 def _file(node: Node, graph: FileGraph) -> dict[str, object]:
     problem = node.problem if node.member is None else node.member.problem
-    backing = None if node.backing is None else node.names.full_backing
     known = {
         "format": node.format,
         "virtual-size": node.virtual_size,
-        "full-backing-filename": backing,
+        "full-backing-filename": None if node.backing is None else _full_backing(node),
     }
     return {
         "filename": node.path,
@@ -309,22 +314,20 @@ def _middle(number: int) -> float:
 
 def _details(node: Node) -> Iterator[str]:
     """The lines of the tooltip."""
-    share = None if node.member is None else _share(node).removesuffix(" local")
-    named = {
+    member = node.member
+    keys: dict[str, object] = {
         "kind": node.kind,
         "format": node.format,
         "virtual size": _size(node),
-        "local": share,
-        "image file": node.names.image,
-        "backing file": node.names.backing,
+        "local": None if member is None else _share(node).removesuffix(" local"),
+        "image file": None if member is None else member.named.image_name,
+        "backing file": None if member is None else member.named.backing_name,
         "marks": ", ".join(node.marks) or None,
     }
     yield node.path
-    yield from (f"{key}: {value}" for key, value in named.items() if value is not None)
-    if node.member is not None and node.member.problem is not None:
-        yield str(node.member.problem)
-    if node.problem is not None:
-        yield node.problem
+    yield from (f"{key}: {value}" for key, value in keys.items() if value is not None)
+    for problem in (None if member is None else member.problem, node.problem):
+        yield from () if problem is None else (str(problem),)
 
 
 def _in_xml(text: str) -> str:

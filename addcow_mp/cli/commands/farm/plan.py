@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from addcow_mp.cli.farm_job import FarmJob, FarmRun, carry_out, tell
+from addcow_mp.cli.farm_job import finish
 from addcow_mp.cli.options import (
     Discard,
     Force,
@@ -17,7 +17,8 @@ from addcow_mp.cli.options import (
     Workers,
 )
 from addcow_mp.errors import UsageError
-from addcow_mp.farm.image_job import Operation
+from addcow_mp.farm.farm_job import FarmJob, run_farm_job
+from addcow_mp.farm.image_job import JobSpec, Operation
 
 
 def command(
@@ -33,9 +34,9 @@ def command(
     """Say what a commit or flatten of every overlay would do, in which order, and what it needs."""
     if discard and operation is Operation.COMMIT:
         raise UsageError(message="--discard is for flatten")
-    job = FarmJob(operation, FarmRun(dry_run=True), discard=discard)
+    job = FarmJob(JobSpec(operation, discard), is_dry_run=True)
     access = opening.access(force=force, exclude=places.exclude)
     listed = places.listed()
     with workers.working(access, workers.copy_options(), ProgressOptions()) as (options, hooks):
-        done = carry_out(listed, job, options, hooks)
-    tell(done, printing)
+        result = run_farm_job(listed, job, options, hooks)
+    finish(result, printing)

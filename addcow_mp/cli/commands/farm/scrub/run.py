@@ -9,7 +9,6 @@ import typer
 from addcow_mp.cli import signals
 from addcow_mp.cli.findings import counts_of, findings_of, print_counts, print_layers
 from addcow_mp.cli.jsontext import print_document
-from addcow_mp.cli.limit import Limit
 from addcow_mp.cli.messages import say
 from addcow_mp.cli.options import (
     FarmProgress,
@@ -22,6 +21,7 @@ from addcow_mp.cli.options import (
     StateFile,
     TimeLimit,
     Workers,
+    time_limit,
 )
 from addcow_mp.cli.reasons import explain
 from addcow_mp.errors import StoppedError
@@ -57,12 +57,12 @@ def command(
     could not be verified, 2 something differs, 75 the time limit was reached.
     """
     listed, quiet = places.listed(), printing.quiet
-    limit = Limit(bounds.time_limit)
+    is_late = time_limit(bounds.time_limit)
     part = None if bounds.sample is None else parse_share(bounds.sample, "--sample")
     access = opening.access(share=share, exclude=places.exclude)
     copy_options = workers.copy_options(bounds.rate)
     with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
-        found = scrub(listed, state, options, hooks, share=part, is_late=lambda: limit.is_reached)
+        found = scrub(listed, state, options, hooks, share=part, is_late=is_late)
     _show(found, as_json=printing.as_json, quiet=quiet)
     if found.places is not None and not found.left:
         explain(found.places, [one.path for one in found.layer_reports], quiet=quiet)

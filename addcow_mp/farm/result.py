@@ -1,0 +1,86 @@
+"""The result of a farm job: what was done with each image, and the exit status."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from addcow_mp.errors import AddcowError
+from addcow_mp.farm.plan import Plan, State, Step
+from addcow_mp.jobs.report import Reach, Report
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """The state of one image, why it is refused or failed, and the report of its job."""
+
+    step: Step
+    state: State
+    problem: AddcowError | None = None
+    report: Report | None = None
+
+    @classmethod
+    def planned(cls, step: Step) -> Self:
+        """The result of a step that was not run."""
+        return cls(step, step.state, step.problem)
+
+    @classmethod
+    def of(cls, step: Step, outcome: Report | AddcowError) -> Self:
+        """The result of a step whose job ended with ``outcome``."""
+        if isinstance(outcome, Report):
+            return cls(step, State.DONE, report=outcome)
+        report = outcome.report
+        if report is None:  # its process died
+            return cls(step, State.FAILED, outcome)
+        if report.stopped:
+            return cls(step, State.STOPPED, outcome, report)
+        if report.reach is Reach.LOOKING:
+            return cls(step, State.REFUSED, outcome)
+        return cls(step, State.FAILED, outcome, report)
+
+    @property
+    def path(self) -> str:
+        """The path of the overlay."""
+        return self.step.path
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the image was refused or has failed."""
+        return self.state in (State.REFUSED, State.FAILED)
+
+    @property
+    def lacks_verifying(self) -> bool:
+        """Whether the job was stopped after its work, before all of it was read back."""
+        is_done = self.report is not None and self.report.reach is Reach.DONE
+        return self.state is State.STOPPED and is_done
+
+
+@dataclass(frozen=True)
+class FarmResult:
+    """The results of all images of a plan, in its order.
+
+    ``problem``: the error that ended the job before all images were done.
+    """
+
+    plan: Plan
+    images: tuple[ImageResult, ...]
+    is_carried_out: bool = True
+    problem: AddcowError | None = None
+
+    def count(self, state: State) -> int:
+        """How many images are in ``state``."""
+        return sum(image.state is state for image in self.images)
+
+    @property
+    def exit_status(self) -> int:
+        """0 all done, 1 an image was refused, failed or not examined; else that of the problem.
+
+        A plan that was not carried out fails only if every image with something to do is refused.
+        """
+        if self.problem is not None:
+            return self.problem.exit_code
+        if self.plan.unexamined or (self.plan.places.named and not self.images):
+            return 1
+        if self.is_carried_out:
+            return int(any(image.has_failed for image in self.images))
+        return int(self.count(State.REFUSED) > 0 and not self.count(State.READY))
