@@ -23,7 +23,7 @@ from typing import Any
 from addcow_mp.engine.pool import ParentRole, Pool, usable_cpus
 from addcow_mp.engine.stop_flag import never
 from addcow_mp.engine.tasks import TASK_BYTES, Task
-from addcow_mp.engine.transfer_run import Progress, no_progress
+from addcow_mp.engine.transfer_run import OnProgress, no_progress
 from addcow_mp.engine.worker import Failed, Work
 from addcow_mp.errors import RestartsError, StoppedError
 
@@ -74,7 +74,7 @@ class ScanHooks:
     failed: Callable[[Failed], Any]
     stopping: Callable[[], bool] = never
     enough: Callable[[], bool] = never
-    progress: Progress = no_progress
+    progress: OnProgress = no_progress
 
 
 def scan_pool(

@@ -22,7 +22,7 @@ from addcow_mp.engine.worker import Done, Failed, Work
 from addcow_mp.errors import StoppedError, SyncError, WorkerError
 from addcow_mp.format.geometry import Geometry
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the bytes done and all bytes, now and then."""
 
 
@@ -89,7 +89,9 @@ class TransferRun:
 class _Results:
     """The results of a transfer so far, and the checkpoints that publish them."""
 
-    def __init__(self, run: TransferRun, progress: Progress, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self, run: TransferRun, progress: OnProgress, stopping: Callable[[], bool]
+    ) -> None:
         self.finished = 0
         self.failure: Failed | None = None
         self.checkpoints = Checkpoints(run.publisher, run.done_map, run.geometry)
@@ -141,7 +143,7 @@ class _Results:
 def run_transfer(
     run: TransferRun,
     processes: Processes,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     stopping: Callable[[], bool] = never,
 ) -> None:
     """Do all tasks of ``run`` and publish what they finish.

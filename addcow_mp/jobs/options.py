@@ -16,7 +16,7 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.copying import CopyOptions
 from addcow_mp.engine.scan import ScanOptions
 from addcow_mp.engine.stop_flag import never
-from addcow_mp.engine.transfer_run import Progress, no_progress
+from addcow_mp.engine.transfer_run import OnProgress, no_progress
 
 if TYPE_CHECKING:
     from addcow_mp.device.discovery import NearbyOverlays
@@ -57,9 +57,9 @@ class Hooks:
     ``looking``: a context around steps that only read and may be interrupted anywhere.
     """
 
-    progress: Progress = no_progress
+    progress: OnProgress = no_progress
     stopping: Callable[[], bool] = never
-    counted: Progress = no_progress
+    counted: OnProgress = no_progress
     note: Callable[[str], None] = ignore
     looking: Callable[[], AbstractContextManager[None]] = nullcontext
 
