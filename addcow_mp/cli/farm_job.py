@@ -41,7 +41,7 @@ class FarmJobOptions(OptionGroup):
     on_error: Annotated[
         OnError,
         typer.Option("--on-error", help="skip: the others go on; stop: begin nothing more"),
-    ] = OnError.skip
+    ] = "skip"
     time_limit: TimeLimit = None
     log: Annotated[
         str | None,
@@ -63,7 +63,7 @@ class FarmJobOptions(OptionGroup):
         job = FarmJob(
             JobSpec(operation, discard, self.verify),
             self.dry_run,
-            self.on_error is OnError.stop,
+            self.on_error == "stop",
             time_limit(self.time_limit),
         )
         access = self.changing.access_for(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from addcow_mp.cli.jsontext import print_document, print_line
-from addcow_mp.cli.options import Listing, ListPrinting
+from addcow_mp.cli.options import ListPrinting
 
 #: The state of what could not be examined.
 NOT_EXAMINED = "not-examined"
@@ -21,9 +21,9 @@ def print_list(
     print_lines: Callable[[], None],
 ) -> None:
     """Print ``images`` and the ``rest`` as JSON; for people call ``print_lines``."""
-    if printing.output is Listing.human:
+    if printing.output == "human":
         print_lines()
-    elif printing.output is Listing.json:
+    elif printing.output == "json":
         print_document({"images": list(images), **rest})
     else:
         for one in images:

@@ -3,21 +3,25 @@
 Options that several commands share form a *group*: a class with annotated attributes. A command
 takes a group as one parameter; a group may contain other groups. :func:`expanded` makes the
 attributes options of the command line and passes the filled group to the command. So an option has
-the same name, meaning and help text everywhere, and the signature of a command shows only what is
-its own.
+the same name, meaning and help text everywhere, and the signature of a command shows only its own
+options.
 
-A group also turns its options into what a job takes: access to files, ways to copy, printing.
+A group also turns its options into the arguments of a job: access to files, copy options, printing.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
+
+from addcow_mp.cli import messages
+from addcow_mp.errors import UsageError
 
 if TYPE_CHECKING:
     from addcow_mp.device.access import Access
@@ -63,9 +67,19 @@ def _is_group(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, OptionGroup)
 
 
+def _hints(group: type[OptionGroup]) -> dict[str, Any]:
+    """The options of a group and the groups in it; other attributes are no options."""
+    hints = get_type_hints(group, include_extras=True)
+    return {
+        name: hint
+        for name, hint in hints.items()
+        if _is_group(hint) or hasattr(hint, "__metadata__")
+    }
+
+
 def _members(group: type[OptionGroup]) -> Iterator[Parameter]:
     """The options of ``group`` and of the groups in it."""
-    for name, hint in get_type_hints(group, include_extras=True).items():
+    for name, hint in _hints(group).items():
         if _is_group(hint):
             yield from _members(hint)
         else:
@@ -75,87 +89,29 @@ def _members(group: type[OptionGroup]) -> Iterator[Parameter]:
 
 def _filled(group: type[OptionGroup], given: dict[str, Any]) -> OptionGroup:
     """``group`` with its options, which are taken out of ``given``."""
-    hints = get_type_hints(group, include_extras=True)
     values = {
         name: _filled(hint, given) if _is_group(hint) else given.pop(name)
-        for name, hint in hints.items()
+        for name, hint in _hints(group).items()
     }
     return group(**values)
 
 
-# Words
+# Choices
 
+Output = Literal["human", "json"]
+Listing = Literal["human", "json", "jsonl"]
+ProgressForm = Literal["human", "json"]
+CacheMode = Literal["writeback", "none", "unsafe"]
+CopyChoice = Literal["auto", "clone", "range", "buffer"]
+Locking = Literal["on", "off"]
+OnError = Literal["skip", "stop"]
 
-class Output(StrEnum):
-    """How a result is printed."""
-
-    human = "human"
-    json = "json"
-
-
-class Listing(StrEnum):
-    """How a list is printed."""
-
-    human = "human"
-    json = "json"
-    jsonl = "jsonl"
-
-
-class ProgressForm(StrEnum):
-    """How progress is shown."""
-
-    human = "human"
-    json = "json"
-
-
-class Format(StrEnum):
-    """The formats that are opened natively."""
-
-    addcow = "add-cow"
-    raw = "raw"
-
-
-class OnlyAddcow(StrEnum):
-    """The one format of commands that are about overlays."""
-
-    addcow = "add-cow"
-
-
-class OnlyRaw(StrEnum):
-    """The one format that is written by converting."""
-
-    raw = "raw"
-
-
-class CacheMode(StrEnum):
-    """How far written data is pushed."""
-
-    writeback = "writeback"
-    none = "none"
-    unsafe = "unsafe"
-
-
-class CopyWay(StrEnum):
-    """Ways to copy data."""
-
-    auto = "auto"
-    clone = "clone"
-    range = "range"
-    buffer = "buffer"
-
-
-class Locking(StrEnum):
-    """Whether image files are locked."""
-
-    on = "on"
-    off = "off"
-
-
-class OnError(StrEnum):
-    """What an image that is refused or fails means for the others."""
-
-    skip = "skip"
-    stop = "stop"
+#: The formats that are opened natively.
+Format = Literal["add-cow", "raw"]
+#: The format of commands about overlays.
+OnlyAddcow = Literal["add-cow"]
+#: The format that convert writes.
+OnlyRaw = Literal["raw"]
 
 
 # Callbacks
@@ -163,8 +119,6 @@ class OnError(StrEnum):
 
 def name_of_file(given: Names) -> Names:
     """The name of a file, or several, as given. Raises :class:`UsageError` for ``-``."""
-    from addcow_mp.errors import UsageError
-
     for name in [given] if isinstance(given, str) else given or []:
         if name == "-":
             raise UsageError(message="'-' is not a file name here; a file of that name is './-'")
@@ -172,15 +126,11 @@ def name_of_file(given: Names) -> Names:
 
 
 def _set_quiet(quiet: bool) -> bool:
-    from addcow_mp.cli import messages
-
     messages.set_quiet(quiet=quiet)
     return quiet
 
 
 def _name_of_state(given: str) -> str:
-    from addcow_mp.errors import UsageError
-
     if not given:
         raise UsageError(message="--state '': name a file")
     return name_of_file(given)
@@ -191,13 +141,13 @@ def file_argument(metavar: str, help_: str = "") -> Any:
     return typer.Argument(metavar=metavar, callback=name_of_file, help=help_)
 
 
-# Options that stand alone
+# Single options
 
 Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="print nothing but errors")
 ]
 LockingOption = Annotated[
-    Locking, typer.Option("--locking", help="off: neither take locks nor heed those of others")
+    Locking, typer.Option("--locking", help="off: take no locks and ignore those of others")
 ]
 
 File = Annotated[str, file_argument("FILE", "the .add-cow file")]
@@ -205,7 +155,7 @@ AnyFile = Annotated[str, file_argument("FILE", "the image")]
 OverlayFormat = Annotated[
     OnlyAddcow, typer.Option("-f", "--format", help="format of FILE; never guessed")
 ]
-FileFormat = Annotated[Format, typer.Option("-f", "--format", help="what FILE is")]
+FileFormat = Annotated[Format, typer.Option("-f", "--format", help="format of FILE")]
 Force = Annotated[
     bool,
     typer.Option(
@@ -213,7 +163,7 @@ Force = Annotated[
     ),
 ]
 ForceRaw = Annotated[
-    bool, typer.Option("--force", help="take as raw what begins as another format does")
+    bool, typer.Option("--force", help="accept a raw file that begins like another format")
 ]
 Share = Annotated[
     bool, typer.Option("-U", "--force-share", help="read although others may be writing")
@@ -233,20 +183,13 @@ Discard = Annotated[bool, typer.Option("--discard", help="then remove the .add-c
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
-        "--exclude",
-        metavar="PATTERN",
-        help="leave out what fits PATTERN wherever files are looked for: by name, or by path",
+        "--exclude", metavar="PATTERN", help="leave out of searches: names, or paths with a slash"
     ),
 ]
-
-
 StateFile = Annotated[
     str,
     typer.Option(
-        "--state",
-        metavar="FILE",
-        callback=_name_of_state,
-        help="what is remembered, an SQLite database",
+        "--state", metavar="FILE", callback=_name_of_state, help="the results, an SQLite database"
     ),
 ]
 
@@ -268,7 +211,7 @@ class Opening(OptionGroup):
     allow_device: Annotated[bool, typer.Option("--allow-device", help="open block devices too")] = (
         False
     )
-    locking: LockingOption = Locking.on
+    locking: LockingOption = "on"
 
     def access(
         self,
@@ -279,52 +222,39 @@ class Opening(OptionGroup):
         writes: bool = False,
         exclude: list[str] | None = None,
     ) -> Access:
-        """What the options and the environment allow; ``writes`` warns of missing locks."""
+        """What the options and the environment allow; ``writes``: warn about missing locks."""
         from addcow_mp.device.access import Access
-
-        self._check(exclude)
-        self._warn(durable=durable, writes=writes)
-        return Access(
-            roots=(*(self.roots or ()), *_roots_of_environment()),
-            allow_device=self.allow_device,
-            share=share,
-            durable=durable,
-            force=force,
-            locking=self.locking is Locking.on,
-            exclude=tuple(exclude or ()),
-        )
-
-    def _check(self, exclude: list[str] | None) -> None:
-        from addcow_mp.errors import UsageError
 
         if self.roots and "" in self.roots:
             raise UsageError(message="--root '': name a directory; '.' is the current one")
         if exclude and not all(exclude):
             raise UsageError(message="--exclude '': give a pattern of names, or of paths")
-
-    def _warn(self, *, durable: bool, writes: bool) -> None:
-        from addcow_mp.cli.messages import warn_early
-
         if not durable:
-            warn_early("-t unsafe: nothing is synced, a power cut may lose data whose bits are set")
-        if writes and self.locking is Locking.off:
-            warn_early(
+            messages.warn_early(
+                "-t unsafe: nothing is synced, a power cut may lose data whose bits are set"
+            )
+        if writes and self.locking == "off":
+            messages.warn_early(
                 "--locking off: locks are neither taken nor respected; "
                 "no other program may use these files"
             )
-
-
-def _roots_of_environment() -> list[str]:
-    import os
-
-    return [root for root in os.environ.get("ADDCOW_ROOTS", "").split(":") if root]
+        environment = filter(None, os.environ.get("ADDCOW_ROOTS", "").split(":"))
+        return Access(
+            roots=(*(self.roots or ()), *environment),
+            allow_device=self.allow_device,
+            share=share,
+            durable=durable,
+            force=force,
+            locking=self.locking == "on",
+            exclude=tuple(exclude or ()),
+        )
 
 
 class OverlayFile(OptionGroup):
-    """The overlay that a job changes."""
+    """The overlay that a command is about."""
 
     file: File
-    format: OverlayFormat = OnlyAddcow.addcow
+    format: OverlayFormat = "add-cow"
 
 
 # Printing
@@ -333,20 +263,19 @@ class OverlayFile(OptionGroup):
 class Printing(OptionGroup):
     """How one result is printed."""
 
-    output: Annotated[Output, typer.Option("--output", help="human or json")] = Output.human
+    output: Annotated[Output, typer.Option("--output", help="human or json")] = "human"
     quiet: Quiet = False
 
     @property
     def as_json(self) -> bool:
-        """Whether a program reads the result."""
-        return self.output is Output.json
+        """Whether the result is printed as JSON."""
+        return self.output == "json"
 
     def report(self, report: Report, sentence: str) -> None:
-        """Print what a job has done: its ``sentence``, or its report as JSON."""
+        """Print the result of a job: its ``sentence``, or its report as JSON."""
         from addcow_mp.cli.jsontext import print_document
-        from addcow_mp.cli.messages import warn
 
-        warn(report.warnings)
+        messages.warn(report.warnings)
         if self.as_json:
             print_document(report.as_json())
         elif sentence and not self.quiet:
@@ -359,9 +288,7 @@ class Printing(OptionGroup):
 class ListPrinting(OptionGroup):
     """How a list is printed."""
 
-    output: Annotated[Listing, typer.Option("--output", help="human, json or jsonl")] = (
-        Listing.human
-    )
+    output: Annotated[Listing, typer.Option("--output", help="human, json or jsonl")] = "human"
     quiet: Quiet = False
 
 
@@ -369,7 +296,7 @@ class ListPrinting(OptionGroup):
 
 
 class CopyingOptions(OptionGroup):
-    """How data is copied and how far it is pushed."""
+    """How data is copied, and whether it is synced."""
 
     cache: Annotated[
         CacheMode,
@@ -378,8 +305,8 @@ class CopyingOptions(OptionGroup):
             "--cache",
             help="writeback; none: past the page cache, whatever --copy; unsafe: no syncs",
         ),
-    ] = CacheMode.writeback
-    copy: Annotated[CopyWay, typer.Option("--copy", help="pin one way to copy data")] = CopyWay.auto
+    ] = "writeback"
+    copy: Annotated[CopyChoice, typer.Option("--copy", help="pin one method of copying")] = "auto"
     sparse: Annotated[
         str | None,
         typer.Option(
@@ -394,28 +321,26 @@ class CopyingOptions(OptionGroup):
     @property
     def durable(self) -> bool:
         """Whether syncs are carried out."""
-        return self.cache is not CacheMode.unsafe
+        return self.cache != "unsafe"
 
     def copy_options(self, *, usual: str = "0") -> CopyOptions:
-        """How to copy; ``usual`` is what -S is where no way is pinned."""
+        """How to copy; ``usual`` is the default of -S for *auto* and *buffer*."""
         from addcow_mp.device.copying import CopyMethod, CopyOptions
-        from addcow_mp.errors import UsageError
         from addcow_mp.units import SECTOR, parse_size
 
         copy = self.copy
         if self.sparse is None:
-            block = parse_size(usual, "-S") if copy in (CopyWay.auto, CopyWay.buffer) else 0
+            block = parse_size(usual, "-S") if copy in ("auto", "buffer") else 0
         else:
             block = parse_size(self.sparse, "-S")
-            # Zeros are found by reading; the kernel's own ways do not read.
-            copy = CopyWay.buffer if block and copy is not CopyWay.clone else copy
+            # Only the buffer sees the data: the other methods cannot find zeros.
+            copy = "buffer" if block and copy != "clone" else copy
         if block % SECTOR:
             raise UsageError(
                 message=f"invalid -S '{self.sparse}': give a multiple of {SECTOR}, or 0"
             )
-        direct = self.cache is CacheMode.none
-        method = None if copy is CopyWay.auto else CopyMethod(copy.value)
-        return CopyOptions(method, direct, block, rate_of(self.rate))
+        method = None if copy == "auto" else CopyMethod(copy)
+        return CopyOptions(method, self.cache == "none", block, rate_of(self.rate))
 
 
 def rate_of(text: str | None) -> int:
@@ -441,30 +366,28 @@ class ChangeOptions(Opening):
     """Which files a job may change."""
 
     force: Force = False
+    exclude: list[str] | None = None
 
     def access_for(
         self, copying: CopyingOptions, *, writes: bool = True, exclude: list[str] | None = None
     ) -> Access:
-        """What the options allow a job that copies like that."""
+        """What the options allow a job that copies with ``copying``."""
         return self.access(
-            force=self.force, durable=copying.durable, writes=writes, exclude=exclude
+            force=self.force,
+            durable=copying.durable,
+            writes=writes,
+            exclude=exclude or self.exclude,
         )
 
 
 class JobChangeOptions(ChangeOptions):
-    """The same for one image, in whose surroundings files may be left out."""
+    """The same for one image, with files to leave out of the search for other overlays."""
 
     exclude: Exclude = None
 
-    def access_for(
-        self, copying: CopyingOptions, *, writes: bool = True, exclude: list[str] | None = None
-    ) -> Access:
-        """What the options allow a job that copies like that."""
-        return super().access_for(copying, writes=writes, exclude=exclude or self.exclude)
-
 
 class Workers(OptionGroup):
-    """Processes, and how much of the disk they take."""
+    """Worker processes, and their disk priority."""
 
     jobs: Annotated[
         int | None,
@@ -477,7 +400,7 @@ class Workers(OptionGroup):
     ] = False
 
     def copy_options(self, rate: str | None = None) -> CopyOptions:
-        """How a command works that copies nothing."""
+        """The options of a command that only reads."""
         from addcow_mp.device.copying import CopyOptions
 
         return CopyOptions(rate=rate_of(rate))
@@ -491,7 +414,7 @@ class Workers(OptionGroup):
         *,
         quiet: bool = False,
     ) -> Iterator[tuple[RunOptions, Hooks]]:
-        """The settings and hooks of a job, with the progress asked for; signals stop the job."""
+        """The settings and hooks of a job that shows ``progress``; signals stop the job."""
         from addcow_mp.cli.working import working
         from addcow_mp.jobs.options import RunOptions
 
@@ -509,46 +432,39 @@ class ProgressOptions(OptionGroup):
     bar: Annotated[bool, typer.Option("-p", help="show progress on stderr")] = False
     form: Annotated[
         ProgressForm | None,
-        typer.Option("--progress-format", help="progress for people, or as JSON lines"),
+        typer.Option("--progress-format", help="progress for users, or as JSON lines"),
     ] = None
     progress_fd: Annotated[
         int | None,
         typer.Option(
-            "--progress-fd", metavar="N", min=0, help="progress goes there, as JSON lines"
+            "--progress-fd", metavar="N", min=0, help="write progress to N, as JSON lines"
         ),
     ] = None
 
-    def chosen(self, *, quiet: bool) -> tuple[str | None, int | None]:
-        """The form of progress, None for no progress, and the descriptor it goes to."""
-        form = self._form()
-        if form is None and self.bar and not quiet:
-            form = ProgressForm.human
-        return form, self.progress_fd
+    #: The former meanings of ``--progress``, which are options of the groups below.
+    old_bar: bool = False
+    old_form: ProgressForm | None = None
 
-    def _form(self) -> ProgressForm | None:
-        return self.form
+    def chosen(self, *, quiet: bool) -> tuple[str | None, int | None]:
+        """The form of progress, None for no progress, and the descriptor it is written to."""
+        form = self.form or self.old_form
+        if form is None and (self.bar or self.old_bar) and not quiet:
+            form = "human"
+        return form, self.progress_fd
 
 
 class JobProgress(ProgressOptions):
-    """The same for one image; ``--progress`` is an old word for ``-p``."""
+    """The same for one image; ``--progress`` is the former name of ``-p``."""
 
     old_bar: Annotated[bool, typer.Option("--progress", hidden=True)] = False
 
-    def chosen(self, *, quiet: bool) -> tuple[str | None, int | None]:
-        """The form of progress, None for no progress, and the descriptor it goes to."""
-        self.bar = self.bar or self.old_bar
-        return super().chosen(quiet=quiet)
-
 
 class FarmProgress(ProgressOptions):
-    """The same for a farm; ``--progress`` is an old word for ``--progress-format``."""
+    """The same for a farm; ``--progress`` is the former name of ``--progress-format``."""
 
     counts_images = True
 
     old_form: Annotated[ProgressForm | None, typer.Option("--progress", hidden=True)] = None
-
-    def _form(self) -> ProgressForm | None:
-        return self.form or self.old_form
 
 
 # Farms
@@ -562,7 +478,7 @@ class Places(OptionGroup):
     ] = None
     from_file: Annotated[
         str | None,
-        typer.Option("--from-file", metavar="FILE", help="further places, one a line; - is stdin"),
+        typer.Option("--from-file", metavar="FILE", help="more places, one a line; - is stdin"),
     ] = None
     null: Annotated[
         bool,
@@ -572,12 +488,10 @@ class Places(OptionGroup):
 
     def listed(self) -> list[str]:
         """All places that are named. Raises :class:`UsageError` for none."""
-        from addcow_mp.errors import UsageError
-
         if self.null and self.from_file is None:
             raise UsageError(message="-0 is about the names in --from-file: give both")
-        named = self.from_file
-        read = _names_in(named, b"\0" if self.null else b"\n") if named is not None else []
+        separator = b"\0" if self.null else b"\n"
+        read = [] if self.from_file is None else _names_in(self.from_file, separator)
         listed = [*(self.places or ()), *read]
         if not listed:
             raise UsageError(
@@ -588,9 +502,6 @@ class Places(OptionGroup):
 
 def _names_in(path: str, separator: bytes) -> list[str]:
     """The names in a file; a name is bytes, whatever the locale."""
-    import os
-    import sys
-
     if path == "-":
         content = sys.stdin.buffer.read()
     else:

@@ -1,8 +1,8 @@
 """Progress of one job or of a whole farm: bytes, images, rate and time left.
 
-For people it is a bar, or a line at every tenth part where there is no terminal. For programs it
-is one JSON object a line, on any descriptor that they have opened for it. Progress is dropped when
-its reader does not keep up (:mod:`addcow_mp.cli.background`); it never holds up the work.
+Users see a bar, or without a terminal a line at every tenth part. Programs get one JSON object a
+line, on any descriptor that they have opened. Progress is dropped if its reader is slow
+(:mod:`addcow_mp.cli.background`); it never delays the work.
 """
 
 from __future__ import annotations
@@ -27,32 +27,29 @@ EVERY = 0.5
 #: Seconds between two drawings of a bar.
 BAR_EVERY = 0.1
 
-#: Lines for a person without a terminal: one at every tenth part.
+#: Without a terminal, one line is printed at every tenth part.
 STEPS = 10
-
-#: The forms of progress, as the command line calls them.
-HUMAN, JSON = "human", "json"
 
 Show = Callable[[Progress], None]
 
 
 @contextmanager
 def shown(form: str | None, fd: int | None) -> Iterator[Show]:
-    """Show progress in ``form``; with a descriptor and no form, as JSON lines."""
-    form = JSON if form is None and fd is not None else form
+    """Show progress in ``form`` (human, json); with a descriptor and no form, as JSON lines."""
+    form = "json" if form is None and fd is not None else form
     if form is None:
         yield lambda _: None
-    elif form == HUMAN and fd is None and sys.stderr.isatty():
+    elif form == "human" and fd is None and sys.stderr.isatty():
         with _bar() as show:
             yield show
     else:
         with _stream(fd) as write:
-            yield _Objects(write) if form == JSON else _Lines(write)
+            yield _Objects(write) if form == "json" else _Lines(write)
 
 
 @contextmanager
 def _stream(fd: int | None) -> Iterator[Callable[[str], None]]:
-    """What writes a line to the descriptor, by default to stderr."""
+    """A function that writes a line to the descriptor, by default to stderr."""
     if fd is None:
         yield write_progress
         return
@@ -68,69 +65,71 @@ def _stream(fd: int | None) -> Iterator[Callable[[str], None]]:
         background.finish()
 
 
-class _Clock:
-    """Rate and time left, from what was done since the start."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-
-    def rate(self, progress: Progress) -> float:
-        """Bytes per second."""
-        return progress.bytes_done / max(self.seconds, 1e-6)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.start
-
-    def left(self, progress: Progress) -> float | None:
-        """Seconds that the rest takes at the rate so far, None while that is unknown."""
-        part = progress.share
-        return self.seconds * (1 - part) / part if part else None
-
-
 def bytes_line(progress: Progress) -> str:
-    """Percentage and bytes, in one line for a person."""
-    done, total = human_size(progress.bytes_done), human_size(progress.bytes)
-    return f"    ({100 * progress.share:.2f}/100%) {done} of {total}"
+    """Percentage and bytes, in one line for users."""
+    return f"    ({100 * progress.share:.2f}/100%) {_bytes(progress)}"
 
 
-class _Objects:
-    """A JSON object a line, every half second and when all is done."""
+def _bytes(progress: Progress) -> str:
+    return f"{human_size(progress.bytes_done)} of {human_size(progress.bytes)}"
+
+
+def _images(progress: Progress) -> str:
+    return f"{progress.images_done} of {progress.images} images" if progress.images else ""
+
+
+class _Printer:
+    """Prints lines of progress; knows the rate and the time left."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
-        self._clock = _Clock()
-        self._last = -EVERY
-        self._ended = False
+        self._start = time.monotonic()
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def _rate(self, progress: Progress) -> float:
+        """Bytes per second since the start."""
+        return progress.bytes_done / max(self._seconds, 1e-6)
+
+    def _left(self, progress: Progress) -> float | None:
+        """Seconds that the rest takes at the rate so far, if that is known."""
+        part = progress.share
+        return self._seconds * (1 - part) / part if part else None
+
+
+class _Objects(_Printer):
+    """A JSON object a line, every half second and at the end."""
+
+    _last = -EVERY
+    _ended = False
 
     def __call__(self, progress: Progress) -> None:
-        seconds, complete = self._clock.seconds, progress.is_complete
+        seconds, complete = self._seconds, progress.is_complete
         if self._ended or (seconds - self._last < EVERY and not complete):
             return
         self._last, self._ended = seconds, complete
-        self._write(as_line(self._object(progress, seconds)))
-
-    def _object(self, progress: Progress, seconds: float) -> dict[str, object]:
         images = {"images-done": progress.images_done, "images": progress.images}
-        left = self._clock.left(progress)
-        return {
-            **(images if progress.images else {}),
-            "bytes-done": progress.bytes_done,
-            "bytes": progress.bytes,
-            "bytes-per-second": round(self._clock.rate(progress)),
-            "seconds": round(seconds, 3),
-            "seconds-left": None if left is None else round(left, 3),
-        }
+        left = self._left(progress)
+        self._write(
+            as_line(
+                {
+                    **(images if progress.images else {}),
+                    "bytes-done": progress.bytes_done,
+                    "bytes": progress.bytes,
+                    "bytes-per-second": round(self._rate(progress)),
+                    "seconds": round(seconds, 3),
+                    "seconds-left": None if left is None else round(left, 3),
+                }
+            )
+        )
 
 
-class _Lines:
-    """Plain text: one line for every tenth part."""
+class _Lines(_Printer):
+    """Plain text: one line at every tenth part."""
 
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self._clock = _Clock()
-        self._shown = -1
+    _shown = -1
 
     def __call__(self, progress: Progress) -> None:
         step = STEPS + 1 if progress.is_complete else int(progress.share * STEPS)
@@ -139,60 +138,46 @@ class _Lines:
             self._write(self._line(progress))
 
     def _line(self, progress: Progress) -> str:
+        rate = f"{human_size(self._rate(progress))}/s"
         if not progress.images:
-            return f"{bytes_line(progress)}, {human_size(self._clock.rate(progress))}/s"
-        images = f"{progress.images_done} of {progress.images} images"
-        words = f"    ({100 * progress.share:.2f}/100%) {images}"
+            return f"{bytes_line(progress)}, {rate}"
+        line = f"    ({100 * progress.share:.2f}/100%) {_images(progress)}"
         if progress.bytes:
-            done, total = human_size(progress.bytes_done), human_size(progress.bytes)
-            words += f", {done} of {total}, {human_size(self._clock.rate(progress))}/s"
-        left = self._clock.left(progress)
-        return words if left is None else f"{words}, {left:.0f} s left"
-
-
-class _Due:
-    """True at most once in so many seconds."""
-
-    def __init__(self, every: float) -> None:
-        self._every = every
-        self._last = 0.0
-
-    def __call__(self) -> bool:
-        now = time.monotonic()
-        if now - self._last < self._every:
-            return False
-        self._last = now
-        return True
+            line += f", {_bytes(progress)}, {rate}"
+        left = self._left(progress)
+        return line if left is None else f"{line}, {left:.0f} s left"
 
 
 @contextmanager
 def _bar() -> Iterator[Show]:
-    from rich import progress as rich
     from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.progress import TransferSpeedColumn as Speed
 
     with (
         on_screen() as screen,
-        rich.Progress(
-            rich.BarColumn(),
+        Bar(
+            BarColumn(),
             "{task.percentage:>3.0f}%",
             "{task.fields[images]}",
-            rich.DownloadColumn(binary_units=True),
-            rich.TransferSpeedColumn(),
-            rich.TimeRemainingColumn(),
+            DownloadColumn(binary_units=True),
+            Speed(),
+            TimeRemainingColumn(),
             console=Console(file=cast(IO[str], screen), force_terminal=True),
             redirect_stdout=False,
             redirect_stderr=False,
             auto_refresh=False,  # it needs a thread, for which there may be no room
         ) as bar,
     ):
-        task, due = bar.add_task("", total=None, images=""), _Due(BAR_EVERY)
+        task, drawn = bar.add_task("", total=None, images=""), 0.0
 
         def show(progress: Progress) -> None:
-            images = (
-                f"{progress.images_done} of {progress.images} images" if progress.images else ""
-            )
-            refresh = due() or progress.is_complete
-            done, total = progress.bytes_done, progress.bytes
+            nonlocal drawn
+            now = time.monotonic()
+            refresh = now - drawn >= BAR_EVERY or progress.is_complete
+            drawn = now if refresh else drawn
+            done, total, images = progress.bytes_done, progress.bytes, _images(progress)
             bar.update(task, completed=done, total=total, images=images, refresh=refresh)
 
         try:

@@ -30,8 +30,8 @@ class _Sides(OptionGroup):
 
     one: Annotated[str, file_argument("A")]
     other: Annotated[str, file_argument("B")]
-    format: Annotated[Format, typer.Option("-f", help="what A is")] = Format.addcow
-    other_format: Annotated[Format, typer.Option("-F", help="what B is")] = Format.addcow
+    format: Annotated[Format, typer.Option("-f", help="what A is")] = "add-cow"
+    other_format: Annotated[Format, typer.Option("-F", help="what B is")] = "add-cow"
 
 
 def command(
@@ -54,7 +54,7 @@ def command(
 
     access = opening.access(share=share)
     quiet, as_json = printing.quiet, printing.as_json
-    formats = sides.format.value, sides.other_format.value
+    formats = sides.format, sides.other_format
     with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
         result = job(
             sides.one,

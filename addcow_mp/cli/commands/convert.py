@@ -27,7 +27,7 @@ class _Files(OptionGroup):
     source: Annotated[str, file_argument("SRC")]
     destination: Annotated[str, file_argument("DST", "a new file")]
     target_format: Annotated[OnlyRaw, typer.Option("-O", help="the new file's format")]
-    format: Annotated[Format, typer.Option("-f", "--format", help="what SRC is")] = Format.addcow
+    format: Annotated[Format, typer.Option("-f", "--format", help="what SRC is")] = "add-cow"
 
 
 def command(
@@ -50,7 +50,7 @@ def command(
         report = job(
             files.source,
             files.destination,
-            source_format=files.format.value,
+            source_format=files.format,
             options=options,
             hooks=hooks,
         )

@@ -13,7 +13,6 @@ from addcow_mp.cli.messages import one_line, warn
 from addcow_mp.cli.options import (
     Exclude,
     FileFormat,
-    Format,
     Opening,
     OptionGroup,
     Quiet,
@@ -54,16 +53,14 @@ class _Backing(OptionGroup):
         list[str] | None, typer.Option("-o", metavar="KEY=VALUE,...", help="'-o help' lists them")
     ] = None
 
-    @property
-    def asks_for_help(self) -> bool:
-        """Whether the options are to be listed."""
-        return any(option in ("help", "?") for option in self.options or [])
-
     def chosen(self) -> dict[str, str]:
         """All options by their names in ``-o``. Raises :class:`UsageError`."""
-        given = {"backing_file": self.backing, "backing_fmt": self.backing_format}
-        named = {key: value for key, value in given.items() if value is not None}
-        return _merged(parse_options(self.options or []), named)
+        chosen = _parse_options(self.options or [])
+        for key, value in (("backing_file", self.backing), ("backing_fmt", self.backing_format)):
+            if value is not None and chosen.setdefault(key, value) != value:
+                problem = f"'{value}' and -o {key}={chosen[key]} contradict each other"
+                raise UsageError(message=f"{problem}; give one")
+        return chosen
 
 
 def command(
@@ -73,44 +70,39 @@ def command(
         str | None,
         typer.Argument(metavar="[SIZE]", help="virtual size; default: the image's, or backing's"),
     ] = None,
-    format: FileFormat = Format.addcow,
+    format: FileFormat = "add-cow",
     backing: _Backing,
     quiet: Quiet = False,
     force: Annotated[
         bool,
         typer.Option(
             "--force",
-            help="take as raw what begins as another format does, and an image file that has "
+            help="accept a raw file that begins like another format, and an image file with "
             "several hard links",
         ),
     ] = False,
     exclude: Exclude = None,
     opening: Opening,
 ) -> None:
-    """Create an overlay, or a raw file with -f raw. Nothing existing is overwritten."""
+    """Create an overlay, or a raw file with -f raw. Existing files are never overwritten."""
     access = opening.access(force=force, writes=True, exclude=exclude)
-    if backing.asks_for_help:
-        _print_options()
+    if any(option in ("help", "?") for option in backing.options or []):
+        print("Supported options:")
+        for name, meaning in OPTIONS.items():
+            print(f"  {name:<16} - {meaning}")
         return
     if file is None:
         raise UsageError(message="Missing argument 'FILE'; see 'addcow create --help'")
     refuse_existing(file)
-    bytes_ = None if size is None else parse_size(size)
-    chosen = backing.chosen()
-    if format is Format.raw:
-        _create_raw(file, bytes_, chosen, quiet=quiet)
-    else:
-        _create_overlay(file, bytes_, chosen, access, quiet=quiet)
+    number = None if size is None else parse_size(size)
+    create = _create_raw if format == "raw" else _create_overlay
+    line = create(file, number, backing.chosen(), access)
+    if not quiet:
+        print(one_line(f"Formatting '{file}', {line}"))
 
 
-def _print_options() -> None:
-    print("Supported options:")
-    for name, meaning in OPTIONS.items():
-        print(f"  {name:<16} - {meaning}")
-
-
-def parse_options(texts: Iterable[str]) -> dict[str, str]:
-    """Read ``key=value,key=value``; a comma inside a value is written twice."""
+def _parse_options(texts: Iterable[str]) -> dict[str, str]:
+    """Parse ``key=value,key=value``; a comma inside a value is doubled."""
     found: dict[str, str] = {}
     for text in texts:
         for part in re.findall(r"(?:[^,]|,,)+", text):
@@ -126,29 +118,19 @@ def parse_options(texts: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _merged(options: dict[str, str], given: dict[str, str]) -> dict[str, str]:
-    for key, value in given.items():
-        if options.get(key, value) != value:
-            raise UsageError(
-                message=f"'{value}' and -o {key}={options[key]} contradict each other; give one"
-            )
-    return {**options, **given}
-
-
-def _create_raw(file: str, size: int | None, options: dict[str, str], *, quiet: bool) -> None:
+def _create_raw(file: str, size: int | None, options: dict[str, str], _: Access) -> str:
+    """Create a raw file; returns its properties as text."""
     if options:
         raise UsageError(message=f"{', '.join(options)}: a raw file has no such options")
     if size is None:
         raise UsageError(message=f"{file}: a raw file needs a size")
     create_raw(file, size)
     job_is_done()
-    if not quiet:
-        print(one_line(f"Formatting '{file}', fmt=raw size={size}"))
+    return f"fmt=raw size={size}"
 
 
-def _create_overlay(
-    file: str, size: int | None, options: dict[str, str], access: Access, *, quiet: bool
-) -> None:
+def _create_overlay(file: str, size: int | None, options: dict[str, str], access: Access) -> str:
+    """Create an overlay; returns its properties as text."""
     cluster = options.get("cluster_size")
     cluster_size = DEFAULT_CLUSTER_SIZE if cluster is None else parse_size(cluster, "cluster_size")
     made = job(
@@ -163,10 +145,8 @@ def _create_overlay(
     )
     job_is_done()
     warn(made.warnings)
-    if not quiet:
-        shown = {"image_file": os.path.basename(default_image(file)), **options}
-        names = "".join(
-            f" {key}='{shown[key]}'" for key in ("backing_file", "image_file") if key in shown
-        )
-        told = f"fmt=add-cow size={made.size}{names} cluster_size={cluster_size}"
-        print(one_line(f"Formatting '{file}', {told}"))
+    shown = {"image_file": os.path.basename(default_image(file)), **options}
+    names = "".join(
+        f" {key}='{shown[key]}'" for key in ("backing_file", "image_file") if key in shown
+    )
+    return f"fmt=add-cow size={made.size}{names} cluster_size={cluster_size}"

@@ -11,7 +11,6 @@ from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.options import (
     AnyFile,
     FileFormat,
-    Format,
     JobProgress,
     Opening,
     Printing,
@@ -31,7 +30,7 @@ def command(
     workers: Workers,
     rate: Rate = None,
     printing: Printing,
-    format: FileFormat = Format.addcow,
+    format: FileFormat = "add-cow",
     share: Share = False,
     opening: Opening,
 ) -> None:
@@ -44,7 +43,7 @@ def command(
     access, quiet = opening.access(share=share), printing.quiet
     copy_options = workers.copy_options(rate)
     with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
-        report = job(file, options, hooks, format_=format.value)
+        report = job(file, options, hooks, format_=format)
     if printing.as_json:
         _print_json(report)
     else:

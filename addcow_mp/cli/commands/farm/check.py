@@ -9,7 +9,6 @@ from addcow_mp.cli.jsontext import print_document, print_line
 from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import (
     FarmProgress,
-    Listing,
     ListPrinting,
     Opening,
     Places,
@@ -38,9 +37,9 @@ def command(
     access = opening.access(share=share, exclude=places.exclude)
     with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
         report = farm_check(listed, options, hooks)
-    if printing.output is Listing.human:
+    if printing.output == "human":
         _print_lines(report, quiet=quiet)
-    elif printing.output is Listing.json:
+    elif printing.output == "json":
         print_document({"images": [_image(one) for one in report.all], **_whole(report)})
     else:
         for one in (*map(_image, report.all), _whole(report)):

@@ -45,13 +45,13 @@ def command(
 
 
 def _print(found: FarmLayerReports, output: Listing, *, quiet: bool) -> None:
-    if output is Listing.human:
+    if output == "human":
         print_layers(found.all, quiet=quiet)
         if not quiet:
             print_counts(_totals(found))
         return
     images, files = ([one.as_json() for one in some] for some in (found.images, found.files))
-    if output is Listing.json:
+    if output == "json":
         layers = {"images": images, "files": files, **findings_of(found.all)}
         print_document({**layers, "summary": _totals(found)})
     else:

@@ -13,7 +13,6 @@ from addcow_mp.cli.options import (
     AnyFile,
     FileFormat,
     ForceRaw,
-    Format,
     JobProgress,
     Opening,
     Printing,
@@ -36,7 +35,7 @@ def command(
     progress: JobProgress,
     workers: Workers,
     printing: Printing,
-    format: FileFormat = Format.addcow,
+    format: FileFormat = "add-cow",
     share: Share = False,
     force: ForceRaw = False,
     opening: Opening,
@@ -47,7 +46,7 @@ def command(
     access = opening.access(share=share, force=force, writes=True)
     quiet, copy_options = printing.quiet, workers.copy_options()
     with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
-        made = job(file, options, hooks, format_=format.value, replaces=replace)
+        made = job(file, options, hooks, format_=format, replaces=replace)
     if printing.as_json:
         top = {"filename": file, "guest-digest": made[-1].guest_digest}
         print_document({**top, "manifests": manifests_json(made)})

@@ -13,7 +13,6 @@ from addcow_mp.cli.messages import one_line, say
 from addcow_mp.cli.options import (
     FarmProgress,
     ForceRaw,
-    Listing,
     ListPrinting,
     Opening,
     Places,
@@ -47,9 +46,9 @@ def command(
     access = opening.access(share=share, force=force, writes=True, exclude=places.exclude)
     with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
         found = farm_manifest(listed, options, hooks, replaces=replace)
-    if printing.output is Listing.human:
+    if printing.output == "human":
         _print_lines(found, quiet=quiet)
-    elif printing.output is Listing.json:
+    elif printing.output == "json":
         print_document({"images": list(map(_image, found.all)), "summary": _summary(found)})
     else:
         for one in (*map(_image, found.all), {"summary": _summary(found)}):

@@ -10,7 +10,7 @@ import typer
 from addcow_mp.cli.findings import print_layers
 from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.messages import one_line
-from addcow_mp.cli.options import Locking, LockingOption, Printing, StateFile
+from addcow_mp.cli.options import LockingOption, Printing, StateFile
 from addcow_mp.farm.scrub_state import Entry, Record, Status, read
 from addcow_mp.findings import DIFFERENT, UNVERIFIED
 from addcow_mp.units import human_size
@@ -19,13 +19,13 @@ from addcow_mp.units import human_size
 SHOWN_RUNS = 10
 
 
-def command(*, state: StateFile, printing: Printing, locking: LockingOption = Locking.on) -> None:
+def command(*, state: StateFile, printing: Printing, locking: LockingOption = "on") -> None:
     """Show what was verified, when, and with what result.
 
     Files that do not exist any more are counted, and do not affect the exit status. Exit status:
     0 nothing is known to be wrong, 1 something could not be verified, 2 something differs.
     """
-    status = read(state, locking=locking is Locking.on)
+    status = read(state, locking=locking == "on")
     if printing.as_json:
         layers, runs = [_layer(one) for one in status.layers], [_run(one) for one in status.runs]
         print_document({"layers": layers, "coverage": _coverage(status), "runs": runs})
