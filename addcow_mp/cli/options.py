@@ -183,7 +183,9 @@ Discard = Annotated[bool, typer.Option("--discard", help="then remove the .add-c
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
-        "--exclude", metavar="PATTERN", help="leave out of searches: names, or paths with a slash"
+        "--exclude",
+        metavar="PATTERN",
+        help="files to leave out of searches: a name, or a path with a slash",
     ),
 ]
 StateFile = Annotated[
