@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from bitarray import bitarray
 
@@ -58,8 +59,8 @@ class Comparison:
         self._window = reading
 
     def __reduce__(self) -> tuple[object, ...]:
-        parts = (*self.sides, self.geometry, self.first_only)
-        return (_received, parts, {"_window": mapped})
+        parts = (*self.sides, self.geometry)
+        return (partial(Comparison, first_only=self.first_only), parts, {"_window": mapped})
 
     def __call__(self, task: Task, worker: WorkerContext) -> Differences:
         """The differences within ``task``, which is in units of the geometry's clusters."""
@@ -75,8 +76,8 @@ class Comparison:
         for one, other in overlapping(*(_padded(side, start, stop) for side in self.sides)):
             worker.check(self.sides[0].path)
             if not self._equal_unread(one, other):
-                for first, last in _windows(one.start, one.stop):
-                    yield from self._compared(one, other, first, last)
+                for first in range(one.start, one.stop, WINDOW):
+                    yield from self._compared(one, other, first, min(first + WINDOW, one.stop))
 
     def _equal_unread(self, one: Extent, other: Extent) -> bool:
         """Whether both are zeros, or the same bytes of the same file."""
@@ -92,10 +93,6 @@ class Comparison:
         ]
         for first, last in _narrowed(views[0], views[1], stop - start):
             yield start + first, start + last
-
-
-def _received(one: Layer, other: Layer, geometry: Geometry, first_only: bool) -> Comparison:
-    return Comparison(one, other, geometry, first_only=first_only)
 
 
 def _padded(side: Layer, start: int, stop: int) -> Iterator[Extent]:
@@ -117,11 +114,6 @@ def overlapping(
         yield one._replace(stop=stop), other._replace(stop=stop)
         one = one._replace(start=stop) if stop < one.stop else next(ones, None)
         other = other._replace(start=stop) if stop < other.stop else next(others, None)
-
-
-def _windows(start: int, stop: int) -> Iterator[Run]:
-    for first in range(start, stop, WINDOW):
-        yield first, min(first + WINDOW, stop)
 
 
 def mapped(file: File, start: int, stop: int) -> memoryview:

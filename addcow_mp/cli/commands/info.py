@@ -1,4 +1,4 @@
-"""``addcow info``: what is known of an overlay or of every file of its chain."""
+"""``addcow info``: describe an overlay or every file of its chain."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class _Bounds(OptionGroup):
     rate: Rate = None
     sample: Annotated[
         str | None,
-        typer.Option("--sample", metavar="P%", help="read only so much of each layer, at random"),
+        typer.Option("--sample", metavar="P%", help="read a random share of each layer only"),
     ] = None
 
 
