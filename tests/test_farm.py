@@ -341,7 +341,7 @@ def test_farm_check_prints_findings_with_the_image(farm: Path) -> None:
     result = addcow("farm", "check", ".", cwd=farm)
     assert result.status == 3
     finding, summary = result.lines
-    assert finding.startswith("./leaky.add-cow: LEAK leaks: 1 clusters that are not local")
+    assert finding.startswith("./leaky.add-cow: LEAK leaks: 1 clusters that are not allocated")
     assert summary == "4 images, 3 clean, 0 corrupt, 1 leaking, 0 unexamined, 0 graph findings"
     assert addcow("farm", "check", "-q", ".", cwd=farm).lines == [finding]
 

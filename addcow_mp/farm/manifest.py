@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from addcow_mp.device.discovery import Named
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
@@ -100,9 +101,10 @@ def farm_manifest(
     """
     with hooks.looking():
         there = files_of(places, options.access)
-        paths = sorted(one.path for one in overlays_of(there.files, there.unexamined))
+        overlays = overlays_of(there.files, there.unexamined)
     options = replace(options, access=there.access)
-    large = [path for path in paths if _stored_bytes(path) > LARGE]
+    paths = sorted(one.path for one in overlays)
+    large = sorted(one.path for one in overlays if _stored_bytes(one) > LARGE)
     small = sorted(set(paths) - set(large))
     done: dict[str, ImageManifests] = {}
 
@@ -117,10 +119,10 @@ def farm_manifest(
     return FarmManifests([done[path] for path in paths], there)
 
 
-def _stored_bytes(path: str) -> int:
-    """About how many bytes there are to read in an overlay's own image file."""
+def _stored_bytes(one: Named) -> int:
+    """The bytes that an overlay's own image file occupies."""
     try:
-        return os.stat(os.path.splitext(path)[0] + ".raw").st_blocks * 512
+        return os.stat(one.image_path or "").st_blocks * 512
     except OSError:
         return 0
 
