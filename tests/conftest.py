@@ -17,8 +17,8 @@ from support.command import KiB
 from support.file_systems import clear, made_disk, mounted
 from support.warm import Warm
 
-# Whoever starts the suite in the background, or under nohup, has it ignore these, and whatever
-# it starts inherits that: what the tests say of signals would be of that shell.
+# A shell that starts the suite in the background, or nohup, ignores these signals, and every
+# process of the suite would inherit that.
 for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         ending = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL

@@ -1,4 +1,4 @@
-"""The public functions as a script calls them: the kinds of paths that they take."""
+"""Tests of the public Python functions: which arguments they accept, and what the package ships."""
 
 import os
 import pickle

@@ -1,8 +1,7 @@
-"""The bench, on a few megabytes: that it measures what it says, and tells what it measured.
+"""Tests of `make bench` on a few megabytes.
 
-No figure is judged here. What is: that every case that can run ends in all three documents,
-that a peer which does not do its job is found out, that what cannot run is told, and that
-nothing is left behind.
+No figure is judged. Every case runs or is skipped with the reason, a peer that does not do its
+job is detected, and no file is left.
 """
 
 import json

@@ -1,8 +1,6 @@
-"""Images of 3 TiB: every offset past 2 TiB must arrive where it belongs, and stay cheap.
+"""Tests with images of 3 TiB: data past 2 TiB arrives at its offset, and costs little.
 
-The files are sparse: three written clusters in an image of 3 TiB take kilobytes of disk, and
-a job must neither read nor fill the rest.  The bit of a cluster is looked up in the bitmap's
-byte by hand.  Where the file system refuses files of this length, the tests are skipped.
+The files are sparse. Where the file system refuses files of this length, the tests are skipped.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ def big(
     backing_size: int = SIZE,
     garbage: dict[int, bytes] | None = None,
 ) -> Files:
-    """Build an overlay of 3 TiB without local clusters over a raw file."""
+    """Build an overlay of 3 TiB without allocated clusters over a raw file."""
     base, image, path = (directory / name for name in ("base.raw", "top.raw", "top.add-cow"))
     sparse(base, backing_size, backing)
     sparse(image, SIZE, garbage)

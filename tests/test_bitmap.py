@@ -1,13 +1,8 @@
-"""The bitmap in a file against a list of bools, the bitmap in memory against a set.
+"""The bitmap of a file against a list of bools, the bitmap in memory against a set.
 
-Each example is a real file: a header region, a bitmap in which any bits are set, past the
-last cluster too, and often an end that comes too early. The model knows one rule: a cluster
-is local when its bit is in the file and the cluster exists. Every look is compared with the
-model, and after every change the whole file is compared, byte by byte, for what must not
-change is most of it.
-
-The pwrites of a change are looked at as well: it may touch no byte that stays as it is at
-either of its ends, and none at all when nothing changes.
+Each example is a real file: a header region, a bitmap with any bits set (also past the last
+cluster), and often an end that comes too early. After every change the whole file is compared. A
+change may write no byte that stays equal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names are bytes: in JSON, in lists of names, and in pictures."""
+"""Tests of file names that are not UTF-8, in JSON, logs, lists of names and graphs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is kept of a job that ends in the middle of its tasks, and in what order it is published.
+"""Tests of what a job keeps when it ends within a task, and of the order in which it publishes.
 
-A task is 64 MiB, which takes a minute at a low rate. So what a task has done is published while it
-goes on: whoever stops a job loses a moment of its work, whoever kills it five seconds.
+A task has 64 MiB, which takes a minute at a low rate. Finished clusters of a task are published
+while it runs: a stop repeats a moment of work, a kill at most five seconds.
 """
 
 from __future__ import annotations

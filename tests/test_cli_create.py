@@ -1,8 +1,7 @@
-"""`addcow create`, seen from the shell: what it prints, the files it leaves, what it refuses.
+"""Tests of `addcow create`: its output, the files it makes, and what it refuses.
 
-Every file that it makes is compared with bytes that the tests put together themselves, and
-every refusal with a snapshot of the directory: a create that fails has left nothing behind
-and has touched nothing that was there.
+Every file is compared with bytes that the tests put together. A refused create leaves no file and
+changes none.
 """
 
 import os

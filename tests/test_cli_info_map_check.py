@@ -1,8 +1,6 @@
-"""`addcow info`, `map` and `check`, and what every command says of files it cannot use.
+"""Tests of `addcow info`, `map` and `check`, and of files that no command can use.
 
-The three only look: each test that asks them also sees that no file changed. The images are
-made by hand, byte by byte, so that what the commands report is compared with how the file
-was built and not with how the package would have built it.
+The three commands change no file. The images are made by hand, byte by byte.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""`addcow io`: the words of qemu-io, and what they do to the files.
+"""Tests of `addcow io`: the commands of qemu-io.
 
-What is printed is compared with the format strings of qemu-io 1.6, figures of time aside;
-what is written is read back from the files themselves.
+The output is compared with the format strings of qemu-io 1.6, without times. Written data is read
+from the files.
 """
 
 import re

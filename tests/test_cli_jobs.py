@@ -1,8 +1,7 @@
-"""`addcow commit`, `flatten` and `convert`, seen from the shell.
+"""Tests of `addcow commit`, `flatten` and `convert` through the command line.
 
-The images are pictures, one character a cluster (see command.py), so that each test shows
-what was there before and what is there after: `pair(here, "ABC", "-X0")`, commit, and the base
-is "AX0". What must not have changed is asserted along with what has.
+The images are pictures, one character a cluster (see support/command.py): `pair(here, "ABC",
+"-X0")`, then commit, and the base is "AX0".
 """
 
 import os
@@ -559,7 +558,7 @@ def _from_terminal(descriptor: int) -> bytes:
 @pytest.mark.parametrize("jobs", ["0", "2"])
 def test_commit_reports_what_it_moved(tmp_path: Path, jobs: str) -> None:
     pair(tmp_path, "ABCDEF", "-XY0--")
-    # A local cluster that is a hole in the image file: the backing's data has to go.
+    # A allocated cluster that is a hole in the image file: the backing's data has to go.
     draw_raw(tmp_path / "top.raw", "-XY---")
     report = commit(tmp_path, "--output", "json", "--jobs", jobs).json
     assert isinstance(report["seconds"], float)

@@ -1,4 +1,4 @@
-"""Files as they are named on the command line: what they are called, and what they begin with."""
+"""Tests of special file names, and of files that begin like another format."""
 
 from pathlib import Path
 

@@ -1,14 +1,8 @@
-"""`addcow compare`: the same or not, where, how it is said, and what is read for the answer.
+"""Tests of `addcow compare`: the result, the first difference, the list, and what it reads.
 
-The answer is held against plain bytes: both guests' views are read by the model's own parser,
-the shorter one is continued with zeros, and the sectors that differ are joined into extents.
-That list must be the command's list, exactly, and its first place the one that is named. On
-raw files qemu-img is asked as well: same words, same exit status.
-
-Some things cannot be seen in the answer. What both sides take from the same place is equal
-without being read: its pages are then not in the page cache, from which they were driven out
-before. A disk that no longer answers is made of an ext4 in a file on an XFS that is shut down
-under it, so that reading fails as it does with a bad sector.
+The expected list of extents comes from the bytes of both views, which the model reads. On raw
+files the output is also compared with qemu-img. The page cache shows which files were read. A
+dead disk is an ext4 in a file on an XFS that is shut down.
 """
 
 from __future__ import annotations
@@ -528,7 +522,7 @@ def test_compare_prints_progress_on_stderr(warm: Warm, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("short", [("a",), ("b",), ("a", "b")])
 def test_compare_warns_of_short_bitmaps(warm: Warm, tmp_path: Path, short: tuple[str, ...]) -> None:
-    """What is missing of a bitmap is 0: nothing is local there."""
+    """Missing bits are 0: no cluster is allocated there."""
     draw_raw(tmp_path / "low.img", "AB")
     for name in "ab":
         draw(tmp_path / f"{name}.add-cow", "--" if name not in short else "-X", "low.img")
@@ -550,7 +544,7 @@ def test_compare_warns_of_short_bitmaps(warm: Warm, tmp_path: Path, short: tuple
 def test_bytes_after_the_last_whole_sector_are_compared(
     warm: Warm, tmp_path: Path, other: bytes, flags: tuple[str, ...]
 ) -> None:
-    """In a chain they are in nobody's view; of two files by themselves they are content."""
+    """No view of a chain has them; in two separate files they are content."""
     (tmp_path / "a.img").write_bytes(b"A" * 900)
     (tmp_path / "b.img").write_bytes(other)
     as_qemu_img_does(Pair(warm, tmp_path, "a.img", "b.img"), *flags)

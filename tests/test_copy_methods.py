@@ -1,17 +1,9 @@
-"""The ways to move data: the bytes, what was really done, what it takes of disk and memory.
+"""Tests of the copy methods: the bytes, the method in the report, disk space and memory.
 
-Whatever way is asked for, and whatever the file systems can do, the same bytes arrive: every
-job is held to its promise (`promises`, read by the independent reader) on chains with runs of
-odd lengths, ends that are no multiple of anything, holes, written zeros and garbage. Then
-each way has a test of what makes it worth having, seen from outside: cloned blocks are shared
-(the file system has as much room as before), `-t none` leaves no page in the page cache, a
-hole is never read (its pages would be in the page cache), zeros become holes, and no file
-takes more of the disk than what is in it.
-
-The report's "moved-by" must be what was done, not what was asked for: a pinned clone on ext4
-is an honest copy. File systems are made on loop devices, an XFS that clones and an ext4 that
-does not. A limit is checked by its arithmetic with a clock of our own: nothing here waits for
-time to pass, and nothing is said about speed.
+Every method moves the right bytes on random chains. Each method has a test of its purpose: clones
+share blocks, `-t none` leaves no page in the page cache, holes are not read, zeros become holes.
+The file systems are an XFS that clones and an ext4 that does not. Rates are tested with a clock
+of the tests: no test waits.
 """
 
 from __future__ import annotations
@@ -512,7 +504,7 @@ def test_flatten_stores_exactly_the_guests_data(shop: Shop, way: str) -> None:
 @ALL_WAYS
 @pytest.mark.parametrize("keep", [True, False])
 def test_commit_stores_exactly_the_guests_data(shop: Shop, way: str, keep: bool) -> None:
-    """A local hole empties the backing's cluster; garbage and other clusters are nothing."""
+    """A allocated hole empties the backing's cluster; garbage and other clusters are nothing."""
     top = lay(shop.here, "ABCDEFGHIJ" + "-" * 8, "XX" + "-" * 8 + "YYYYx" + "---")
     place(shop.here / "top.raw", "X-" + "-" * 8 + "YY-Yx" + "---")
     view = guest_picture(top)
@@ -582,7 +574,7 @@ def test_direct_io_keeps_cached_pages_of_the_source(shop: Shop) -> None:
 
 
 class Clock:
-    """Time that passes only when somebody sleeps or says so."""
+    """A clock that advances only when a worker sleeps or the test says so."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -1,13 +1,8 @@
-"""What a job costs follows the data, whatever size the guest's disk is said to have.
+"""Tests of what a job costs: it grows with the data and not with the virtual size.
 
-The same few hundred pieces of data are strewn over 4 GiB and over 16 TiB. A job on either must
-do the same, find the same, and ask the kernel about as often; its processes must keep within
-64 MiB of private memory, which is not measured but decreed: the limit is set (RLIMIT_DATA,
-which workers inherit) and the job must get along with it. The same for address space, where
-mapped windows are what would grow.
-
-Only XFS has files of 16 TiB; it is made on a loop device. Nothing here measures seconds: how
-long a job takes is for the bench.
+The same data is spread over 4 GiB and over 16 TiB (on XFS). A job must make about the same number
+of system calls, and must run with 64 MiB of private memory (RLIMIT_DATA) and a limited address
+space.
 """
 
 from __future__ import annotations
@@ -195,7 +190,7 @@ def test_map_of_16_tib_is_cheap(here: Path) -> None:
 def test_check_of_16_tib_is_cheap(here: Path) -> None:
     strewn = Strewn.lay(here, HUGE)
     assert "No errors were found" in succeed("check", "top.add-cow", cwd=here).stdout
-    # A bit of the last cluster but one, which then is local and a hole.
+    # A bit of the last cluster but one, which then is allocated and a hole.
     with (here / "top.raw").open("r+b") as file:
         file.seek(HUGE - 2 * CLUSTER)
         file.write(b"leaked")

@@ -1,12 +1,8 @@
-"""Who else needs the file: commit, flatten and --discard ask before they change anything.
+"""Tests of dependants: commit, flatten and --discard refuse to change files of other overlays.
 
-Everything happens in a small farm: a base, an overlay to work on, and another overlay that
-depends on some file, under every kind of name and in every kind of place. A refusal exits
-with 1, lists the dependants in one line and leaves every byte of the farm as it was; with
---force the job is done. Only an image file that two overlays name is refused always.
-
-Two overlays of one base are no obstacle to each other's flatten: what is asked for is always
-the file that would change.
+A refusal exits with 1, lists the dependants in one line and changes nothing. --force overrides
+it, except for an image file of two overlays. Two overlays of one base do not hinder each other's
+flatten.
 """
 
 from __future__ import annotations
@@ -61,7 +57,7 @@ def named(image: str = "other.raw", backing: str = BASE, backing_format: str = "
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """A directory with a base, one overlay over it, and nobody else."""
+    """A directory with a base and one overlay over it."""
     draw_raw(tmp_path / BASE, "ABC")
     draw(tmp_path / TOP, "-X-")
     return tmp_path
@@ -432,7 +428,7 @@ def damaged(here: Path, name: str, at: int, data: bytes) -> None:
 
 
 def fill_with_rubbish(place: Path) -> None:
-    """Put everything into a directory that could disturb somebody who looks through it."""
+    """Put everything into a directory that could disturb a search of it."""
     (place / "magic").write_bytes(b"ACOW")
     (place / "short").write_bytes(named()[:75])
     (place / "empty").write_bytes(b"")

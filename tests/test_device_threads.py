@@ -1,11 +1,6 @@
-"""Threads of one process share a device.
+"""Tests of threads that share one device: copy-up, flush and readers.
 
-Two writes to one cluster both want to copy it up; done at the same time without care, the
-copy of one puts old bytes over the data of the other.  A flush must not forget a write that
-comes in while it syncs.  And a reader between them may see old bytes or new ones, but never
-what the image held in a cluster that was not local.
-
-Threads are made to take turns often (`sys.setswitchinterval`), and start at a barrier.
+Threads switch often (`sys.setswitchinterval`) and start at a barrier.
 """
 
 from __future__ import annotations
@@ -51,7 +46,7 @@ def at_once(*works: Callable[[], None]) -> None:
 
 
 def garbage_over_data(cluster_size: int, size: int, base_size: int) -> Overlay:
-    """Return an overlay without a local cluster, its image full of garbage."""
+    """Return an overlay without a allocated cluster, its image full of garbage."""
     grain = 4 * KiB
     image = Content("g" * (size // grain), grain)
     return Overlay(

@@ -1,12 +1,8 @@
-"""Every error of the package, found by walking its modules, and how a user meets it.
+"""Tests of every error class: its fields and message, and a scenario in which a user causes it.
 
-A class that nobody thought of here fails a test: it needs a scenario, which is a way for a
-user to meet it. The error that comes out of a scenario is then held to what all errors
-promise: one line that names the file, fields, an exit status, and that it means the same
-on the other side of a pipe.
-
-The last part are commands whose input is hostile or whose output has nowhere to go. They may
-fail, but in one line.
+A class without a scenario here fails a test. Every error is one line that names the file, has an
+exit status, and survives pickling. The last part tests hostile input and failing outputs: they
+cost one line.
 """
 
 from __future__ import annotations

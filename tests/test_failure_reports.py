@@ -1,4 +1,4 @@
-"""A job that fails after its work says what it did, alone and in a farm."""
+"""Tests of the report of a job that fails after it changed something, alone and in a farm."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""`addcow farm`: every overlay is in the list, once, with what can be said of it.
+"""Tests of `addcow farm ls` and `farm check` on farms made by hand.
 
-Farms are drawn by hand, with what goes wrong in real ones: files under two names, suffixes that
-mean nothing, images and backings that are gone, headers that are damaged, chains that bite their
-tail. What the list must say is written here, not asked of the tool; nothing may change by it.
+The farms have hard links, misleading suffixes, missing files, damaged headers and cycles.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""`addcow farm graph`: who backs whom, what is not there, and what nobody names.
-
-Farms are drawn by hand, and what a user must see of them is written here line by line: the tree,
-the keys of JSON, the edges of the digraph, the rows of the picture. Times are set, never waited
-for; nothing on disk may change by being looked at.
-"""
+"""Tests of `addcow farm graph`: the tree, JSON, dot and SVG."""
 
 from __future__ import annotations
 

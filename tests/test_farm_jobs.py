@@ -1,12 +1,7 @@
-"""`addcow farm plan`, `farm commit` and `farm flatten`: many images by one command.
+"""Tests of `addcow farm plan`, `farm commit` and `farm flatten`: many images in one command.
 
-Farms are drawn by hand or grown from a seed, with chains, siblings and what goes wrong in real
-ones. What must come of them is said here in plain words: `shown_after_commit` knows of the
-rules no more than that an overlay that stands alone on its backing goes down into it. What
-guests see is put together by readers that know nothing of the package, and where nothing may
-change, the time of change of no file may.
-
-The seed is printed with every failure; ADDCOW_SEED=... grows the same farms again.
+The farms are made by hand or grown from a seed. Independent readers compute the guest's views.
+Where nothing may change, no modification time may change.
 """
 
 from __future__ import annotations
@@ -82,7 +77,7 @@ IN_PROGRESS = {
 #: What could forge lines or steer a terminal.
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
-#: A descriptor that nobody has opened.
+#: A descriptor that is not open.
 CLOSED = 57
 
 
@@ -255,7 +250,7 @@ class Grown:
         return [one for one, below in self.stands.items() if below == name]
 
     def is_refused(self, name: str) -> bool:
-        """Whether somebody else needs what a commit of the overlay would change."""
+        """Whether another overlay needs what a commit of the overlay would change."""
         return len(self.above(self.stands[name])) > 1
 
     def views(self) -> dict[str, bytes]:
@@ -313,7 +308,7 @@ def grow(here: Path, seed: str) -> Grown:
 
 
 def cells(chance: random.Random, mark: str, count: int) -> str:
-    """Return a picture with runs of everything, and one cell at least that is local data."""
+    """Return a picture with runs of everything, and one cell at least that is allocated data."""
     picture = ""
     while len(picture) < count:
         picture += chance.choice(f"{mark}{mark}---0{mark.lower()}") * chance.randint(1, 9)
@@ -346,7 +341,7 @@ def shown_after_commit(grown: Grown, before: dict[str, bytes], name: str) -> byt
 
 
 def is_committed(path: Path) -> bool:
-    """Whether nothing is local, and the image takes no space."""
+    """Whether no cluster is allocated, and the image takes no space."""
     image = path.parent / read_header(path).image
     assert read_header(path).compatible & ALL_ALLOCATED == 0
     # A file system may keep the last block when it is not whole, and one to say where it is.
@@ -464,7 +459,7 @@ def test_farm_commit_works_across_directories(here: Path) -> None:
 
 
 def test_farm_commit_commits_an_overlay_that_only_receives_data(here: Path) -> None:
-    """Nothing is local in mid before top has come down into it."""
+    """No cluster of mid is allocated before top is committed into it."""
     draw_raw(here / "base.img", "ABC")
     draw(here / "mid.add-cow", "---", "base.img")
     over(here, "top", "mid", "-X-")
@@ -497,7 +492,7 @@ def test_farm_commit_refuses_a_longer_top_and_commits_its_backing(here: Path) ->
 
 def test_farm_commit_reports_moved_and_zeroed_bytes_of_each_image(here: Path) -> None:
     single(here, "one", "ABCDEF", "-XY0--")
-    # A local cluster that is a hole in the image file: the backing's data has to go.
+    # A allocated cluster that is a hole in the image file: the backing's data has to go.
     draw_raw(here / "one.raw", "-XY---")
     single(here, "two", "ABC", "X--")
     told = by_name(worked("commit", ".", cwd=here))

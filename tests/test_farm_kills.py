@@ -1,15 +1,8 @@
-"""What interrupts the work on a farm, and what it may cost: kills, signals, full disks, power cuts.
+"""Tests of interrupted farm jobs: kills, signals, full disks, guests and power cuts.
 
-Whatever ends `farm commit` and `farm flatten`, or one of their processes, every guest's view is
-what it was, the same command again does what is left, and what was finished is not done again.
-What ends one image is that image's affair: the others are done.
-
-The guests of a commit are those at the tops of the chains: what is committed into an overlay
-shows there too, as it shall.  All overlays have guests when they are flattened.  Their views are
-read by the oracle.
-
-Instants are drawn at random, in numbers of images that are done and milliseconds after that, or
-chosen by fault rules.  The seed is printed with every failure; ADDCOW_SEED=... draws them again.
+After any of them every guest's view is unchanged, the same command does the remaining images, and
+finished images are not done again. A failure of one image does not affect the others. Moments are
+random (in finished images and milliseconds) or chosen by fault rules.
 """
 
 from __future__ import annotations
@@ -331,12 +324,14 @@ def rules_for(here: Path, *sections: str) -> Rules:
     return Rules.write(here.parent / "rules", *sections)
 
 
-def interrupt(laid: Farm, job: str, whom: str, rng: random.Random, words: tuple[str, ...]) -> None:
-    """Kill somebody, or ask for a stop, at a random instant; then look, and run it again."""
+def interrupt(
+    laid: Farm, job: str, target: str, rng: random.Random, words: tuple[str, ...]
+) -> None:
+    """Kill a process, or ask for a stop, at a random moment; then check, and run it again."""
     journal = Journal(laid.here.parent / "log")
     journal.path.unlink(missing_ok=True)
     count, linger = rng.randrange(len(laid.overlays)), rng.choice([0, 0, 0.004, 0.02])
-    print(f"{job} {words}, {whom}: {count} done and {linger} s")  # noqa: T201
+    print(f"{job} {words}, {target}: {count} done and {linger} s")  # noqa: T201
     with running(*command(job, *words, "--log", str(journal.path)), cwd=laid.here) as run:
         run.until(
             lambda: run.has_ended or (journal.has_begun and len(journal.finished) >= count),
@@ -344,44 +339,44 @@ def interrupt(laid: Farm, job: str, whom: str, rng: random.Random, words: tuple[
         )
         wait_for(linger, run)
         memory = memory_of(run)
-        strike(run, whom, laid.here)
+        strike(run, target, laid.here)
         ended = parted(run)
         finished = journal.finished
         if rng.random() < 0.5:  # else the same command comes at once
             laid.holds(job)
-        judge(laid, job, whom, ended)
+        judge(laid, job, target, ended)
         laid.again(job, finished)
         gone_soon(run)
         assert [name for name in memory if os.path.exists(name)] == []
-        assert whom in ("INT", "TERM") or without_orphans(run.stderr) == ""
+        assert target in ("INT", "TERM") or without_orphans(run.stderr) == ""
 
 
-def strike(run: Job, whom: str, here: Path) -> None:
+def strike(run: Job, target: str, here: Path) -> None:
     """Do it to those who are still there."""
     with suppress(ProcessLookupError):
-        if whom == "parent":
+        if target == "parent":
             run.signal(signal.SIGKILL)
-        elif whom == "group":
+        elif target == "group":
             os.killpg(run.pid, signal.SIGKILL)
-        elif whom == "worker":
+        elif target == "worker":
             run.until(lambda: run.has_ended or bool(at_work(run, here)), "a worker at work")
             for pid in at_work(run, here)[:1]:
                 run.signal(signal.SIGKILL, pid)
-        elif whom == "INT":  # Ctrl-C reaches all of them
+        elif target == "INT":  # Ctrl-C reaches all of them
             os.killpg(run.pid, signal.SIGINT)
         else:
             run.signal(signal.SIGTERM)
 
 
-def judge(laid: Farm, job: str, whom: str, ended: Ended) -> None:
+def judge(laid: Farm, job: str, target: str, ended: Ended) -> None:
     """Assert that the command ended as it should, struck or already over."""
-    if whom in ("parent", "group"):
+    if target in ("parent", "group"):
         assert ended.status in (0, -signal.SIGKILL), ended
-    elif whom == "worker":
+    elif target == "worker":
         assert set(states(told_by(ended, 0)).values()) == {"done"}, ended
         laid.is_done(job)
     elif ended.status:
-        number = signal.Signals[f"SIG{whom}"]
+        number = signal.Signals[f"SIG{target}"]
         if ended.status == -number:  # it had told already that all is done
             assert set(states(told_by(ended, -number)).values()) == {"done"}, ended
         else:
@@ -401,21 +396,21 @@ def is_told_to_stop(ended: Ended, number: signal.Signals) -> dict[str, dict[str,
     return told
 
 
-# ---- at random instants ----
+# ---- at random moments ----
 
 ROUNDS = 2
 
 
 @EACH
-@pytest.mark.parametrize("whom", ["parent", "worker", "group", "INT", "TERM"])
+@pytest.mark.parametrize("target", ["parent", "worker", "group", "INT", "TERM"])
 def test_farm_job_continues_after_a_kill_at_any_moment(
-    here: Path, rng: random.Random, job: str, whom: str
+    here: Path, rng: random.Random, job: str, target: str
 ) -> None:
-    for number in range(ROUNDS if whom in ("parent", "worker", "group") else 1):
+    for number in range(ROUNDS if target in ("parent", "worker", "group") else 1):
         place = here / str(number)
         place.mkdir()
-        words = BY_WORKERS if whom == "worker" else rng.choice([(), BY_WORKERS, ("--jobs", "0")])
-        interrupt(thirty(place, rng), job, whom, rng, words)
+        words = BY_WORKERS if target == "worker" else rng.choice([(), BY_WORKERS, ("--jobs", "0")])
+        interrupt(thirty(place, rng), job, target, rng, words)
         shutil.rmtree(place)
 
 
@@ -478,7 +473,7 @@ def test_image_that_kills_each_worker_fails_alone(here: Path, rng: random.Random
 @pytest.mark.long
 @EACH
 def test_stopped_workers_end_with_their_parent(here: Path, rng: random.Random, job: str) -> None:
-    """Nobody waits for one that has stopped, and no lock of its is in the way."""
+    """The parent does not wait for a stopped worker, and no lock of a worker is in the way."""
     laid = lone(here, rng)
     stop = (rule(WRITES[job], "stop", once="on", after=after) for after in (0, 1))
     with running(*command(job, "--jobs", "2"), cwd=here, rules=rules_for(here, *stop)) as run:
@@ -570,9 +565,9 @@ def sum_of(pieces: Iterator[bytes]) -> int:
 
 @pytest.mark.long
 @BOTH
-@pytest.mark.parametrize("whom", ["parent", "group", "worker"])
+@pytest.mark.parametrize("target", ["parent", "group", "worker"])
 def test_split_image_continues_after_a_kill_at_any_moment(
-    here: Path, rng: random.Random, job: str, whom: str
+    here: Path, rng: random.Random, job: str, target: str
 ) -> None:
     large, laid = Large.lay(here, job, 300 * MiB), Farm.lay(here, rng, chains=4, depth=1)
     journal, part = Journal(here.parent / "log"), rng.randrange(280 * MiB)
@@ -580,14 +575,14 @@ def test_split_image_continues_after_a_kill_at_any_moment(
     words = command(job, "--jobs", "2", "--log", str(journal.path))
     with running(*words, cwd=here) as run:
         run.until(lambda: run.has_ended or large.arrived > part, "so many bytes")
-        strike(run, whom, here) if whom != "worker" else kill_a_splitter(run, here)
+        strike(run, target, here) if target != "worker" else kill_a_splitter(run, here)
         ended = run.end()
         assert run.stderr == ""
         finished = journal.finished
-        told = told_by(ended if whom == "worker" else farm(job, cwd=here), 0)
+        told = told_by(ended if target == "worker" else farm(job, cwd=here), 0)
         gone_soon(run)
     assert set(states(told).values()) <= {"done", "nothing-to-do"}
-    assert [name for name in finished if told[name]["state"] == "done" and whom != "worker"] == []
+    assert [name for name in finished if told[name]["state"] == "done" and target != "worker"] == []
     large.is_done()
     laid.is_done(job)
 

@@ -1,4 +1,4 @@
-"""`addcow farm manifest create`: every layer of a farm gets its manifest, a shared base once."""
+"""Tests of `addcow farm manifest create`."""
 
 from __future__ import annotations
 

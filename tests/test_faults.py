@@ -1,20 +1,15 @@
-"""Every event times every fault: what is promised after it, for each kind of command.
+"""Tests of every fault at every event of each command.
 
-Each walk lays a small chain down, runs a command with a rule that strikes at the first, the
-second, the third... time that an event is met, until there is no such time any more, and looks
-at the files as the format describes them, through the oracle, which shares nothing with the
-package.  Whatever the fault was:
+A walk runs a command with a rule for the first, the second, the third ... occurrence of an event
+until there is no further one. After each fault:
 
-- the guest's view of every image is the old one; of an image that the command changes, every
-  byte is the old one or the new one;
-- a file that the command has no business with is untouched, down to its time of change;
-- no file is shorter than it was, none is new, none is gone that should not be;
-- the command has said so in one line and has failed, unless the fault killed or stopped it;
-- the same command without the fault then finishes the job.
+- the view of every image is the old one; each byte of a changed image is old or new;
+- other files are unchanged, no file is shorter, new or missing;
+- the command failed with one line, unless the fault killed or stopped it;
+- the same command without the fault finishes the job.
 
-Rules strike once in all processes together.  So a command that tried a failed step again would
-succeed, and be caught: an error has to end it.  "for good" is the other kind of error, a disk
-that fails from then on and also fails whatever a command does to clean up.
+A rule strikes once, so a command that retried a failed step would succeed and be detected. "for
+good" is a disk that fails from then on.
 """
 
 from __future__ import annotations
@@ -97,7 +92,7 @@ def over(top: bytes, bottom: bytes) -> bytes:
 
 
 def beside(here: Path) -> None:
-    """Lay down a chain that is nobody's business."""
+    """Make a chain that the command does not touch."""
     draw_raw(here / "foreign.img", "FGH")
     draw(here / "foreign.add-cow", "-N-", "foreign.img", cluster=CLUSTER)
 
@@ -108,7 +103,7 @@ def commit_scene(here: Path) -> None:
 
 
 def stale_scene(here: Path) -> None:
-    """All is local by decree, whatever the bits say; the backing is longer and has an odd end."""
+    """Every cluster is allocated, whatever the bits say; the backing is longer, with an odd end."""
     draw_raw(here / "base.img", "ABCDEFGHJKLM", cluster=CLUSTER)
     with (here / "base.img").open("ab") as file:
         file.write(b"odd")
@@ -339,7 +334,7 @@ class Scene:
 
     @classmethod
     def lay(cls, here: Path, operation: Operation) -> Scene:
-        """Make the files anew."""
+        """Make the files again."""
         shutil.rmtree(here, ignore_errors=True)
         here.mkdir()
         beside(here)
@@ -359,7 +354,7 @@ class Scene:
         )
 
     def holds(self, *, made: bool) -> None:
-        """Assert what holds at any instant; new files may be there only if `made`."""
+        """Assert what holds at any moment; new files may be there only if `made`."""
         self._nothing_lost(made=made)
         self._others_untouched()
         for name, before in self.views.items():
@@ -608,7 +603,7 @@ def test_fault_walk_covers_every_event_of_create(warm: Warm, tmp_path: Path, nam
 
 
 def begin(here: Path, creation: Creation) -> Contents:
-    """Make the files anew and return what they hold."""
+    """Make the files again and return what they hold."""
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir()
     creation.build(here)
@@ -690,7 +685,7 @@ def create_again(warm: Warm, here: Path, creation: Creation) -> None:
 
 
 def test_failed_create_restores_the_length_of_the_disk(warm: Warm, tmp_path: Path) -> None:
-    """Bytes behind the last whole sector are in nobody's view, but they are somebody's."""
+    """No view has the bytes after the last whole sector, but a user may need them."""
     draw_raw(tmp_path / "base.img", "AB", cluster=CLUSTER)
     (tmp_path / "old.raw").write_bytes(b"K" * 1000)
     rules = Rules.write(tmp_path / "rules", rule("bitmap_sync"))
@@ -770,7 +765,7 @@ def test_flushed_data_stays_when_the_next_flush_fails(
     assert view(top)[6 * KiB : 14 * KiB] == b"\x58" * 8 * KiB
     assert {1, 2, 3} <= set(local_clusters(top))
     if event == "data_sync":
-        # Cluster 7 was local: what is written there is there at once, as in a raw disk.
+        # Cluster 7 was allocated: what is written there is there at once, as in a raw disk.
         assert bits(top) == ".111...1.."
         assert view(top)[14 * KiB : 28 * KiB] == scene.views[top.name][14 * KiB : 28 * KiB]
         assert view(top)[32 * KiB :] == scene.views[top.name][32 * KiB :]

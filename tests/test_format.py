@@ -1,9 +1,7 @@
-"""The header, number by number, and the arithmetic of clusters.
+"""Tests of the header, field by field, and of cluster arithmetic.
 
-The places of the fields stand here as docs/format.md gives them, not as the package's table
-does, and the rules as edits of a legal header that break one of them each: the edit is
-made in the bytes of a file, and a user opens it. What is legal at its very limit is tried as
-well, so that a rule is neither missing nor too strict.
+The offsets are those of docs/format.md. Each edit of a valid header breaks one rule. Values at a
+limit are accepted.
 """
 
 import struct

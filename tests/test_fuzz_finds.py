@@ -1,11 +1,7 @@
-"""Everything that fuzzing ever found, examined again, and the scenes that it began with.
+"""Tests of everything that fuzzing found, and of the fuzzer itself.
 
-Each file of tests/fuzz_finds is a small directory of images, with the reason why it was kept.
-They are examined in another process, as `make fuzz` does: what was found may have hung or
-killed the process that met it. A new find needs nothing but its file.
-
-That the examination sees anything at all is tested first, with commands that do what the
-reading commands must not do.
+Each file of tests/fuzz_finds is a small directory of images with the reason why it was kept. They
+run in another process, because a find may hang or kill it. A new find needs only its file.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
-"""The reference's images, replayed and judged through the commands.
+"""Tests with the reference's images, replayed from facts about them.
 
-Every case is replayed from the facts alone by this project's own commands. The
-replay must leave the very bytes that the reference left. Then its files go
-through the same checks: what `info`, `map` and
-`check` say, what a guest sees (through convert, the device and the independent
-oracle), and that commit and flatten move data without changing that view. Last
-come the files with one forbidden edit: every command must refuse them (or read
-them, where the format allows it) and leave the folder as it was.
-
-Each case is made once and copied for every test that writes. The copies carry
-an old file time, so that a write of the same bytes shows, too.
+The replay must make the very bytes of the reference. Then `info`, `map` and `check` are tested,
+the guest's view, commit and flatten. Files with one forbidden edit must be refused by every
+command. Each case is made once and copied; the copies have old times, so that any write shows.
 """
 
 import json
@@ -145,7 +138,7 @@ def test_create_makes_the_file_of_the_reference(shelf: Shelf, case: Facts) -> No
 
 @each_case
 def test_writes_make_the_files_of_the_reference(shelf: Shelf, case: Facts) -> None:
-    # Images are compared whole: a local cluster holds what the guest saw, and no write ever
+    # Images are compared whole: a allocated cluster holds what the guest saw, and no write ever
     # touches another one, so no two drivers may differ in a single byte.
     folder = shelf.replayed(case["name"]).folder
     names = {name for name in case["files"] if name != "source.raw"}
@@ -221,7 +214,7 @@ def test_map_covers_the_disk(shelf: Shelf, case: Facts) -> None:
 
 
 def assert_tiled(extents: list[Facts], size: int) -> None:
-    """The extents follow each other from 0 to SIZE, no two neighbours alike."""
+    """The extents follow each other from 0 to SIZE, no two adjacent ones equal."""
     at = 0
     last = None
     for extent in extents:

@@ -1,7 +1,7 @@
-"""What is mounted or held is not written: devices, and files beneath loop devices.
+"""Tests of mounted and held devices: jobs do not write them, nor files beneath loop devices.
 
-The devices are real. What is mounted is an ext4 with a file in it; a refusal must name what holds
-the storage, must not be overridden by --force, and must leave every byte as it was.
+The devices are real. A refusal names the holder, --force does not override it, and nothing
+changes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def disk(tmp_path: Path) -> Path:
 
 
 def over(here: Path, backing: str, name: str = "vm", size: int = SIZE) -> str:
-    """Make an overlay with one local cluster over a file or device; returns its name."""
+    """Make an overlay with one allocated cluster over a file or device; returns its name."""
     with (here / f"{name}.raw").open("wb") as image:
         image.write(b"X" * CLUSTER)
         image.truncate(size)
@@ -211,7 +211,7 @@ def test_file_beneath_a_mounted_loop_device_is_refused(
     tmp_path: Path, disk: Path, made: Loops, way: str
 ) -> None:
     device = made.bind(disk)
-    # Read-only, so that nobody but the command could change a byte.
+    # Read-only, so that only the command could change a byte.
     place = made.ext4(device, tmp_path / "place", "-o", "ro")
     words, before = WRITERS[way](tmp_path), digest(disk)
     line = refused(*words, cwd=tmp_path)

@@ -1,12 +1,8 @@
-"""Images made by somebody else: what their names may reach, and what their numbers may cost.
+"""Tests of hostile images: which files their names may open, and what their numbers may cost.
 
-An image is text from a stranger. Its names may lead nowhere but beneath its own directory or
-a root that the user gave, its files are nothing but regular files (and block devices, when
-allowed), and its numbers are bounded before they cost memory or time. Each refusal is one
-line, and where the user can allow what was refused, that line says how.
-
-That a file was *not* opened is said by the kernel: it is watched while the commands run. Each
-such watch is shown to see what it is there to see, by allowing the same name.
+Names open only regular files beneath the overlay's directory or a root, and block devices when
+allowed. Numbers are checked before they cost memory or time. A refusal is one line that says how
+to allow it. The kernel reports which files are opened (inotify).
 """
 
 from __future__ import annotations
@@ -784,7 +780,7 @@ def test_names_at_the_end_of_four_gigabytes_are_read(box: Path) -> None:
 
 
 def make_sparse(here: Path, size: int, cluster: int) -> None:
-    """Make an overlay of such a size with one local cluster; it takes kilobytes of disk."""
+    """Make an overlay of such a size with one allocated cluster; it takes kilobytes of disk."""
     for name in (BASE, IMAGE):
         (here / name).touch()
         try:

@@ -1,7 +1,6 @@
-"""`--idle`: every process of the command that has an image open leaves the disk to others.
+"""Tests of `--idle`: every process with an open image has the idle priority.
 
-No rule stops anything here, since rules keep the parent out of the work: the processes are looked
-at while they work, as fast as that goes, and what each of them has open is what makes it count.
+The processes are examined while they work; fault rules would keep the parent out of the work.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def classes_of(*words: str, cwd: Path) -> set[int]:
                 found.add(seen)
     _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
-    assert found, "nobody was seen at work"
+    assert found, "no process was seen at work"
     return found
 
 

@@ -1,12 +1,8 @@
-"""Processes that die, stop, or are asked to stop, at chosen instants of a job with two workers.
+"""Tests of killed and stopped processes at chosen moments of a job with two workers.
 
-A rule stops a process at a named event.  The test sees it stopped in /proc, kills it or its
-parent, lets the rest go on, and looks at the files through the oracle: the guest's view is the
-old one whatever was killed, no process outlives its parent, no lock is free while a worker
-could still write, and the same command finishes the job.
-
-The images have several tasks but little data (`faulty.Wide`), so that two workers are at
-different ones, and some are not begun yet, when it happens.
+A fault rule stops a process at an event. The test kills it or its parent, continues the others,
+and reads the files with the oracle: the guest's view is unchanged, no process outlives its
+parent, no lock is free while a worker could write, and the same command finishes the job.
 """
 
 from __future__ import annotations
@@ -87,7 +83,7 @@ def test_job_continues_after_its_parent_was_killed(
         command.all_gone()
         assert command.stderr == ""
     wide.holds()
-    assert wide.published().isdisjoint(wide.selected), "published by nobody"
+    assert wide.published().isdisjoint(wide.selected), "published without reason"
     wide.again()
 
 
@@ -97,7 +93,7 @@ def test_job_continues_after_its_parent_was_killed_while_publishing(
     here: Path, job: str, event: str
 ) -> None:
     wide = Wide.lay(here, job)
-    # Where the image has data nobody but the publisher frees anything.
+    # Where the image has data only the publisher frees anything.
     place = {"cluster": wide.moved(0)[1]} if event == "punch" else {}
     rules = rules_for(here, stopping(event, **place))
     with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
@@ -186,7 +182,7 @@ def test_locks_are_held_while_an_orphaned_worker_could_write(here: Path, job: st
 
 @EACH
 def test_orphaned_worker_ends_silently(here: Path, job: str) -> None:
-    """It finds nobody to tell that it is done; that is no news for a terminal."""
+    """It cannot report its result to a parent, and prints nothing."""
     draw_raw(here / "base.img", "ABCD")
     draw(here / "top.add-cow", "--X-" if job == "flatten" else "-XY-")
     event, place = ("image_write", 3) if job == "flatten" else ("backing_write", 2)
@@ -270,7 +266,7 @@ def names_place(ended: Ended, task: int, file: str) -> None:
 @pytest.mark.long
 @EACH
 def test_shrinking_bitmap_stops_the_job_without_harm(here: Path, job: str) -> None:
-    """Bits that were cut off read as 0: taken for true, local data would be freed or overwritten.
+    """Missing bits read as 0. A job that believed them would free or overwrite allocated data.
 
     They are gone, and with them the guest's view; what they were for still has to be somewhere.
     """

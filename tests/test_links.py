@@ -1,10 +1,7 @@
-"""Overlays that are reached through links mean the same by every path.
+"""Tests of overlays that are reached through links: every path means the same overlay.
 
-A relative name in an ``.add-cow`` file is relative to the directory in which the file really
-lies. Here overlays stand in a store, links to them in another directory, and beside the links
-lie files of the same names with other content: whoever follows the link's directory shows the
-stranger's data, or writes into it. Hard links have no real one among them: such files are read
-with a warning and not written without --force.
+Links stand in another directory than their overlays, beside files of the same names with other
+content. A command that follows the link's directory would show or change the wrong data.
 """
 
 from __future__ import annotations

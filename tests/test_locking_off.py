@@ -1,7 +1,7 @@
-"""File systems without locks: one line that names the file and the way out, and the way out.
+"""Tests of file systems without locks, and of `--locking off`.
 
-The kernel itself refuses the locks, by a seccomp filter over the command and all processes that
-it starts. QEMU's own tools stand for the other program that uses a file.
+A seccomp filter makes the kernel refuse locks. QEMU's tools are the other program that uses a
+file.
 """
 
 from __future__ import annotations

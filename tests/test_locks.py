@@ -1,12 +1,8 @@
-"""QEMU's image locks, in both directions, with QEMU's own tools on the other side.
+"""Tests of QEMU's image locks, in both directions.
 
-A chain of two overlays over a raw file stands for every case. First the bytes: a job is
-stopped at each of its fault points, and what its descriptors hold, as /proc tells it, is
-compared with the table of the locking rules. Then the meaning: qemu-io and qemu-nbd hold one
-file of the chain and each command refuses or works; and addcow holds the chain and qemu-io asks.
-
-Nobody guesses when a process is ready: one that talks has answered a question, a job that
-stops is waited for until the kernel says so, and the rest is read from /proc.
+A chain of two overlays over a raw file stands for every case. The lock bytes that a stopped job
+holds (in /proc) are compared with a table. Then qemu-io and qemu-nbd hold one file and each
+command refuses or works, and addcow holds the chain and qemu-io is refused.
 """
 
 from __future__ import annotations
@@ -249,7 +245,7 @@ KEEPS_WRITE = "does not share the permission 'write'"
 KEEPS_RESIZE = "does not share the permission 'resize'"
 
 # What keeps addcow from using a file in some way while such a holder has it. Who only reads
-# and shares everything keeps nobody from reading; who exports by nbd does not share resizing.
+# and shares everything keeps no process from reading; an nbd export does not share resizing.
 CONFLICTS: dict[str, dict[frozenset[int], str]] = {
     "reader": {frozenset(WRITING): USES_READ, frozenset(RESIZING): USES_READ},
     "writer": {
@@ -512,7 +508,7 @@ def test_killed_job_leaves_no_lock(here: Path, words: tuple[str, ...], jobs: str
     succeed(*words, TOP, cwd=here)
     assert guest_picture(here / TOP) == view
     left = [name for name in memory if os.path.exists(name)]
-    for name in left:  # nobody else would remove it
+    for name in left:  # no other code would remove it
         os.unlink(name)
     assert left == []
 

@@ -1,10 +1,7 @@
-"""Manifests, and verifying against them, through the command line.
+"""Tests of manifests and of `verify` through the command line.
 
-What a digest must be is said here once more, in the words of docs/manifest.md and from the bytes
-that an independent reader gives; where bits were flipped, this module knows which leaves of which
-files were hit, and no others may be named. Chains are random: clusters from 4 KiB to 2 MiB, odd
-lengths, shorter and longer layers, ALL_ALLOCATED. The seed is printed with a failure;
-ADDCOW_SEED=... draws the same chains again.
+Digests are computed here again, from bytes that the oracle reads. The tests know which leaves
+they damaged; no other may be named. Chains are random.
 """
 
 from __future__ import annotations
@@ -187,7 +184,7 @@ def test_verify_names_a_destroyed_header(here: Path) -> None:
 
 
 def test_verify_of_a_damaged_bitmap_reports_no_data(here: Path) -> None:
-    """Clusters cease to be local and become it: their bytes are what they were."""
+    """Clusters cease to be allocated and become it: their bytes are what they were."""
     put(here / "top.add-cow", CLUSTER, b"\x05")
     told = verified(here, status=2)
     assert {one["file"] for one in told["ranges"]} == {"top.add-cow"}
@@ -379,7 +376,7 @@ def test_farm_verify_reports_each_layer(tmp_path: Path) -> None:
     assert (base["exit"], base["bytes"]) == (2, 4 * CLUSTER)
     assert base["ranges"] == [{"file": "./base.img", "start": 0, "length": LEAF}]
     assert result.json["summary"]["bytes"] == (4 + 4 * 2) * CLUSTER
-    # All of them once more, for whoever asks for nothing else.
+    # All of them once more, for a command without other options.
     assert result.json["ranges"] == [*images["./vm1.add-cow"]["ranges"], *base["ranges"]]
     assert {one["name"] for one in result.json["findings"]} == {"changed", "no-manifest"}
 
@@ -463,7 +460,7 @@ def test_farm_verify_lists_a_layer_with_several_names_once(tmp_path: Path) -> No
     assert not made(tmp_path, name="two.add-cow")["golden/base.img.manifest"]["written"]
     assert [path.parent.name for path in tmp_path.rglob("base.img.manifest")] == ["golden"]
     verified(tmp_path, name="one.add-cow")
-    # Whoever changes it by one of its names takes away what is said of all.
+    # A change by one of its names removes the manifests of all names.
     succeed("commit", "--force", "one.add-cow", cwd=tmp_path)
     assert not list(tmp_path.rglob("base.img.manifest"))
 
@@ -692,7 +689,7 @@ def test_farm_verify_uses_the_hard_link_with_a_manifest(tmp_path: Path) -> None:
 
 
 def tower(here: Path, *backings: str) -> None:
-    """Overlays with one local cluster, 0.add-cow the first, over these backing files."""
+    """Overlays with one allocated cluster, 0.add-cow the first, over these backing files."""
     for number, backing in enumerate(backings):
         (here / f"{number}.raw").write_bytes(bytes([number + 1]) * CLUSTER)
         kind = "raw" if backing == "base.img" else "add-cow"

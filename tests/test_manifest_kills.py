@@ -1,13 +1,8 @@
-"""What interrupts the making of a manifest, and what it may cost: kills, errors, full disks.
+"""Tests of an interrupted `manifest create`: kills, errors, full disks, and several at a time.
 
-The files of a chain do not change here, so that the manifests of it are the same to the byte
-whenever they are made. They are made once, without any fault, and taken away; whatever stands
-beside a layer after a kill or an error has to be one of these, whole. The same command again
-makes what is missing, and leaves nothing else behind.
-
-The last part holds digests of guests against what `convert` writes out, on random chains, before
-and after the jobs that move clusters from one file to another. The seed is printed with a failure;
-ADDCOW_SEED=... draws the same instants and chains again.
+The chain does not change, so its manifests are known. A manifest that exists after a kill or an
+error must be complete. The same command makes the missing ones and leaves no other file. The last
+part compares digests of guests with what `convert` writes, before and after jobs.
 """
 
 from __future__ import annotations
@@ -309,7 +304,7 @@ def test_manifest_create_killed_with_its_workers_continues(here: Path, rng: rand
 
 
 def stops(chain: Chain) -> Rules:
-    """Rules that stop whoever comes to one of these places first, each once."""
+    """Rules that stop the first process at each of these places, once."""
     places = range(WIDE // 4, WIDE, WIDE // 64)
     sections = (rule("backing_read", "stop", once="on", cluster=at // CLUSTER) for at in places)
     return rules_for(chain.here, *sections)
@@ -486,7 +481,7 @@ def sleeps(command: Job) -> bool:
     return "nanosleep" in Path(f"/proc/{command.pid}/wchan").read_text()
 
 
-# ---- manifests that are made anew ----
+# ---- manifests that are replaced ----
 
 
 @pytest.mark.long

@@ -1,11 +1,7 @@
-"""`addcow farm check` against farms of which it is known what is wrong with them.
+"""Tests of `addcow farm check` on large farms with known faults.
 
-`tools/mkfarm.py` builds the farm from a seed and says what a check has to find there, knowing
-nothing of the package. All that was planted must be found, in each image and between them, and
-nothing else; and looking may change nothing. That the farms are what they are meant to be, as
-varied and as damaged, is tested too: a check that is shown only plain images proves little.
-
-The seed is printed with every failure; ADDCOW_SEED=... builds the same farms again.
+`tools/mkfarm.py` builds a farm from a seed and says what a check must find. The check finds all
+of it and nothing else, and changes nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +35,7 @@ FINDINGS = {
 }
 GRAPH_FINDINGS = {"shared-image", "image-as-backing", "chain-cycle"}
 
-# Of ten thousand images on disk; they are sparse, or nobody could keep them for a test.
+# Of ten thousand images on disk; they are sparse, else they would not fit on a disk.
 ROOM = 1536 * KiB * KiB
 
 

@@ -1,8 +1,7 @@
-"""Names inside an image: a table of what each means, and reading them from a file.
+"""Tests of names inside an image: what each means, and how it is read from a file.
 
-The rule is short (a colon before the first slash is a protocol; what is relative is relative
-to the directory of the file that holds it), and all its faults sit in the corners: no
-slash, nothing but a colon, an empty name, a base that is a protocol itself.
+A colon before the first slash is a protocol. A relative name is relative to the directory of the
+file that holds it.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Every command on a file system that has no shared mappings: mergerfs with its cache off.
+"""Tests on a file system without shared mappings (mergerfs with cache.files=off).
 
-What the same commands make on an ordinary file system is the judge, byte by byte.
+The results are compared with those on an ordinary file system.
 """
 
 import mmap

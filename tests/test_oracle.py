@@ -1,9 +1,6 @@
-"""The oracle against files laid down by hand.
+"""Tests of the oracle against files made by hand.
 
-The oracle judges the package in the other tests, so nothing of the package takes part here: files
-come from the facts about the reference's files by the format's rules alone, or from a few bytes
-written on the spot. What the guest must see is a hash that the reference left behind, or a
-picture: one letter a cluster, `.` for a cluster of zeros.
+The oracle judges the package in other tests, so nothing of the package takes part here.
 """
 
 import json

@@ -1,12 +1,7 @@
-"""Manifests as the command writes them, judged by the oracle.
+"""Tests of manifests with the oracle, which follows docs/manifest.md alone.
 
-The oracle reads manifests by docs/manifest.md alone and works out from bytes what they have to
-say. Two things are shown here: it agrees with what the command writes, over chains of many
-shapes; and it is worth asking, because whatever is changed in a manifest or in its layer, it
-notices, even where the manifest's own digest was made right again. Nothing of the package takes
-part but the command.
-
-Random chains print their seed with every failure; ADDCOW_SEED=... makes the same ones again.
+The oracle agrees with the command on many chains. It detects any changed byte of a manifest or a
+layer, also where the manifest's own digest is made right again.
 """
 
 import json
@@ -160,6 +155,7 @@ def test_oracle_ends_the_chain_at_all_allocated(tmp_path: Path) -> None:
     assert_agreed(upper, {upper, whole})
 
 
+@pytest.mark.long
 def test_oracle_accepts_a_digest_tree_of_three_levels(tmp_path: Path) -> None:
     size = 4 * GiB + GROUP + 3 * 512
     draw_raw(tmp_path / "base.img", "ABC")
@@ -204,8 +200,8 @@ def test_guest_digest_is_equal_in_any_chain(tmp_path: Path) -> None:
 def various(folder: Path) -> Path:
     """Make an overlay with leaves of every sort over a longer base, manifests beside both.
 
-    Its clusters are of 32 KiB, two a leaf. Leaves 0 and 5 are local, 1, 3 and 4 mixed, 2 is the
-    base's; 6 is cut by the end, not local, and mixed for that.
+    Its clusters are of 32 KiB, two a leaf. Leaves 0 and 5 are allocated, 1, 3 and 4 mixed, 2 is the
+    base's; 6 is cut by the end, not allocated, and mixed for that.
     """
     draw_raw(folder / "base.img", "ABCDEFGH")
     draw(folder / "top.add-cow", "UUV---W--0X0-", cluster=LEAF // 2)
@@ -537,7 +533,7 @@ def random_size(rng: random.Random) -> int:
 
 
 def random_bits(rng: random.Random, size: int) -> dict[str, Any]:
-    """Return a size of clusters and those that are local; some bits may be behind the end."""
+    """Return a size of clusters and those that are allocated; some bits may be behind the end."""
     cluster = 1 << rng.randint(12, 21)
     room = 8 * bitmap_length(size, cluster)
     count = min(room, -(-size // cluster) + rng.choice([0, 0, 3]))

@@ -1,4 +1,4 @@
-"""Outputs that nobody reads, or that fail, do not stop a job."""
+"""Outputs without a reader, and outputs that fail, do not stop a job."""
 
 import fcntl
 import json

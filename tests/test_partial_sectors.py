@@ -1,8 +1,6 @@
-"""Raw disks that do not end with a sector: none of their bytes is lost, nowhere in a chain.
+"""Tests of raw disks that do not end with a whole sector: no byte is lost.
 
-A raw backing file is all of its bytes, then zeros. Each test makes one whose length is no
-multiple of a sector, of a block or of a cluster, does one thing, and looks at the bytes; what a
-chain shows is asked of the oracle, and of qemu-img, which shows such disks padded with zeros.
+The oracle and qemu-img say what a chain with such a disk shows.
 """
 
 from __future__ import annotations
@@ -207,7 +205,7 @@ def test_image_data_after_the_tail_is_not_shown(warm: Warm, tmp_path: Path, tail
     base = noise(MiB + tail)
     (tmp_path / "base.img").write_bytes(base)
     overlay(tmp_path, "top", 2 * MiB, "base.img")
-    (tmp_path / "top.raw").write_bytes(b"\xee" * 2 * MiB)  # garbage in what is not local
+    (tmp_path / "top.raw").write_bytes(b"\xee" * 2 * MiB)  # garbage in what is not allocated
     done(warm.run("flatten", "--jobs", "0", "top.add-cow", cwd=tmp_path))
     assert (tmp_path / "top.raw").read_bytes() == base.ljust(2 * MiB, b"\0")
 

@@ -1,4 +1,4 @@
-"""Files that hold what a chain holds are readable by no more users than its files."""
+"""Tests of file modes: new files are readable by no more users than the files of the chain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.warm import Warm
 
 pytestmark = pytest.mark.sample(2)
 
-GROUP = 4321  # nobody's, so that a test run by root can give files to it
+GROUP = 4321  # no group has it, so that a test run by root can give files to it
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""A plan is ready for what can be written, and for nothing else.
+"""Tests of what a farm plan refuses: files that the job could not write.
 
-Immutable and append-only files, read-only mounts and devices, and other users' files are real; each
-plan is held against the job, which must be refused alike and change nothing.
+The immutable files, read-only mounts, devices and owners are real. The job must refuse the same
+and change nothing.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def test_plan_refuses_a_device_that_is_read_only_or_too_short(
     assert addcow("farm", "commit", *allowed, cwd=tmp_path).status == 1
 
 
+@pytest.mark.long
 def test_plan_discard_refuses_an_immutable_directory(farm: Path, made: Loops) -> None:
     place = farm / "place"
     place.mkdir()
@@ -233,7 +234,7 @@ def on_a_terminal(*words: str, cwd: Path) -> tuple[int, str]:
             while part := os.read(ours, 4096):
                 shown += part
         except OSError:
-            pass  # how a terminal says that nobody has its other side open
+            pass  # how a terminal reports that its other side is closed
         os.close(ours)
     return process.returncode, shown.decode()
 

@@ -1,12 +1,7 @@
-"""The pool with real processes, some of which die.
+"""Tests of the pool of workers with real processes, some of which die.
 
-The works are small: they write a line into a log for each try at a task, so that a test sees
-who did what, how often and when, whatever became of the process. Where a test must
-act while a task is running, the task waits at a FIFO until the test opens its other end.
-
-Nothing here may hang: an alarm ends a test that does. After each test no process is left,
-neither running nor waiting to be reaped, but the helper that Python's own multiprocessing
-keeps for shared memory.
+The work (support/pool_work.py) logs each try of a task. An alarm ends a test that hangs. After
+each test no process is left.
 """
 
 from __future__ import annotations
@@ -41,6 +36,8 @@ from addcow_mp.engine.transfer_run import Processes, TransferRun, run_transfer
 from addcow_mp.engine.worker import Done, Failed, Place, Work, WorkerContext, serve
 from support.command import PATIENCE, local_clusters
 from support.pool_work import Bad, DiesOnce, Marks, Plain, Waits, log_of, refuse, tasks_of, tries
+
+pytestmark = pytest.mark.sample(1)
 
 JOBS = [0, 1, 3]
 PROCESSES = [1, 3]
@@ -323,6 +320,7 @@ def test_task_that_kills_its_worker_fails_alone(
     assert len(set(processes)) == len(processes) == TRIES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", PROCESSES)
 def test_task_that_kills_its_worker_once_is_done(tmp_path: Path, jobs: int) -> None:
     tasks = tasks_of(12)
@@ -333,6 +331,7 @@ def test_task_that_kills_its_worker_once_is_done(tmp_path: Path, jobs: int) -> N
     assert all(len(set(done[number])) == 2 for number in (0, 4, 5, 11))
 
 
+@pytest.mark.long
 def test_every_task_may_kill_its_worker(tmp_path: Path) -> None:
     tasks = tasks_of(3)
     results = run(Bad(tmp_path, frozenset(range(3)), "kill"), 2, tasks)
@@ -552,7 +551,7 @@ def test_worker_without_a_reader_ends_quietly(
 
 
 class Unreadable(Plain):
-    """Cannot be made anew in a worker: the disk that it is made from has died."""
+    """Cannot be unpickled in a worker: the disk of its files has died."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (refuse, ())

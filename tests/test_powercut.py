@@ -1,17 +1,8 @@
-"""Nothing is lost when the power fails: commit, flatten and writes, cut at random moments.
+"""Tests of power cuts during commit, flatten and writes, at random moments, on ext4 and XFS.
 
-Each cut: a chain with known contents on a file system of its own (ext4, XFS, on a loop
-device), a job in processes of its own, an adversary that syncs the chain's files meanwhile,
-and the plug pulled at a moment drawn at random. After the log has been replayed the promises
-of the job are looked at by the independent reader (`promises`); then the same command is run
-again, and must finish what the first one began.
-
-A test like this is worth what it would notice. So the same cuts are done to jobs whose syncs
-have been put into a wrong order on purpose (`small_steps`): each must be caught within a
-bounded number of cuts.
-
-The seed is printed with every failure; ADDCOW_SEED=... draws the same moments again. What the
-processes do in between is theirs, so a rare find may take several tries with its seed.
+Another process syncs files of the chain during the job. After the cut the log is replayed, an
+independent reader checks what the job promises, and the same command finishes. The same cuts must
+catch jobs whose syncs are in a wrong order (support/small_steps.py).
 """
 
 from __future__ import annotations
@@ -172,7 +163,7 @@ def test_created_overlay_survives_a_power_cut(disk: Disk, tmp_path: Path) -> Non
 
 @pytest.mark.long
 def test_overlay_created_without_syncs_is_lost(disk: Disk, tmp_path: Path) -> None:
-    """The test above would notice, unless somebody else syncs the whole machine just then."""
+    """The test above would notice, unless another process syncs the whole machine just then."""
     for _ in range(PATIENT_CUTS):
         with disk.directory() as place:
             base_on(place)

@@ -1,7 +1,4 @@
-"""No room for a process, a thread or a descriptor: fewer are used, or one line says what is amiss.
-
-The kernel refuses: seccomp filters answer for clone and its kin, limits for descriptors.
-"""
+"""Tests without room for processes, threads or descriptors."""
 
 from __future__ import annotations
 

@@ -1,12 +1,7 @@
-"""Random chains against a bytearray: the device, commit, flatten and convert.
+"""Property tests of random chains against a bytearray: the device, commit, flatten and convert.
 
-Each example describes a chain of one to three layers (`model.Overlay`, `model.Raw`), builds
-its files, does something to them through the package, and then reads the files with the
-model's own parser.  Lengths are often no multiple of 512, clusters that are not local often
-hold garbage, and bits past the last cluster are often set, for that is what real files are like.
-
-The same examples run every time.  `ADDCOW_SEARCH=20` looks at twenty times as many new ones;
-a failure prints the line that brings its example back.
+Each example is a chain of one to three layers. The package changes its files, and the model's own
+parser reads them. Lengths are odd, unallocated clusters hold garbage, and stray bits are set.
 """
 
 from __future__ import annotations
@@ -214,7 +209,7 @@ class Step:
 
     @property
     def payload(self) -> bytes:
-        """The bytes that shall be there afterwards."""
+        """The bytes that must be there afterwards."""
         size = self.stop - self.start
         return bytes(size) if self.verb == "zeroes" else random.Random(self.fill).randbytes(size)
 
@@ -227,7 +222,7 @@ def steps(draw: st.DrawFn, chain: Overlay) -> Step:
 
 
 def run(path: str, todo: list[Step], guest: bytearray) -> set[int]:
-    """Do the steps and return the clusters that were local at the end, by the device's word."""
+    """Do the steps and return the clusters that were allocated at the end, by the device's word."""
     device = addcow_mp.open(path, writable=True)
     try:
         for step in todo:
@@ -315,7 +310,7 @@ def test_extents_cover_the_range_and_are_true(
 
 
 def check_extents(extents: list[addcow_mp.Extent], start: int, stop: int, chain: Overlay) -> None:
-    """The extents lie side by side from start to stop, and no two neighbours are alike."""
+    """The extents lie side by side from start to stop, and no two adjacent ones are equal."""
     guest, held = view(chain), owners(chain)
     kinds = [(each.depth, each.present, each.zero, each.data) for each in extents]
     assert all(one != other for one, other in pairwise(kinds))
@@ -450,7 +445,7 @@ def check_other_clusters(layer: Overlay, changed: set[int], old: bytes, new: byt
 
 
 def check_overlay_is_empty(chain: Overlay, files: Files, before: dict[str, bytes]) -> None:
-    """No cluster is local; the image keeps its length, but no data within the virtual size."""
+    """No cluster is allocated; the image keeps its length, but no data within the virtual size."""
     assert read_file(files.image) == bytes(chain.size) + before[files.image][chain.size :]
     assert same_but_for_bits(before[files.path], read_file(files.path))
     assert not read_bits(files.path)
@@ -630,6 +625,7 @@ def wide(rng: random.Random, mostly: str) -> Wide:
     return Wide(chain, below, merged.replace("-", "0").replace(".", "0"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_workers_side_by_side_commit(tmp_path: Path, seed: int) -> None:
     """Two workers must not meet in one of the backing's clusters: both would copy it up."""
@@ -646,6 +642,7 @@ def test_workers_side_by_side_commit(tmp_path: Path, seed: int) -> None:
     assert set(file_picture(files.image, CELL)) == {"0"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_workers_side_by_side_flatten(tmp_path: Path, seed: int) -> None:
     it = wide(random.Random(seed), "-")
@@ -655,6 +652,7 @@ def test_workers_side_by_side_flatten(tmp_path: Path, seed: int) -> None:
     assert read_bits(files.path) == frozenset(range(it.chain.clusters))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_workers_side_by_side_convert(tmp_path: Path, seed: int) -> None:
     it = wide(random.Random(seed), "-")

@@ -1,10 +1,7 @@
-"""The scenarios of QEMU's own tests for this format, played through `addcow io`.
+"""The scenarios of QEMU's own tests for this format, through `addcow io`.
 
-Their stages are QEMU's: a base image, an overlay, patterned requests of several sizes and
-strides at 0 and at 4 GiB, then the reading back. The expectation is not: a `Disk` here is a few
-windows of plain bytes, written to by slicing, and the files are read without the package. Base
-images hold the number of each sector in that sector, so that a byte at a wrong offset is a
-wrong byte.
+The stages are QEMU's: a base, an overlay, requests with patterns at 0 and at 4 GiB, then reading.
+The expected bytes come from a plain model here.
 """
 
 import random
@@ -81,7 +78,7 @@ class Disk:
 
 
 def play(here: Path, verb: str, requests: list[Request]) -> None:
-    """Send requests through standard input; the exit status is the verdict on patterns."""
+    """Send requests through standard input; the exit status says whether the patterns matched."""
     script = "".join(each.command(f"{verb} -q") + "\n" for each in requests)
     result = addcow("io", TOP, cwd=here, stdin=script)
     assert result.status == 0, result
@@ -207,7 +204,7 @@ def over_a_shorter_backing(here: Path) -> Disk:
     (here / "base.img").write_bytes(sectors(0, BASE_LENGTH))
     (here / "top.raw").touch()
     with (here / "top.raw").open("r+b") as file:
-        # Garbage where nothing is local yet: copy-up has to overwrite all of it.
+        # Garbage in clusters that are not allocated: copy-up has to overwrite all of it.
         file.write(b"\xee" * IMAGE_LENGTH)
     content = overlay_bytes(image="top.raw", size=IMAGE_LENGTH, backing="base.img", cluster=SMALL)
     (here / TOP).write_bytes(content)

@@ -1,11 +1,7 @@
-"""`addcow check -r`: what is mended, what is said of it, and what is left alone.
+"""Tests of `addcow check -r`: what it repairs, what it reports, and what it leaves unchanged.
 
-Damage is done by hand to images drawn as pictures, each repair is held against the bytes that
-it may change and no others, and what a guest sees is told by the independent reader before and
-after. A repair that cannot be made leaves no trace: no byte, no time of change, no backup.
-
-The files are looked at while the kernel reports who changes them in which order, because that
-a backup exists in the end does not say that it came first.
+Each repair is compared with the bytes that it may change. An independent reader checks the
+guest's view before and after. inotify shows that the backup is complete before the first change.
 """
 
 from __future__ import annotations
@@ -57,14 +53,14 @@ def age(here: Path) -> None:
         os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
 
 
-def mend(here: Path, what: str, *options: str, status: int = 0) -> list[str]:
+def repair(here: Path, what: str, *options: str, status: int = 0) -> list[str]:
     """Repair, insist on this status and on silence on stderr, and return what was printed."""
     done = addcow("check", "-r", what, *options, TOP, cwd=here)
     assert (done.status, done.stderr) == (status, ""), done
     return done.lines
 
 
-def mend_json(here: Path, what: str, status: int = 0) -> dict[str, Any]:
+def repair_json(here: Path, what: str, status: int = 0) -> dict[str, Any]:
     """The same, with the report as JSON."""
     done = addcow("check", "-r", what, "--output", "json", TOP, cwd=here)
     assert (done.status, done.stderr) == (status, ""), done
@@ -92,7 +88,7 @@ def test_repair_frees_leaks_and_changes_nothing_else(tmp_path: Path, what: str) 
         stored_bytes(tmp_path / IMAGE),
     )
     assert checked(tmp_path) == 3
-    lines = mend(tmp_path, what)
+    lines = repair(tmp_path, what)
     assert lines[0] == "REPAIRED leaks: 2 clusters were freed in the image file"
     assert "No errors were found on the image." in lines
     assert look(tmp_path / IMAGE) == "0X000Z"
@@ -105,7 +101,7 @@ def test_repair_frees_leaks_and_changes_nothing_else(tmp_path: Path, what: str) 
 
 def test_repair_reports_freed_leaks_in_json(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "xX-y0Z")
-    report = mend_json(tmp_path, "leaks")
+    report = repair_json(tmp_path, "leaks")
     assert report["repairs"] == ["leaks: 2 clusters were freed in the image file"]
     assert (report["leaks-fixed"], report["corruptions-fixed"]) == (2, 0)
     assert (report["leaks"], report["findings"], report["backup"]) == (0, [], None)
@@ -115,7 +111,7 @@ def test_repair_frees_a_leak_in_a_partial_last_cluster(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "Xy")
     length = CLUSTER + 3 * KiB + 100  # a hundred bytes that no guest can see
     os.truncate(tmp_path / IMAGE, length)
-    mend(tmp_path, "leaks")
+    repair(tmp_path, "leaks")
     image = (tmp_path / IMAGE).read_bytes()
     assert image == b"X" * CLUSTER + bytes(3 * KiB) + b"y" * 100
 
@@ -124,7 +120,7 @@ def test_repair_frees_leaks_despite_other_damage(tmp_path: Path) -> None:
     pair(tmp_path, "ABC", "-Xy")
     put(tmp_path / TOP, CLUSTER + 1, b"\1")
     cow = (tmp_path / TOP).read_bytes()
-    lines = mend(tmp_path, "leaks", status=2)
+    lines = repair(tmp_path, "leaks", status=2)
     assert lines[0] == "REPAIRED leaks: 1 clusters were freed in the image file"
     assert any(line.startswith("CORRUPTION stray-bits") for line in lines)
     assert look(tmp_path / IMAGE) == "0X0"
@@ -136,7 +132,7 @@ def test_repair_frees_leaks_of_a_disk_that_begins_like_another_format(tmp_path: 
     """What a guest writes at the start of its disk is its own affair."""
     pair(tmp_path, "ABC", "X-y")
     put(tmp_path / IMAGE, 0, b"QFI\xfb\0\0\0\3")
-    lines = mend(tmp_path, "leaks", status=2)
+    lines = repair(tmp_path, "leaks", status=2)
     assert lines[0] == "REPAIRED leaks: 1 clusters were freed in the image file"
     assert any("begins as qcow2 does" in line for line in lines)
     assert look(tmp_path / IMAGE)[1:] == "00"
@@ -147,15 +143,15 @@ def test_repair_allocates_every_cluster_with_all_allocated(tmp_path: Path) -> No
     draw(tmp_path / TOP, "xyz", compatible=ALL_ALLOCATED)
     age(tmp_path)
     before = snapshot(tmp_path)
-    mend(tmp_path, "all")
+    repair(tmp_path, "all")
     assert snapshot(tmp_path) == before
 
 
-# ---- what "all" repairs besides ----
+# ---- what "all" repairs in addition ----
 
 
 def stray(here: Path) -> str:
-    put(here / TOP, CLUSTER, bytes([0b1100_0010]))  # cluster 1 is local; there are only 6
+    put(here / TOP, CLUSTER, bytes([0b1100_0010]))  # cluster 1 is allocated; there are only 6
     put(here / TOP, CLUSTER + 9, b"\xff")
     return "stray-bits: 10 bits past the last cluster were cleared"
 
@@ -185,7 +181,7 @@ def test_repair_all_repairs_each_damage(tmp_path: Path, damage: Damage) -> None:
     age(tmp_path)
     broken, before, image = (tmp_path / TOP).read_bytes(), view(tmp_path), snapshot(tmp_path)[IMAGE]
     assert checked(tmp_path) == 2
-    lines = mend(tmp_path, "all")
+    lines = repair(tmp_path, "all")
     assert lines[:2] == [
         f"REPAIRED header and bitmap were copied to {BACKUP} first",
         f"REPAIRED {sentence}",
@@ -201,7 +197,7 @@ def test_repair_all_repairs_all_damage_at_once(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "xX----")
     sentences = [damage(tmp_path) for damage in (stray, reserved)]
     before = view(tmp_path)
-    report = mend_json(tmp_path, "all")
+    report = repair_json(tmp_path, "all")
     assert report["backup"] == BACKUP
     assert (report["leaks-fixed"], report["corruptions-fixed"]) == (1, 2)
     assert report["repairs"][0] == f"header and bitmap were copied to {BACKUP} first"
@@ -219,7 +215,7 @@ def test_repair_leaks_keeps_corruptions(tmp_path: Path) -> None:
         damage(tmp_path)
     age(tmp_path)
     before = snapshot(tmp_path)
-    lines = mend(tmp_path, "leaks", status=2)
+    lines = repair(tmp_path, "leaks", status=2)
     assert not any(line.startswith("REPAIRED") for line in lines)
     assert snapshot(tmp_path) == before
 
@@ -237,7 +233,7 @@ def test_repair_clears_reserved_bytes_around_names(tmp_path: Path) -> None:
     assert checked(tmp_path) == 0
     for at in (76, 199, 207, 3999, 4008, CLUSTER - 1):
         put(tmp_path / TOP, at, b"#")
-    mend(tmp_path, "all")
+    repair(tmp_path, "all")
     assert (tmp_path / TOP).read_bytes() == bytes(content)
 
 
@@ -253,20 +249,20 @@ def cut_off(here: Path) -> None:
 def test_repair_does_not_free_data_whose_bits_are_missing(tmp_path: Path) -> None:
     cut_off(tmp_path)
     before = view(tmp_path)
-    lines = mend(tmp_path, "all", status=3)
+    lines = repair(tmp_path, "all", status=3)
     assert "REPAIRED leaks: 1 clusters were freed in the image file" in lines
     assert look(tmp_path / IMAGE) == "0X000000PQ0R"
     assert bits(tmp_path / TOP) == ".X..........".replace("X", "1")
     assert view(tmp_path) == before
     assert checked(tmp_path) == 3
-    mend(tmp_path, "leaks")
+    repair(tmp_path, "leaks")
     assert look(tmp_path / IMAGE) == "0X0000000000"
     assert view(tmp_path) == before
 
 
 def test_repair_leaks_does_not_free_data_past_a_short_bitmap(tmp_path: Path) -> None:
     cut_off(tmp_path)
-    mend(tmp_path, "leaks", status=2)
+    repair(tmp_path, "leaks", status=2)
     assert look(tmp_path / IMAGE) == "0X000000PQ0R"
     assert (tmp_path / TOP).stat().st_size == CLUSTER + 1
 
@@ -277,7 +273,7 @@ def test_repaired_bitmap_can_be_written(tmp_path: Path, length: int) -> None:
     os.truncate(tmp_path / TOP, length)
     local = local_clusters(tmp_path / TOP)
     assert "ends inside its bitmap" in refused("flatten", TOP, cwd=tmp_path)
-    mend(tmp_path, "all", status=0 if local else 3)
+    repair(tmp_path, "all", status=0 if local else 3)
     assert (tmp_path / TOP).stat().st_size == 2 * CLUSTER
     assert local_clusters(tmp_path / TOP) == local
     succeed("flatten", TOP, cwd=tmp_path)
@@ -291,7 +287,7 @@ def test_repair_keeps_a_huge_bitmap_sparse(tmp_path: Path) -> None:
     header = overlay_bytes(image=IMAGE, size=0, backing=BASE)
     (tmp_path / TOP).write_bytes(header)
     put(tmp_path / TOP, RESERVED, b"#")
-    mend(tmp_path, "all")
+    repair(tmp_path, "all")
     assert (tmp_path / TOP).stat().st_size == CLUSTER + 3 * TiB // CLUSTER // 8
     assert stored_bytes(tmp_path / TOP) <= 2 * CLUSTER
     assert stored_bytes(tmp_path / BACKUP) <= 2 * CLUSTER
@@ -305,7 +301,7 @@ def test_backup_is_complete_before_the_first_change(tmp_path: Path) -> None:
     stray(tmp_path)
     reserved(tmp_path)
     with Watch(str(tmp_path), mask=CREATED | CHANGED | CLOSED) as watch:
-        mend(tmp_path, "all")
+        repair(tmp_path, "all")
         events = watch.events()
     order = [(event.what, os.path.basename(event.path)) for event in events]
     whole = order.index(("closed", BACKUP))
@@ -330,7 +326,7 @@ def test_repair_changes_nothing_without_a_durable_backup(
     after.pop(BACKUP, None)
     assert after == before
     monkeypatch.delenv("ADDCOW_FAULTS")
-    mend(tmp_path, "all")
+    repair(tmp_path, "all")
 
 
 def test_backup_never_replaces_another_file(tmp_path: Path) -> None:
@@ -339,7 +335,7 @@ def test_backup_never_replaces_another_file(tmp_path: Path) -> None:
     (tmp_path / "top.add-cow.backup-2").write_bytes(b"kept")
     reserved(tmp_path)
     broken = (tmp_path / TOP).read_bytes()
-    assert mend_json(tmp_path, "all")["backup"] == "top.add-cow.backup-3"
+    assert repair_json(tmp_path, "all")["backup"] == "top.add-cow.backup-3"
     assert (tmp_path / "top.add-cow.backup-3").read_bytes() == broken
     assert (tmp_path / "top.add-cow.backup-2").read_bytes() == b"kept"
     assert not (tmp_path / "nowhere").exists()
@@ -348,7 +344,7 @@ def test_backup_never_replaces_another_file(tmp_path: Path) -> None:
 def test_restored_backup_is_the_old_image(tmp_path: Path) -> None:
     cut_off(tmp_path)
     before = view(tmp_path)
-    mend(tmp_path, "all", status=3)
+    repair(tmp_path, "all", status=3)
     os.replace(tmp_path / BACKUP, tmp_path / TOP)
     assert (tmp_path / TOP).stat().st_size == CLUSTER + 1
     assert view(tmp_path) == before
@@ -413,9 +409,11 @@ def test_repair_does_not_change_a_clean_image(tmp_path: Path, what: str) -> None
     pair(tmp_path, "ABCDEF", "-X0---")
     age(tmp_path)
     before = snapshot(tmp_path)
-    lines = mend(tmp_path, what)
+    lines = repair(tmp_path, what)
     assert lines[0] == "No errors were found on the image."
-    assert "repairs" not in mend_json(tmp_path, what) or not mend_json(tmp_path, what)["repairs"]
+    assert (
+        "repairs" not in repair_json(tmp_path, what) or not repair_json(tmp_path, what)["repairs"]
+    )
     assert snapshot(tmp_path) == before
 
 
@@ -425,14 +423,14 @@ def test_repair_refuses_an_image_in_use(tmp_path: Path) -> None:
     age(tmp_path)
     before = snapshot(tmp_path)
     with (tmp_path / IMAGE).open("rb") as holder:
-        # Consistent read, used by somebody: readers are welcome, who wants to change it is not.
+        # Consistent read, in use: readers are allowed, a writer is not.
         lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 100, 1, 0)
         fcntl.fcntl(holder, fcntl.F_OFD_SETLK, lock)
         assert checked(tmp_path) == 2
         for what in ("leaks", "all"):
             assert "in use" in refused("check", "-r", what, TOP, cwd=tmp_path)
         assert snapshot(tmp_path) == before
-    mend(tmp_path, "all")
+    repair(tmp_path, "all")
 
 
 def test_invalid_value_of_r_is_a_usage_error(tmp_path: Path) -> None:

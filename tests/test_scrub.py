@@ -1,11 +1,8 @@
-"""`farm scrub`: a farm verified bit by bit, with a memory, through the command line.
+"""Tests of `farm scrub` through the command line.
 
-What a scrub finds is held against `farm verify`, which has no memory, on farms with planted
-damage. What it need not read again is counted in layers, in the bytes that it reports, and in
-those that the kernel counts for it. Runs are made slow by `--limit-rate` where something has to
-happen in their middle; the instant is chosen by what the state shows, or by fault rules.
-
-The seed is printed with a failure; ADDCOW_SEED=... draws the same farms and instants again.
+Its findings are compared with those of `farm verify`. What it reads twice is counted in layers,
+in reported bytes, and in bytes that the kernel counts. `--limit-rate` slows a run down where a
+test acts during it.
 """
 
 from __future__ import annotations
@@ -375,6 +372,7 @@ def test_scrub_begins_with_new_layers(shop: Shop) -> None:
     assert set(names(told)[:2]) == {"vm02.add-cow", "new.add-cow"}
 
 
+@pytest.mark.long
 def test_new_layers_do_not_delay_other_layers(shop: Shop) -> None:
     """A farm that grows between runs: what is old is verified as often as without."""
     shop.overlays(2)
@@ -541,14 +539,14 @@ def test_second_interrupt_ends_a_scrub_at_once(shop: Shop) -> None:
     assert {*first, *names(shop.run())} == set(snapshot_of_layers(shop))
 
 
-@pytest.mark.parametrize(("jobs", "whom"), [("0", "parent"), ("2", "group")])
+@pytest.mark.parametrize(("jobs", "target"), [("0", "parent"), ("2", "group")])
 def test_killed_scrub_keeps_finished_layers(
-    shop: Shop, rng: random.Random, jobs: str, whom: str
+    shop: Shop, rng: random.Random, jobs: str, target: str
 ) -> None:
     shop.overlays(9)
     with shop.running("--jobs", jobs, *SLOW) as job:
         job.until(is_under_way(shop, rng.randrange(1, 3)), "some layers")
-        if whom == "group":
+        if target == "group":
             os.killpg(job.pid, signal.SIGKILL)
         else:
             job.signal(signal.SIGKILL)
@@ -658,9 +656,9 @@ STEP = 16 * MiB
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("jobs", "whom"), [("0", signal.SIGKILL), ("2", signal.SIGTERM)])
+@pytest.mark.parametrize(("jobs", "target"), [("0", signal.SIGKILL), ("2", signal.SIGTERM)])
 def test_scrub_continues_within_a_large_layer(
-    shop: Shop, rng: random.Random, jobs: str, whom: signal.Signals
+    shop: Shop, rng: random.Random, jobs: str, target: signal.Signals
 ) -> None:
     """640 MiB of data, stopped when the state file shows that 256 MiB are verified."""
     size = 640 * MiB
@@ -674,7 +672,7 @@ def test_scrub_continues_within_a_large_layer(
     nothing, _ = counted(shop, "--jobs", jobs, "--time-limit", "0")
     with shop.running("--jobs", jobs, "-r", "160M") as job:
         job.until(lambda: bytes_verified(shop) >= 256 * MiB, "256 MiB to be verified")
-        os.killpg(job.pid, whom)
+        os.killpg(job.pid, target)
         job.end()
         job.all_gone()
     state = shop.status()
@@ -1012,7 +1010,7 @@ def test_second_scrub_of_a_state_file_is_refused(shop: Shop, jobs: str) -> None:
         assert len(state["runs"]) == 1
         assert (state["runs"][0]["ended"], state["runs"][0]["result"]) == (None, "unfinished")
         other = Shop(shop.here, shop.state.with_name("other"), shop.warm)
-        assert len(other.run()["layers"]) == 4  # a state of its own is nobody's business
+        assert len(other.run()["layers"]) == 4  # another state file is independent
         job.signal(signal.SIGCONT, *stopped)
         told_by(job.end(), 0)
     assert [one["result"] for one in shop.status()["runs"]] == ["complete"]
@@ -1287,7 +1285,7 @@ def test_sample_reads_no_more_than_it_reports(shop: Shop) -> None:
     marked(shop, 2400)
     nothing, _ = counted(shop, "--jobs", "0", "--time-limit", "0")
     read, told = counted(shop, "--jobs", "0", "--sample", "5%")
-    # Header, bitmap and manifests are read besides.
+    # Header, bitmap and manifests are read in addition.
     extra = sum(p.stat().st_size for p in shop.here.glob("*.manifest")) * 2 + MiB
     assert read - nothing <= told["summary"]["bytes"] + extra
 
@@ -1482,7 +1480,7 @@ def test_scrub_works_with_closed_streams(shop: Shop, words: str, closed: str) ->
 @pytest.mark.parametrize("words", ["run", "run --output json", "status --output json"])
 @pytest.mark.parametrize("where", [">/dev/full", "| true"])
 def test_scrub_records_results_that_it_cannot_print(shop: Shop, words: str, where: str) -> None:
-    """A pipe that nobody reads, a full disk: nothing of the work is lost, nothing is a riddle."""
+    """A pipe without a reader, a full disk: no work is lost, and the message is clear."""
     shop.overlays(4)
     flip(shop.here / "vm00.raw", 3)
     shop.run(status=2)

@@ -1,4 +1,4 @@
-"""The first signal that asks a job to stop ends it, and keeps what it finished."""
+"""Tests of signals: the first one stops a command, which keeps finished work."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def large(here: Path) -> None:
 
 
 def goes_on(here: Path) -> None:
-    """What is local still has its data, and the same command again finishes the job."""
+    """Allocated clusters still have their data, and the same command finishes the job."""
     left = local_clusters(here / "top.add-cow")
     base = (here / "base.img").read_bytes()
     done = [cluster for cluster in range(256) if cluster not in left]
@@ -59,6 +59,7 @@ def test_first_signal_stops_a_convert_that_leaves_nothing(tmp_path: Path, number
     assert not (tmp_path / "new.raw").exists()
 
 
+@pytest.mark.long
 def test_repeated_sigxcpu_stops_a_commit_that_keeps_its_work(tmp_path: Path) -> None:
     large(tmp_path)
     with running("commit", "-r", "1M", "--jobs", "1", "top.add-cow", cwd=tmp_path) as job:
@@ -71,6 +72,7 @@ def test_repeated_sigxcpu_stops_a_commit_that_keeps_its_work(tmp_path: Path) -> 
     goes_on(tmp_path)
 
 
+@pytest.mark.long
 def test_sigxcpu_of_a_worker_stops_the_job(tmp_path: Path) -> None:
     large(tmp_path)
     with running("commit", "-r", "1M", "--jobs", "1", "top.add-cow", cwd=tmp_path) as job:
@@ -136,6 +138,7 @@ def test_first_signal_ends_a_command_that_waits_for_input(
     assert local_clusters(tmp_path / "top.add-cow") == [1]
 
 
+@pytest.mark.long
 def test_hangup_of_the_terminal_stops_a_commit(tmp_path: Path) -> None:
     """The group gets SIGHUP, and stderr gives EIO from then on."""
     large(tmp_path)

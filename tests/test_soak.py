@@ -1,4 +1,4 @@
-"""The soak test itself: a short run of it, and what it does when it finds something."""
+"""Tests of `make soak`: a short run, and a run that finds a broken promise."""
 
 from __future__ import annotations
 

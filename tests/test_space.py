@@ -1,13 +1,8 @@
-"""Disks that are too small, and disks that become full.
+"""Tests of disks that are too small, and of disks that fill up.
 
-What a job needs is known before its first byte: what goes into holes of its target.  A job
-that cannot fit is refused with both figures, and nothing has been touched, the time of change
-of no file and not one block of the disk.  These tests count the figures themselves, on small
-file systems of their own, a tmpfs and an ext4 on a loop device.
-
-A disk can become full all the same, because somebody else fills it, or because of what cannot
-be counted.  The job then ends cleanly: what it finished is published and stays, what it did not
-finish shows the guest nothing, and when there is room again the same command does the rest.
+A job that cannot fit is refused with both figures before any change. The tests compute the
+figures themselves, on a small tmpfs and ext4. When a disk fills up during a job, published work
+stays, and the same command finishes once there is space.
 """
 
 from __future__ import annotations
@@ -304,7 +299,7 @@ def test_write_to_a_full_disk_fails_and_changes_nothing(memory: Path) -> None:
     fill(memory)
     ended = addcow("io", "-c", "write -P 0x59 100k 200k", "top.add-cow", cwd=memory)
     assert (ended.status, ended.stdout) == (1, "write failed: No space left on device\n")
-    # Cluster 1 was local, a raw disk under the guest: its part of the request may be there.
+    # Cluster 1 was allocated, a raw disk under the guest: its part of the request may be there.
     top = memory / "top.add-cow"
     assert guest_picture(top)[0] + guest_picture(top)[2:] == "ACDEF"
     assert set(guest(top, CLUSTER, CLUSTER)) <= set(b"XY")

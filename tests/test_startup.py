@@ -1,9 +1,4 @@
-"""What a command loads before it does anything: itself, and nothing else.
-
-Several of these commands are run a thousand times in a row, so what they import is part
-of what they cost. Python says what it loads (`-X importtime`); a list of modules does not depend
-on how busy the machine is, as seconds would.
-"""
+"""Tests of what a command imports at its start (`-X importtime`)."""
 
 import os
 import subprocess

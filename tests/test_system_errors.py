@@ -1,7 +1,6 @@
-"""What the system refuses is told with a name: a reason alone says nothing to anybody.
+"""Tests of errors of the system: each message names the file.
 
-The kernel refuses one system call for good, by a seccomp filter that binds the command once it is
-loaded. Which file meets it first does not matter; that one is named does.
+A seccomp filter refuses one system call once the command is loaded.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""Cutting work into tasks, and the surveys that say where there is work.
+"""Tests of the division of work into tasks, and of the surveys of allocated data.
 
-A plan is right when nothing is left out and nothing is done twice: tasks lie side by side
-from the first cluster to the last. It is safe when tasks begin at aligned clusters, and good
-when none of them weighs much more than asked for and none could have been left out.
-
-The surveys look at sparse files of a few hundred MiB and are compared with a dull look at
-each block of 4 KiB and at each bit.
+Tasks are adjacent, cover every cluster, and begin at aligned clusters. No task is much heavier
+than asked for. The surveys are compared with a plain scan of sparse files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""What cannot be looked at: it is in every list with its reason, and everything else is done.
+"""Tests of files and directories that cannot be examined.
 
-Directories of other owners, directories that can be listed and not entered, mounts whose server
-has died, places that are not there. Commands run without the right to
-go past permissions. What is excluded is neither looked at nor listed. What cannot be searched for
-dependants bars jobs that change a base, and only those that it concerns.
+They are in every list with the reason, and everything else is done. Commands run without root's
+right to read everything. Excluded files are not examined. Jobs that change a base are refused
+where an unexamined file may be a dependant.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def bound(*words: str, cwd: Path) -> Result:
 
 
 def hide(path: Path, mode: int) -> None:
-    """Give ``path`` to somebody else, or where that cannot be done take its rights away."""
+    """Give ``path`` to another user, or where that cannot be done take its rights away."""
     if os.geteuid() == 0:
         os.chown(path, NOBODY, NOBODY)
         path.chmod(mode)

@@ -1,12 +1,8 @@
-"""Commits and flattens that read back what they wrote (`--verify`), through the command line.
+"""Tests of `commit --verify` and `flatten --verify`.
 
-The digest that a command tells is held against one that is computed here, from the bytes that an
-independent reader sees before the job. Then bytes are changed behind the command's back: it stops
-at its fault point `read_back`, when the job is done and nothing has been read yet, a test flips a
-byte, and the command has to see it, wherever it is. That what is read comes from the disk, and
-not from memory, is shown by flipping it on the device below the file system.
-
-The seed is printed with a failure; ADDCOW_SEED=... draws the same chains again.
+The reported digest is compared with one computed here. Then bytes change between the job and the
+read-back, at the event `read_back`, and the command must find them. A change on the device below
+the file system shows that the read-back does not come from memory.
 """
 
 from __future__ import annotations
@@ -267,7 +263,7 @@ def test_verify_option_reads_back_a_committed_overlay(here: Path) -> None:
 
 
 def test_verify_option_flattens_an_overlay_without_backing(here: Path) -> None:
-    """One without a backing file: it is zeros where it is not local."""
+    """One without a backing file: it is zeros where it is not allocated."""
     draw_raw(here / "top.raw", "xYz")
     cow = overlay_bytes(image="top.raw", size=3 * CLUSTER, local=[1])
     (here / "top.add-cow").write_bytes(cow)
@@ -797,7 +793,7 @@ def is_at_work(processes: list[Process]) -> bool:
 
 @BOTH
 def test_refused_image_does_not_hinder_the_read_back_of_another(here: Path, jobs: str) -> None:
-    """Whoever was refused has had the file mapped that another one is to read back."""
+    """The refused job had the file mapped that another job reads back."""
     draw_raw(here / "base.img", "ABCD")
     draw(here / "a.add-cow", "-X--", "base.img")
     draw(here / "b.add-cow", "--Y-", "a.add-cow", backing_format="add-cow")

@@ -1,16 +1,8 @@
-"""The order of what reaches the disk: data, sync, bits, sync, and only then is space freed.
+"""Tests of the order on disk: data, sync, bits, sync, then freed space.
 
-No test can cut the power, but each can look at the system calls: they are carried out as
-always, in this process (`jobs=0`), and noted down on the way. A *story* is the list of them in
-few words, "data base.img" for any number of writes, "sync base.img" for a sync that had
-something to do. Beside the stories stands a *judge* for longer traces, which knows the rule
-alone: when a bit changes in the file, the last write of the cluster that it speaks of lies
-before a sync that began after it and has ended.
-
-Then syncs are made to fail, one by one. Nothing that comes after may happen: the bits stay
-byte for byte what they were, the error names the file, and that sync is not tried again.
-
-One test watches from outside, with strace, what several processes do together.
+The system calls of this process are noted (support/call_trace.py). A story lists them in few
+words; the judge checks longer traces. Then syncs fail one by one: nothing after them may happen.
+strace shows the order of several processes.
 """
 
 from __future__ import annotations
@@ -268,7 +260,7 @@ def test_convert_makes_the_new_file_and_its_name_durable(tmp_path: Path, trace: 
 
 
 def wide(here: Path, local: range) -> Path:
-    """An overlay of four tasks; of each 1024 clusters those in ``local`` are local."""
+    """An overlay of four tasks; of each 1024 clusters those in ``local`` are allocated."""
     size = 256 * MiB
     broken(here / "base.img", size, 0)
     broken(here / "top.raw", size, CLUSTER)

@@ -1,7 +1,7 @@
 """Random chains, described in the words of `model`, with the habits of real ones.
 
 Local and other clusters come in runs. Between them lies what a careless reader shows: garbage
-in clusters that are not local, written zeros, local holes, bits past the end of the bitmap,
+in clusters that are not allocated, written zeros, local holes, bits past the end of the bitmap,
 bytes after the last whole sector. Each layer has letters of its own, so that no layer's bytes
 can pass for those of another.
 """
@@ -15,7 +15,7 @@ from support.model import SECTOR, KiB, MiB, Overlay, Raw, overlay, raw
 
 CLUSTER_SIZES = [4 * KiB, 8 * KiB, 16 * KiB, 32 * KiB, 64 * KiB, 128 * KiB, 512 * KiB, 2 * MiB]
 
-#: What a cluster of an overlay is: data, not local, garbage, zeros, a local hole.
+#: What a cluster of an overlay is: data, not allocated, garbage, zeros, a allocated hole.
 LOCAL, GARBAGE, RAW_DATA = "AMP", "amp", "Z"
 WEIGHTS = (5, 4, 2, 1, 1)
 
@@ -66,7 +66,7 @@ def _wild_overlay(
     cells = random_cells(rng, max(1, length // size), depth)
     chain = overlay(cells, backing, cluster_size=size, cut=_odd(rng))
     if rng.random() < 0.1:
-        # The bits may then be stale; all is local whatever they say.
+        # The bits may then be stale; all is allocated whatever they say.
         chain = replace(chain, all_allocated=True)
     return replace(chain, stray=rng.random() < 0.3, image_first=rng.random() < 0.3)
 

@@ -6,7 +6,7 @@ once more in their own words. A fault shared by the package's writer and reader 
 seen.
 
 Images are drawn as strings, one character a cluster: a letter is a cluster full of that
-byte, "0" is a cluster of written zeros, "-" is a hole (in an overlay: not local). A small
+byte, "0" is a cluster of written zeros, "-" is a hole (in an overlay: not allocated). A small
 letter in an overlay is garbage, bytes in the image file under a clear bit, which no guest may
 ever see.
 """
@@ -34,7 +34,7 @@ TiB = 1024 * GiB
 CLUSTER = 64 * KiB
 ALL_ALLOCATED = 1
 USAGE = 64
-# Well beyond what any command here needs, and far below the patience of whoever waits.
+# Well beyond what any command here needs, and far below what a user waits for.
 PATIENCE = 60.0
 
 #: How a test starts addcow with its own streams.

@@ -1,6 +1,6 @@
 """Rule files for `ADDCOW_FAULTS`: which event of a command fails, stops or kills.
 
-Rules choose instants, never time: a rule stops a process at a named event, the test sees it
+Rules choose moments, never time: a rule stops a process at a named event, the test sees it
 stopped, does what it has to do, and lets it continue or kills it. A rule with `once` leaves a
 marker file beside the rule file when it strikes. A walk over "the first, the second, the third
 time" knows by that when there is no further time.

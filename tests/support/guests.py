@@ -105,7 +105,7 @@ def holding(kind: str, here: Path, name: str) -> Iterator[str]:
 
 
 def qemu_may(here: Path, name: str, *options: str) -> bool:
-    """Ask qemu-io to open a file; False when the answer is that somebody holds it."""
+    """Ask qemu-io to open a file; False when another process holds it."""
     tool("qemu-io", "--version", cwd=here)
     done = subprocess.run(
         ["qemu-io", *options, "-f", "raw", "-c", "length", name],

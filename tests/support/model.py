@@ -8,7 +8,7 @@ with the package, so a misunderstanding there does not repeat itself here.
 Contents are pictures, one character for one cell of `grain` bytes: `-` is a hole, `0` are
 written zeros, a letter is data.  Data carries its letter and its sector number, so a byte at
 the wrong place is as visible as a wrong byte.  With `overlay("A-b0.", raw("XYZ"))` a picture
-also says what is local: capitals, `0` and `.` (a local hole) are; `-` and small letters
+also says what is allocated: capitals, `0` and `.` (a allocated hole) are; `-` and small letters
 (garbage, which no guest may see) are not.
 """
 
@@ -159,7 +159,7 @@ def overlay(
     cut: int = 0,
     all_allocated: bool = False,
 ) -> Overlay:
-    """Return an overlay from a picture of its clusters, which also says what is local."""
+    """Return an overlay from a picture of its clusters, which also says what is allocated."""
     local = frozenset(index for index, cell in enumerate(cells) if cell in "0." or cell.isupper())
     content = Content(cells.replace(".", "-"), cluster_size, cut)
     return Overlay(content, local, backing, cluster_size, all_allocated)

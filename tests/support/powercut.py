@@ -217,7 +217,7 @@ def make_durable(directory: Path) -> None:
 
 
 class Adversary:
-    """Somebody who syncs some of these files at random moments. A context manager."""
+    """Another process that syncs some of these files at random moments. A context manager."""
 
     def __init__(self, paths: Sequence[str], rng: random.Random) -> None:
         self.favourites = rng.sample(paths, rng.choice([1, 1, 1, 2, len(paths)]))

@@ -98,7 +98,7 @@ class Job:
         """Look until the condition holds; fail when it does not within all patience."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < deadline, f"waited in vain for {what}: {self.stderr}"
+            assert time.monotonic() < deadline, f"waited too long for {what}: {self.stderr}"
             select.select([self._end], [], [], LOOK_AGAIN)
 
     @property
@@ -189,5 +189,5 @@ def until(condition: Callable[[], bool], what: str) -> None:
     """Look until the condition holds; fail when it does not within all patience."""
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
+        assert time.monotonic() < end, f"waited too long for {what}"
         time.sleep(LOOK_AGAIN)

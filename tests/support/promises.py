@@ -4,9 +4,9 @@ A `Promise` is made before the job begins, from what the files hold then. `broke
 them again, after a crash or after the end, and lists what has not been kept. Everything is
 read by `tools/oracle.py` or as plain bytes: nothing here knows the package.
 
-commit: the guest's view never changes. The backing changes only where clusters were local, the
+commit: the guest's view never changes. The backing changes only where clusters were allocated, the
 layers beneath it not at all. Bits are only ever cleared. Once it has said that it is done, the
-backing shows what the guest saw and no cluster is local. With -d the overlay and its image
+backing shows what the guest saw and no cluster is allocated. With -d the overlay and its image
 stay as they are.
 
 flatten: the guest's view never changes, nor any file below. Bits are only ever set. Once it is
@@ -14,7 +14,7 @@ done ALL_ALLOCATED is set, and the image alone is the disk; with --discard the o
 which may never be so while the image is not the disk.
 
 io: what was flushed is there. A sector shows what it held at the last flush, or something
-written to it since. A cluster that was not local at that flush is old as a whole or, with its
+written to it since. A cluster that was not allocated at that flush is old as a whole or, with its
 bit, at least as new as the next flush: never what the image happened to hold. Nothing changes
 in clusters that were not written, nor in any file below.
 
@@ -164,7 +164,7 @@ class Commit(Promise):
             yield from self._emptied()
 
     def _elsewhere(self, now: bytes) -> Iterator[str]:
-        """The backing outside the clusters that were local, and its length."""
+        """The backing outside the clusters that were allocated, and its length."""
         grown = max(len(self.below), self.size)
         if len(now) not in (len(self.below), grown):
             yield f"the backing is {len(now)} bytes long, neither {len(self.below)} nor {grown}"
@@ -429,7 +429,7 @@ class Io(Promise):
             alone.append(bytes(data))
         for at, now in enumerate(seen[start:stop]):
             if all(data[at] != now for data in alone):
-                yield f"{VIEW} at {start + at} is {now}, which nobody has written there"
+                yield f"{VIEW} at {start + at} is {now}, which no write put there"
                 return
 
     def _states(self, start: int, stop: int) -> list[bytes]:
@@ -491,7 +491,7 @@ READ_BACK = 0.2
 
 
 def promise_of(words: str, files: Files, rng: random.Random) -> Promise:
-    """Return what the command ``words`` promises about ``files``, done in a random manner."""
+    """Return what the command ``words`` promises about ``files``, with random copy options."""
     if words == "io":
         size = oracle.virtual_size(files.path)
         return Io(files, list(random_writes(rng, size, rng.randint(1, 40))))

@@ -26,7 +26,7 @@ class Wide:
     """A chain for `commit` or `flatten` that is cut into several tasks and holds little data.
 
     Of sixteen clusters, the first has 4 KiB of data in the base, the third and the last in the
-    image.  The last is the only one that is local for flatten and that is not for commit, so
+    image.  The last is the only one that is allocated for flatten and that is not for commit, so
     that both jobs move all others: those are `selected`.  `seen` is the guest's view, digests of
     the clusters that are not zero.
     """
