@@ -67,7 +67,7 @@ def test_another_executor_meets_each_overlay_before_its_backing_file(farm: Path)
 
     job = FarmJob(JobSpec(Operation.COMMIT))
     result = run_farm_job([str(farm)], job, RunOptions(0), engine=engine)
-    assert result.exit_status == 0
+    assert result.exit_code == 0
     assert [image.state for image in result.images] == [State.DONE] * 4
     assert made[0].ran == ["b2", "b1", "a2", "a1"]
     assert made[0].is_closed

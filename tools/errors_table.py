@@ -12,7 +12,10 @@ from typing import ClassVar, Protocol
 
 from addcow_mp import errors
 from addcow_mp.farm.check import FarmReport
+from addcow_mp.farm.file_graph import FileGraph
 from addcow_mp.farm.manifest import FarmManifests
+from addcow_mp.farm.members import Members
+from addcow_mp.farm.result import FarmResult
 from addcow_mp.farm.scrub import Scrubbed
 from addcow_mp.farm.scrub_state import Status
 from addcow_mp.farm.verify import FarmLayerReports
@@ -39,8 +42,8 @@ the key `error`. Words in braces are fields of the error.
 RESULTS_HEAD = """
 ## Results
 
-A command that examines something ends with the exit status of its result. All other commands end
-with 0, or with the status of their error.
+A command that examines something or works on many images ends with the exit status of its result.
+All other commands end with 0, or with the status of their error.
 
 | command | exit status | meaning |
 |---|---:|---|
@@ -48,7 +51,7 @@ with 0, or with the status of their error.
 
 
 class Result(Protocol):
-    """The result of a command that examines something."""
+    """The result of a command that examines something, or works on many images."""
 
     exit_statuses: ClassVar[dict[int, str]]
 
@@ -57,9 +60,13 @@ RESULTS: dict[str, type[Result]] = {
     "check": CheckReport,
     "compare": Compared,
     "verify": VerifyReport,
+    "farm ls": Members,
+    "farm graph": FileGraph,
     "farm check": FarmReport,
-    "farm manifest create": FarmManifests,
     "farm verify": FarmLayerReports,
+    "farm manifest create": FarmManifests,
+    "farm commit": FarmResult,
+    "farm flatten": FarmResult,
     "farm scrub run": Scrubbed,
     "farm scrub status": Status,
 }

@@ -9,6 +9,7 @@ import typer
 
 from addcow_mp.cli import signals
 from addcow_mp.cli.farm_results import print_result
+from addcow_mp.cli.listing import explain
 from addcow_mp.cli.log import FarmLog
 from addcow_mp.cli.messages import warn
 from addcow_mp.cli.options import (
@@ -25,7 +26,6 @@ from addcow_mp.cli.options import (
     name_of_file,
     time_limit,
 )
-from addcow_mp.cli.reasons import explain
 from addcow_mp.errors import StoppedError
 from addcow_mp.farm.farm_job import FarmJob, run_farm_job
 from addcow_mp.farm.image_job import JobSpec, Operation
@@ -92,4 +92,4 @@ def finish(result: FarmResult, printing: ListPrinting) -> None:
         raise signals.by_signal(result.problem)
     if result.problem is not None:
         raise result.problem
-    raise typer.Exit(result.exit_status)
+    raise typer.Exit(result.exit_code)

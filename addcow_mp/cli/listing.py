@@ -1,14 +1,13 @@
-"""Prints lists in one shape: ``images`` and what is said of all of them together.
-
-JSON is one document, ``jsonl`` a line for each image and one for the rest.
-"""
+"""Prints lists of images in one shape, and explains empty ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.messages import say
 from addcow_mp.cli.options import ListPrinting
+from addcow_mp.farm.places import Found, reasons_for_nothing
 
 #: The state of what could not be examined.
 NOT_EXAMINED = "not-examined"
@@ -20,7 +19,11 @@ def print_list(
     rest: Mapping[str, object],
     print_lines: Callable[[], None],
 ) -> None:
-    """Print ``images`` and the ``rest`` as JSON; for people call ``print_lines``."""
+    """Print ``images`` and the ``rest``, what concerns all of them.
+
+    JSON is one document, or a line for each image and one for the rest. For people,
+    ``print_lines`` is called.
+    """
     if printing.output == "human":
         print_lines()
     elif printing.output == "json":
@@ -32,6 +35,11 @@ def print_list(
             print_line(rest)
 
 
-def print_counts(counts: Mapping[str, int]) -> None:
-    """Print counts in one line, each before its key."""
-    print(", ".join(f"{count} {key}" for key, count in counts.items()).replace("-", " "))
+def explain(found: Found, listed: Collection[str], *, quiet: bool = False) -> None:
+    """Say on stderr why places have no overlays but ``listed``.
+
+    With ``quiet``, only if files were given and none of them is an overlay, which is an error.
+    """
+    if not quiet or (found.named and not listed):
+        for line in reasons_for_nothing(found, listed):
+            say(line)

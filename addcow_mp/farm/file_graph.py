@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Identity, Named, is_gone, named_in
@@ -40,7 +40,7 @@ from addcow_mp.jobs.info import info
 #: Errors that say that there is no file, and not that access to it is refused.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
-_MAY_BE_NAMED = "what could not be looked at may name it"
+_MAY_BE_NAMED = "what could not be examined may name it"
 
 
 class Row(NamedTuple):
@@ -59,6 +59,11 @@ class Row(NamedTuple):
 class FileGraph:
     """All files of ``places``; nodes and roots are in order of their paths."""
 
+    exit_statuses: ClassVar = {
+        0: "every file was examined",
+        1: "a file or place could not be examined",
+    }
+
     graph: Graph[Node]
     roots: list[Node]
     places: Found
@@ -69,10 +74,10 @@ class FileGraph:
         return list(self.graph.nodes.values())
 
     @property
-    def is_whole(self) -> bool:
-        """Whether every file could be examined."""
+    def exit_code(self) -> int:
+        """1 if a file could not be examined."""
         hidden = any(node.member is not None and node.member.is_hidden for node in self.nodes)
-        return not self.places.unexamined and not hidden
+        return int(hidden or bool(self.places.unexamined))
 
     @property
     def images(self) -> list[Node]:

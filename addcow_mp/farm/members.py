@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import ABSENT, Named
@@ -76,14 +77,33 @@ def _state_of(problem: AddcowError) -> str:
     return "missing-image" if missing else "unexamined"
 
 
-def members(places: Iterable[str], access: Access | None = None) -> tuple[list[Member], Found]:
-    """The overlays in ``places``, in order of their paths, and all that was found there.
+@dataclass(frozen=True)
+class Members:
+    """The overlays in ``places``, in order of their paths."""
+
+    exit_statuses: ClassVar = {
+        0: "every file was examined",
+        1: "a file or place could not be examined, or the given files are no overlays",
+    }
+
+    overlays: list[Member]
+    places: Found
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a file could not be examined, or if the given files are no overlays."""
+        hidden = any(one.is_hidden for one in self.overlays) or self.places.unexamined
+        return int(bool(hidden or (self.places.named and not self.overlays)))
+
+
+def members(places: Iterable[str], access: Access | None = None) -> Members:
+    """The members of a farm.
 
     Names inside images may also lead beneath the directories among ``places``. Raises
     :class:`ImageError` when none of the places exists.
     """
     found = files_of(places, access or Access())
-    return members_of(found), found
+    return Members(members_of(found), found)
 
 
 def members_of(found: Found) -> list[Member]:

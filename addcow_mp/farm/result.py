@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.plan import Plan, State, Step
@@ -62,6 +62,12 @@ class FarmResult:
     ``problem``: the error that ended the job before all images were done.
     """
 
+    exit_statuses: ClassVar = {
+        0: "every image is done, or has nothing to do",
+        1: "an image was refused, failed or not examined, or the given files are no overlays",
+        75: "the time limit was reached",
+    }
+
     plan: Plan
     images: tuple[ImageResult, ...]
     is_carried_out: bool = True
@@ -72,8 +78,8 @@ class FarmResult:
         return sum(image.state is state for image in self.images)
 
     @property
-    def exit_status(self) -> int:
-        """0 all done, 1 an image was refused, failed or not examined; else that of the problem.
+    def exit_code(self) -> int:
+        """The status of the problem, or 1 if an image was refused, failed or not examined.
 
         A plan that was not carried out fails only if every image with something to do is refused.
         """

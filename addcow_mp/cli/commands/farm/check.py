@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import typer
 
 from addcow_mp.cli.findings import print_counts
-from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.listing import explain, print_list
 from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import (
     FarmProgress,
@@ -15,7 +17,6 @@ from addcow_mp.cli.options import (
     Share,
     Workers,
 )
-from addcow_mp.cli.reasons import explain
 from addcow_mp.farm.check import Checked, FarmReport, farm_check
 from addcow_mp.findings import Finding
 
@@ -37,13 +38,8 @@ def command(
     access = opening.access(share=share, exclude=places.exclude)
     with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
         report = farm_check(listed, options, hooks)
-    if printing.output == "human":
-        _print_lines(report, quiet=quiet)
-    elif printing.output == "json":
-        print_document({"images": [_image(one) for one in report.all], **_whole(report)})
-    else:
-        for one in (*map(_image, report.all), _whole(report)):
-            print_line(one)
+    lines = partial(_print_lines, report, quiet=quiet)
+    print_list(printing, map(_image, report.all), _whole(report), lines)
     explain(report.found, [one.path for one in report.images], quiet=quiet)
     raise typer.Exit(report.exit_code)
 

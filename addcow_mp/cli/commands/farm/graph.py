@@ -24,9 +24,9 @@ import typer
 
 from addcow_mp.cli.commands.farm import ls
 from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.listing import explain
 from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import Opening, Places, Quiet, Share
-from addcow_mp.cli.reasons import explain
 from addcow_mp.farm.file_graph import FileGraph, file_graph
 from addcow_mp.farm.marks import Mark, Node, NodeKind
 from addcow_mp.units import human_size
@@ -53,12 +53,15 @@ def command(
     share: Share = False,
     opening: Opening,
 ) -> None:
-    """Draw which file backs which, what is missing, and what no overlay names."""
+    """Draw which file backs which, what is missing, and what no overlay names.
+
+    Exit status: 0 all examined, 1 something could not be examined.
+    """
     access = opening.access(share=share, exclude=places.exclude)
     graph = file_graph(places.listed(), access)
     _DRAWERS[output](graph)
     explain(graph.places, [node.path for node in graph.nodes], quiet=quiet)
-    raise typer.Exit(0 if graph.is_whole else 1)
+    raise typer.Exit(graph.exit_code)
 
 
 #: Colours that are distinct on white, in the spelling of SVG and graphviz.

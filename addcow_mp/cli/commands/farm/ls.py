@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from addcow_mp.cli.listing import NOT_EXAMINED, print_list
+from addcow_mp.cli.listing import NOT_EXAMINED, explain, print_list
 from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import ListPrinting, Opening, Places, Share
-from addcow_mp.cli.reasons import explain
 from addcow_mp.device.discovery import Unexamined
 from addcow_mp.farm.members import Member, members
 from addcow_mp.units import human_size
@@ -37,15 +36,18 @@ def command(
     share: Share = False,
     opening: Opening,
 ) -> None:
-    """List every overlay: what it stands on, how large it is, how much of it is allocated."""
+    """List every overlay: its backing file, its size, and how much of it is allocated.
+
+    Exit status: 0 all examined, 1 something could not be examined, or no given file is an overlay.
+    """
     access = opening.access(share=share, exclude=places.exclude)
-    overlays, found = members(places.listed(), access)
-    overlays = _sorted(overlays, sort, reverse=reverse)
-    hidden = found.unexamined
+    found = members(places.listed(), access)
+    overlays = _sorted(found.overlays, sort, reverse=reverse)
+    hidden = found.places.unexamined
     images = [*map(describe, overlays), *map(_describe_unexamined, hidden)]
     print_list(printing, images, {}, partial(_print_table, overlays, hidden))
-    is_error = explain(found, [one.filename for one in overlays], quiet=printing.quiet)
-    raise typer.Exit(1 if is_error or hidden or any(one.is_hidden for one in overlays) else 0)
+    explain(found.places, [one.filename for one in overlays], quiet=printing.quiet)
+    raise typer.Exit(found.exit_code)
 
 
 def _sorted(overlays: list[Member], key: Key, *, reverse: bool) -> list[Member]:

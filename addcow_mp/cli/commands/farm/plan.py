@@ -31,7 +31,11 @@ def command(
     force: Force = False,
     opening: Opening,
 ) -> None:
-    """Say what a commit or flatten of every overlay would do, in which order, and what it needs."""
+    """Say what a commit or flatten of every overlay would do, in which order, and what it needs.
+
+    Exit status: 0 something can be done, or nothing is to be done; 1 all is refused, or something
+    could not be examined.
+    """
     if discard and operation is Operation.COMMIT:
         raise UsageError(message="--discard is for flatten")
     job = FarmJob(JobSpec(operation, discard), is_dry_run=True)

@@ -6,6 +6,7 @@ import typer
 
 from addcow_mp.cli.findings import counts_of, findings_of, print_counts, print_layers
 from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.listing import explain
 from addcow_mp.cli.options import (
     FarmProgress,
     Listing,
@@ -16,7 +17,6 @@ from addcow_mp.cli.options import (
     Share,
     Workers,
 )
-from addcow_mp.cli.reasons import explain
 from addcow_mp.farm.verify import FarmLayerReports, farm_verify
 
 

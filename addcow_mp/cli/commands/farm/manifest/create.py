@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
 
 from addcow_mp.cli.commands.manifest.create import Replace, manifests_json
 from addcow_mp.cli.findings import print_counts
-from addcow_mp.cli.jsontext import print_document, print_line
+from addcow_mp.cli.listing import explain, print_list
 from addcow_mp.cli.messages import one_line, say
 from addcow_mp.cli.options import (
     FarmProgress,
@@ -19,7 +20,6 @@ from addcow_mp.cli.options import (
     Share,
     Workers,
 )
-from addcow_mp.cli.reasons import explain
 
 if TYPE_CHECKING:
     from addcow_mp.farm.manifest import FarmManifests, ImageManifests
@@ -46,13 +46,8 @@ def command(
     access = opening.access(share=share, force=force, writes=True, exclude=places.exclude)
     with workers.working(access, workers.copy_options(), progress, quiet=quiet) as (options, hooks):
         found = farm_manifest(listed, options, hooks, replaces=replace)
-    if printing.output == "human":
-        _print_lines(found, quiet=quiet)
-    elif printing.output == "json":
-        print_document({"images": list(map(_image, found.all)), "summary": _summary(found)})
-    else:
-        for one in (*map(_image, found.all), {"summary": _summary(found)}):
-            print_line(one)
+    rest, lines = {"summary": _summary(found)}, partial(_print_lines, found, quiet=quiet)
+    print_list(printing, map(_image, found.all), rest, lines)
     explain(found.places, [one.path for one in found.images], quiet=quiet)
     raise typer.Exit(found.exit_code)
 

@@ -9,6 +9,7 @@ import typer
 from addcow_mp.cli import signals
 from addcow_mp.cli.findings import counts_of, findings_of, print_counts, print_layers
 from addcow_mp.cli.jsontext import print_document
+from addcow_mp.cli.listing import explain
 from addcow_mp.cli.messages import say
 from addcow_mp.cli.options import (
     FarmProgress,
@@ -23,7 +24,6 @@ from addcow_mp.cli.options import (
     Workers,
     time_limit,
 )
-from addcow_mp.cli.reasons import explain
 from addcow_mp.errors import StoppedError
 from addcow_mp.farm.scrub import Scrubbed, scrub
 from addcow_mp.units import parse_share
