@@ -97,8 +97,8 @@ class FileSystem:
 
     path: str
     free: int
-    peak: int
-    kept: int
+    peak: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def plan(
     steps = sorted(_steps(spec, index), key=lambda step: (-len(step.chain), step.path))
     accounts = _Accounts(options)
     settled = tuple(map(accounts.settle, _estimated(steps, options, hooks)))
-    return Plan(spec, settled, accounts.filesystems(), index, found.access, found)
+    filesystems = tuple(accounts.filesystems.values())
+    return Plan(spec, settled, filesystems, index, found.access, found)
 
 
 def _steps(spec: JobSpec, index: DependencyIndex) -> Iterator[Step]:
@@ -207,17 +208,8 @@ class _Accounts:
         self._staying: dict[Identity, list[str]] = {}
         #: Bytes that earlier steps commit into each overlay.
         self._received: Counter[Identity] = Counter()
-        self._paths: dict[int, str] = {}
-        self._free: dict[int, int] = {}
-        self._taken: Counter[int] = Counter()
-        self._peak: Counter[int] = Counter()
-
-    def filesystems(self) -> tuple[FileSystem, ...]:
-        """The space that the settled steps need."""
-        return tuple(
-            FileSystem(path, self._free[device], self._peak[device], self._taken[device])
-            for device, path in self._paths.items()
-        )
+        #: The space that the settled steps need, by device.
+        self.filesystems: dict[int, FileSystem] = {}
 
     def settle(self, step: Step) -> Step:
         """The final form of the next step: refused if it is still needed or does not fit."""
@@ -257,21 +249,21 @@ class _Accounts:
 
     def _with_space(self, step: Step, estimate: Estimate) -> Step:
         """Take the space that ``step`` needs, or refuse it."""
-        device, space = estimate.device, step.space
-        if device not in self._free:
+        space, target = step.space, estimate.target
+        here = self.filesystems.get(estimate.device)
+        if here is None:
             try:
-                self._free[device] = free_bytes(os.statvfs(estimate.target))
+                here = FileSystem(target, free_bytes(os.statvfs(target)))
             except OSError as error:
-                problem = FileError.of(estimate.target, "look at its file system", error)
+                problem = FileError.of(target, "look at its file system", error)
                 return replace(step, problem=problem)
-            self._paths[device] = estimate.target
-        taken = self._taken[device]
-        left = self._free[device] - taken
+        self.filesystems[estimate.device] = here
+        left = here.free - here.kept
         if space.peak > left:
-            full = SpaceError(path=estimate.target, needed=space.peak, free=max(0, left))
+            full = SpaceError(path=target, needed=space.peak, free=max(0, left))
             return replace(step, problem=full)
-        self._peak[device] = max(self._peak[device], taken + space.peak)
-        self._taken[device] = taken + space.kept - space.freed
+        peak, kept = max(here.peak, here.kept + space.peak), here.kept + space.kept - space.freed
+        self.filesystems[estimate.device] = replace(here, peak=peak, kept=kept)
         if step.commits:
             self._received[step.chain[1]] += space.kept
         return step
