@@ -1197,53 +1197,6 @@ def test_farm_job_error_fails_only_its_image(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("event", ["data_sync", "bitmap_update", "bitmap_sync", "punch"])
-@IN_OTHERS_AND_HERE
-def test_farm_job_failed_sync_fails_only_its_image(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str, jobs: str
-) -> None:
-    names = many(here, 4)
-    with faults(monkeypatch, tmp_path / "rules", rule(event, once="on")) as rules:
-        report = worked("commit", "--jobs", jobs, ".", cwd=here, status=1)
-        assert rules.struck
-    assert Counter(states(report).values()) == {"failed": 1, "done": 3}
-    for name in names:
-        assert guest_picture(here / f"{name}.add-cow") == "AXY0"
-    worked("commit", ".", cwd=here)
-    for name in names:
-        assert look(here / f"{name}.img") == "AXY0"
-        assert is_committed(here / f"{name}.add-cow")
-
-
-@pytest.mark.long
-def test_farm_job_image_that_kills_its_workers_fails_alone(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wide(here)
-    with faults(monkeypatch, tmp_path / "rules", rule("backing_write", "kill", cluster=51)):
-        report = worked("commit", "--jobs", "2", ".", cwd=here, status=1)
-    others = {f"vm{number:02}": "done" for number in range(4)}
-    assert states(report) == {**others, "bad": "failed"}
-    assert guest_picture(here / "bad.add-cow") == WIDE_VIEW
-    worked("commit", ".", cwd=here)
-    assert look(here / "bad.img") == WIDE_VIEW
-
-
-@pytest.mark.long
-def test_farm_job_survives_one_dead_worker(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wide(here)
-    killed = rule("backing_write", "kill", once="on", after=2)
-    with faults(monkeypatch, tmp_path / "rules", killed) as rules:
-        report = worked("commit", "--jobs", "2", ".", cwd=here)
-        assert rules.struck
-    assert report["summary"]["done"] == 5
-    assert look(here / "bad.img") == WIDE_VIEW
-    assert all(look(here / f"vm{number:02}.img") == "AXY0" for number in range(4))
-
-
-@pytest.mark.long
 def test_farm_job_failed_top_does_not_harm_its_chain(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,7 +232,14 @@ def test_failed_output_after_a_job_is_reported(
 
 
 @pytest.mark.parametrize(
-    "words", [("info", "top.add-cow"), ("map", "top.add-cow"), ("farm", "ls", "."), ("--help",)]
+    "words",
+    [
+        ("info", "top.add-cow"),
+        ("map", "top.add-cow"),
+        ("check", "top.add-cow"),
+        ("farm", "ls", "."),
+        ("--help",),
+    ],
 )
 def test_failed_output_of_a_query_is_reported(tmp_path: Path, words: tuple[str, ...]) -> None:
     pair(tmp_path, "ABCD", "X-X-")
