@@ -105,7 +105,7 @@ def has_same_files(layer: Layer, manifest: Manifest, report: LayerReport) -> boo
         what = "the file, which is part of the disk"
         report.add("stale", Severity.UNVERIFIED, manifest.path, _without_last_sector(what))
     else:
-        message = "it is of a layer of another format or size"
+        message = "it describes a layer of another format or size"
         report.add("manifest", Severity.DAMAGE, manifest.path, message)
     return False
 
@@ -113,7 +113,7 @@ def has_same_files(layer: Layer, manifest: Manifest, report: LayerReport) -> boo
 def _is_same_file(file: File, expected: FileState | None, report: LayerReport) -> bool:
     found = FileState.of(file.status)
     if expected is None or expected[:2] != found[:2]:
-        message = "it was replaced: it is another file, or of another size, than its manifest says"
+        message = "it was replaced: its manifest describes another file, or another size"
         report.add("replaced", Severity.DAMAGE, file.path, message)
         return False
     if expected != found:
@@ -146,7 +146,7 @@ def compare_backing(
         what = f"{path}, which is part of that disk"
         report.add("stale", Severity.UNVERIFIED, manifest.path, _without_last_sector(what))
         return
-    message = f"what lies below, {path}, is not what lay there when the manifest was made"
+    message = f"the backing file {path} has other content than when the manifest was made"
     report.add("backing-replaced", Severity.DAMAGE, layer.path, message)
 
 
@@ -163,7 +163,7 @@ def has_same_bitmap(layer: Layer, head: Head, buffer: memoryview, report: LayerR
     ):
         if not same:
             report.ranges.append(Range(layer.path, start, extent))
-            report.add(name, Severity.DAMAGE, layer.path, f"its {name} is not what it was")
+            report.add(name, Severity.DAMAGE, layer.path, f"its {name} differs from the manifest")
     return bitmap == head.bitmap_digest
 
 
@@ -175,6 +175,6 @@ def report_damaged_header(cow: File, head: Head, report: LayerReport) -> bool:
         return False
     if found:
         report.ranges.append(Range(report.path, 0, len(found)))
-    message = "its header is not what it was, and nothing else of it could be verified"
+    message = "its header differs from the manifest, and nothing else of it could be verified"
     report.add("header", Severity.DAMAGE, report.path, message)
     return True

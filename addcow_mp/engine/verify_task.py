@@ -214,7 +214,7 @@ class _PartVerification:
         if not leaves.has_sound_bits and any(
             manifest.group(one).mixed.any() for one in manifest.records
         ):
-            message = "leaves that mix layers were not verified: that takes the bitmap as it was"
+            message = "leaves that mix layers were not verified, because the bitmap differs"
             report.add("mixed", Severity.UNVERIFIED, layer.path, message)
         yield from self._rest(numbers[groups:], position)
 

@@ -178,7 +178,7 @@ class _Making:
             layer, size = self._layer, manifest.head.virtual_size
             is_stale = isinstance(layer, RawLayer) and is_rounded_down(size, layer.held)
             stale = f"it was made without the last, partial sector of {layer.path}"
-            other = f"it is of another state of {layer.path} or of what lies below"
+            other = f"it describes another state of {layer.path} or of its backing file"
             raise ManifestError(path=self._path, problem=stale if is_stale else other)
         return manifest
 
@@ -208,7 +208,7 @@ class _Making:
 
         def failed(result: Failed) -> bytes:
             start, stop = (at * GROUP for at in (result.task.first, result.task.stop))
-            action = f"hash what lies from {start} to {min(stop, layer.size)}"
+            action = f"hash the bytes from {start} to {min(stop, layer.size)}"
             raise FileError(path=layer.path, action=action, reason=str(result.error))
 
         scan_hooks = ScanHooks(layer.path, failed, hooks.stopping, progress=hooks.progress)
