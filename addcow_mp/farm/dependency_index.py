@@ -96,10 +96,6 @@ class DependencyIndex:
                 hidden = hidden or [one]
         return tuple(near), tuple(hidden)
 
-    def remove(self, named: Named) -> None:
-        """Remove an overlay whose file no longer exists."""
-        self.graph.remove_user(named)
-
     def refresh(self) -> None:
         """Search the directories again that have changed."""
         for directory, changed in list(self._changed.items()):

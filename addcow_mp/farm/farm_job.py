@@ -162,7 +162,7 @@ class _Run:
             step = self._plan.steps[number]
             image = ImageResult.of(step, outcome)
             if image.state is State.DONE and step.image_job.spec.discard:
-                self._plan.dependency_index.remove(step.named)
+                self._plan.dependency_index.graph.remove_user(step.named)
             self._record(number, image)
             scheduler.finish(number, failed=image.has_failed)
 

@@ -80,13 +80,8 @@ class FileGraph:
         return int(hidden or bool(self.places.unexamined))
 
     @property
-    def images(self) -> list[Node]:
-        """The overlays in the places."""
-        return self.of_kind(NodeKind.OVERLAY)
-
-    @property
     def files(self) -> list[Node]:
-        """All other files."""
+        """The files that are no overlays in the places."""
         return [node for node in self.nodes if node.kind is not NodeKind.OVERLAY]
 
     def of_kind(self, kind: NodeKind) -> list[Node]:

@@ -146,7 +146,7 @@ def _draw_text(graph: FileGraph) -> None:
 
 def _draw_json(graph: FileGraph) -> None:
     """Print images, other files and a summary as one document."""
-    images, files = graph.images, graph.files
+    images, files = graph.of_kind(NodeKind.OVERLAY), graph.files
     counts = {str(mark): graph.count(mark) for mark in Mark}
     document = {
         "images": [_image(node, graph) for node in images],
@@ -158,7 +158,7 @@ def _draw_json(graph: FileGraph) -> None:
 
 def _draw_jsonl(graph: FileGraph) -> None:
     """Print a line for each image, and for each file that is not examined."""
-    for node in graph.images:
+    for node in graph.of_kind(NodeKind.OVERLAY):
         print_line(_image(node, graph))
     for node in graph.files:
         if Mark.NOT_EXAMINED in node.marks:
@@ -216,8 +216,12 @@ def _draw_dot(graph: FileGraph) -> None:
     for node in graph.nodes:
         below = graph.graph.below(node)
         if below is not None:
-            print(f"    {_identifier(node)} -> {_identifier(below)}{_edge(below)};")
+            style = _DASHED if below.kind is NodeKind.MISSING else ""
+            print(f"    {_identifier(node)} -> {_identifier(below)}{style};")
     print("}")
+
+
+_DASHED = f' [style=dashed, color="{_COLOURS[Mark.MISSING_BACKING]}"]'
 
 
 def _identifier(node: Node) -> str:
@@ -232,12 +236,6 @@ def _attributes(node: Node) -> str:
     colour = _colour(node.marks)
     dashed = ", style=dashed" if node.kind is NodeKind.MISSING else ""
     return f'label="{label}", color="{colour}", fontcolor="{colour}"{dashed}'
-
-
-def _edge(backing: Node) -> str:
-    if backing.kind is not NodeKind.MISSING:
-        return ""
-    return f' [style=dashed, color="{_COLOURS[Mark.MISSING_BACKING]}"]'
 
 
 def _escaped(text: str) -> str:
