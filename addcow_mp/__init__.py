@@ -75,53 +75,16 @@ _HOMES = {
     **dict.fromkeys(("path_combine", "path_has_protocol", "read_string"), "format.names"),
 }
 
-__all__ = [
-    "Access",
-    "AddcowError",
-    "CleanupError",
-    "CpuLimitJobError",
-    "DependantsError",
-    "Extent",
-    "FileError",
-    "FormatError",
-    "HangupJobError",
-    "HardLinksError",
-    "HeldError",
-    "ImageError",
-    "InterruptedJobError",
-    "LockedError",
-    "ManifestError",
-    "NoLocksError",
-    "NotAddcowError",
-    "NotReadBackError",
-    "OutsideError",
-    "Overlay",
-    "RangeError",
-    "ReadBackError",
-    "ResourceError",
-    "RestartsError",
-    "SpaceError",
-    "StoppedError",
-    "SyncError",
-    "TerminatedJobError",
-    "TimeLimitError",
-    "UnfinishedError",
-    "UnsupportedError",
-    "UnverifiedError",
-    "UsageError",
-    "WorkerError",
-    "check",
-    "commit",
-    "convert",
-    "create",
-    "extents",
-    "flatten",
-    "info",
-    "open",
-    "path_combine",
-    "path_has_protocol",
-    "read_string",
-]
+__all__ = ["Access", "Extent", "Overlay"]
+__all__ += ["check", "commit", "convert", "create", "extents", "flatten", "info", "open"]
+__all__ += ["path_combine", "path_has_protocol", "read_string"]
+__all__ += ["AddcowError", "CleanupError", "CpuLimitJobError", "DependantsError", "FileError"]
+__all__ += ["FormatError", "HangupJobError", "HardLinksError", "HeldError", "ImageError"]
+__all__ += ["InterruptedJobError", "LockedError", "ManifestError", "NoLocksError", "NotAddcowError"]
+__all__ += ["NotReadBackError", "OutsideError", "RangeError", "ReadBackError", "ResourceError"]
+__all__ += ["RestartsError", "SpaceError", "StoppedError", "SyncError", "TerminatedJobError"]
+__all__ += ["TimeLimitError", "UnfinishedError", "UnsupportedError", "UnverifiedError"]
+__all__ += ["UsageError", "WorkerError"]
 
 
 def __getattr__(name: str) -> Any:

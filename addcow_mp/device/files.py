@@ -114,11 +114,6 @@ class File:
         return status.st_size
 
     @property
-    def is_device(self) -> bool:
-        """Whether it is a block device, which cannot grow or shrink."""
-        return is_device(self.identity)
-
-    @property
     def identity(self) -> tuple[int, int]:
         """The same for every name of one file: device and inode, or the device itself."""
         return identity_of(self.status)

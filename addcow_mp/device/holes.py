@@ -13,9 +13,6 @@ from addcow_mp.device.syscalls import fallocate
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
-#: The answers of a file system that does not support the call.
-_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
-
 
 def next_data(fd: int, position: int) -> int | None:
     """The first byte at or behind ``position`` that is not in a hole, if any."""
@@ -51,19 +48,9 @@ def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 def allocate(fd: int, start: int, stop: int) -> bool:
     """Allocate blocks for ``[start, stop)``, a hole within the file; False if unsupported."""
-    return _fallocate(fd, 0, start, stop)
+    return fallocate(fd, 0, start, stop)
 
 
 def punch(fd: int, start: int, stop: int) -> bool:
     """Turn ``[start, stop)`` into a hole; False if the file system does not support it."""
-    return _fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, start, stop)
-
-
-def _fallocate(fd: int, mode: int, start: int, stop: int) -> bool:
-    try:
-        fallocate(fd, mode, start, stop)
-    except OSError as error:
-        if error.errno in _CANNOT:
-            return False
-        raise
-    return True
+    return fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, start, stop)

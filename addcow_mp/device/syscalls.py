@@ -11,6 +11,9 @@ import os
 from functools import cache
 from typing import Any
 
+#: The answers of a file system that cannot allocate or free a part of a file.
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
+
 _SYNC_FILE_RANGE_WRITE = 2
 _MADV_POPULATE_READ = 22
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
@@ -53,11 +56,18 @@ def _has_openat2() -> bool:
     return True
 
 
-def fallocate(fd: int, mode: int, start: int, stop: int) -> None:
-    """Allocate or free ``[start, stop)`` as ``mode`` says. Raises :class:`OSError`."""
+def fallocate(fd: int, mode: int, start: int, stop: int) -> bool:
+    """Allocate or free ``[start, stop)`` as ``mode`` says; False if that is not supported.
+
+    Raises :class:`OSError`.
+    """
     libc, _ = _libc()
-    if libc.fallocate(fd, mode, start, stop - start):
-        raise _error()
+    if libc.fallocate(fd, mode, start, stop - start) == 0:
+        return True
+    error = _error()
+    if error.errno not in _UNSUPPORTED:
+        raise error
+    return False
 
 
 def start_writing(fd: int, start: int, stop: int) -> None:

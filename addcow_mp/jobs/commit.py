@@ -18,7 +18,7 @@ from functools import partial
 from itertools import islice
 
 from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, ESTIMATING, open_chain
-from addcow_mp.device.files import File
+from addcow_mp.device.files import File, is_device
 from addcow_mp.device.hardlinks import link_warnings, refuse_linked
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.magic import resembles
@@ -174,7 +174,7 @@ def _accepted_backing(overlay: Overlay) -> Layer:
                 problem=f"it is shorter ({backing.size} bytes) than the overlay "
                 f"({overlay.size} bytes); resize it first",
             )
-    elif backing.size < overlay.size and next(backing.files()).is_device:
+    elif backing.size < overlay.size and is_device(next(backing.files()).identity):
         raise ImageError(
             path=backing.path,
             problem=f"the device is shorter ({backing.size} bytes) than the overlay "

@@ -119,10 +119,6 @@ class _RefusedError(Exception):
     """A command line is invalid; the text says why."""
 
 
-class _NotPermittedError(Exception):
-    """The overlay must not be changed; the text says why."""
-
-
 @dataclass
 class _Request:
     """One read or write, its options, and its result."""
@@ -156,13 +152,11 @@ class _Request:
                 self._write(disk)
             else:
                 self._read(disk)
-        except _NotPermittedError as refusal:
-            self.refusal, self.failed = str(refusal), True
         except AddcowError as error:
             self.output.append(f"{self.word} failed: {_reason(error, disk)}")
             self.failed = True
         else:
-            if not self.quiet:
+            if not (self.quiet or self.refusal):
                 self.output += self._report(time.perf_counter() - start)
 
     def _write(self, disk: Overlay) -> None:
@@ -171,7 +165,8 @@ class _Request:
             try:
                 disk.check_permission()
             except AddcowError as error:
-                raise _NotPermittedError(str(error)) from error
+                self.refusal, self.failed = str(error), True
+                return
         if self.zeroes:
             disk.write_zeroes(self.offset, self.length)
             return
