@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -83,7 +84,20 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
     return seen
 
 
-# ---- file systems ----
+# ---- directories and file systems ----
+
+
+@pytest.fixture
+def clean_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory for images; a command there must leave no temporary file."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    (tmp_path / "here").mkdir()
+    yield tmp_path / "here"
+    left = list(temporary.iterdir())
+    shutil.rmtree(tmp_path / "here")  # some of them are large
+    assert left == []
 
 
 @pytest.fixture(scope="module")

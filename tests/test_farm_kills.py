@@ -42,7 +42,7 @@ from support.command import (
     stored_bytes,
     tool,
 )
-from support.fault_rules import Rules, rule
+from support.fault_rules import Rules, rule, rules_for, stopping_both
 from support.file_systems import free, made_disk, mounted
 from support.guests import talking
 from support.model import Files
@@ -70,19 +70,6 @@ SOON = 2.0
 
 CHECKPOINT = 512 * MiB
 TASK = 64 * MiB
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory for a farm; whatever runs there must leave no temporary files behind."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    (tmp_path / "here").mkdir()
-    yield tmp_path / "here"
-    left = list(temporary.iterdir())
-    shutil.rmtree(tmp_path / "here")  # some of them are large
-    assert left == []
 
 
 # ---- farms ----
@@ -318,10 +305,6 @@ def gone_soon(job: Job) -> None:
 def without_orphans(stderr: str) -> str:
     """Leave out what a process says that was starting: there is a test of that alone."""
     return re.sub(r"Traceback (?:.*\n)*?EOFError: Ran out of input\n", "", stderr)
-
-
-def rules_for(here: Path, *sections: str) -> Rules:
-    return Rules.write(here.parent / "rules", *sections)
 
 
 def interrupt(
@@ -637,14 +620,6 @@ def test_split_image_that_kills_each_worker_fails_alone(
 # ---- asked to stop ----
 
 
-def stopping_both(event: str, after: int) -> tuple[str, str]:
-    """Return rules that stop both workers: the second can only come to its next time."""
-    return (
-        rule(event, "stop", once="on", after=after),
-        rule(event, "stop", once="on", after=after + 1),
-    )
-
-
 @EACH
 def test_stopped_farm_job_reports_the_remaining_images(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
@@ -785,6 +760,11 @@ def test_farm_job_stopped_while_planning_changes_nothing(
 
 
 # ---- disks that are too small ----
+
+
+@pytest.fixture
+def here(clean_here: Path) -> Path:
+    return clean_here
 
 
 @pytest.fixture(params=["tmpfs", "ext4"])

@@ -213,7 +213,7 @@ def test_one_edit_of_a_header_breaks_one_rule(
 
 
 @pytest.mark.parametrize(("offset", "edit", "rule", "told"), BREAKS)
-def test_overlay_that_breaks_a_rule_is_not_opened(
+def test_edited_header_is_refused_and_check_names_the_rule(
     top: Path, offset: int, edit: bytes, rule: str, told: str
 ) -> None:
     put(top, offset, edit)
@@ -223,13 +223,6 @@ def test_overlay_that_breaks_a_rule_is_not_opened(
         assert caught.value.fields["rule"] == rule
         assert str(top) in str(caught.value)
         assert told in str(caught.value)
-
-
-@pytest.mark.parametrize(("offset", "edit", "rule", "told"), BREAKS)
-def test_check_names_the_broken_rule(
-    top: Path, offset: int, edit: bytes, rule: str, told: str
-) -> None:
-    put(top, offset, edit)
     report = addcow_mp.check(top)
     assert report.exit_code == 2
     assert rule in {one.name for one in report.findings if told in one.message}

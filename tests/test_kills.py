@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from support.command import addcow, draw, draw_raw, refused, tool
-from support.fault_rules import Rules, rule
+from support.fault_rules import rule, rules_for, stopping_both
 from support.guests import opened_for_writing
 from support.processes import Ended, running
 from support.wide import IMAGE_DATA, ODD, TASK_CLUSTERS, WIDE_CLUSTER, Wide, view
@@ -35,18 +35,6 @@ def here(tmp_path: Path) -> Path:
 def stopping(event: str, **more: int | str) -> str:
     """Return a rule that stops one process, once."""
     return rule(event, "stop", once="on", **more)
-
-
-def stopping_both(event: str) -> tuple[str, str]:
-    """Return rules that stop both workers, each in its first task.
-
-    While the first is stopped at its sixth time, only the other one can come to its seventh.
-    """
-    return stopping(event, after=5), stopping(event, after=6)
-
-
-def rules_for(here: Path, *sections: str) -> Rules:
-    return Rules.write(here.parent / "rules", *sections)
 
 
 # ---- kill -9 ----
@@ -125,7 +113,7 @@ def test_job_survives_a_killed_worker(here: Path, job: str, what: str, after: in
 @EACH
 def test_job_survives_two_killed_workers(here: Path, job: str) -> None:
     wide = Wide.lay(here, job)
-    rules = rules_for(here, *stopping_both(wide.writes))
+    rules = rules_for(here, *stopping_both(wide.writes, 5))
     with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
         command.signal(signal.SIGKILL, *command.stopped(2))
         ended = command.end()
@@ -295,7 +283,7 @@ def test_shrinking_bitmap_stops_the_job_without_harm(here: Path, job: str) -> No
 @EACH
 def test_stopped_job_keeps_finished_clusters(here: Path, job: str, asking: signal.Signals) -> None:
     wide = Wide.lay(here, job, tasks=5)
-    rules = rules_for(here, *stopping_both(wide.writes))
+    rules = rules_for(here, *stopping_both(wide.writes, 5))
     with running(job, *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
         workers = command.stopped(2)
         command.signal(asking)
@@ -319,7 +307,7 @@ def test_stopped_job_keeps_finished_clusters(here: Path, job: str, asking: signa
 def test_signal_to_the_whole_group_stops_a_job(here: Path) -> None:
     """Ctrl-C reaches workers too, which leave it to their parent."""
     wide = Wide.lay(here, "commit", tasks=5)
-    rules = rules_for(here, *stopping_both(wide.writes))
+    rules = rules_for(here, *stopping_both(wide.writes, 5))
     with running("commit", *JOBS, "top.add-cow", cwd=here, rules=rules) as command:
         workers = command.stopped(2)
         os.killpg(command.pid, signal.SIGINT)
@@ -368,7 +356,7 @@ def test_second_signal_ends_a_job_at_once(here: Path) -> None:
 @pytest.mark.long
 def test_stopped_convert_leaves_no_file(here: Path, asking: signal.Signals) -> None:
     wide = Wide.lay(here, "flatten", tasks=5)
-    rules = rules_for(here, *stopping_both("target_write"))
+    rules = rules_for(here, *stopping_both("target_write", 5))
     words = ("convert", *JOBS, "-O", "raw", "top.add-cow", "new.raw")
     with running(*words, cwd=here, rules=rules) as command:
         workers = command.stopped(2)

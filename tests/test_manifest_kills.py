@@ -38,7 +38,7 @@ from support.command import (
     succeed,
     virtual_size,
 )
-from support.fault_rules import Rules, rule
+from support.fault_rules import Rules, rule, rules_for
 from support.file_systems import disks, fill, mounted, remount
 from support.manifests import (
     WIDE,
@@ -62,16 +62,8 @@ CREATE = ("manifest", "create")
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory for a chain; whatever runs there must leave no temporary files behind."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    (tmp_path / "here").mkdir()
-    yield tmp_path / "here"
-    left = list(temporary.iterdir())
-    shutil.rmtree(tmp_path / "here")
-    assert left == []
+def here(clean_here: Path) -> Path:
+    return clean_here
 
 
 # ---- chains whose manifests are known ----
@@ -172,10 +164,6 @@ def wide(here: Path) -> Chain:
             file.write(f"{at} ".encode().ljust(4 * KiB, b"."))
         file.truncate(WIDE)
     return Chain.of(here, "base.img")
-
-
-def rules_for(here: Path, *sections: str) -> Rules:
-    return Rules.write(here.parent / "rules", *sections)
 
 
 # ---- kill -9, at every fault point ----

@@ -47,7 +47,7 @@ from support.command import (
     tool,
     virtual_size,
 )
-from support.fault_rules import Rules, rule
+from support.fault_rules import rule, rules_for
 from support.file_systems import mounted
 from support.guests import opened_for_writing
 from support.manifests import Layers, form, guest_digest, made, one_line, view_of
@@ -80,10 +80,6 @@ def command(job: str, *more: str, top: str = "top.add-cow") -> tuple[str, ...]:
 def target(job: str) -> str:
     """The file that is written, in a pair of base.img and top.add-cow."""
     return "base.img" if job.startswith("commit") else "top.raw"
-
-
-def rules_for(here: Path, *sections: str) -> Rules:
-    return Rules.write(here.parent / "rules", *sections)
 
 
 def met(here: Path, *words: str, meanwhile: Callable[[], object]) -> Ended:

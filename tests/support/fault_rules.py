@@ -45,3 +45,16 @@ class Rules:
     def struck(self) -> bool:
         """Whether some rule with `once` has struck."""
         return bool(self.hits)
+
+
+def rules_for(here: Path, *sections: str) -> Rules:
+    """Write a rule file beside the directory of a test's images."""
+    return Rules.write(here.parent / "rules", *sections)
+
+
+def stopping_both(event: str, after: int) -> tuple[str, str]:
+    """Return rules that stop both workers: the second can only come to its next time."""
+    return (
+        rule(event, "stop", once="on", after=after),
+        rule(event, "stop", once="on", after=after + 1),
+    )
