@@ -35,7 +35,7 @@ from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
-from addcow_mp.jobs.report import Estimate, Reach, Report, reporting
+from addcow_mp.jobs.report import Estimate, Outcome, Report, reporting
 from addcow_mp.jobs.transfer_job import move, refuse_unwritable
 from addcow_mp.units import round_down
 
@@ -61,7 +61,7 @@ def commit(
         with reading_back(overlay, proof, options, hooks, report) as job_hooks:
             with _saying_what_is_kept(overlay.path, keep=keep):
                 move(plan, report, options, job_hooks, shared.pool)
-            report.reach = Reach.DONE
+            report.outcome = Outcome.DONE
             report.warnings += _raw_link_warnings(overlay)
     return report
 

@@ -29,7 +29,7 @@ from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
-from addcow_mp.jobs.report import Estimate, Reach, Report, ending, reporting
+from addcow_mp.jobs.report import Estimate, Outcome, Report, ending, reporting
 from addcow_mp.jobs.transfer_job import move, refuse_unwritable
 
 
@@ -57,7 +57,7 @@ def flatten(
             if plan is not None:
                 move(plan, report, options, job_hooks, shared.pool)
                 _set_flag(overlay)
-                report.reach = Reach.DONE
+                report.outcome = Outcome.DONE
         if discard:
             remove(overlay, report)
     return report

@@ -15,7 +15,7 @@ from addcow_mp.device.files import File, identity_of, sync_directory
 from addcow_mp.device.manifest_file import invalidate, invalidate_all, is_manifest, manifest_of
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import ImageError
-from addcow_mp.jobs.report import Reach, Report, ending
+from addcow_mp.jobs.report import Outcome, Report, ending
 
 
 def changed_by_removal(overlay: Overlay) -> list[File]:
@@ -45,7 +45,7 @@ def remove(overlay: Overlay, report: Report) -> None:
     """
     with ending(overlay.path, "flattened", "the .add-cow file was not removed"):
         _remove(overlay, report)
-    report.reach = Reach.DONE
+    report.outcome = Outcome.DONE
     if overlay.cow.durable:
         left = "the .add-cow file is removed, and may be back after a power cut"
         with ending(overlay.path, "flattened", left):
@@ -56,7 +56,7 @@ def _remove(overlay: Overlay, report: Report) -> None:
     path = overlay.cow.real
     overlay.image.file.sync()
     _refuse_replaced(overlay, path)
-    report.working()
+    report.begin_changes()
     _cut_image(overlay)
     _refuse_replaced(overlay, path)
     with overlay.cow.doing("remove it"):

@@ -1,4 +1,4 @@
-"""What a job tells when it is done."""
+"""What a job reports: its estimate before, its totals and its outcome after."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job would do: about so many bytes to move, into ``target`` on ``device``.
+    """What a job would do: move about ``weight`` bytes into the file ``target`` on ``device``.
 
-    ``gives_back`` says that what was moved is freed on that device.
+    ``gives_back``: the space of what was moved is freed on that device.
     """
 
     weight: int
@@ -31,19 +31,21 @@ class Estimate:
     gives_back: bool = False
 
 
-class Reach(Enum):
-    """How far a job has come."""
+class Outcome(Enum):
+    """How a job has ended, or would if it ended now."""
 
-    LOOKING = "nothing was changed"
-    WORKING = "something may have been changed"
-    DONE = "the work is done; what comes after it may not be"
+    REFUSED = "nothing was changed"
+    FAILED = "something may have been changed"
+    STOPPED = "it was asked to stop, and continues when it is run again"
+    NOT_READ_BACK = "it is done, but was asked to stop before all was read back"
+    DONE = "it is done"
 
 
 @dataclass
 class Report:
-    """Which job, on which file, how much was copied or made zero, and how long it took.
+    """What a job on one file has moved, how long it took, and how it has ended.
 
-    A job that fails says the same of what it had done: its error carries the report.
+    The error of a job that fails carries the report of what was done before it.
     """
 
     operation: str
@@ -52,19 +54,25 @@ class Report:
     jobs: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
-    #: Of what was read back and found to be as before; None when nobody asked for it.
+    #: The digest of what was read back and is as before; None when this was not asked for.
     guest_digest: str | None = None
-    reach: Reach = Reach.LOOKING
-    #: Whether it was asked to stop before its end.
-    stopped: bool = False
+    outcome: Outcome = Outcome.REFUSED
 
-    def working(self) -> None:
-        """Something is about to be changed."""
-        if self.reach is Reach.LOOKING:
-            self.reach = Reach.WORKING
+    def begin_changes(self) -> None:
+        """Enter that something is about to be changed."""
+        if self.outcome is Outcome.REFUSED:
+            self.outcome = Outcome.FAILED
+
+    def _end_with(self, error: AddcowError) -> None:
+        if isinstance(error, StoppedError):
+            done = self.outcome is Outcome.DONE
+            self.outcome = Outcome.NOT_READ_BACK if done else Outcome.STOPPED
+        elif self.outcome is Outcome.DONE:
+            self.outcome = Outcome.FAILED
+        error.report = self
 
     def as_json(self) -> dict[str, object]:
-        """The report with qemu-img's manner of keys."""
+        """Return the report with keys as qemu-img spells them."""
         verified = {} if self.guest_digest is None else {"guest-digest": self.guest_digest}
         return {
             "operation": self.operation,
@@ -82,14 +90,13 @@ class Report:
 
 @contextmanager
 def reporting(operation: str, filename: str) -> Iterator[Report]:
-    """A report whose seconds are those of the block; an error that ends the block carries it."""
+    """Yield the report of a job; an error that ends the job carries it."""
     report = Report(operation, filename)
     start = time.monotonic()
     try:
         yield report
     except AddcowError as error:
-        report.stopped = isinstance(error, StoppedError)
-        error.report = report
+        report._end_with(error)
         raise
     finally:
         report.seconds = time.monotonic() - start
@@ -97,7 +104,7 @@ def reporting(operation: str, filename: str) -> Iterator[Report]:
 
 @contextmanager
 def ending(path: str, done: str, left: str) -> Iterator[None]:
-    """What comes after the work of a job; an error says what is ``done``, and what is ``left``."""
+    """Around what follows the work of a job: errors say what is ``done`` and what is ``left``."""
     try:
         yield
     except AddcowError as error:

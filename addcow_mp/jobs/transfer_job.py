@@ -51,7 +51,7 @@ def move(
     done_map = DoneMap.create((selection.geometry.clusters, received), report.jobs)
     try:
         refuse_without_space(plan, options.copy_options, report.jobs)
-        report.working()
+        report.begin_changes()
         for layer in plan.changed:
             invalidate_all(layer, durable=target.file.durable)
         plan.prepare()
