@@ -1,4 +1,4 @@
-"""The public functions, as ``addcow_mp`` shows them: small, typed, one call each.
+"""The public functions of ``addcow_mp``: one typed call for each job.
 
 Paths may be given as ``str``, ``bytes`` or path objects; anything else raises a
 :class:`TypeError` that names the argument. ``jobs`` is the number of worker processes:
@@ -33,7 +33,7 @@ Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
 def _text(path: Path, argument: str) -> str:
-    """The path as the package uses it. Raises :class:`TypeError` that names the ``argument``."""
+    """Return the path as text. Raises :class:`TypeError`, which names the ``argument``."""
     try:
         return os.fsdecode(path)
     except TypeError:
@@ -42,7 +42,7 @@ def _text(path: Path, argument: str) -> str:
 
 
 def _allowed(access: Access | None) -> Access:
-    """What may be opened, with roots as text."""
+    """Return ``access`` with its roots as text."""
     access = Access() if access is None else access
     if isinstance(access.roots, str | bytes | os.PathLike):
         raise TypeError("roots: give a sequence of directories, not one name")
@@ -63,13 +63,12 @@ def _options(jobs: int | None, access: Access | None) -> RunOptions:
 def open(path: Path, *, writable: bool = False, access: Access | None = None) -> Overlay:  # noqa: A001
     """Open the overlay at ``path`` as the guest's disk: read, write, flush, extents.
 
-    A cluster is read from the image file when its bit is set, else from the backing, else
-    as zeros. A context manager: leaving it flushes and closes.
+    A cluster is read from the image file when its bit is set, else from the backing file, else as
+    zeros. A context manager: leaving it flushes and closes.
 
-    A ``writable`` one is asked at its first write whether it may be changed: that raises
-    :class:`DependantsError` when other overlays depend on it and :class:`HardLinksError` when its
-    files have several names, with nothing changed. ``Access(force=True)`` writes all the same,
-    except to an image file that two overlays name.
+    The first write raises :class:`DependantsError` when other overlays depend on this one and
+    :class:`HardLinksError` when its files have several names, with nothing changed.
+    ``Access(force=True)`` allows it, except to an image file that two overlays name.
     """
     if not writable:
         return open_chain(_text(path, "path"), READ, _allowed(access))
@@ -115,11 +114,11 @@ def commit(
     jobs: int | None = None,
     access: Access | None = None,
 ) -> Report:
-    """Move all local clusters into the backing file, clear their bits, free their space.
+    """Move all allocated clusters into the backing file, clear their bits, free their space.
 
-    ``keep`` leaves overlay and image as they were; ``verify`` reads back from the disk what was
-    written and raises :class:`ReadBackError` if it shows the guest anything else. Backing data
-    is durable before bits are cleared, and cleared bits are durable before space is freed.
+    ``keep`` leaves overlay and image as they were. ``verify`` reads back from the disk what was
+    written, and raises :class:`ReadBackError` if the guest would see anything else. Data is durable
+    before bits are cleared, and cleared bits are durable before space is freed.
     """
     from addcow_mp.jobs.commit import commit as job
 
@@ -134,10 +133,10 @@ def flatten(
     jobs: int | None = None,
     access: Access | None = None,
 ) -> Report:
-    """Make every cluster local, set ALL_ALLOCATED last; ``discard`` removes the overlay file.
+    """Allocate every cluster, set ALL_ALLOCATED last; ``discard`` removes the overlay file.
 
     ``verify`` reads back from the disk what was written, before anything is removed, and raises
-    :class:`ReadBackError` if it shows the guest anything else.
+    :class:`ReadBackError` if the guest would see anything else.
     """
     from addcow_mp.jobs.flatten import flatten as job
 
@@ -166,7 +165,7 @@ def convert(
 
 
 def check(path: Path, *, access: Access | None = None) -> CheckReport:
-    """Run every check of the format's rules; damage is reported, not raised."""
+    """Check all rules of the format; damage is reported, not raised."""
     from addcow_mp.jobs.check import check as job
 
     return job(_text(path, "path"), _allowed(access))
@@ -180,7 +179,7 @@ def info(path: Path, *, access: Access | None = None) -> Info:
 
 
 def extents(path: Path, *, access: Access | None = None) -> Iterator[Extent]:
-    """What the guest's view is made of, from its beginning to its end."""
+    """Yield the extents of the guest's view."""
     return _extents(_text(path, "path"), _allowed(access))
 
 

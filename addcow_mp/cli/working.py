@@ -1,4 +1,4 @@
-"""How long a job runs from the command line: progress, signals, and messages that do not block."""
+"""What surrounds a job of the command line: progress, signals, and messages that do not block."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def working(
     counts_images: bool = False,
     quiet: bool = False,
 ) -> Iterator[Hooks]:
-    """The hooks of a job, with ``progress`` in a form and on a descriptor. Signals stop the job.
+    """Yield the hooks of a job; signals stop it. ``progress``: its format and its descriptor.
 
-    ``counts_images``: the job tells how many images are done, after the bytes. With ``quiet`` a
-    line about what keeps the job waiting is left out. If ``idle``, this process has idle
-    priority too: planning, looking and publishing also compete for the disk.
+    ``idle``: this process uses the disk only when no other program does; planning and publishing
+    use it too. ``counts_images``: the job also counts images, after the bytes. ``quiet``: lines
+    about what keeps the job waiting are dropped.
     """
     if idle:
         use_idle_priority()

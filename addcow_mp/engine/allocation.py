@@ -1,8 +1,7 @@
-"""Where there is something to do: the stretches that a plan is cut from.
+"""Finds the stretches of an image that have data to move, from which tasks are cut.
 
-What is looked at costs what the data costs, not what the virtual size costs: holes of
-the bitmap and of the files are skipped in one step each. Weights are estimates for
-spreading work; nothing depends on them but balance and the progress bar.
+The cost is that of the data, not of the virtual size: holes of the bitmap and of the files are
+skipped in one step. Weights are estimates: only the spread of work and the progress bar use them.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from addcow_mp.format.bits import BITS_PER_BYTE
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import round_down, round_up
 
-#: Runs of data looked at in one stretch before it counts as full of data: finely
-#: broken data would otherwise be walked twice, here and by the worker.
+#: A stretch with so many runs of data counts as full: the worker walks through small runs anyway,
+#: so they are not all counted here.
 MAX_PROBES = 16
 
 
 def alignment(cluster_size: int, other_cluster_size: int = 0) -> int:
-    """Clusters between possible task borders, for a layer and the other that is written.
+    """Return the clusters between possible borders of tasks.
 
-    Eight clusters of each share a byte of its bitmap, and no byte is shared.
+    Eight clusters share a byte of the bitmap; the other layer that is written may have larger ones.
     """
     return BITS_PER_BYTE * max(cluster_size, other_cluster_size) // cluster_size
 
@@ -35,7 +34,7 @@ def _step(geometry: Geometry, aligned: int) -> int:
 
 
 def allocated_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
-    """Stretches with local clusters, weighed by how many there are."""
+    """Yield stretches with allocated clusters, weighed by their number."""
     geometry = overlay.geometry
     if overlay.all_allocated:
         yield from data_stretches([overlay.image.file], geometry, aligned)
@@ -46,7 +45,7 @@ def allocated_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
 
 
 def unallocated_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
-    """Stretches with data somewhere in the chain and clusters that are not local."""
+    """Yield stretches that have data in the chain and clusters that are not allocated."""
     geometry = overlay.geometry
     for stretch in data_stretches(list(overlay.files()), geometry, aligned):
         stop = min(stretch.stop, geometry.clusters)
@@ -57,15 +56,14 @@ def unallocated_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
 
 
 def data_stretches(files: list[File], geometry: Geometry, aligned: int) -> Iterator[Stretch]:
-    """Stretches where some file has data, weighed by the sum of it."""
+    """Yield stretches where a file has data, weighed by the sum over all files."""
     step = _step(geometry, aligned)
     position = 0
     while (data := _next_data(files, position)) is not None and data < geometry.size:
         first = round_down(geometry.cluster_of(data), step)
         start, stop = geometry.span(first, first + step)
-        yield Stretch(
-            first, first + step, min(sum(_weight(f, start, stop) for f in files), stop - start)
-        )
+        weight = sum(_weight(file, start, stop) for file in files)
+        yield Stretch(first, first + step, min(weight, stop - start))
         position = stop
 
 

@@ -1,20 +1,20 @@
-"""What has become true on disk: the parent alone says so, and in this order.
+"""Publishes finished clusters: the order in which data and bits become durable.
 
-Copy the marks, data, sync, bits, sync. A checkpoint first takes a copy of what is marked as done
-on the board, then makes the data durable through a descriptor opened before the first write,
-publishes the bits of that copy and no others, makes them durable, layer after layer from below,
-and only then frees space that nothing refers to any more. Workers go on marking meanwhile: a mark
-that appears during the sync speaks of data that the sync may have missed, so it waits for the
-next checkpoint. A bit on disk therefore always has its data, and freed space never had a reader,
-whatever instant the power fails at.
+Copy the marks, sync the data, write the bits, sync the bits. A checkpoint copies the marks of the
+done map, makes the data durable through a descriptor that was opened before the first write,
+publishes the bits of that copy and no others, and makes them durable, layer after layer from below.
+Only then it frees space that nothing refers to any more. Workers mark more clusters meanwhile; a
+mark that appears during the sync may have data that the sync has missed, so it waits for the next
+checkpoint. A bit on disk therefore always has its data, and freed space has no reader, whenever the
+power fails.
 
-The overlay's marks are copied before those of the backing that receives the clusters: a worker
-makes them in the other order, so whatever is announced of the overlay is announced of its backing.
+The overlay's marks are copied before those of the backing file that receives the clusters. A worker
+sets them in the other order, so what is published of the overlay is published of its backing file.
 
-Tasks that have ended are published and freed as a whole, with their holes. Of tasks under way
-the marked clusters are published; their space is freed with the rest of the task, or at the last
-checkpoint of a job that ends early. A worker that replaces one that died does not read again what
-is marked, so it never meets freed space.
+Tasks that have ended are published and freed as a whole, with their holes. Of other tasks, the
+marked clusters are published; their space is freed with the rest of the task, or at the last
+checkpoint of a job that ends early. The process that replaces a dead worker does not read marked
+clusters again, so it never reads freed space.
 
 A sync that fails ends the job: nothing of that checkpoint is published.
 """
@@ -42,11 +42,11 @@ class Finished(NamedTuple):
 
 
 class Publisher:
-    """Publishes finished clusters of one job.
+    """Publishes the finished clusters of one job.
 
-    ``data`` is the file that receives bytes. ``backing`` is an add-cow backing whose
-    marked clusters become local first; ``overlay`` then gets ``value`` for its finished
-    clusters, and the space of those is freed in its image if ``frees``.
+    ``data``: the file that receives bytes. ``backing``: an add-cow backing file whose marked
+    clusters become allocated first. ``overlay``: the bits of its finished clusters become
+    ``value`` then, and their space in its image is freed if ``frees``.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Publisher:
         self._value = value
         self._backing = backing
         self._frees = frees
-        #: What is published of tasks that were under way at the last checkpoint.
+        #: What is published of tasks that had not ended at the last checkpoint.
         self._parts = SparseBits()
 
     def checkpoint(self, finished: Finished, source: Geometry, *, last: bool = False) -> None:
-        """Publish what ``finished`` has come to, in clusters of ``source``, the overlay.
+        """Publish ``finished``, in clusters of ``source``, the overlay.
 
-        The ``last`` one of a job also frees the space of what is published of unfinished tasks.
+        The ``last`` checkpoint of a job also frees the published space of unfinished tasks.
         """
-        # Before the sync, and the overlay's before the backing's.
+        # The copies precede the sync, and the overlay's precedes the backing file's.
         parts = self._marked(TOP, finished.under_way) if self._overlay else SparseBits()
         below = self._marked_below(finished, source)
         self._data.sync()
@@ -113,6 +113,6 @@ class Publisher:
             for first, stop in done:
                 overlay.image.file.punch(*overlay.geometry.span(first, stop))
         except FileError as error:
-            told = "what it holds is committed, the same command frees its space"
-            fields = error.fields | {"reason": f"{error.fields['reason']}; {told}"}
+            left = "what it holds is committed, the same command frees its space"
+            fields = error.fields | {"reason": f"{error.fields['reason']}; {left}"}
             raise FileError(**fields) from error

@@ -1,14 +1,13 @@
 """Selects the clusters that a job moves, and says where their bytes are read from.
 
-Each class is one answer: commit moves the allocated clusters, flatten the missing ones, convert the
-whole view. A job with another answer adds a class. A selection is picklable to a worker process.
+Commit moves the allocated clusters, flatten the missing ones, convert the whole view. A job that
+moves others adds a class. A selection is picklable to a worker process.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from addcow_mp.device.extent import Extent
 from addcow_mp.device.files import File
@@ -20,10 +19,12 @@ from addcow_mp.format.geometry import Geometry
 
 
 class Selection(ABC):
-    """Clusters of ``layer``, in units of ``geometry``, and the extents that they are made of."""
+    """Clusters of ``layer``, in units of ``geometry``. ``source``: the layer that is read."""
 
-    layer: Layer
-    geometry: Geometry
+    def __init__(self, layer: Layer, geometry: Geometry, source: Layer | None) -> None:
+        self.layer = layer
+        self.geometry = geometry
+        self.source = source
 
     @abstractmethod
     def runs(self, first: int, stop: int) -> Iterator[Run]:
@@ -36,78 +37,58 @@ class Selection(ABC):
     @property
     def nearest(self) -> File | None:
         """The first file that bytes may come from."""
-        return next(self.layer.files())
+        return None if self.source is None else next(self.source.files())
 
     @property
     def plain_source(self) -> RawLayer | None:
         """The raw layer that all bytes come from, if there is only one."""
-        return None
+        return self.source if isinstance(self.source, RawLayer) else None
 
 
-@dataclass(frozen=True)
-class AllocatedClusters(Selection):
-    """The allocated clusters of an overlay, read from its image file."""
+class _ClustersByBit(Selection):
+    """The clusters of an overlay whose bits have one value."""
 
-    layer: Overlay
+    def __init__(self, overlay: Overlay, bit: int, source: Layer | None) -> None:
+        super().__init__(overlay, overlay.geometry, source)
+        self._overlay = overlay
+        self._bit = bit
 
-    @property
-    def geometry(self) -> Geometry:  # type: ignore[override]
-        """The overlay's."""
-        return self.layer.geometry
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self._overlay,))
 
     def runs(self, first: int, stop: int) -> Iterator[Run]:
-        """Yield runs of clusters whose bits are set. Refuses a bitmap that was cut short."""
-        refuse_short(self.layer)
-        return self.layer.runs_by_allocation(1, first, stop)
+        # A worker that replaces a dead one reads the bitmap again, which may have been cut short.
+        refuse_short(self._overlay)
+        return self._overlay.runs_by_allocation(self._bit, first, stop)
+
+
+class AllocatedClusters(_ClustersByBit):
+    """The allocated clusters of an overlay, read from its image file."""
+
+    def __init__(self, overlay: Overlay) -> None:
+        super().__init__(overlay, 1, overlay.image)
 
     def extents(self, start: int, stop: int) -> Iterator[Extent]:
         """Yield what the image file holds."""
-        return self.layer.image.walk(start, stop)
-
-    @property
-    def plain_source(self) -> RawLayer | None:
-        """The image file."""
-        return self.layer.image
+        return self._overlay.image.walk(start, stop)
 
 
-@dataclass(frozen=True)
-class MissingClusters(Selection):
+class MissingClusters(_ClustersByBit):
     """The clusters of an overlay that are not allocated, read from its backing chain."""
 
-    layer: Overlay
-
-    @property
-    def geometry(self) -> Geometry:  # type: ignore[override]
-        """The overlay's."""
-        return self.layer.geometry
-
-    def runs(self, first: int, stop: int) -> Iterator[Run]:
-        """Yield runs of clusters whose bits are clear. Refuses a bitmap that was cut short."""
-        refuse_short(self.layer)
-        return self.layer.runs_by_allocation(0, first, stop)
+    def __init__(self, overlay: Overlay) -> None:
+        super().__init__(overlay, 0, overlay.backing)
 
     def extents(self, start: int, stop: int) -> Iterator[Extent]:
         """Yield what the backing chain shows."""
-        return self.layer.walk_below(start, stop)
-
-    @property
-    def nearest(self) -> File | None:
-        """The raw file of the backing file, if there is one."""
-        return None if self.layer.backing is None else next(self.layer.backing.files())
-
-    @property
-    def plain_source(self) -> RawLayer | None:
-        """The backing file, if it is raw."""
-        backing = self.layer.backing
-        return backing if isinstance(backing, RawLayer) else None
+        return self._overlay.walk_below(start, stop)
 
 
-@dataclass(frozen=True)
 class WholeView(Selection):
     """Every cluster of the guest's view, whichever file holds it."""
 
-    layer: Layer
-    geometry: Geometry
+    def __init__(self, layer: Layer, geometry: Geometry) -> None:
+        super().__init__(layer, geometry, layer)
 
     def runs(self, first: int, stop: int) -> Iterator[Run]:
         """Yield all clusters as one run."""
@@ -116,3 +97,8 @@ class WholeView(Selection):
     def extents(self, start: int, stop: int) -> Iterator[Extent]:
         """Yield what the guest sees."""
         return self.layer.walk(start, stop)
+
+    @property
+    def plain_source(self) -> None:
+        """None: a raw disk is read extent by extent, so that its holes are found."""
+        return

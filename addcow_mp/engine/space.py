@@ -58,10 +58,9 @@ def _copy_up_factor(plan: TransferPlan) -> int:
 def space_for(plan: TransferPlan, options: CopyOptions, jobs: int = 1) -> SpaceNeeded:
     """Return the space that ``plan`` takes and gives back; examines every extent."""
     count = _Counting(plan, options)
-    source, target = plan.selection.nearest, plan.target.file
-    frees = plan.frees and source is not None and source.status.st_dev == target.status.st_dev
+    source = plan.selection.nearest if plan.gives_back else None
     steps = [
-        (task.weight, count.taken(task), count.freed(source, task) if frees and source else 0)
+        (task.weight, count.taken(task), 0 if source is None else count.freed(source, task))
         for task in plan.tasks
     ]
     lag = 2 * CHECKPOINT_BYTES + max(1, jobs) * AHEAD * TASK_BYTES

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 from addcow_mp.device.files import File
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.done_map import BELOW, DoneMap
 
 
-class Target(Protocol):
-    """Where a transfer writes."""
+class Target:
+    """A raw file that receives bytes.
 
-    @property
-    def file(self) -> File:
-        """The raw file that receives the bytes."""
+    ``is_fresh``: it is new, so what is not written reads as zeros. ``published``: the overlay whose
+    bits are set for what was written. ``unit``: the bytes of one of its clusters, 1 without any.
+    """
 
-    @property
-    def published(self) -> Overlay | None:
-        """The overlay whose bits are set for what was written, if there is one."""
+    published: Overlay | None = None
+    unit = 1
 
-    @property
-    def unit(self) -> int:
-        """The bytes of one of its clusters; 1 without clusters."""
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether all that is not written reads as zeros."""
+    def __init__(self, file: File, *, is_fresh: bool = False) -> None:
+        self.file = file
+        self.is_fresh = is_fresh
 
     def prepare(self, start: int, stop: int, buffer: memoryview, done_map: DoneMap) -> None:
         """Prepare to receive ``[start, stop)``."""
@@ -35,62 +28,27 @@ class Target(Protocol):
         """Mark that ``[start, stop)`` has been written."""
 
 
-class RawTarget(NamedTuple):
-    """A raw file; ``is_fresh`` when it is new and all of it reads as zeros."""
-
-    file: File
-    is_fresh: bool = False
-
-    @property
-    def published(self) -> Overlay | None:
-        """None: a raw file has no bits."""
-        return None
-
-    @property
-    def unit(self) -> int:
-        """1: any range can be written by itself."""
-        return 1
-
-    def prepare(self, start: int, stop: int, buffer: memoryview, done_map: DoneMap) -> None:
-        """Do nothing: a raw file accepts any range."""
-
-    def finish(self, start: int, stop: int, done_map: DoneMap) -> None:
-        """Do nothing: a raw file has no bits."""
+class RawTarget(Target):
+    """A raw disk: any range can be written by itself, and there are no bits."""
 
 
-class OverlayTarget(NamedTuple):
+class OverlayTarget(Target):
     """An add-cow backing file: its clusters become allocated.
 
-    Of a cluster that is covered in part, the rest is copied up. A cluster is allocated if its
-    bitmap or the done map says so: a second try must not copy up over what a worker process
-    that died has written.
+    Of a cluster that is covered in part, the rest is copied up. A cluster is allocated if its bit
+    or the done map says so: a second try must not copy up over what a worker process that died has
+    written.
     """
 
-    overlay: Overlay
-
-    @property
-    def file(self) -> File:
-        """The image file of the backing file."""
-        return self.overlay.image.file
-
-    @property
-    def published(self) -> Overlay | None:
-        """The backing file, unless all its clusters count as allocated already."""
-        return None if self.overlay.all_allocated else self.overlay
-
-    @property
-    def unit(self) -> int:
-        """A cluster of the backing file is allocated as a whole."""
-        return self.overlay.cluster_size
-
-    @property
-    def is_fresh(self) -> bool:
-        """False: its clusters may hold anything."""
-        return False
+    def __init__(self, overlay: Overlay) -> None:
+        super().__init__(overlay.image.file)
+        self.overlay = overlay
+        self.unit = overlay.cluster_size
+        self.published = None if overlay.all_allocated else overlay
 
     def prepare(self, start: int, stop: int, buffer: memoryview, done_map: DoneMap) -> None:
         """Copy up the rest of the clusters that ``[start, stop)`` covers only in part."""
-        if self.overlay.all_allocated:
+        if self.published is None:
             return
         geometry = self.overlay.geometry
         first, last = geometry.touched(start, stop)
@@ -105,5 +63,5 @@ class OverlayTarget(NamedTuple):
 
     def finish(self, start: int, stop: int, done_map: DoneMap) -> None:
         """Mark the clusters as allocated, to be published."""
-        if not self.overlay.all_allocated:
+        if self.published is not None:
             done_map.marks(BELOW).set(*self.overlay.geometry.touched(start, stop))

@@ -1,12 +1,11 @@
-"""Cutting the cluster range into tasks: pure, no file is touched here.
+"""Cuts the cluster range into tasks. No file is read here.
 
-A survey of the image says where there is something to do, as *stretches* with a
-weight in bytes. Tasks are cut from them so that each has about as many bytes to
-move, whatever the virtual size: nothing-to-do between two stretches is folded into
-a task and costs nothing. Tasks lie side by side and together cover every cluster.
+Stretches of clusters with data, weighed in bytes, come from :mod:`addcow_mp.engine.allocation`.
+Each task has about as many bytes to move, whatever the virtual size; what lies between two
+stretches is part of a task and costs nothing. Tasks are adjacent and cover every cluster.
 
-Tasks begin at multiples of ``alignment`` clusters, which the job chooses so that no
-two tasks share a byte of any bitmap nor a cluster of any layer that is written.
+Tasks begin at multiples of an alignment that the job chooses, so that no two tasks share a byte of
+any bitmap or a cluster of any layer that is written.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from dataclasses import dataclass
 
 from addcow_mp.units import MiB
 
-#: Bytes a task should move: long enough that handing it out costs nothing against
-#: it, short enough that work spreads evenly and a crash repeats little.
+#: Bytes that a task moves: enough that dealing it out costs little, and few enough that work
+#: spreads evenly.
 TASK_BYTES = 64 * MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The clusters ``[first, stop)``, to be done by one worker; ``weight`` in bytes."""
+    """The clusters ``[first, stop)``, done by one process; ``weight`` in bytes."""
 
     number: int
     first: int
@@ -33,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Clusters ``[first, stop)``, aligned, with about ``weight`` bytes to move."""
+    """The aligned clusters ``[first, stop)``, with about ``weight`` bytes to move."""
 
     first: int
     stop: int
@@ -41,10 +40,10 @@ class Stretch:
 
 
 def cut(stretches: Iterable[Stretch], clusters: int, limit: int = TASK_BYTES) -> list[Task]:
-    """Tasks over ``[0, clusters)``, each with about ``limit`` bytes, in order.
+    """Return tasks over ``[0, clusters)``, each with about ``limit`` bytes, in order.
 
-    ``stretches`` are in order, begin at aligned clusters, and weigh at most ``limit``
-    each or are not divisible.
+    ``stretches`` are in order and begin at aligned clusters. One that weighs more than ``limit`` is
+    not divided.
     """
     cuts = list(_cuts(stretches, limit))
     firsts = [0, *(first for first, _ in cuts[1:])]
@@ -58,7 +57,7 @@ def cut(stretches: Iterable[Stretch], clusters: int, limit: int = TASK_BYTES) ->
 
 
 def _cuts(stretches: Iterable[Stretch], limit: int) -> Iterator[tuple[int, int]]:
-    """Where each task begins and what it weighs."""
+    """Yield where each task begins and what it weighs."""
     first, weight = None, 0
     for stretch in stretches:
         if first is not None and weight + stretch.weight > limit:
@@ -71,7 +70,7 @@ def _cuts(stretches: Iterable[Stretch], limit: int) -> Iterator[tuple[int, int]]
 
 
 def equal_tasks(count: int, size: int) -> list[Task]:
-    """Tasks over ``count`` equal things, ``size`` of them in each; their weight is how many."""
+    """Return tasks over ``count`` equal items, ``size`` in each; the weight is their number."""
     return [
         Task(number, first, min(first + size, count), min(size, count - first))
         for number, first in enumerate(range(0, count, size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from addcow_mp.device.copying import CopyOptions, clonable
 from addcow_mp.device.filesystem import can_share
@@ -44,6 +45,12 @@ class TransferPlan:
     def frees(self) -> bool:
         """Whether the space of what was moved is freed: no cluster with a cleared bit needs it."""
         return self.bit == 0
+
+    @cached_property
+    def gives_back(self) -> bool:
+        """Whether the space that is freed is in the target's file system."""
+        source, target = self.selection.nearest, self.target.file
+        return self.frees and source is not None and source.status.st_dev == target.status.st_dev
 
     @property
     def weight(self) -> int:

@@ -1,6 +1,6 @@
 """Runs the tasks of a transfer: gives them to the pool, and publishes what is finished.
 
-A checkpoint publishes what the done map shows, finished tasks and parts of tasks alike. The parent
+A checkpoint publishes what the done map shows: finished tasks and parts of others. The parent
 checks whether one is due while it waits for worker processes, and between two steps when it moves
 bytes itself: neither a checkpoint nor a stop waits for the end of a task.
 """

@@ -1,7 +1,7 @@
-"""Convert: the guest's view, as a new sparse raw file of its own.
+"""Convert: copy the guest's view into a new sparse raw file.
 
-The new file has holes wherever the chain has no data. It is never written over an
-existing file, and is removed again when the job fails.
+The new file has holes wherever the chain has no data. An existing file is never overwritten, and
+the new one is removed when the job fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from addcow_mp.jobs.report import Report, reporting
 from addcow_mp.jobs.transfer_job import move
 from addcow_mp.units import KiB
 
-#: A raw source has no clusters; tasks and reports are then in units of this size.
+#: A raw source has no clusters: its tasks and reports use this unit.
 RAW_UNIT = 64 * KiB
 
 
@@ -49,16 +49,16 @@ def convert(
 ) -> Report:
     """Copy the guest's view of ``source`` into the new raw file ``destination``.
 
-    Raises :class:`AddcowError`; ``destination`` then does not exist.
+    Raises :class:`AddcowError`; ``destination`` does not exist then.
     """
+    access = options.access
     with reporting("convert", source) as report:
-        layer = open_layer(source, source_format, access=options.access)
+        layer = open_layer(source, source_format, access=access)
         try:
-            if isinstance(layer, RawLayer) and not options.access.force:
+            if isinstance(layer, RawLayer) and not access.force:
                 refuse_as_raw(layer.file)
-            readers = readers_of_chain(layer)
-            with _new_file(destination, readers, options.access) as target:
-                _copy(layer, target, report, options, hooks)
+            with _new_file(destination, readers_of_chain(layer), access) as target:
+                move(_plan(layer, target), report, options, hooks)
         except StoppedError:
             raise UnfinishedError(path=destination) from None
         finally:
@@ -85,15 +85,9 @@ def _new_file(path: str, readers: Readers, access: Access) -> Iterator[File]:
         file.close()
 
 
-def _copy(layer: Layer, target: File, report: Report, options: RunOptions, hooks: Hooks) -> None:
-    geometry = Geometry(layer.size, _unit(layer))
-    target.cluster_size = geometry.cluster_size
-    stretches = data_stretches(list(layer.files()), geometry, alignment(geometry.cluster_size))
-    tasks = cut(stretches, geometry.clusters)
-    grow = partial(target.grow, layer.size)
-    selection, raw = WholeView(layer, geometry), RawTarget(target, is_fresh=True)
-    move(TransferPlan(selection, raw, tasks, prepare=grow), report, options, hooks)
-
-
-def _unit(layer: Layer) -> int:
-    return layer.cluster_size if isinstance(layer, Overlay) else RAW_UNIT
+def _plan(layer: Layer, target: File) -> TransferPlan:
+    unit = layer.cluster_size if isinstance(layer, Overlay) else RAW_UNIT
+    geometry, target.cluster_size = Geometry(layer.size, unit), unit
+    tasks = cut(data_stretches(list(layer.files()), geometry, alignment(unit)), geometry.clusters)
+    selection, grow = WholeView(layer, geometry), partial(target.grow, layer.size)
+    return TransferPlan(selection, RawTarget(target, is_fresh=True), tasks, prepare=grow)

@@ -1,14 +1,12 @@
 """Create: a new overlay over an image file and, usually, a backing file.
 
-Which files the given names mean, and what of them is stored, is told in
-:mod:`addcow_mp.jobs.naming`.
+:mod:`addcow_mp.jobs.naming` resolves the names that are given. A raw file that begins as another
+format does is refused, as backing file and as image file, unless forced: the check of the new
+overlay would fail.
 
-A raw file that begins as another format does is refused, as backing and as image, unless forced:
-the new overlay would not pass its own check.
-
-Nothing existing is overwritten: the ``.add-cow`` file must be new, an image file that
-exists keeps its bytes and is never cut, a missing one is made, sparse. Durable in this
-order: image file, ``.add-cow`` file, directory. When anything fails, what was made goes.
+No existing data is overwritten. The ``.add-cow`` file must be new; an image file that exists keeps
+its bytes and is never cut; a missing one is made, sparse. They become durable in this order: image
+file, ``.add-cow`` file, directory. On failure all that was made is removed.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
+from itertools import combinations
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import depth_of, open_layer, readers_of_chain
@@ -24,7 +23,7 @@ from addcow_mp.device.files import (
     COW,
     IMAGE,
     File,
-    identity_of,
+    identity_at,
     it_exists,
     kind_of,
     sync_directory,
@@ -58,7 +57,7 @@ DEFAULT_CLUSTER_SIZE = 64 * KiB
 
 @dataclass(frozen=True)
 class Created:
-    """A new overlay: its ``size`` in bytes, and what the user should be told."""
+    """A new overlay: its ``size`` in bytes, and warnings for the user."""
 
     size: int
     warnings: list[str]
@@ -89,10 +88,9 @@ def create(
 ) -> Created:
     """Create the overlay ``path``. Sizes are in bytes.
 
-    ``size`` defaults to the image file's length, else to the backing's virtual size.
-    ``image`` defaults to ``path`` with ``.raw`` for its suffix. Without a backing the
-    overlay starts with ALL_ALLOCATED set. Raises :class:`AddcowError`, with nothing
-    left behind.
+    ``size`` defaults to the image file's length, else to the backing file's virtual size. ``image``
+    defaults to ``path`` with the suffix ``.raw``. Without a backing file ALL_ALLOCATED is set.
+    Raises :class:`AddcowError`, with nothing left behind.
     """
     access = access or Access()
     refuse_existing(path)
@@ -105,23 +103,21 @@ def create(
     _refuse_used_image(path, image_path, access)
     size = _chosen_size(path, size, image_path, backing_size)
     names = _Names.of(path, cluster_size, image_file, backing_file, backing_format)
-    with _Making(access) as making:
-        making.readers = readers
-        told = _make_image(image_path, size, making, hidden=backing_path is not None)
+    with _Making(access, readers) as making:
+        warnings = _make_image(image_path, size, making, hidden=backing_path is not None)
         _make_cow(path, names, Geometry(size, cluster_size), making)
         sync_directory(path)
-    told += _roots_needed(path, image_path, backing_path)
-    return Created(size, told)
+    return Created(size, warnings + _roots_needed(path, image_path, backing_path))
 
 
 def refuse_existing(path: str) -> None:
-    """Raise when there is a file at ``path`` already, whatever else is wrong."""
+    """Raise when a file exists at ``path``; this check comes before all others."""
     if os.path.lexists(path):
         raise it_exists(path)
 
 
 def default_image(path: str) -> str:
-    """The image file's path when none is given: ``.raw`` for the suffix of ``path``."""
+    """Return the path of the image file when none is given: ``path`` with the suffix ``.raw``."""
     return os.path.join(home_of(path), os.path.splitext(os.path.basename(path))[0] + ".raw")
 
 
@@ -169,18 +165,11 @@ def _refuse_same(path: str, image: str, backing: str | None) -> None:
     files = [("overlay", plain(path)), ("image file", plain(image))]
     if backing is not None:
         files.append(("backing file", plain(backing)))
-    for number, (what, one) in enumerate(files):
-        for other_what, other in files[:number]:
-            if one == other or (os.path.exists(one) and _same(one, other)):
-                raise ImageError(
-                    path=path,
-                    problem=f"{what} and {other_what} are the same file ('{one}'); "
-                    "they must be different files",
-                )
-
-
-def _same(one: str, other: str) -> bool:
-    return os.path.exists(other) and os.path.samefile(one, other)
+    for (other_what, other), (what, one) in combinations(files, 2):
+        identity = identity_at(one)
+        if one == other or (identity is not None and identity == identity_at(other)):
+            same = f"{what} and {other_what} are the same file ('{one}')"
+            raise ImageError(path=path, problem=f"{same}; they must be different files")
 
 
 # Sizes
@@ -189,17 +178,17 @@ def _same(one: str, other: str) -> bool:
 def _backing(
     backing: str | None, format_: str | None, image: str, access: Access
 ) -> tuple[int | None, Readers]:
-    """The backing's virtual size, and who may read it: the image file will hold its data."""
+    """Return the backing file's virtual size and its readers, who may read its data in the image."""
     if backing is None or format_ is None:
         return None, EVERYBODY
     layer = open_layer(backing, format_, access=access)
     try:
         if depth_of(layer) >= MAX_DEPTH:
-            raise ImageError(
-                path=backing, problem=f"the chain would be deeper than {MAX_DEPTH} overlays"
-            )
-        if os.path.exists(image):
-            _refuse_in_chain(image, [file.identity for file in layer.files()])
+            problem = f"the chain would be deeper than {MAX_DEPTH} overlays"
+            raise ImageError(path=backing, problem=problem)
+        if identity_at(image) in [file.identity for file in layer.files()]:
+            problem = "the backing chain uses this file; name another image"
+            raise ImageError(path=image, problem=problem)
         if not access.force:
             for file in layer.files():
                 refuse_as_raw(file)
@@ -209,10 +198,10 @@ def _backing(
 
 
 def _refuse_used_image(path: str, image: str, access: Access) -> None:
-    """An image file belongs to one overlay."""
-    if not os.path.exists(image):
+    """Refuse an image file that another overlay has."""
+    identity = identity_at(image)
+    if identity is None:
         return
-    identity = identity_of(os.stat(image))
     near = overlays_near([path, image], access)
     others = [one for one in near.overlays if one.image == identity]
     if others:
@@ -223,7 +212,7 @@ def _refuse_used_image(path: str, image: str, access: Access) -> None:
 
 
 def _roots_needed(path: str, image: str, backing: str | None) -> list[str]:
-    """What users of the new overlay must allow: directories outside its own."""
+    """Return a warning about directories that users of the new overlay must allow."""
     own = home_of(path)
     named = (os.path.realpath(one) for one in (image, backing) if one is not None)
     outside = [os.path.dirname(one) for one in named if not one.startswith(own.rstrip("/") + "/")]
@@ -231,12 +220,6 @@ def _roots_needed(path: str, image: str, backing: str | None) -> list[str]:
         return []
     roots = " ".join(f"--root {one}" for one in dict.fromkeys(outside))
     return [f"{path}: it names files outside its directory; its users will need {roots}"]
-
-
-def _refuse_in_chain(image: str, used: list[tuple[int, int]]) -> None:
-    status = os.stat(image)
-    if (status.st_dev, status.st_ino) in used:
-        raise ImageError(path=image, problem="the backing chain uses this file; name another image")
 
 
 def _chosen_size(path: str, size: int | None, image: str, backing_size: int | None) -> int:
@@ -250,7 +233,7 @@ def _chosen_size(path: str, size: int | None, image: str, backing_size: int | No
                 "is never cut; leave the size out or give a larger one",
             )
         return size
-    # An empty file is what a create cut off in its first moments leaves: it has no size to take.
+    # A create that was cut off early leaves an empty file, whose size means nothing.
     if existing:
         return raw_size(existing)
     if backing_size is not None:
@@ -278,7 +261,7 @@ def _existing_length(image: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Names:
-    """The header of the new file and the names that stand right behind it."""
+    """The header of the new file, and the names right behind it."""
 
     header: Header
     names: bytes
@@ -320,29 +303,28 @@ class _Names:
 
 
 class _Making:
-    """The files being made or grown: on failure all is as it was, in the end all are closed."""
+    """The files that are made or grown. On failure they are removed or cut to their old length."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, readers: Readers = EVERYBODY) -> None:
         self.access = access
         self._new: list[File] = []
         self._grown: list[tuple[File, int]] = []
-        #: Who may read a new image file.
-        self.readers = EVERYBODY
+        self._readers = readers
 
     def __enter__(self) -> _Making:
         return self
 
     def new(self, path: str, role: str = IMAGE) -> File:
-        """Create the file, which goes again on failure; a manifest was of one that is gone."""
-        # Names and bits are no data of the backing file: an .add-cow file has the usual mode.
-        file = File.create(path, self.readers if role == IMAGE else EVERYBODY)
+        """Create the file, without a manifest that an earlier file has left."""
+        # An .add-cow file holds no data of the backing file: it has the usual mode.
+        file = File.create(path, self._readers if role == IMAGE else EVERYBODY)
         self._new.append(file)
         file.role = role
         invalidate(path)
         return file
 
     def grown(self, path: str) -> File:
-        """Open a file that exists; it gets its old length back on failure."""
+        """Open a file that exists and may grow."""
         file = open_claimed(self.access, path, RESIZING, IMAGE, named=True)
         self._grown.append((file, file.length))
         return file
@@ -364,15 +346,15 @@ class _Making:
 
 
 def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[str]:
-    """Make sure that the image file has ``size`` bytes; say what the overlay will hide."""
-    told = []
+    """Make or grow the image file; return a warning when the overlay will hide its data."""
+    warnings = []
     if os.path.lexists(path):
         image = making.grown(path)
         refuse_linked([image], force=making.access.force)
         if not making.access.force:
             refuse_as_raw(image)
         if hidden and image.next_data(0) is not None:
-            told.append(f"{path}: the image file holds data that the new overlay hides")
+            warnings.append(f"{path}: the image file holds data that the new overlay hides")
         if image.length != size:
             invalidate(path)
     else:
@@ -380,7 +362,7 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
     image.grow(size)
     image.sync()
     sync_directory(path)
-    return told
+    return warnings
 
 
 def _make_cow(path: str, names: _Names, geometry: Geometry, making: _Making) -> None:

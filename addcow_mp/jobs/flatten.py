@@ -1,9 +1,9 @@
-"""Flatten: bring everything that is not local up into the image file.
+"""Flatten: copy everything that is not allocated up into the image file.
 
-Afterwards every bit is set, ALL_ALLOCATED is set last, and the raw image file alone is
-the disk. What the image held in clusters that were not local is overwritten, or emptied
-where the backing has nothing. The names in the header stay; with ``discard`` the
-``.add-cow`` file is removed once the image is durable (:mod:`addcow_mp.jobs.removal`).
+Afterwards every bit is set, ALL_ALLOCATED is set last, and the raw image file alone is the disk.
+What the image held in clusters that were not allocated is overwritten, or emptied where the backing
+file has nothing. The names in the header stay. With ``discard`` the ``.add-cow`` file is removed
+once the image is durable (:mod:`addcow_mp.jobs.removal`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.permissions import narrow, narrowed_mode
 from addcow_mp.engine.allocation import alignment, unallocated_stretches
 from addcow_mp.engine.selection import MissingClusters
-from addcow_mp.engine.space import SpaceNeeded, space_for
+from addcow_mp.engine.space import SpaceNeeded
 from addcow_mp.engine.targets import RawTarget
 from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.transfer_plan import TransferPlan
@@ -30,7 +30,7 @@ from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions,
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
 from addcow_mp.jobs.report import Estimate, Outcome, Report, ending, reporting
-from addcow_mp.jobs.transfer_job import move, refuse_unwritable
+from addcow_mp.jobs.transfer_job import estimated, move, refuse_unwritable
 
 
 def flatten(
@@ -42,11 +42,10 @@ def flatten(
     hooks: Hooks = NO_HOOKS,
     shared: Shared = ALONE,
 ) -> Report:
-    """Make every cluster of the overlay at ``path`` local.
+    """Allocate every cluster of the overlay at ``path``; one that has them all stays as it is.
 
-    An image that is there already is left as it is. When it ``verifies``, the disk is read back
-    before anything is discarded. Raises :class:`AddcowError`; refusals come before the first
-    byte is written.
+    If it ``verifies``, the disk is read back before anything is discarded. Raises
+    :class:`AddcowError`; refusals come before the first byte.
     """
     uses = DISCARD if discard else WRITE
     with reporting("flatten", path) as report, open_chain(path, uses, options.access) as overlay:
@@ -66,7 +65,7 @@ def flatten(
 def estimate(
     path: str, options: RunOptions, shared: Shared = ALONE, *, discard: bool = False
 ) -> Estimate | None:
-    """What a flatten of ``path`` would do; None when there is nothing to do.
+    """Return what a flatten of ``path`` would do; None when there is nothing to do.
 
     Raises what the flatten would be refused for.
     """
@@ -75,17 +74,14 @@ def estimate(
         if overlay.all_allocated and not discard:
             return None
         _refuse(overlay, options, shared, discard=discard)
-        written = [overlay.cow, image]
-        if overlay.all_allocated:
-            for file in written:
-                options.access.refuse_unwritable(file)
+        plan = None if overlay.all_allocated else _plan(overlay)
+        for file in (overlay.cow, image):
+            options.access.refuse_unwritable(file)
+        if plan is None:
             return Estimate(0, SpaceNeeded(), image.path, image.status.st_dev)
-        plan = _plan(overlay)
-        refuse_unwritable(plan, written, options.access)
+        refuse_unwritable(plan, [], options.access)
         _refuse_unnarrowable(overlay)
-        taken, bits = space_for(plan, options.copy_options), overlay.bitmap.hole_bytes()
-        taken = SpaceNeeded(taken.peak + bits, taken.kept + bits, taken.freed)
-        return Estimate(plan.weight, taken, image.path, image.status.st_dev)
+        return estimated(plan, options, bitmap_space=overlay.bitmap.hole_bytes())
 
 
 def _refuse(overlay: Overlay, options: RunOptions, shared: Shared, *, discard: bool) -> None:
@@ -99,8 +95,11 @@ def _refuse(overlay: Overlay, options: RunOptions, shared: Shared, *, discard: b
 
 
 def _plan(overlay: Overlay, prepare: Callable[[], object] = lambda: None) -> TransferPlan:
+    """Return what is moved. Raises where the bits that will be set do not fit."""
     refuse_short(overlay)
-    _refuse_without_room_for_bits(overlay)
+    needed, free = overlay.bitmap.hole_bytes(), overlay.cow.free_space
+    if needed > free:
+        raise SpaceError(path=overlay.path, needed=needed, free=free)
     aligned = alignment(overlay.cluster_size)
     tasks = cut(unallocated_stretches(overlay, aligned), overlay.geometry.clusters)
     selection, target = MissingClusters(overlay), RawTarget(overlay.image.file)
@@ -120,24 +119,17 @@ def _refuse_unnarrowable(overlay: Overlay) -> None:
 
 
 def _narrow(overlay: Overlay, report: Report) -> None:
-    """Let no more users read the image file than may read what is going to be copied into it."""
+    """Let no more users read the image file than may read what is copied into it."""
     image = overlay.image.file
     with image.doing(_NARROWING):
-        if narrow(image.fd, readers_of_chain(overlay.backing)):
-            if image.durable:
-                os.fsync(image.fd)  # the mode as well, before any data
-            mode = stat.S_IMODE(image.status.st_mode)
-            report.warnings.append(
-                f"{image.path}: more users could read it than its backing file; its mode is now "
-                f"{mode:04o}"
-            )
-
-
-def _refuse_without_room_for_bits(overlay: Overlay) -> None:
-    """All bits will be set: holes of the bitmap need space too."""
-    needed, free = overlay.bitmap.hole_bytes(), overlay.cow.free_space
-    if needed > free:
-        raise SpaceError(path=overlay.path, needed=needed, free=free)
+        if not narrow(image.fd, readers_of_chain(overlay.backing)):
+            return
+        if image.durable:
+            os.fsync(image.fd)  # the mode as well, before any data
+    mode = stat.S_IMODE(image.status.st_mode)
+    report.warnings.append(
+        f"{image.path}: more users could read it than its backing file; its mode is now {mode:04o}"
+    )
 
 
 def _set_flag(overlay: Overlay) -> None:

@@ -1,13 +1,12 @@
-"""Read-back: proof that what a job wrote is on the disk, and is what its guest saw before.
+"""Reads back what a job wrote: proof that the disk holds what the guest saw before.
 
-A *sight* is what a guest sees, as digests: one of the whole, and one for each group of leaves, so
-that a difference has a place. One is taken before the job; afterwards whatever the job changed is
-unmapped, synced and dropped from memory, the files are opened anew, and a second one is taken of
-what the disk gives. The job's own descriptors stay open meanwhile, and with them its locks:
-nobody else comes in between.
+The guest's view is digested before the job: as a whole, and for each group of leaves, so that a
+difference has a place. After the job, whatever it changed is unmapped, synced and dropped from
+memory, the files are opened again, and the view is digested from what the disk returns. The job's
+own descriptors stay open, and with them its locks: no other program changes the files in between.
 
-The first sight brings into memory what the job is about to move, so it is the second reading
-that costs. Nothing is remembered: who wants to know later, too, makes manifests.
+The first digest reads into memory what the job is about to move, so only the second reading costs
+time. The digests are not stored; manifests store them.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from addcow_mp.jobs.report import Report
 class ViewDigests:
     """What a guest sees in ``size`` bytes: the nodes of all groups that have data, by number.
 
-    It took reading about ``weight`` bytes.
+    ``weight``: about how many bytes were read for it.
     """
 
     size: int
@@ -57,24 +56,24 @@ class ViewDigests:
 
     @cached_property
     def digest(self) -> str:
-        """The guest's digest, in hexadecimal."""
+        """The guest digest, in hexadecimal."""
         return view_digest(self.size, self.nodes)
 
     def differing(self, other: ViewDigests) -> list[int]:
-        """The groups in which ``other``, of the same size, shows something else."""
+        """Return the groups in which ``other``, of the same size, differs."""
         zero = zero_node(1)
         numbers = sorted(self.nodes.keys() | other.nodes.keys())
         return [one for one in numbers if self.nodes.get(one, zero) != other.nodes.get(one, zero)]
 
 
 def digest_view(layer: Layer, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
-    """See the first ``size`` bytes of ``layer``. Raises :class:`RestartsError` when stopped."""
+    """Digest the first ``size`` bytes of ``layer``. Raises :class:`RestartsError` when stopped."""
     tasks = _tasks(layer, size)
     nodes = dict[int, bytes]()
 
     def failed(result: Failed) -> None:
         start, stop = result.task.first * GROUP, min(result.task.stop * GROUP, layer.size)
-        action = f"look at what is seen from {start} to {stop}"
+        action = f"read what the guest sees from {start} to {stop}"
         raise FileError(path=layer.path, action=action, reason=str(result.error))
 
     scan_hooks = ScanHooks(layer.path, failed, hooks.stopping, progress=hooks.progress)
@@ -93,9 +92,9 @@ def _tasks(layer: Layer, size: int) -> list[Task]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What is to be read back: the view of ``layer``, all of whose bytes a job is to preserve.
+    """What is read back: the view of ``layer``, which a job must preserve.
 
-    ``written`` is the layer that receives data, ``changed`` are all whose files change.
+    ``written``: the layer that receives data. ``changed``: all layers whose files change.
     """
 
     layer: Layer
@@ -112,11 +111,10 @@ class Proof:
 def reading_back(
     overlay: Overlay, proof: Proof | None, options: RunOptions, hooks: Hooks, report: Report
 ) -> Iterator[Hooks]:
-    """Around a job after which ``proof`` shall show what ``overlay`` shows; None asks for none.
+    """Around a job after which ``proof`` must show what ``overlay`` shows; None = read nothing.
 
     Yields the hooks of the job itself. Raises :class:`ReadBackError` for other content,
-    :class:`NotReadBackError` when it is stopped, and :class:`UnverifiedError` for whatever else
-    keeps it from an answer.
+    :class:`NotReadBackError` when it is stopped, and :class:`UnverifiedError` when it fails.
     """
     if proof is None:
         yield hooks
@@ -127,8 +125,8 @@ def reading_back(
     before = digest_view(overlay, overlay.size, options, hooks.within(0, 0))
     weight = before.weight
     yield hooks.within(weight, weight)
-    # Our own locks stand against everybody, and so against a second opening as well; and what is
-    # opened from the middle of the chain on may name what lies beside its top.
+    # The job's own locks also conflict with a second opening. And a layer in the middle of the
+    # chain may name files beside the top of it.
     access = options.access.beside(overlay.cow.base)._replace(share=True)
     options = replace(options, access=access)
     after = _read_back(proof, before.size, options, hooks.within(2 * weight, 0))
@@ -141,15 +139,15 @@ def reading_back(
 
 def _read_back(proof: Proof, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
     try:
-        return _seen_anew(proof, size, options, hooks)
+        _drop_from_memory(proof)
+        return _digest_again(proof, size, options, hooks)
     except StoppedError:
         raise NotReadBackError(path=proof.path) from None
     except AddcowError as error:
         raise UnverifiedError(path=proof.path, cause=str(error)) from error
 
 
-def _seen_anew(proof: Proof, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
-    expected = proof.layer.size
+def _drop_from_memory(proof: Proof) -> None:
     for one in proof.changed:
         if isinstance(one, Overlay):
             one.bitmap.unmap()
@@ -158,15 +156,18 @@ def _seen_anew(proof: Proof, size: int, options: RunOptions, hooks: Hooks) -> Vi
     if faults.armed:
         with next(proof.written.files()).doing("read it back"):
             faults.hit("read_back")
+
+
+def _digest_again(proof: Proof, size: int, options: RunOptions, hooks: Hooks) -> ViewDigests:
     format_ = ADD_COW if isinstance(proof.layer, Overlay) else RAW
-    with closing(open_layer(proof.layer.path, format_, access=options.access)) as anew:
-        if anew.size != expected:
-            problem = f"it is {anew.size} bytes large, and was {expected}"
-            raise ImageError(path=next(anew.files()).path, problem=problem)
-        return digest_view(anew, size, options, hooks)
+    with closing(open_layer(proof.layer.path, format_, access=options.access)) as layer:
+        if layer.size != proof.layer.size:
+            problem = f"it is {layer.size} bytes large, and was {proof.layer.size}"
+            raise ImageError(path=next(layer.files()).path, problem=problem)
+        return digest_view(layer, size, options, hooks)
 
 
 def _own_files(layer: Layer) -> list[File]:
-    """The files of this layer alone."""
+    """Return the files of this layer alone."""
     own = [next(layer.files())]
     return [*own, layer.cow] if isinstance(layer, Overlay) else own

@@ -1,8 +1,8 @@
-"""Removal of an ``.add-cow`` file whose image file is the whole disk.
+"""Removes an ``.add-cow`` file whose image file is the whole disk.
 
-Afterwards the raw file alone is the guest's disk, and a raw disk is all of its bytes. So bytes
-behind the overlay's virtual size, which no guest has seen, are cut off first, durably. Whatever
-interrupts this, the disk is one of the two: the overlay, or the raw file without such bytes.
+Afterwards the raw file alone is the guest's disk, with all of its bytes. So bytes behind the
+overlay's virtual size, which no guest has seen, are cut off first, durably. Whatever interrupts
+this, the disk is one of the two: the overlay, or the raw file without such bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from addcow_mp.jobs.report import Outcome, Report, ending
 
 
 def changed_by_removal(overlay: Overlay) -> list[File]:
-    """The files that :func:`remove` changes: other overlays may need them."""
+    """Return the files that :func:`remove` changes; other overlays may need them."""
     return [overlay.cow, *([overlay.image.file] if _is_longer(overlay) else [])]
 
 
@@ -28,7 +28,7 @@ def _is_longer(overlay: Overlay) -> bool:
 
 
 def refuse_unremovable(overlay: Overlay) -> None:
-    """Raise where no file can be removed."""
+    """Raise where the ``.add-cow`` file or its manifest cannot be removed."""
     for path in (overlay.cow.real, manifest_of(overlay.path)):
         is_there = path == overlay.cow.real or is_manifest(path)
         reason = why_not_removable(path) if is_there else None
@@ -38,10 +38,10 @@ def refuse_unremovable(overlay: Overlay) -> None:
 
 
 def remove(overlay: Overlay, report: Report) -> None:
-    """Remove the ``.add-cow`` file itself, also when it was named by a symbolic link.
+    """Remove the ``.add-cow`` file, also when a symbolic link named it.
 
-    All clusters are allocated. Its image file is open for resizing, and has what it needs.
-    Raises :class:`CleanupError`, which says what is done.
+    All its clusters are allocated, and its image file is open for resizing. Raises
+    :class:`CleanupError`, which says what is done.
     """
     with ending(overlay.path, "flattened", "the .add-cow file was not removed"):
         _remove(overlay, report)
@@ -73,7 +73,7 @@ def _refuse_replaced(overlay: Overlay, path: str) -> None:
 
 
 def _cut_image(overlay: Overlay) -> None:
-    """Cut the image file to the virtual size; what a manifest says of it, as a raw disk, goes."""
+    """Cut the image file to the virtual size; this invalidates its manifest as a raw disk."""
     if not _is_longer(overlay):
         return
     image = overlay.image.file

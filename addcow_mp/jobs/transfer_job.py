@@ -10,12 +10,12 @@ from addcow_mp.device.manifest_file import invalidate_all, refuse_unremovable_ma
 from addcow_mp.engine.done_map import DoneMap, Totals
 from addcow_mp.engine.pool import ParentRole, Pool
 from addcow_mp.engine.publisher import Publisher
-from addcow_mp.engine.space import refuse_without_space
+from addcow_mp.engine.space import SpaceNeeded, refuse_without_space, space_for
 from addcow_mp.engine.transfer import Transfer
 from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.engine.transfer_run import Processes, TransferRun, run_transfer, workers_for
 from addcow_mp.jobs.options import Hooks, RunOptions
-from addcow_mp.jobs.report import Report
+from addcow_mp.jobs.report import Estimate, Report
 from addcow_mp.units import GiB
 
 #: Copying so many bytes takes longer, on any machine, than starting a process.
@@ -31,6 +31,13 @@ def refuse_unwritable(plan: TransferPlan, written: list[File], access: Access) -
         access.refuse_unwritable(file)
     for layer in plan.changed:
         refuse_unremovable_manifests(layer)
+
+
+def estimated(plan: TransferPlan, options: RunOptions, bitmap_space: int = 0) -> Estimate:
+    """Return what ``plan`` would do; its bits take ``bitmap_space`` bytes."""
+    file, space = plan.target.file, space_for(plan, options.copy_options)
+    space = SpaceNeeded(space.peak + bitmap_space, space.kept + bitmap_space, space.freed)
+    return Estimate(plan.weight, space, file.path, file.status.st_dev, plan.gives_back)
 
 
 def move(

@@ -1,8 +1,8 @@
-"""Writing as a guest does: an overlay that is open for reading and writing.
+"""Opens an overlay for reading and writing, as a guest does.
 
-What would be refused to a job is refused to the first write, before it changes anything: other
-overlays depend on this one or its files, or these have several hard links. Until then the
-overlay is only read, which depends on nobody.
+The first write is refused where a job would be, before it changes anything: when other overlays
+depend on this one or its files, or when these have several hard links. Until then the overlay is
+only read, which needs no permission.
 """
 
 from __future__ import annotations
