@@ -178,7 +178,7 @@ def _refuse_same(path: str, image: str, backing: str | None) -> None:
 def _backing(
     backing: str | None, format_: str | None, image: str, access: Access
 ) -> tuple[int | None, Readers]:
-    """Return the backing file's virtual size and its readers, who may read its data in the image."""
+    """Return the backing file's virtual size, and who may read it: its data goes into the image."""
     if backing is None or format_ is None:
         return None, EVERYBODY
     layer = open_layer(backing, format_, access=access)
