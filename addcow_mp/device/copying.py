@@ -106,7 +106,6 @@ class Copier:
         self.moved: dict[CopyMethod, int] = {}
         #: Methods that do not work from a source, by its descriptor.
         self._cannot: set[tuple[CopyMethod, int]] = set()
-        self._preallocates = filesystem_of(target) == "ext4"
         self._block = target.block_size
         self._direct: dict[int, int] = {}
         self._views: dict[int, memoryview] = {}
@@ -143,11 +142,15 @@ class Copier:
     def preallocate(self, start: int, stop: int) -> None:
         """Make the file system allocate ``[start, stop)``, which is copied next, in one extent."""
         plain = not self.copy_options.direct and not self.copy_options.sparse
-        if plain and self._preallocates and stop - start >= PREALLOCATE_FROM:
+        if plain and stop - start >= PREALLOCATE_FROM and self._preallocates:
             data = self.target.next_data(start)
             if data is None or data >= stop:
                 with self.target.doing(f"allocate {stop - start} bytes at {start}"):
                     self._preallocates = holes.allocate(self.target.fd, start, stop)
+
+    @cached_property
+    def _preallocates(self) -> bool:
+        return filesystem_of(self.target) == "ext4"
 
     @property
     def copies_plainly(self) -> bool:

@@ -66,24 +66,28 @@ class Checkpoints:
         """Return the clusters of all tasks that had not ended at the last checkpoint."""
         return list(between(self._ended, 0, self._geometry.clusters))
 
-    def _begin(self, *, last: bool = False) -> None:
+    def _begin(self) -> None:
         self.wait()
         if self.failed:
             return
+        finished = self._collect()
+        thread = threading.Thread(target=self._publish, args=(finished, self._total))
+        try:
+            thread.start()
+        except RuntimeError:  # no room for a thread: the caller publishes
+            self._publish(finished, self._total)
+        else:
+            self._thread = thread
+
+    def _collect(self) -> Finished:
+        """Return what the next checkpoint publishes."""
         self._last = time.monotonic()
         self._counted, self._total = self._done_map.totals, self._done_map.total
         new, self._new = list(merged(sorted(self._new))), []
         self._ended = list(merged(sorted((*self._ended, *new))))
-        finished = Finished(new, self._under_way())
-        thread = threading.Thread(target=self._publish, args=(finished, self._total, last))
-        try:
-            thread.start()
-        except RuntimeError:  # no room for a thread: the caller publishes
-            self._publish(finished, self._total, last)
-        else:
-            self._thread = thread
+        return Finished(new, self._under_way())
 
-    def _publish(self, finished: Finished, total: int, last: bool) -> None:
+    def _publish(self, finished: Finished, total: int, *, last: bool = False) -> None:
         try:
             self._publisher.checkpoint(finished, self._geometry, last=last)
             self._done_map.publish(total)
@@ -105,8 +109,8 @@ class Checkpoints:
         """Publish the rest. Raises the error of this or an earlier checkpoint."""
         self.wait()
         marks = self._done_map.marks(TOP)
-        if self._new or any(marks.any(*run) for run in self._under_way()):
-            self._begin(last=True)
-            self.wait()
+        has_more = self._new or any(marks.any(*run) for run in self._under_way())
+        if has_more and not self.failed:
+            self._publish(self._collect(), self._total, last=True)
         if self._error is not None:
             raise self._error
