@@ -44,10 +44,9 @@ class DoneMap:
     def __init__(self, layers: tuple[int, ...], slots: int, fd: int) -> None:
         self._layout = (layers, slots)
         self._fd = fd
-        end = slots * _SLOT
-        self._memory = memoryview(mmap.mmap(fd, _page(end + _SLOT)))
-        self._counters = self._memory[:end].cast("Q")
-        self._published = self._memory[end : end + 8].cast("Q")
+        # Behind the counters of all processes stands how many bytes are published.
+        self._counters = memoryview(mmap.mmap(fd, _page((slots + 1) * _SLOT))).cast("Q")
+        self._end = slots * COUNTERS
         starts = _starts(layers, slots)
         self._marks = [
             MappedBits(fd, start, clusters, "the done map", writable=True)
@@ -86,28 +85,27 @@ class DoneMap:
     @property
     def total(self) -> int:
         """The bytes that all processes have moved so far."""
-        return sum(self._counters[::COUNTERS])
+        return sum(self._counters[: self._end : COUNTERS])
 
     @property
     def totals(self) -> tuple[int, ...]:
         """The sum of each counter over all processes."""
-        return tuple(sum(self._counters[number::COUNTERS]) for number in range(COUNTERS))
+        counters = self._counters[: self._end]
+        return tuple(sum(counters[number::COUNTERS]) for number in range(COUNTERS))
 
     @property
     def unpublished(self) -> int:
         """The bytes that no finished checkpoint covers."""
-        return self.total - self._published[0]
+        return self.total - self._counters[self._end]
 
     def publish(self, total: int) -> None:
         """Store that the first ``total`` bytes that were moved are published."""
-        self._published[0] = total
+        self._counters[self._end] = total
 
     def close(self) -> None:
         """Release the shared memory."""
         self._marks.clear()
         self._counters.release()
-        self._published.release()
-        self._memory.release()
         os.close(self._fd)
 
 

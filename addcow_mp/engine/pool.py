@@ -321,17 +321,14 @@ class Pool:
     def _do_here(self, order: Order) -> None:
         """Do a task in the parent; measure whether the others are worth more processes."""
         begun = time.monotonic()
-        self._record(order.number, attempt(*self._attempted(order)))
+        work, context = self._assigned[order.number]
+        self._record(order.number, attempt(work, order.task, context))
         seconds = time.monotonic() - begun
         # The first task includes one-time costs, and says little about the others.
         if self._parent_role is ParentRole.FIRST and self._done_here and not self._pays:
             left = sum(one.task.weight for one in self._waiting)
             self._pays = seconds * left > WORTH * max(1, order.task.weight)
         self._done_here += 1
-
-    def _attempted(self, order: Order) -> tuple[Work, Task, WorkerContext]:
-        work, context = self._assigned[order.number]
-        return work, order.task, context
 
     # Starting processes
 
