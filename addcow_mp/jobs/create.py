@@ -95,17 +95,17 @@ def create(
     access = access or Access()
     refuse_existing(path)
     _check_options(path, cluster_size, image_format, backing, backing_format)
-    image_file = _image_file(path, image)
+    image_file = beside(path, default_image(path)) if image is None else locate(path, image)
     backing_file = None if backing is None else locate(path, backing)
     image_path, backing_path = image_file.path, backing_file and backing_file.path
     _refuse_same(path, image_path, backing_path)
     backing_size, readers = _backing(backing_path, backing_format, image_path, access)
     _refuse_used_image(path, image_path, access)
     size = _chosen_size(path, size, image_path, backing_size)
-    names = _Names.of(path, cluster_size, image_file, backing_file, backing_format)
+    head = _head(path, cluster_size, image_file, backing_file, backing_format)
     with _Making(access, readers) as making:
         warnings = _make_image(image_path, size, making, hidden=backing_path is not None)
-        _make_cow(path, names, Geometry(size, cluster_size), making)
+        _make_cow(path, head, Geometry(size, cluster_size), making)
         sync_directory(path)
     return Created(size, warnings + _roots_needed(path, image_path, backing_path))
 
@@ -121,10 +121,6 @@ def default_image(path: str) -> str:
     return os.path.join(home_of(path), os.path.splitext(os.path.basename(path))[0] + ".raw")
 
 
-def _image_file(path: str, image: str | None) -> Located:
-    return beside(path, default_image(path)) if image is None else locate(path, image)
-
-
 # Options
 
 
@@ -133,26 +129,19 @@ def _check_options(
 ) -> None:
     smallest, largest = 1 << MIN_CLUSTER_BITS, 1 << MAX_CLUSTER_BITS
     if not smallest <= cluster_size <= largest or cluster_size & (cluster_size - 1):
-        raise UsageError(
-            message=f"invalid cluster_size {cluster_size}: give a power of two from "
-            f"{smallest // KiB}k to {largest // KiB}k"
-        )
+        limits = f"give a power of two from {smallest // KiB}k to {largest // KiB}k"
+        raise UsageError(message=f"invalid cluster_size {cluster_size}: {limits}")
     if image_format != RAW:
-        raise UnsupportedError(
-            path=path, problem=f"image_fmt '{image_format}' is not supported, the image file is raw"
-        )
+        problem = f"image_fmt '{image_format}' is not supported, the image file is raw"
+        raise UnsupportedError(path=path, problem=problem)
     if backing is None and backing_format is not None:
         raise UsageError(message=f"a backing format ('{backing_format}') needs a backing file: -b")
     if backing is not None and backing_format is None:
-        raise UsageError(
-            message=f"backing file '{backing}' needs its format, which is never guessed: "
-            "-F raw or -F add-cow"
-        )
+        needs = f"backing file '{backing}' needs its format, which is never guessed"
+        raise UsageError(message=f"{needs}: -F raw or -F add-cow")
     if backing_format not in (None, RAW, ADD_COW):
-        raise UnsupportedError(
-            path=path,
-            problem=f"backing format '{backing_format}' is not supported; convert it to raw first",
-        )
+        problem = f"backing format '{backing_format}' is not supported; convert it to raw first"
+        raise UnsupportedError(path=path, problem=problem)
 
 
 def _whole_sectors(size: int) -> int:
@@ -227,21 +216,17 @@ def _chosen_size(path: str, size: int | None, image: str, backing_size: int | No
     if size is not None:
         size = _whole_sectors(size)
         if existing is not None and size < existing:
-            raise ImageError(
-                path=image,
-                problem=f"it is larger ({existing} bytes) than the size asked for ({size}), and "
-                "is never cut; leave the size out or give a larger one",
-            )
+            larger = f"it is larger ({existing} bytes) than the size asked for ({size})"
+            remedy = "and is never cut; leave the size out or give a larger one"
+            raise ImageError(path=image, problem=f"{larger}, {remedy}")
         return size
     # A create that was cut off early leaves an empty file, whose size means nothing.
     if existing:
         return raw_size(existing)
     if backing_size is not None:
         return backing_size
-    raise UsageError(
-        message=f"{path}: give a size, for there is neither an image file with data "
-        "nor a backing file"
-    )
+    nothing = "there is neither an image file with data nor a backing file"
+    raise UsageError(message=f"{path}: give a size, for {nothing}")
 
 
 def _existing_length(image: str) -> int | None:
@@ -259,44 +244,31 @@ def _existing_length(image: str) -> int | None:
 # Names
 
 
-@dataclass(frozen=True)
-class _Names:
-    """The header of the new file, and the names right behind it."""
-
-    header: Header
-    names: bytes
-
-    @classmethod
-    def of(
-        cls,
-        path: str,
-        cluster_size: int,
-        image: Located,
-        backing: Located | None,
-        backing_format: str | None,
-    ) -> _Names:
-        image_name = image.stored(path, "image", IMAGE_NAME_LIMIT)
-        backing_name = (
-            b"" if backing is None else backing.stored(path, "backing", BACKING_NAME_LIMIT)
-        )
-        size = header_size(cluster_size)
-        if FIXED_SIZE + len(backing_name) + len(image_name) > size:
-            raise ImageError(
-                path=path,
-                problem=f"the names of its files do not fit into {size - FIXED_SIZE} bytes; "
-                "use shorter names or larger clusters",
-            )
-        header = Header(
-            backing_offset=FIXED_SIZE if backing_name else 0,
-            backing_size=len(backing_name),
-            image_offset=FIXED_SIZE + len(backing_name),
-            image_size=len(image_name),
-            cluster_bits=cluster_size.bit_length() - 1,
-            compatible_features=0 if backing_name else ALL_ALLOCATED,
-            header_size=size,
-            backing_format=(backing_format or "").encode(),
-        )
-        return cls(header, backing_name + image_name)
+def _head(
+    path: str,
+    cluster_size: int,
+    image: Located,
+    backing: Located | None,
+    backing_format: str | None,
+) -> bytes:
+    """Return the header of the new file and the names right behind it."""
+    image_name = image.stored(path, "image", IMAGE_NAME_LIMIT)
+    backing_name = b"" if backing is None else backing.stored(path, "backing", BACKING_NAME_LIMIT)
+    size, names = header_size(cluster_size), backing_name + image_name
+    if FIXED_SIZE + len(names) > size:
+        problem = f"the names of its files do not fit into {size - FIXED_SIZE} bytes"
+        raise ImageError(path=path, problem=f"{problem}; use shorter names or larger clusters")
+    header = Header(
+        backing_offset=FIXED_SIZE if backing_name else 0,
+        backing_size=len(backing_name),
+        image_offset=FIXED_SIZE + len(backing_name),
+        image_size=len(image_name),
+        cluster_bits=cluster_size.bit_length() - 1,
+        compatible_features=0 if backing_name else ALL_ALLOCATED,
+        header_size=size,
+        backing_format=(backing_format or "").encode(),
+    )
+    return header.pack() + names
 
 
 # Making
@@ -365,8 +337,8 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
     return warnings
 
 
-def _make_cow(path: str, names: _Names, geometry: Geometry, making: _Making) -> None:
+def _make_cow(path: str, head: bytes, geometry: Geometry, making: _Making) -> None:
     cow = making.new(path, COW)
-    cow.grow(names.header.header_size + geometry.bitmap_length)
-    cow.write(names.header.pack() + names.names, 0)
+    cow.grow(header_size(geometry.cluster_size) + geometry.bitmap_length)
+    cow.write(head, 0)
     cow.sync()
