@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.plan import Plan, State, Step
-from addcow_mp.jobs.report import Reach, Report
+from addcow_mp.jobs.report import Outcome, Report
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,10 @@ class ImageResult:
         report = outcome.report
         if report is None:  # its process died
             return cls(step, State.FAILED, outcome)
-        if report.stopped:
-            return cls(step, State.STOPPED, outcome, report)
-        if report.reach is Reach.LOOKING:
+        if report.outcome is Outcome.REFUSED:
             return cls(step, State.REFUSED, outcome)
-        return cls(step, State.FAILED, outcome, report)
+        is_stopped = report.outcome in (Outcome.STOPPED, Outcome.NOT_READ_BACK)
+        return cls(step, State.STOPPED if is_stopped else State.FAILED, outcome, report)
 
     @property
     def path(self) -> str:
@@ -51,8 +50,7 @@ class ImageResult:
     @property
     def lacks_verifying(self) -> bool:
         """Whether the job was stopped after its work, before all of it was read back."""
-        is_done = self.report is not None and self.report.reach is Reach.DONE
-        return self.state is State.STOPPED and is_done
+        return self.report is not None and self.report.outcome is Outcome.NOT_READ_BACK
 
 
 @dataclass(frozen=True)
