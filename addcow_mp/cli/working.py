@@ -32,65 +32,49 @@ def working(
     """
     if idle:
         use_idle_priority()
-    with (
-        in_background(),
-        signals.stop_requests() as met,
-        shown(*progress) as show,
-        _asked(show) as tell,
-    ):
-        state = _State(tell, counts_images=counts_images)
+    with in_background(), signals.stop_requests() as received, shown(*progress) as show:
+        display = _Display(show, counts_images=counts_images)
+        old = signal.signal(signal.SIGUSR1, display.request_line)
         try:
             yield Hooks(
-                state.progress,
-                partial(bool, met),
-                state.counted,
+                display.progress,
+                partial(bool, received),
+                display.counted,
                 ignore if quiet else note,
                 signals.interruptible,
             )
         except StoppedError as error:
             raise signals.by_signal(error) from error
+        finally:
+            signal.signal(signal.SIGUSR1, old)
     results.job_is_done()
 
 
-class _State:
-    """Bytes and images, told apart by a job and shown together."""
+class _Display:
+    """Shows the bytes and images that a job counts, and one line on stderr after SIGUSR1."""
 
-    def __init__(self, tell: Show, *, counts_images: bool) -> None:
-        self._tell = tell
+    def __init__(self, show: Show, *, counts_images: bool) -> None:
+        self._show = show
         self._bytes = (0, 0)
         self._counts_images = counts_images
+        self._is_line_due = False
+
+    def request_line(self, *_: object) -> None:
+        self._is_line_due = True
 
     def progress(self, done: int, total: int) -> None:
-        """Take note of bytes."""
         self._bytes = done, total
         if not self._counts_images:
-            self._tell(Progress(done, total))
+            self._update(Progress(done, total))
 
     def counted(self, done: int, total: int) -> None:
-        """Take note of images."""
         if self._counts_images:
-            self._tell(Progress(*self._bytes, done, total))
+            self._update(Progress(*self._bytes, done, total))
 
-
-@contextmanager
-def _asked(show: Show) -> Iterator[Show]:
-    """``show``, and one more line on stderr whenever SIGUSR1 has come."""
-    asked: list[int] = []
-    old = signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
-
-    def tell(progress: Progress) -> None:
-        show(progress)
-        if asked:
-            asked.clear()
-            write_progress(_answer(progress))
-
-    try:
-        yield tell
-    finally:
-        signal.signal(signal.SIGUSR1, old)
-
-
-def _answer(progress: Progress) -> str:
-    if progress.images and not progress.bytes:
-        return f"    {progress.images_done} of {progress.images} images"
-    return bytes_line(progress)
+    def _update(self, progress: Progress) -> None:
+        self._show(progress)
+        if self._is_line_due:
+            self._is_line_due = False
+            counts_only = progress.images and not progress.bytes
+            images = f"    {progress.images_done} of {progress.images} images"
+            write_progress(images if counts_only else bytes_line(progress))
