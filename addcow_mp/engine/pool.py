@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from addcow_mp.engine.fd_passing import Packed, UnstartedError, lend
 from addcow_mp.engine.stop_flag import StopFlag, never
-from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.tasks import TASK_BYTES, Task
 from addcow_mp.engine.throttle import Throttle, share_of
 from addcow_mp.engine.worker import (
     OWN,
@@ -92,6 +92,18 @@ class DiedError(AddcowError):
 def usable_cpus() -> int:
     """Return how many processors this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def workers_for(jobs: int | None, tasks: Sequence[Task], most: int | None = None) -> int:
+    """Return how many processes to start: ``jobs``, by default ``most`` or the usable processors.
+
+    A single small task is done in this process: starting another takes longer.
+    """
+    if jobs is not None:
+        return min(jobs, len(tasks))
+    if sum(task.weight for task in tasks) <= TASK_BYTES:
+        return 0
+    return min(most or usable_cpus(), len(tasks))
 
 
 class _Assigned(NamedTuple):

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from addcow_mp.engine.pool import ParentRole, Pool, usable_cpus
+from addcow_mp.engine.pool import ParentRole, Pool, usable_cpus, workers_for
 from addcow_mp.engine.stop_flag import never
-from addcow_mp.engine.tasks import TASK_BYTES, Task
+from addcow_mp.engine.tasks import Task
 from addcow_mp.engine.transfer_run import OnProgress, no_progress
 from addcow_mp.engine.worker import Failed, Work
 from addcow_mp.errors import RestartsError, StoppedError
@@ -47,12 +47,10 @@ class ScanOptions:
 
     def processes(self, tasks: Sequence[Task]) -> int:
         """The number of processes to start for ``tasks``, without this one."""
-        if self.jobs is not None:
-            return self.jobs if self.counts else min(self.jobs, len(tasks))
-        if not self.counts and sum(task.weight for task in tasks) <= TASK_BYTES:
-            return 0
         most = 1 if self.rate else usable_cpus()
-        return most if self.counts else min(most, len(tasks))
+        if self.counts:
+            return most if self.jobs is None else self.jobs
+        return workers_for(self.jobs, tasks, most)
 
     @property
     def parent_role(self) -> ParentRole:

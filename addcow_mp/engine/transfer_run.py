@@ -7,17 +7,17 @@ bytes itself: neither a checkpoint nor a stop waits for the end of a task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
 from addcow_mp.engine.checkpoints import Checkpoints
 from addcow_mp.engine.done_map import DoneMap
 from addcow_mp.engine.fd_passing import UnstartedError
-from addcow_mp.engine.pool import ParentRole, Pool, usable_cpus
+from addcow_mp.engine.pool import ParentRole, Pool
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.stop_flag import never
-from addcow_mp.engine.tasks import TASK_BYTES, Task
+from addcow_mp.engine.tasks import Task
 from addcow_mp.engine.worker import Done, Failed, Work
 from addcow_mp.errors import StoppedError, SyncError, WorkerError
 from addcow_mp.format.geometry import Geometry
@@ -28,18 +28,6 @@ OnProgress = Callable[[int, int], None]
 
 def no_progress(done: int, total: int) -> None:
     """Show nothing."""
-
-
-def workers_for(jobs: int | None, tasks: Sequence[Task]) -> int:
-    """Return how many processes to start: ``jobs``, by default the usable processors.
-
-    A single small task is done in this process: starting another takes longer.
-    """
-    if jobs is not None:
-        return min(jobs, len(tasks))
-    if sum(task.weight for task in tasks) <= TASK_BYTES:
-        return 0
-    return min(usable_cpus(), len(tasks))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from addcow_mp.device.copying import CopyOptions
 from addcow_mp.device.files import File
 from addcow_mp.device.manifest_file import invalidate_all, refuse_unremovable_manifests
 from addcow_mp.engine.done_map import DoneMap, Totals
-from addcow_mp.engine.pool import ParentRole, Pool
+from addcow_mp.engine.pool import ParentRole, Pool, workers_for
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.space import SpaceNeeded, refuse_without_space, space_for
 from addcow_mp.engine.transfer import Transfer
 from addcow_mp.engine.transfer_plan import TransferPlan
-from addcow_mp.engine.transfer_run import Processes, TransferRun, run_transfer, workers_for
+from addcow_mp.engine.transfer_run import Processes, TransferRun, run_transfer
 from addcow_mp.jobs.options import Hooks, RunOptions
 from addcow_mp.jobs.report import Estimate, Report
 from addcow_mp.units import GiB

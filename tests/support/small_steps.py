@@ -52,16 +52,16 @@ def take_small_steps() -> None:
     from addcow_mp.engine import (
         allocation,
         checkpoints,
+        pool,
         run_marks,
         space,
         tasks,
         transfer,
         transfer_plan,
-        transfer_run,
     )
 
     taken = set()
-    modules = (tasks, transfer_run, checkpoints, space, allocation, transfer, run_marks)
+    modules = (tasks, pool, checkpoints, space, allocation, transfer, run_marks)
     for module in (*modules, transfer_plan):
         for name in SMALL.keys() & vars(module).keys():
             setattr(module, name, SMALL[name])
