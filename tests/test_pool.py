@@ -100,9 +100,8 @@ def run(
     results: dict[int, Result] = {}
     with Pool(work, jobs) as pool:
         for result in pool.run(tasks, stopping):
-            if result is not None:
-                assert result.task.number not in results
-                results[result.task.number] = result
+            assert result.task.number not in results
+            results[result.task.number] = result
     return results
 
 
@@ -151,8 +150,7 @@ def test_slow_task_does_not_delay_other_workers(tmp_path: Path) -> None:
     done = []
     with Pool(work, 2) as pool:
         for result in pool.run(tasks):
-            if result is not None:
-                done.append(result.task.number)
+            done.append(result.task.number)
             # What the slow worker was given ahead of time waits with it.
             if len(done) == 10 - AHEAD and work.gate.exists():
                 work.gate.write_bytes(b"go")
@@ -173,7 +171,7 @@ def test_every_task_is_done_once_in_every_role_of_the_parent(
     with Pool(Plain(tmp_path), jobs, parent_role=part) as pool:
         for result in pool.run(tasks):
             most = max(most, len(own_children()))
-            results += [result] if result is not None else []
+            results.append(result)
     all_done({result.task.number: result for result in results}, tasks)
     assert len(results) == 40
     here = {number for number, process in log_of(tmp_path) if process == os.getpid()}
@@ -197,7 +195,7 @@ def test_large_job_starts_workers_after_the_second_task(tmp_path: Path) -> None:
     """Told by weight: the second task is a trillionth of the job."""
     tasks = [replace(task, weight=10 ** (12 * (task.number != 1))) for task in tasks_of(20)]
     with Pool(Plain(tmp_path), 3, parent_role=ParentRole.FIRST) as pool:
-        results = (one for one in pool.run(tasks) if one is not None)
+        results = pool.run(tasks)
         assert next(results).task.number == 0
         assert not own_children()
         assert next(results).task.number == 1
@@ -214,7 +212,7 @@ def test_workers_can_be_started_before_there_are_tasks(tmp_path: Path, part: Par
         pool.start(9)
         started = own_children()
         assert len(started) == others
-        results = [one for one in pool.run(tasks_of(40)) if one is not None]
+        results = list(pool.run(tasks_of(40)))
         assert own_children() == started
     all_done({result.task.number: result for result in results}, tasks_of(40))
     with Pool(Plain(tmp_path), 3, parent_role=part) as pool:
@@ -227,7 +225,7 @@ def test_worker_may_die_before_there_are_tasks(tmp_path: Path) -> None:
         pool.start(9)
         (process,) = active_children()
         process.kill()
-        all_done({one.task.number: one for one in pool.run(tasks_of(9)) if one}, tasks_of(9))
+        all_done({one.task.number: one for one in pool.run(tasks_of(9))}, tasks_of(9))
 
 
 @pytest.mark.parametrize("part", [ParentRole.FULL, ParentRole.FIRST])
@@ -235,7 +233,7 @@ def test_parent_begins_no_task_after_a_stop_request(tmp_path: Path, part: Parent
     results: list[Result] = []
     with Pool(Plain(tmp_path), 2, parent_role=part) as pool:
         for result in pool.run(tasks_of(400), partial(any, results)):
-            results.extend([result] if result is not None else [])
+            results.append(result)  # noqa: PERF402 - it is asked meanwhile
     assert len(log_of(tmp_path)) == len(results) < 10
 
 
@@ -347,8 +345,7 @@ def test_suspected_task_is_retried_in_a_new_process(tmp_path: Path) -> None:
     results: dict[int, Result] = {}
     with Pool(work, 3) as pool:
         for result in pool.run(tasks_of(6)):
-            if result is not None:
-                results[result.task.number] = result
+            results[result.task.number] = result
             # All but the slow one and what was given to it ahead of time: others are idle.
             if len(results) == 6 - AHEAD and work.gate.exists():
                 assert 0 not in results
@@ -381,11 +378,10 @@ def test_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
     results = []
     with Pool(Plain(tmp_path), 1) as pool:
         for result in pool.run(tasks):
-            if result is not None:
-                results.append(result)
-                if not killed:
-                    os.kill(tries(tmp_path)[result.task.number][0], signal.SIGKILL)
-                    killed = True
+            results.append(result)
+            if not killed:
+                os.kill(tries(tmp_path)[result.task.number][0], signal.SIGKILL)
+                killed = True
     all_done({result.task.number: result for result in results}, tasks)
     assert len(results) == 8
 
@@ -406,8 +402,7 @@ def test_pool_finishes_begun_tasks_after_a_stop_request(tmp_path: Path, jobs: in
     results: dict[int, Result] = {}
     with Pool(Plain(tmp_path), jobs) as pool:
         for result in pool.run(tasks, stop.is_set):
-            if result is not None:
-                results[result.task.number] = result
+            results[result.task.number] = result
             if len(results) >= 3:
                 stop.set()
     all_done(results, [tasks[number] for number in results])
@@ -423,7 +418,7 @@ def test_suspected_task_is_not_retried_after_a_stop_request(tmp_path: Path) -> N
     results = []
     with Pool(work, 2) as pool:
         for result in pool.run(tasks_of(4), stop.is_set):
-            results += [result] if result is not None else []
+            results.append(result)
             if results and not stop.is_set():
                 stop.set()
                 work.gate.write_bytes(b"go")
@@ -436,7 +431,7 @@ def test_leaving_the_pool_ends_busy_workers(tmp_path: Path) -> None:
     os.mkfifo(work.gate)
     with Pool(work, 2) as pool:
         results = pool.run(tasks_of(2))
-        first = next(result for result in results if result is not None)
+        first = next(results)
         assert first.task.number == 0
         assert len(own_children()) == 2
     assert own_children() == set()
@@ -463,12 +458,11 @@ def test_workers_ignore_an_interrupt_of_the_group(tmp_path: Path) -> None:
     results = {}
     with Pool(work, 1) as pool:
         for result in pool.run(tasks):
-            if result is not None:
-                results[result.task.number] = result
-                if result.task.number == 0:
-                    for child in own_children():
-                        os.kill(child, signal.SIGINT)
-                    work.gate.write_bytes(b"go")
+            results[result.task.number] = result
+            if result.task.number == 0:
+                for child in own_children():
+                    os.kill(child, signal.SIGINT)
+                work.gate.write_bytes(b"go")
     all_done(results, tasks)
 
 
@@ -484,7 +478,7 @@ PARENT = """
         with Pool(Plain(here), 2) as pool:
             done = 0
             for result in pool.run(tasks_of(9)):
-                done += result is not None
+                done += 1
                 if done == 8:
                     print(*{process for each in tries(here).values() for process in each})
                     sys.stdout.flush()
