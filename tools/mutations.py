@@ -1,0 +1,329 @@
+"""The mutations of ``make mutate``: faults made on purpose, and the tests that must catch them.
+
+Each one breaks a rule of the project. A test function is named without its parameters: the cases
+that ``make test`` runs are tried.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """Replace ``old``, which stands once in ``file``, by ``new``; one of ``tests`` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _in(module: str, *names: str) -> tuple[str, ...]:
+    """The tests of one test module."""
+    return tuple(f"tests/test_{module}.py::test_{name}" for name in names)
+
+
+_PUBLISHER = "addcow_mp/engine/publisher.py"
+_OVERLAY = "addcow_mp/device/overlay.py"
+_LOCKS = "addcow_mp/device/locks.py"
+_DEPENDANTS = "addcow_mp/jobs/dependants.py"
+
+MUTATIONS = (
+    # The order of the publisher
+    Mutation(
+        "publisher: bits before the data is synced",
+        _PUBLISHER,
+        "        self._data.sync()\n",
+        "        pass\n",
+        _in("write_order", "commit_into_a_raw_backing_keeps_the_order"),
+    ),
+    Mutation(
+        "publisher: the overlay's bits without those of the backing file",
+        _PUBLISHER,
+        "            self._backing.publish((), 1, below)\n",
+        "            pass\n",
+        _in("write_order", "commit_into_an_add_cow_backing_keeps_the_order"),
+    ),
+    Mutation(
+        "publisher: marks made during the sync are published",
+        _PUBLISHER,
+        "            self._publish(self._overlay, finished.ended, parts, last=last)\n",
+        "            parts = self._marked(TOP, finished.under_way)\n"
+        "            self._publish(self._overlay, finished.ended, parts, last=last)\n",
+        _in("checkpoints", "clusters_finished_during_a_sync_are_not_published_by_it"),
+    ),
+    Mutation(
+        "publisher: space is freed before the bits are cleared",
+        _PUBLISHER,
+        "        overlay.publish(ended, self._value, new)\n",
+        "        if self._frees:\n"
+        "            self._free(overlay, ended)\n"
+        "        overlay.publish(ended, self._value, new)\n",
+        _in("write_order", "commit_into_a_raw_backing_keeps_the_order"),
+    ),
+    Mutation(
+        "publisher: the last checkpoint leaves the space of parts",
+        _PUBLISHER,
+        "            if last:\n",
+        "            if False:\n",
+        _in("checkpoints", "commit_frees_clusters_that_an_interrupted_commit_cleared")
+        + _in("checkpoints", "stop_within_a_task_keeps_finished_clusters"),
+    ),
+    # Flush of a guest's writes
+    Mutation(
+        "flush: bits without their data",
+        _OVERLAY,
+        "        self.image.file.sync()\n        if not announced:\n",
+        "        if not announced:\n",
+        _in("write_order", "flush_syncs_data_before_it_publishes_bits"),
+    ),
+    Mutation(
+        "flush: writes made during the sync are published",
+        _OVERLAY,
+        "        self.publish(announced.runs(), 1)\n",
+        "        self.publish(self.pending.runs(), 1)\n",
+        _in("write_order", "flush_does_not_publish_writes_made_during_its_sync"),
+    ),
+    Mutation(
+        "flush: a failed flush is forgotten",
+        _OVERLAY,
+        "                self._failed = error\n",
+        "                pass\n",
+        _in("write_order", "changes_are_refused_after_a_failed_flush"),
+    ),
+    Mutation(
+        "write: partly written clusters are not copied up",
+        _OVERLAY,
+        "                self._copy_up_around(offset, offset + length)\n",
+        "                pass\n",
+        _in("properties", "write_copies_up_the_rest_of_its_cluster"),
+    ),
+    Mutation(
+        "bits: those past the last cluster stay set",
+        _OVERLAY,
+        "            self.bitmap.clear_stray()\n",
+        "            pass\n",
+        _in("write_order", "commit_clears_bits_past_the_end"),
+    ),
+    Mutation(
+        "bits: they are not synced",
+        _OVERLAY,
+        "            self.bitmap.clear_stray()\n        self.cow.sync()\n",
+        "            self.bitmap.clear_stray()\n",
+        _in(
+            "write_order", "flatten_sets_the_flag_last", "commit_into_a_raw_backing_keeps_the_order"
+        ),
+    ),
+    # Done map and transfer
+    Mutation(
+        "done map: what a dead worker process has marked is moved again",
+        "addcow_mp/engine/transfer.py",
+        "        if not marks.any(task.first, task.stop):\n",
+        "        if True:\n",
+        _in("checkpoints", "clusters_that_a_dead_worker_finished_are_not_moved_again"),
+    ),
+    Mutation(
+        "done map: a cluster is marked before all of it is moved",
+        "addcow_mp/engine/run_marks.py",
+        "        return round_down(position, self._unit) // self._geometry.cluster_size\n",
+        "        return min(self._stop, round_down(position, self._unit) "
+        "// self._geometry.cluster_size + 1)\n",
+        _in("checkpoints", "checkpoint_within_a_task_publishes_only_finished_clusters"),
+    ),
+    Mutation(
+        "transfer: holes of the source stay data in the target",
+        "addcow_mp/engine/transfer.py",
+        "                file.make_zero(start, stop)\n",
+        "                pass\n",
+        _in("properties", "commit_moves_the_data_and_keeps_the_guests_view")
+        + _in("write_order", "commit_of_zeros_makes_them_durable_first"),
+    ),
+    Mutation(
+        "tasks: two tasks share a byte of a bitmap",
+        "addcow_mp/engine/allocation.py",
+        "    return BITS_PER_BYTE * max(",
+        "    return max(",
+        _in("task_planning", "tasks_share_no_byte_of_any_bitmap"),
+    ),
+    Mutation(
+        "pool: a task whose worker died is not tried again",
+        "addcow_mp/engine/pool.py",
+        "TRIES = 2\n",
+        "TRIES = 1\n",
+        _in("pool", "task_that_kills_its_worker_once_is_done"),
+    ),
+    Mutation(
+        "pool: a worker process goes on without its parent",
+        "addcow_mp/engine/worker.py",
+        "            os._exit(1)\n",
+        "            pass\n",
+        _in(
+            "kills",
+            "orphaned_worker_ends_silently",
+            "locks_are_held_while_an_orphaned_worker_could_write",
+        ),
+    ),
+    # Space
+    Mutation(
+        "space: what is given back counts at once",
+        "addcow_mp/engine/space.py",
+        "waiting_weight - waiting[0][0] >= lag:",
+        "waiting_weight >= 0:",
+        _in("space", "peak_agrees_with_a_plain_computation"),
+    ),
+    Mutation(
+        "space: copied up bytes are not counted",
+        "addcow_mp/engine/space.py",
+        "        if not isinstance(self._plan.target, OverlayTarget):\n",
+        "        if True:\n",
+        _in("space", "space_check_counts_copied_up_data"),
+    ),
+    Mutation(
+        "space: a job begins although its data does not fit",
+        "addcow_mp/engine/space.py",
+        "    if needed > free:\n",
+        "    if needed > 1 << 62:\n",
+        _in("space", "flatten_that_cannot_fit_is_refused"),
+    ),
+    # Read-back
+    Mutation(
+        "read-back: memory is compared instead of the disk",
+        "addcow_mp/jobs/readback.py",
+        "            drop_cached(file)\n",
+        "            pass\n",
+        _in("verify_option", "verify_option_reads_from_the_disk_and_not_from_memory"),
+    ),
+    Mutation(
+        "read-back: a difference is no error",
+        "addcow_mp/jobs/readback.py",
+        "    if differing:\n",
+        "    if False:\n",
+        _in("verify_option", "verify_option_finds_a_flipped_byte"),
+    ),
+    # Idle, rate
+    Mutation(
+        "idle: the priority is not lowered",
+        "addcow_mp/engine/throttle.py",
+        "    if number is not None:\n",
+        "    if False:\n",
+        _in("idle", "idle_option_applies_to_every_process"),
+    ),
+    Mutation(
+        "rate: each process gets the whole rate",
+        "addcow_mp/engine/throttle.py",
+        "rate // max(1, processes)",
+        "rate",
+        _in("copy_methods", "several_workers_share_one_limit"),
+    ),
+    # Chains, names, sizes
+    Mutation(
+        "names: they are relative to the link and not to the file",
+        "addcow_mp/device/location.py",
+        "    return path if plain else real\n",
+        "    return path\n",
+        _in("links", "commit_through_a_link_writes_into_its_own_base"),
+    ),
+    Mutation(
+        "names: a chain may lead outside its directory",
+        "addcow_mp/device/access.py",
+        "        raise OutsideError(path=path, ",
+        "        return os.open(path, _mode(writable))\n        raise OutsideError(path=path, ",
+        _in("hostile_images", "names_open_files_beneath_the_overlays_directory_only"),
+    ),
+    Mutation(
+        "chain: one file may be two of its layers",
+        "addcow_mp/device/chain.py",
+        "        if other is not None:\n",
+        "        if False:\n",
+        _in("hostile_images", "image_as_its_own_backing_is_refused"),
+    ),
+    Mutation(
+        "sizes: a raw backing file loses its odd tail",
+        "addcow_mp/format/geometry.py",
+        "    return round_up(length, SECTOR)\n",
+        "    return round_down(length, SECTOR)\n",
+        _in("format", "raw_file_is_rounded_up_to_whole_sectors"),
+    ),
+    Mutation(
+        "sizes: an odd image is rounded up",
+        "addcow_mp/format/geometry.py",
+        "    return round_down(length, SECTOR)\n",
+        "    return round_up(length, SECTOR)\n",
+        _in("properties", "device_reads_what_the_model_holds"),
+    ),
+    Mutation(
+        "format: a set bit of the unknown features is ignored",
+        "addcow_mp/format/header.py",
+        "    if header.features:\n",
+        "    if False:\n",
+        _in("format", "one_edit_of_a_header_breaks_one_rule"),
+    ),
+    # Locks and dependants
+    Mutation(
+        "locks: a reader shares the file with a writer",
+        _LOCKS,
+        "READING = Claim(_READ, _ALL - {Permission.WRITE, Permission.RESIZE})",
+        "READING = Claim(_READ, _ALL)",
+        _in("locks", "readers_share_files_and_exclude_writers"),
+    ),
+    Mutation(
+        "locks: a conflict is not an error",
+        _LOCKS,
+        "    if conflict is not None:\n        permission, byte = conflict\n",
+        "    if False:\n        permission, byte = conflict\n",
+        _in("locks", "file_held_by_qemu_is_refused_or_shared"),
+    ),
+    Mutation(
+        "dependants: other overlays of the base are not found",
+        _DEPENDANTS,
+        "file.identity in (one.backing, one.image)",
+        "file.identity == one.image",
+        _in("dependants", "commit_checks_for_dependants_of_its_raw_backing"),
+    ),
+    Mutation(
+        "dependants: --force overrides a shared image file",
+        _DEPENDANTS,
+        "    if others:\n",
+        "    if False:\n",
+        _in("dependants", "shared_image_is_refused_even_with_force"),
+    ),
+    # Manifests
+    Mutation(
+        "manifest: it outlives a change of its layer",
+        "addcow_mp/jobs/transfer_job.py",
+        "            invalidate_all(",
+        "            (lambda *a, **k: None)(",
+        _in("manifest", "command_that_changes_a_layer_removes_its_manifest"),
+    ),
+    Mutation(
+        "permissions: a new image file is readable by everybody",
+        "addcow_mp/device/permissions.py",
+        "        if allowed != stat.S_IRGRP | stat.S_IROTH:\n",
+        "        if False:\n",
+        _in("permissions", "new_files_are_no_more_readable_than_the_base"),
+    ),
+    Mutation(
+        "discard: bytes behind the virtual size stay in the raw disk",
+        "addcow_mp/jobs/removal.py",
+        "        os.ftruncate(image.fd, overlay.size)\n",
+        "        pass\n",
+        _in("partial_sectors", "discard_leaves_exactly_the_guests_disk"),
+    ),
+    Mutation(
+        "flatten: ALL_ALLOCATED is set before the bits",
+        "addcow_mp/jobs/flatten.py",
+        "                move(plan, report, options, job_hooks, shared.pool)\n"
+        "                _set_flag(overlay)\n",
+        "                _set_flag(overlay)\n"
+        "                move(plan, report, options, job_hooks, shared.pool)\n",
+        _in("write_order", "flatten_sets_the_flag_last"),
+    ),
+    Mutation(
+        "copy: a file that has become shorter reads as zeros",
+        "addcow_mp/device/files.py",
+        "                    raise ended_early()\n",
+        "                    return\n",
+        _in("kills", "shrinking_source_is_named", "shrunk_source_is_an_error_and_not_a_hole"),
+    ),
+)
