@@ -11,7 +11,7 @@ TESTERS ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
 MINUTES ?= 10
 SECONDS ?= 60
 
-.PHONY: help demo test test-all test-failed test-slow lint format soak fuzz bench bench-quick clean
+.PHONY: help demo test test-all test-failed test-slow lint format mutate soak fuzz bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +20,8 @@ help:
 	@echo "make test-all     all tests, with the long walks: every fault at every step"
 	@echo "make test-failed  the tests that failed in the last run, once more and alone"
 	@echo "make test-slow    tests that take minutes each: 300 power cuts, the bench in full"
-	@echo "make lint    ruff, mypy --strict, import contract"
+	@echo "make lint    ruff, mypy --strict, import contract, retired words"
+	@echo "make mutate  faults made on purpose, each of which its tests must catch"
 	@echo "make soak    MINUTES=10: random kills, faults and power cuts on random chains"
 	@echo "make fuzz    SECONDS=60: damaged headers, bitmaps and chains through every reader"
 	@echo "make bench   both sides of every comparison, full size; make bench-quick under a minute"
@@ -55,6 +56,10 @@ lint: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python tools/errors_table.py --check
+	@$(BIN)/python tools/words.py
+
+mutate: $(READY)
+	@$(BIN)/python tools/mutate.py
 
 soak: $(READY)
 	@$(BIN)/python tools/soak.py --minutes $(MINUTES)
