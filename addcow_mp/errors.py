@@ -159,6 +159,12 @@ class DependantsError(ImageError):
     template = "{path}: other overlays depend on it: {dependants}; {remedy}"
 
 
+class LentError(ImageError):
+    """The overlay is lent to QEMU."""
+
+    template = "{path}: it is lent to {holder}; 'addcow qemu import {path}' takes it back"
+
+
 class HardLinksError(ImageError):
     """A file that would be written has several names."""
 

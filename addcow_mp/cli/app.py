@@ -26,8 +26,11 @@ _GROUPS = {
         "Create, inspect, change, commit and flatten add-cow disk images.",
         (
             *("create", "info", "map", "check", "verify", "convert", "compare"),
-            *("commit", "flatten", "io", "manifest", "farm"),
+            *("commit", "flatten", "io", "manifest", "farm", "qemu"),
         ),
+    ),
+    "qemu": _Group(
+        "Lend overlays to QEMU, and take them back.", ("export", "import", "args", "status")
     ),
     "manifest": _Group("Write digests of images to files.", ("create",)),
     "farm": _Group(
@@ -66,12 +69,15 @@ class _LazyGroup(TyperGroup):
 def _command(place: str) -> Any:
     """The command made from the function ``command`` of the module at ``place``."""
     from importlib import import_module
+    from keyword import iskeyword
 
     from addcow_mp.cli.options import expanded
 
-    module = import_module(f"addcow_mp.cli.commands.{place}")
+    name = place.rpartition(".")[2]
+    # A module cannot be named like a keyword.
+    module = import_module(f"addcow_mp.cli.commands.{place}{'_' * iskeyword(name)}")
     app = typer.Typer(**_SETTINGS)
-    app.command(place.rpartition(".")[2])(expanded(module.command))
+    app.command(name)(expanded(module.command))
     return get_command(app)
 
 

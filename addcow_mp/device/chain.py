@@ -22,11 +22,11 @@ from addcow_mp.device.headers import (
     refuse_image_format,
 )
 from addcow_mp.device.layer import Layer
-from addcow_mp.device.locks import READING, RESIZING, WRITING, Claim
+from addcow_mp.device.locks import READING, RESIZING, WRITING, Claim, Permission
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.permissions import Readers, readers_of
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.errors import ImageError, UnsupportedError
+from addcow_mp.errors import ImageError, LentError, UnsupportedError
 from addcow_mp.format.header import ADD_COW, RAW, Header
 
 
@@ -51,11 +51,18 @@ COMMIT: Uses = {0: Use(RESIZING, WRITING), 1: Use(RESIZING, RESIZING)}
 ESTIMATING: Uses = {1: Use(READING, READING)}
 #: Only the backing file is written.
 COMMIT_KEEPING: Uses = {1: Use(RESIZING, RESIZING)}
+#: The overlay is lent to QEMU, or taken back.
+LENDING: Uses = {0: Use(RESIZING, RESIZING)}
 
 
-def open_chain(path: str, uses: Uses = READ, access: Access | None = None) -> Overlay:
-    """Open and lock the overlay at ``path`` and all files below it. Raises :class:`AddcowError`."""
-    overlay = open_layer(path, ADD_COW, uses, access)
+def open_chain(
+    path: str, uses: Uses = READ, access: Access | None = None, *, lent: bool = False
+) -> Overlay:
+    """Open and lock the overlay at ``path`` and all files below it. Raises :class:`AddcowError`.
+
+    ``lent``: overlays that are lent to QEMU are accepted.
+    """
+    overlay = _open(path, ADD_COW, _Opening(uses, access or Access(), lent=lent))
     assert isinstance(overlay, Overlay)  # noqa: S101 - the class of that format
     return overlay
 
@@ -65,7 +72,10 @@ def open_layer(path: str, format_: str, uses: Uses = READ, access: Access | None
 
     Raises :class:`AddcowError`, with nothing left open.
     """
-    opening = _Opening(uses, access or Access())
+    return _open(path, format_, _Opening(uses, access or Access()))
+
+
+def _open(path: str, format_: str, opening: _Opening) -> Layer:
     try:
         return opening.layer(path, format_, 0)
     except BaseException:
@@ -77,8 +87,9 @@ def open_layer(path: str, format_: str, uses: Uses = READ, access: Access | None
 class _Opening:
     """The state while a chain is opened: the use of its files, and the files that are open."""
 
-    def __init__(self, uses: Uses, access: Access) -> None:
+    def __init__(self, uses: Uses, access: Access, *, lent: bool = False) -> None:
         self._uses = uses
+        self._lent = lent
         self._access = access
         self._seen: dict[tuple[int, int], str] = {}
         self._has_device = False
@@ -98,6 +109,9 @@ class _Opening:
             raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
         cow = self._open(path, self._use(depth).cow, COW)
         header = load_header(cow)
+        if not self._lent:
+            changes = cow.writable or Permission.WRITE in self._use(depth).image.used
+            _refuse_lent(cow, header, changes=changes)
         names = load_names(cow, header)
         refuse_image_format(path, names)
         with errors_naming(cow, names.image, "image file") as target:
@@ -144,6 +158,14 @@ class _Opening:
             from addcow_mp.device.holders import refuse_same_storage
 
             refuse_same_storage(file, self.opened)
+
+
+def _refuse_lent(cow: File, header: Header, *, changes: bool) -> None:
+    """Raise when QEMU may write the overlay, or may read it and the caller ``changes`` it."""
+    if header.lent or (changes and header.lent_for_reading):
+        from addcow_mp.device.twin import holder_name
+
+        raise LentError(path=cow.path, holder=holder_name(cow.base, header))
 
 
 def depth_of(layer: Layer | None) -> int:

@@ -187,6 +187,7 @@ class Named(NamedTuple):
     backing_name: str | None = None
     backing_format: str | None = None
     all_allocated: bool = False
+    is_lent: bool = False
 
     @property
     def meaning(self) -> tuple[Identity | None, ...]:
@@ -244,7 +245,28 @@ def named_in(fd: int, path: str) -> Named | None:
         backing,
         format_name(header.backing_format) or None,
         header.all_allocated,
+        header.lent_id is not None,
     )
+
+
+def examined_user(path: str) -> Named | Unexamined | None:
+    """The files that the overlay or qcow2 file at ``path`` uses; None when it is neither.
+
+    A qcow2 file uses its backing file. A twin that QEMU may open also uses its image file.
+    """
+    one = examined(path)
+    return _examined_qcow2(path) if one is None else one
+
+
+def _examined_qcow2(path: str) -> Named | None:
+    from addcow_mp.device.twin import qcow2_names
+
+    names = qcow2_names(path)
+    if names is None:
+        return None
+    base = os.path.realpath(path)
+    backing = None if names.backing is None else path_combine(base, names.backing)
+    return Named(path, names.identity, names.image, _identity(backing), None, backing, base)
 
 
 def _name(fd: int, offset: int, size: int, limit: int) -> str | None:
@@ -306,7 +328,7 @@ def _search(
     for directory in directories:
         for one in listings(directory, excluded, deep=deep):
             unexamined += one.unexamined
-            for overlay in map(examined, (*one.files, *one.linked)):
+            for overlay in map(examined_user, (*one.files, *one.linked)):
                 if isinstance(overlay, Unexamined):
                     unexamined.append(overlay)
                 elif overlay is not None:

@@ -20,6 +20,7 @@ EVENTS = (
     *("cow_read", "cow_write"),
     *("data_sync", "publish", "punch", "image_cut", "discard"),
     *("create", "directory_sync", "read_back"),
+    *("twin_write", "twin_link", "twin_unlink"),
 )
 
 ACTIONS = ("error", "short", "stop", "kill")

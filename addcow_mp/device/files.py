@@ -40,7 +40,7 @@ _ZEROS = bytes(64 * KiB)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 #: The role of a file in its chain: the first part of the names of its fault points.
-COW, IMAGE, BACKING, TARGET = "cow", "image", "backing", "target"
+COW, IMAGE, BACKING, TARGET, TWIN = "cow", "image", "backing", "target", "twin"
 
 
 def new_buffer(size: int = BUFFER_SIZE) -> memoryview:

@@ -111,6 +111,23 @@ def is_locked(fd: int) -> bool:
     return False
 
 
+def holder_of_conflict(file: File, claim: Claim) -> str | None:
+    """Name and pid of a process whose locks conflict with ``claim``; None when there is none."""
+    with suppress(OSError):
+        conflict = _conflict(file.fd, claim)
+        if conflict is not None:
+            return _holder(file, conflict[1]) or "another process"
+    return None
+
+
+def narrow(file: File, claim: Claim) -> None:
+    """Release the locks that ``claim`` does not need; the others are held throughout."""
+    for permission in _ALL:
+        for base, kept in ((_USED, claim.used), (_UNSHARED, _ALL - claim.shared)):
+            if permission not in kept:
+                _set(file.fd, fcntl.F_UNLCK, base + permission)
+
+
 def unlock(file: File) -> None:
     """Release all locks, of the descriptor and of its duplicates."""
     _set(file.fd, fcntl.F_UNLCK, *_ALL_BYTES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import struct
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,10 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 _SYNC_FILE_RANGE_WRITE = 2
 _MADV_POPULATE_READ = 22
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+
+_AT_EMPTY_PATH, _STATX_BTIME = 0x1000, 0x800
+#: The size of struct statx, and the offsets of its mask and of the time of birth.
+_STATX_SIZE, _MASK_AT, _BIRTH_AT = 256, 0, 80
 
 _OPENAT2 = 437  # the same number on every architecture
 _AT_FDCWD = -100
@@ -114,6 +119,18 @@ def read_mapped(fd: int, view: memoryview, offset: int) -> bool:
         return False
     view[:] = memoryview(window)[offset - base :]
     return True
+
+
+def birth_time(fd: int) -> int:
+    """The time at which the file was created, in nanoseconds; 0 if it is not recorded."""
+    libc, ctypes = _libc()
+    answer = bytearray(_STATX_SIZE)
+    place = ctypes.byref(ctypes.c_char.from_buffer(answer))
+    if libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, place):
+        return 0
+    (mask,) = struct.unpack_from("I", answer, _MASK_AT)
+    seconds, nanoseconds = struct.unpack_from("qI", answer, _BIRTH_AT)
+    return int(seconds * 10**9 + nanoseconds) if mask & _STATX_BTIME else 0
 
 
 def die_with_parent() -> None:

@@ -238,6 +238,11 @@ class SparseBits:
                 base = number * PAGE_BITS + first - start
                 bits[base : base + last - first] |= page[first:last]
 
+    def copy_to(self, bits: bitarray, start: int) -> None:
+        """Make ``bits``, which begin at cluster ``start``, equal to those here."""
+        bits.setall(0)
+        self.add_to(bits, start)
+
     def remove_from(self, bits: bitarray, start: int) -> None:
         """Clear in ``bits``, which begin at cluster ``start``, every bit that is set here."""
         own = bitarray(len(bits), endian="little")

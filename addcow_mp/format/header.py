@@ -19,6 +19,11 @@ from addcow_mp.units import KiB
 MAGIC = b"ACOW"
 ALL_ALLOCATED = 1 << 0
 
+#: Bits of ``features`` of an overlay that is lent to QEMU. The lower bits are a random id. Readers
+#: that do not know these bits refuse the overlay.
+LENT, LENT_FOR_READING = 1 << 63, 1 << 62
+_ID_MASK = LENT_FOR_READING - 1
+
 MIN_CLUSTER_BITS, DEFAULT_CLUSTER_BITS, MAX_CLUSTER_BITS = 12, 16, 21
 
 #: The header region has at least one page, so that the bitmap can be mapped.
@@ -56,7 +61,7 @@ class Header(NamedTuple):
     image_offset: int = FIXED_SIZE  # of the image file's name
     image_size: int = 0  # of that name
     cluster_bits: int = DEFAULT_CLUSTER_BITS  # the cluster size is 2 to this power
-    features: int = 0  # bits that a reader must know; none is defined
+    features: int = 0  # bits that a reader must know: lent, lent for reading, and an id
     compatible_features: int = 0  # bits that a reader may ignore; bit 0 = ALL_ALLOCATED
     header_size: int = 64 * KiB  # of the header region; the bitmap follows
     backing_format: bytes = b""
@@ -85,6 +90,25 @@ class Header(NamedTuple):
     def all_allocated(self) -> bool:
         """Whether ALL_ALLOCATED is set: readers ignore the bitmap and the backing file."""
         return bool(self.compatible_features & ALL_ALLOCATED)
+
+    @property
+    def lent(self) -> bool:
+        """Whether QEMU may write the overlay; its bitmap and image file may then be outdated."""
+        return bool(self.features & LENT)
+
+    @property
+    def lent_for_reading(self) -> bool:
+        """Whether QEMU may read the overlay as a backing file; it must not be changed."""
+        return not self.lent and bool(self.features & LENT_FOR_READING)
+
+    @property
+    def lent_id(self) -> int | None:
+        """The id of the lending, of up to 62 bits; None when the overlay is not lent."""
+        return self.features & _ID_MASK if self.features & (LENT | LENT_FOR_READING) else None
+
+    def with_lent(self, bit: int, lent_id: int) -> Header:
+        """The same header, lent by ``bit`` with an id; 0 and 0 for one that is not lent."""
+        return self._replace(features=bit | lent_id)
 
     def with_all_allocated(self, value: bool) -> Header:
         """This header with ALL_ALLOCATED set or cleared; other bits stay."""
@@ -124,7 +148,7 @@ def _numbers(header: Header) -> Iterator[str]:
         yield f"cluster_bits is {bits}, must be {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS}"
     elif header.header_size != header_size(header.cluster_size):
         yield f"header_size is {header.header_size}, must be {header_size(header.cluster_size)}"
-    if header.features:
+    if header.features and header.lent_id is None:
         yield f"unknown feature bits {header.features:#x} are set, the image needs a newer reader"
 
 

@@ -1,0 +1,1 @@
+"""The commands that lend overlays to QEMU."""

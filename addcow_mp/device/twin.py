@@ -1,0 +1,283 @@
+"""Twins: the qcow2 file beside an overlay through which QEMU uses it.
+
+A twin holds metadata only (:mod:`addcow_mp.format.qcow2`). It lies in the directory in which the
+``.add-cow`` file really lies, so that one search finds it. The overlay's header has a mark with a
+random id, and the twin has the same id: see :mod:`addcow_mp.jobs.lending` for what the two say
+together.
+
+The data file's name in a twin cannot be opened, unless the user wants an absolute one. A relative
+name would be resolved against QEMU's working directory, and an absolute one makes QEMU write into
+the original when a farm is copied. The command line gives the data file instead.
+
+A new twin is written without a name and linked when it is durable: a twin with a name is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from addcow_mp.device import faults
+from addcow_mp.device.access import Access
+from addcow_mp.device.files import TWIN, File, identity_of, it_exists, sync_directory
+from addcow_mp.device.headers import open_claimed
+from addcow_mp.device.locks import Claim
+from addcow_mp.device.syscalls import birth_time
+from addcow_mp.errors import ImageError
+from addcow_mp.format.bits import Run
+from addcow_mp.format.header import Header as CowHeader
+from addcow_mp.format.names import path_has_protocol
+from addcow_mp.format.qcow2 import MAGIC, Header, Read, named_backing, read_header
+from addcow_mp.format.qcow2_entries import Qcow2Error
+from addcow_mp.format.qcow2_read import Extent, extents
+from addcow_mp.format.qcow2_write import Image, chunks
+
+#: A security label, which libvirt and SELinux compare.
+_LABEL = "security.selinux"
+
+
+class Identity(NamedTuple):
+    """Inode and birth time (nanoseconds, 0 = unknown) of a file: a copy of it has others."""
+
+    inode: int
+    birth: int
+
+    @classmethod
+    def of(cls, file: File) -> Identity:
+        """Those of an open file."""
+        return cls(file.status.st_ino, birth_time(file.fd))
+
+
+def data_file_name(lent_id: int) -> bytes:
+    """A name that nothing can be opened under, and that says what to do."""
+    return b"/dev/null/add-cow:%x:give-data-file" % lent_id
+
+
+def default_twin(path: str) -> str:
+    """The path of the twin when none is given: ``.qcow2`` for the suffix of ``path``."""
+    return os.path.splitext(path)[0] + ".qcow2"
+
+
+class Twin:
+    """An open twin. Closing it is the caller's."""
+
+    def __init__(self, file: File, header: Header) -> None:
+        self.file = file
+        self.header = header
+
+    @classmethod
+    def open(cls, access: Access, path: str, claim: Claim) -> Twin:
+        """Open and lock the twin at ``path``. Raises :class:`AddcowError`."""
+        file = open_claimed(access, path, claim, TWIN, named=False)
+        try:
+            return cls(file, _checked(path, lambda: read_header(_reader(file), file.length)))
+        except BaseException:
+            file.close()
+            raise
+
+    @property
+    def path(self) -> str:
+        """The file's path."""
+        return self.file.path
+
+    def extents(self) -> Iterator[Extent]:
+        """What its tables say, from 0 to its size. Raises :class:`ImageError`."""
+        try:
+            yield from extents(self.header, _reader(self.file), self.file.length)
+        except Qcow2Error as error:
+            raise ImageError(path=self.path, problem=str(error)) from error
+
+    def disable(self) -> None:
+        """Let QEMU refuse the file from now on, durably."""
+        self._change(self.header.disabling())
+        self.header = self.header.with_disabled(True)
+
+    def enable(self) -> None:
+        """Let QEMU open the file from now on, durably."""
+        self._change(self.header.enabling())
+        self.header = self.header.with_disabled(False)
+
+    def _change(self, change: tuple[int, bytes]) -> None:
+        offset, data = change
+        self.file.write(data, offset)
+        self.file.sync()
+
+    def remove(self) -> None:
+        """Remove the file's name, durably."""
+        with self.file.doing("remove it"):
+            if faults.armed:
+                faults.hit("twin_unlink")
+            os.unlink(self.path)
+        sync_directory(self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _reader(file: File) -> Read:
+    def read(offset: int, count: int) -> bytes:
+        with file.doing(f"read {count} bytes at {offset}"):
+            return os.pread(file.fd, count, offset)
+
+    return read
+
+
+def _checked(path: str, read: Callable[[], Header]) -> Header:
+    try:
+        return read()
+    except Qcow2Error as error:
+        raise ImageError(path=path, problem=str(error)) from error
+
+
+# Finding
+
+
+def twins_in(directory: str) -> Iterator[tuple[str, Header]]:
+    """The twins in a directory: their paths and headers. What cannot be read is none."""
+    with suppress(OSError):
+        for name in sorted(os.listdir(directory or ".")):
+            path = os.path.join(directory, name)
+            header = twin_header(path)
+            if header is not None and header.mark is not None:
+                yield path, header
+
+
+def twin_header(path: str) -> Header | None:
+    """The header of the qcow2 file with an external data file at ``path``; None when it is none."""
+    with suppress(OSError, ValueError):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            if os.pread(fd, len(MAGIC), 0) == MAGIC:
+                return read_header(lambda at, count: os.pread(fd, count, at), status.st_size)
+        finally:
+            os.close(fd)
+    return None
+
+
+class Qcow2Names(NamedTuple):
+    """The files that a qcow2 file uses: the name of its backing file, and a twin's image file."""
+
+    identity: tuple[int, int]
+    backing: str | None
+    image: tuple[int, int] | None
+
+
+def qcow2_names(path: str) -> Qcow2Names | None:
+    """What the qcow2 file at ``path`` names; None when it is none or cannot be read."""
+    with suppress(OSError, ValueError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            if os.pread(fd, len(MAGIC), 0) != MAGIC:
+                return None
+            status = os.fstat(fd)
+            name = named_backing(lambda at, count: os.pread(fd, count, at))
+        finally:
+            os.close(fd)
+        backing = None if name is None or path_has_protocol(name) else name
+        return Qcow2Names(identity_of(status), backing, _used_image(path, status))
+    return None
+
+
+def _used_image(path: str, status: os.stat_result) -> tuple[int, int] | None:
+    """The image file that QEMU may write through the file at ``path``, if that is a twin."""
+    header = twin_header(path)
+    if header is None or header.mark is None or header.disabled:
+        return None
+    return status.st_dev, header.mark.image_inode
+
+
+def holder_name(base: str, header: CowHeader) -> str:
+    """Whom an overlay with this ``header``, which lies at ``base``, is lent to, in words."""
+    suffix = " for reading" if header.lent_for_reading else ""
+    for path, twin in twins_in(os.path.dirname(base)):
+        if twin.mark is not None and twin.mark.lent_id == header.lent_id:
+            return f"QEMU{suffix} through '{path}'"
+    return f"QEMU{suffix}, and the file that it is used through is not beside it"
+
+
+# Making
+
+
+def make_twin(
+    path: str, header: Header, runs: Callable[[], Iterator[Run]], *, like: File, mode: int | None
+) -> Identity:
+    """Write the twin of ``header`` and the allocated ``runs`` of bytes at ``path``, durably.
+
+    It gets owner, group, mode and label of ``like``; ``mode``: these permission bits instead. It
+    never replaces a file. Returns its identity, which also stands in its mark.
+    """
+    file = File(path, _nameless(path), writable=True)
+    file.role, file.durable = TWIN, like.durable
+    try:
+        own = Identity.of(file)
+        mark = header.mark
+        if mark is not None:
+            mark = mark._replace(twin_inode=own.inode, twin_birth=own.birth)
+        _write(file, Image(header._replace(mark=mark), runs))
+        _make_like(file, like, mode)
+        with file.doing("make it durable"):
+            os.fsync(file.fd)
+        _link(file)
+    finally:
+        file.close()
+    sync_directory(path)
+    return own
+
+
+def _write(file: File, image: Image) -> None:
+    try:
+        for offset, data in chunks(image):
+            file.write(data, offset)
+    except Qcow2Error as error:
+        raise ImageError(path=file.path, problem=str(error)) from error
+
+
+def _nameless(path: str) -> int:
+    """A new file without a name in the directory of ``path``."""
+    directory = os.path.dirname(path) or "."
+    try:
+        if faults.armed:
+            faults.hit("create")
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        problem = f"it cannot be made: {error.strerror}"
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
+            problem += "; the file system has no files without a name (O_TMPFILE)"
+        raise ImageError(path=path, problem=problem) from error
+
+
+def _make_like(file: File, like: File, mode: int | None) -> None:
+    status = like.status
+    with file.doing("give it the owner of the image file"):
+        if (status.st_uid, status.st_gid) != (file.status.st_uid, file.status.st_gid):
+            os.fchown(file.fd, status.st_uid, status.st_gid)
+        os.fchmod(file.fd, stat.S_IMODE(status.st_mode) if mode is None else mode)
+    with suppress(OSError):  # no labels here
+        os.setxattr(file.fd, _LABEL, os.getxattr(like.fd, _LABEL))
+
+
+def _link(file: File) -> None:
+    directory, name = os.path.split(file.path)
+    try:
+        if faults.armed:
+            faults.hit("twin_link")
+        place = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # With a directory descriptor the call follows the link in /proc to the file itself.
+            os.link(f"/proc/self/fd/{file.fd}", name, dst_dir_fd=place, follow_symlinks=True)
+        finally:
+            os.close(place)
+    except FileExistsError as error:
+        raise it_exists(file.path) from error
+    except OSError as error:
+        raise ImageError(
+            path=file.path, problem=f"it cannot be given its name: {error.strerror}"
+        ) from error

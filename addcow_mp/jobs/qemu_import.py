@@ -1,0 +1,450 @@
+"""The way back: what QEMU has made of an overlay becomes the overlay's own bits and bytes.
+
+The order is such that a stop at any moment leaves a state that the same command finishes:
+
+1. The twin's tables are read and checked, and the space for copying up is asked for.
+2. The image file: clusters that are allocated in part are copied up, clusters that read as zeros
+   are made zeros, its length becomes the size that QEMU knows. Synced. None of this changes what
+   QEMU reads through the twin.
+3. The bitmap of the file that is still marked. Synced.
+4. One write disables the twin, durably.
+5. One write clears the mark, and sets ALL_ALLOCATED where all is allocated, durably.
+6. The twin is removed, durably. What is not allocated is freed, synchronous writes end.
+
+Layers below are taken back after their last overlay, if a complete search finds no other.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from addcow_mp.device.access import Access
+from addcow_mp.device.chain import LENDING, Use, open_chain
+from addcow_mp.device.discovery import overlays_near
+from addcow_mp.device.files import BUFFER_SIZE, identity_at, new_buffer
+from addcow_mp.device.locks import READING, RESIZING
+from addcow_mp.device.manifest_file import invalidate_all
+from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.synchronous import is_synchronous, set_synchronous
+from addcow_mp.device.twin import Identity, Twin
+from addcow_mp.errors import AddcowError, ImageError, LentError, LockedError, SpaceError, UsageError
+from addcow_mp.format.bitmap import SparseBits
+from addcow_mp.format.bits import Run, merged
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.names import path_combine, path_has_protocol
+from addcow_mp.format.qcow2_read import Extent
+from addcow_mp.format.qcow2_read import State as Entry
+from addcow_mp.jobs.lending import (
+    Lending,
+    State,
+    foreign_twin,
+    is_original_twin,
+    lending_of,
+)
+from addcow_mp.jobs.qemu_export import (
+    layers_below,
+    punch_unallocated,
+    refuse_writable_twin,
+    remove_leftover,
+)
+from addcow_mp.jobs.removal import refuse_unremovable, remove
+from addcow_mp.jobs.report import Reach, Report, reporting
+
+
+class ImportOptions(NamedTuple):
+    """What the user allows.
+
+    ``discard``: remove the ``.add-cow`` file when all is allocated. ``adopt``: take a copy of the
+    twin or of the ``.add-cow`` file for the original. ``abandon``: give up what QEMU has written.
+    """
+
+    discard: bool = False
+    adopt: bool = False
+    abandon: bool = False
+
+
+DEFAULTS = ImportOptions()
+
+
+def take_back(
+    path: str, options: ImportOptions = DEFAULTS, *, access: Access | None = None
+) -> Report:
+    """Take the overlay at ``path`` back from QEMU; also finish what was interrupted.
+
+    Raises :class:`AddcowError`; refusals come before the first byte is written.
+    """
+    access = access or Access()
+    if options.abandon and not access.force:
+        raise UsageError(message="--abandon gives up what the guest has written; it needs --force")
+    with reporting("qemu import", path) as report:
+        with open_chain(path, LENDING, access, lent=True) as overlay:
+            layers = [
+                layer.path for layer in layers_below(overlay) if layer.header.lent_for_reading
+            ]
+            _by_state(overlay, options, access, report)
+        for layer in layers:
+            _take_layer_back(layer, access, report)
+    return report
+
+
+def _by_state(overlay: Overlay, options: ImportOptions, access: Access, report: Report) -> None:
+    lending = lending_of(overlay.cow, overlay.header, overlay.image.file)
+    if lending.state is State.FOREIGN_TWIN:
+        raise foreign_twin(overlay.path, lending)
+    if lending.state is State.LENT_FOR_READING:
+        _finish_layer(overlay, lending, access, report)
+        return
+    if lending.state is State.TWIN_MISSING:
+        _abandon(overlay, options, report)
+    with _opened(lending, access) as twin:
+        if lending.state in (State.LENT, State.HALFWAY):
+            _refuse_copies(overlay, lending, adopt=options.adopt)
+        if lending.state is State.LENT:
+            overlay = _bring_back(overlay, twin, access, report)
+        _finish(overlay, twin, report)
+    _discard(overlay, options, report)
+
+
+@contextmanager
+def _opened(lending: Lending, access: Access) -> Iterator[Twin | None]:
+    """The twin of a lending, locked alone; None where there is none."""
+    if lending.twin is None:
+        yield None
+        return
+    twin = Twin.open(access.beside(lending.twin), lending.twin, RESIZING)
+    try:
+        yield twin
+    finally:
+        twin.close()
+
+
+# Refusals
+
+
+def _abandon(overlay: Overlay, options: ImportOptions, report: Report) -> None:
+    """Go on without a twin, if the user gives up what QEMU has written."""
+    if not options.abandon:
+        raise ImageError(
+            path=overlay.path,
+            problem="it is lent to QEMU, and the qcow2 file that it is used through is not beside "
+            "it; move it back, or give up what the guest has written with --abandon --force: the "
+            "overlay is then a mixture of old and new data",
+        )
+    report.warnings.append(
+        f"{overlay.path}: what the guest has written is given up; the overlay may be a mixture"
+    )
+
+
+def _refuse_copies(overlay: Overlay, lending: Lending, *, adopt: bool) -> None:
+    """Raise when the twin or the ``.add-cow`` file is a copy, unless it is to be adopted."""
+    mark, copies = lending.mark, []
+    if Identity.of(overlay.cow) != (mark.cow_inode, mark.cow_birth):
+        copies.append(overlay.path)
+    if lending.twin and lending.header and not is_original_twin(lending.twin, lending.header):
+        copies.append(lending.twin)
+    if copies and not adopt:
+        raise ImageError(
+            path=copies[0],
+            problem="it is a copy of what was lent: what QEMU has written since may be missing; "
+            "if it is the right one, --adopt takes it back",
+        )
+
+
+def _refuse_twin(overlay: Overlay, twin: Twin, access: Access) -> None:
+    """Raise when QEMU has made something of the twin that cannot come back."""
+    _refuse_other_backing(overlay, twin)
+    own = twin.file.identity
+    others = [one.path for one in overlays_near([twin.path], access).overlays if one.backing == own]
+    if others:
+        raise ImageError(
+            path=twin.path,
+            problem=f"it is the backing file of {', '.join(sorted(others))}, a snapshot; commit "
+            "that with 'qemu-img commit' first",
+        )
+
+
+def _refuse_other_backing(overlay: Overlay, twin: Twin) -> None:
+    name = twin.header.backing
+    if name is None:
+        return
+    path = path_combine(twin.path, os.fsdecode(name))
+    expected = _expected_backing(overlay)
+    found = None if path_has_protocol(os.fsdecode(name)) else identity_at(path)
+    if expected is None or found != identity_at(expected):
+        wanted = expected or ""
+        raise ImageError(
+            path=twin.path,
+            problem=f"its backing file is '{os.fsdecode(name)}' and was '{wanted}'; restore it "
+            f"with 'qemu-img rebase -u -b {wanted} -F {_format(overlay)} {twin.path}'",
+        )
+
+
+def _format(overlay: Overlay) -> str:
+    return "qcow2" if isinstance(overlay.backing, Overlay) else "raw"
+
+
+def _expected_backing(overlay: Overlay) -> str | None:
+    """The file that the twin was made with as its backing file."""
+    if overlay.backing is None:
+        return None
+    if not isinstance(overlay.backing, Overlay):
+        return overlay.backing.path
+    layer = overlay.backing
+    return lending_of(layer.cow, layer.header, layer.image.file).twin
+
+
+# What QEMU has made of it
+
+
+class _Clusters:
+    """The twin's tables in clusters of the overlay."""
+
+    def __init__(self, overlay: Overlay, twin: Twin) -> None:
+        self.twin = twin
+        self.geometry = Geometry(twin.header.fixed.size, overlay.cluster_size)
+        #: Bytes of the backing file that an empty entry shows; more are zeros.
+        below = 0 if overlay.backing is None else overlay.backing.size
+        self._below = below
+        self._was_streamed = twin.header.backing is None and overlay.backing is not None
+
+    def parts(self) -> Iterator[tuple[Run, list[Extent]]]:
+        """Runs of clusters, with what they are made of: one extent, or several of one cluster."""
+        size, mixed = self.geometry.cluster_size, list[Extent]()
+        for extent in self._extents():
+            start = extent.start
+            if mixed or start % size:
+                stop = min(extent.stop, (start // size + 1) * size)
+                mixed.append(Extent(start, stop, extent.state))
+                if stop % size and stop < self.geometry.size:
+                    continue
+                yield self.geometry.touched(mixed[0].start, stop), mixed
+                mixed, start = [], stop
+            stop = extent.stop if extent.stop == self.geometry.size else extent.stop // size * size
+            if start < stop:
+                yield self.geometry.touched(start, stop), [Extent(start, stop, extent.state)]
+            if max(start, stop) < extent.stop:
+                mixed = [Extent(max(start, stop), extent.stop, extent.state)]
+
+    def _extents(self) -> Iterator[Extent]:
+        """The extents of the twin; without a backing file, empty ones behind its end are zeros."""
+        for extent in self.twin.extents():
+            if extent.state is not Entry.EMPTY or not self._was_streamed:
+                yield extent
+            elif extent.start < self._below:
+                raise ImageError(
+                    path=self.twin.path,
+                    problem="its backing file was removed, and not all that it held was copied "
+                    f"(at {extent.start}); restore it with 'qemu-img rebase -u'",
+                )
+            else:
+                yield Extent(extent.start, extent.stop, Entry.ZERO)
+
+    def copied_up(self) -> int:
+        """Bytes that are copied up at most. Raises :class:`ImageError` for unusable tables."""
+        return sum(
+            one.stop - one.start
+            for _, extents in self.parts()
+            if len(extents) > 1
+            for one in extents
+            if one.state is Entry.EMPTY
+        )
+
+    def allocated(self) -> Iterator[Run]:
+        """The clusters that become allocated."""
+        runs = (run for run, extents in self.parts() if not _is_empty(extents))
+        return merged(runs)
+
+
+def _is_empty(extents: list[Extent]) -> bool:
+    return len(extents) == 1 and extents[0].state is Entry.EMPTY
+
+
+def _bring_back(overlay: Overlay, twin: Twin | None, access: Access, report: Report) -> Overlay:
+    """Steps 1 to 3; the overlay as it is now, in the same open files."""
+    assert twin is not None  # noqa: S101 - a lent overlay has one
+    _refuse_twin(overlay, twin, access)
+    clusters = _Clusters(overlay, twin)
+    _refuse_image(overlay, clusters)
+    if twin.header.has_bitmaps:
+        report.warnings.append(f"{twin.path}: its persistent bitmaps are lost")
+    report.working()
+    overlay = _resized(overlay, clusters.geometry)
+    _fill(overlay, clusters)
+    overlay.image.file.sync()
+    _publish(overlay, clusters)
+    return overlay
+
+
+def _refuse_image(overlay: Overlay, clusters: _Clusters) -> None:
+    image, needed = overlay.image.file, clusters.copied_up()
+    if image.length < clusters.geometry.size:
+        raise ImageError(
+            path=image.path,
+            problem=f"it has {image.length} bytes, and QEMU knew {clusters.geometry.size}: it was "
+            "cut short; restore it from a backup",
+        )
+    if needed > image.free_space:
+        raise SpaceError(path=image.path, needed=needed, free=image.free_space)
+
+
+def _resized(overlay: Overlay, geometry: Geometry) -> Overlay:
+    """The overlay with the size that QEMU knows."""
+    image, cow = overlay.image.file, overlay.cow
+    if image.length != geometry.size:
+        with image.doing(f"cut it to {geometry.size} bytes"):
+            os.ftruncate(image.fd, geometry.size)
+    cow.grow(overlay.header.header_size + geometry.bitmap_length)
+    if geometry.size == overlay.size and not overlay.bitmap.short:
+        return overlay
+    overlay.bitmap.unmap()
+    return Overlay(cow, image, overlay.backing, overlay.header)
+
+
+def _fill(overlay: Overlay, clusters: _Clusters) -> None:
+    """Make the image file hold what a guest sees of every cluster that becomes allocated."""
+    buffer = new_buffer(min(BUFFER_SIZE, max(overlay.cluster_size, 1)))
+    for _, extents in clusters.parts():
+        for one in extents:
+            if one.state is Entry.ZERO:
+                overlay.image.file.make_zero(one.start, one.stop)
+            elif one.state is Entry.EMPTY and len(extents) > 1:
+                overlay.copy_up(one.start, one.stop, buffer)
+
+
+def _publish(overlay: Overlay, clusters: _Clusters) -> None:
+    """Make the bits those of the twin's tables, durably."""
+    bits, marks = overlay.bitmap, SparseBits()
+    for run in clusters.allocated():
+        marks.set(*run)
+    pages = sorted((*bits.data_runs(), *marks.pages()))
+    with overlay.cow.doing("write its bitmap"):
+        for first, stop in merged(pages):
+            bits.publish(first, min(stop, overlay.geometry.clusters), marks.copy_to)
+        bits.clear_stray()
+    overlay.cow.sync()
+
+
+# The end
+
+
+def _finish(overlay: Overlay, twin: Twin | None, report: Report) -> None:
+    """Steps 4 to 6; every one of them can be repeated."""
+    report.working()
+    if twin is not None and not twin.header.disabled:
+        twin.disable()
+    if overlay.header.lent_id is not None:
+        _clear_mark(overlay)
+    if twin is not None:
+        twin.remove()
+    if not overlay.all_allocated:
+        punch_unallocated(overlay)
+    if is_synchronous(overlay.image.file):
+        set_synchronous(overlay.image.file, False)
+    report.reach = Reach.DONE
+
+
+def _clear_mark(overlay: Overlay) -> None:
+    header = overlay.header.with_lent(0, 0)
+    if overlay.allocated_clusters == overlay.geometry.clusters:
+        header = header.with_all_allocated(True)
+    overlay.cow.write(header.pack(), 0)
+    overlay.cow.sync()
+    overlay.header = header
+
+
+def _discard(overlay: Overlay, options: ImportOptions, report: Report) -> None:
+    if not options.discard:
+        return
+    if not overlay.all_allocated:
+        raise ImageError(
+            path=overlay.path,
+            problem="it was taken back, and is not removed: not every cluster is allocated; "
+            "'addcow flatten --discard' makes them so",
+        )
+    refuse_unremovable(overlay)
+    remove(overlay, report)
+
+
+# Layers below
+
+
+def _take_layer_back(path: str, access: Access, report: Report) -> None:
+    """Take a layer back that is lent for reading, if nothing needs it any more.
+
+    A twin that an interrupted export has left beside the layer is removed.
+    """
+    try:
+        with open_chain(path, {0: Use(RESIZING, READING)}, access.beside(path), lent=True) as layer:
+            lending = lending_of(layer.cow, layer.header, layer.image.file)
+            if lending.state is State.LENT_FOR_READING:
+                _finish_layer(layer, lending, access, report)
+            elif lending.state is State.FOREIGN_TWIN and lending.twin is not None:
+                refuse_writable_twin(layer, lending)
+                remove_leftover(lending.twin)
+    except (LentError, LockedError) as error:
+        report.warnings.append(f"{path}: it stays lent for reading: {error}")
+
+
+def _finish_layer(layer: Overlay, lending: Lending, access: Access, report: Report) -> None:
+    """Clear the mark of a layer. Raises :class:`LentError` while something may still need it."""
+    reason = _still_needed(layer, lending, access)
+    if reason is not None:
+        raise LentError(path=layer.path, holder=f"QEMU for reading: {reason}")
+    report.working()
+    invalidate_all(layer, durable=layer.cow.durable)
+    if lending.twin is not None:
+        _make_writable(lending.twin)
+        twin = Twin.open(access.beside(lending.twin), lending.twin, RESIZING)
+        try:
+            twin.disable()
+            _clear_reading_mark(layer)
+            twin.remove()
+        finally:
+            twin.close()
+    report.reach = Reach.DONE
+
+
+def _make_writable(twin: str) -> None:
+    with suppress(OSError):  # opening it says what is wrong
+        os.chmod(twin, stat.S_IMODE(os.stat(twin).st_mode) | stat.S_IWUSR)
+
+
+def _clear_reading_mark(layer: Overlay) -> None:
+    header = layer.header.with_lent(0, 0)
+    layer.cow.write(header.pack(), 0)
+    layer.cow.sync()
+    layer.header = header
+
+
+def _still_needed(layer: Overlay, lending: Lending, access: Access) -> str | None:
+    """Why a layer cannot be taken back yet; None when it can."""
+    if lending.twin is None:
+        return "the qcow2 file that it is read through is not beside it"
+    twin = identity_at(lending.twin)
+    near = overlays_near([layer.cow.real, lending.twin], access)
+    users = [one for one in near.overlays if twin is not None and one.backing == twin]
+    users += [one for one in near.overlays if one.backing == layer.cow.identity and one.is_lent]
+    if users:
+        return "needed by " + ", ".join(sorted({one.path for one in users}))
+    if near.unread or near.hidden:
+        return f"'{(*near.unread, *near.hidden)[0].path}' cannot be examined"
+    return None if _is_unchanged(layer, lending.twin, access) else "its qcow2 file was changed"
+
+
+def _is_unchanged(layer: Overlay, path: str, access: Access) -> bool:
+    """Whether the tables of a layer's twin say what its bitmap says."""
+    try:
+        twin = Twin.open(access.beside(path), path, READING)
+    except AddcowError:
+        return False
+    try:
+        found = [one for one in twin.extents() if one.state is not Entry.EMPTY]
+        plain = all(one.state is Entry.ALLOCATED for one in found)
+        runs: Iterable[Run] = (layer.geometry.span(*run) for run in layer.allocated_runs())
+        return plain and [(one.start, one.stop) for one in found] == list(runs)
+    finally:
+        twin.close()

@@ -1,0 +1,66 @@
+"""Whose an overlay is, and which program holds it."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from addcow_mp.device.access import Access
+from addcow_mp.device.chain import open_chain
+from addcow_mp.device.files import File
+from addcow_mp.device.locks import RESIZING, holder_of_conflict
+from addcow_mp.device.synchronous import is_synchronous
+from addcow_mp.format.qcow2 import Kind
+from addcow_mp.jobs.lending import State, lending_of
+
+
+class LendingStatus(NamedTuple):
+    """The state of one overlay: its twin, how a power cut is made harmless, and who has it open."""
+
+    filename: str
+    state: State
+    twin: str | None
+    lent_id: int | None
+    kind: Kind | None
+    synchronous: bool
+    holder: str | None
+
+    def as_json(self) -> dict[str, object]:
+        """The public keys."""
+        return {
+            "filename": self.filename,
+            "state": self.state,
+            "twin": self.twin,
+            "id": None if self.lent_id is None else f"{self.lent_id:x}",
+            "kind": None if self.kind is None else self.kind.name.lower(),
+            "synchronous": self.synchronous,
+            "holder": self.holder,
+        }
+
+
+def status(path: str, access: Access | None = None) -> LendingStatus:
+    """Whose the overlay at ``path`` is. Raises :class:`AddcowError`."""
+    access = (access or Access())._replace(share=True)
+    with open_chain(path, access=access, lent=True) as overlay:
+        image = overlay.image.file
+        lending = lending_of(overlay.cow, overlay.header, image)
+        kind = None if lending.header is None else lending.mark.kind
+        holder = None if lending.twin is None else _holder(lending.twin)
+        return LendingStatus(
+            path,
+            lending.state,
+            lending.twin,
+            overlay.header.lent_id,
+            kind,
+            is_synchronous(image),
+            holder,
+        )
+
+
+def _holder(twin: str) -> str | None:
+    """The program that has the twin open, as far as its locks tell."""
+    file = File(twin, os.open(twin, os.O_RDONLY | os.O_CLOEXEC), writable=False)
+    try:
+        return holder_of_conflict(file, RESIZING)
+    finally:
+        file.close()
