@@ -188,6 +188,7 @@ class Named(NamedTuple):
     backing_format: str | None = None
     all_allocated: bool = False
     is_lent: bool = False
+    is_overlay: bool = True
 
     @property
     def meaning(self) -> tuple[Identity | None, ...]:
@@ -266,7 +267,8 @@ def _examined_qcow2(path: str) -> Named | None:
         return None
     base = os.path.realpath(path)
     backing = None if names.backing is None else path_combine(base, names.backing)
-    return Named(path, names.identity, names.image, _identity(backing), None, backing, base)
+    found = Named(path, names.identity, names.image, _identity(backing), None, backing, base)
+    return found._replace(is_overlay=False)
 
 
 def _name(fd: int, offset: int, size: int, limit: int) -> str | None:

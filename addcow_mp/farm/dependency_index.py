@@ -21,7 +21,7 @@ from addcow_mp.device.discovery import (
     Named,
     NearbyOverlays,
     Unexamined,
-    examined,
+    examined_user,
     listing,
     named_by,
 )
@@ -54,7 +54,7 @@ class DependencyIndex:
         self._changed: dict[str, int] = {}
         self._deep: set[str] = set()
         unexamined = [self._examine(path) for path in paths]
-        self.farm = without_backups(self.graph.nodes.values())
+        self.farm = without_backups(one for one in self.graph.nodes.values() if one.is_overlay)
         self.unexamined = in_order(filter(None, unexamined))
         for root in self._roots:
             self._search(root.rstrip("/") or "/", deep=True)
@@ -161,12 +161,12 @@ class DependencyIndex:
     # Files
 
     def _examine(self, path: str) -> Unexamined | None:
-        """Add the file at ``path``, once, if it is an overlay; returns why it cannot be read."""
+        """Add the overlay or qcow2 file at ``path``, once; returns why it cannot be read."""
         real = f"{self._real(os.path.dirname(path))}/{os.path.basename(path)}"
         if real in self._known:
             return self._unread.get(real)
         self._known.add(real)
-        one = examined(path)
+        one = examined_user(path)
         if isinstance(one, Unexamined):
             self._add_unread(real, one)
             return one

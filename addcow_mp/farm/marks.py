@@ -43,6 +43,8 @@ class Mark(StrEnum):
     CYCLE = "cycle"
     SHARED_IMAGE = "shared-image"
     BASE_CHANGED = "base-changed"
+    LENT = "lent"
+    LENT_FOR_READING = "lent-for-reading"
     NOT_EXAMINED = "not-examined"
     UNNAMED = "unnamed"
 
@@ -87,6 +89,8 @@ def marks_of(node: Node, graph: Graph[Node], depths: Container[Key]) -> tuple[Ma
         Mark.CYCLE: in_cycle,
         Mark.SHARED_IMAGE: node.image is not None and len(graph.owners[node.image]) > 1,
         Mark.BASE_CHANGED: not in_cycle and below is not None and _base_changed(node, below),
+        Mark.LENT: node.state == Mark.LENT,
+        Mark.LENT_FOR_READING: node.state == Mark.LENT_FOR_READING,
         Mark.NOT_EXAMINED: node.problem is not None,
         Mark.UNNAMED: node.kind is NodeKind.UNNAMED,
     }

@@ -43,6 +43,8 @@ class Member:
         if self.problem is not None:
             return _state_of(self.problem)
         about = self.about
+        if about is not None and about.header.lent_id is not None:
+            return "lent" if about.header.lent else "lent-for-reading"
         if about is None or about.names.backing is None or about.header.all_allocated:
             return "standalone"
         if self.named.backing is None:

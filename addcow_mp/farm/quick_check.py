@@ -248,7 +248,7 @@ def _legal(fixed: bytes) -> Header:
     """The header in ``fixed``; many images have the same one, except for the names."""
     _require(len(fixed) == FIXED_SIZE)
     header = Header.unpack(fixed)
-    _require(next(violations(header), None) is None)
+    _require(next(violations(header), None) is None and not header.features)
     return header
 
 

@@ -31,6 +31,7 @@ from addcow_mp.device.headers import (
 from addcow_mp.device.locks import READING
 from addcow_mp.device.magic import contradicts, resembles
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.twin import holder_name
 from addcow_mp.errors import AddcowError, FormatError, NotAddcowError
 from addcow_mp.findings import CheckReport, Finding, Severity
 from addcow_mp.format.header import (
@@ -129,6 +130,8 @@ class _Check:
         except FormatError as error:
             self.corrupt("header", error.fields["problem"])
             return
+        # A guest may be writing the image file of an overlay that is lent.
+        self.access = self.access._replace(share=self.access.share or self.header.lent)
         self.broken = list(violations(self.header))
         self._note_broken("header")
         if self.cow.length < self.header.header_size and not self._is_broken("header"):
@@ -214,6 +217,11 @@ class _Check:
     def _open_overlay(self, image: File) -> None:
         if self.cow is None or self.header is None or self._is_broken("header"):
             return
+        if self.header.lent_id is not None:
+            holder = holder_name(self.cow.base, self.header)
+            self.report.notes.append(f"{self.path}: it is lent to {holder}")
+        if self.header.lent:
+            return  # QEMU's twin, and not the bitmap, says what is allocated
         self.overlay = Overlay(self.cow, image, None, self.header)
         self.report.total_clusters = self.overlay.geometry.clusters
         self.report.allocated_clusters = self.overlay.allocated_clusters

@@ -23,7 +23,8 @@ from addcow_mp.device.headers import (
     refuse_protocol,
     short_bitmap_warning,
 )
-from addcow_mp.device.locks import READING
+from addcow_mp.device.locks import READING, SHARING
+from addcow_mp.device.twin import holder_name
 from addcow_mp.errors import ImageError
 from addcow_mp.format.bitmap import CowBitmap
 from addcow_mp.format.geometry import Geometry, raw_size, virtual_size
@@ -43,7 +44,7 @@ class RawInfo(NamedTuple):
 class Info(NamedTuple):
     """An add-cow overlay. Sizes are in bytes; ``virtual_size`` is None if the image is not raw.
 
-    ``base``: the path that its names are relative to.
+    ``base``: the path that its names are relative to. ``lent_to``: whom it is lent to, in words.
     """
 
     filename: str
@@ -56,6 +57,7 @@ class Info(NamedTuple):
     allocated_clusters: int | None
     warnings: list[str]
     base: str
+    lent_to: str | None = None
 
     @property
     def full_image(self) -> str:
@@ -80,7 +82,9 @@ def info(path: str, access: Access | None = None, *, named: bool = True) -> Info
         header = load_header(cow)
         names = load_names(cow, header)
         with errors_naming(cow, names.image, "image file") as target:
-            image = open_claimed(access, target, READING, IMAGE, named=False)
+            # A guest may be writing the image file of an overlay that is lent.
+            claim = SHARING if header.lent else READING
+            image = open_claimed(access, target, claim, IMAGE, named=False)
         with closing(image):
             if names.backing is not None:
                 _refuse_same(cow, image, names.image, names.backing)
@@ -101,7 +105,8 @@ def _info(cow: File, image: File, header: Header, names: Names) -> Info:
         warnings = short_bitmap_warning(cow.path) if bitmap.short else []
     warnings += link_warnings([cow, image])
     about = size, cow.allocated, cow.identity, header, names, total, allocated, warnings
-    return Info(cow.path, *about, base=cow.base)
+    lent_to = None if header.lent_id is None else holder_name(cow.base, header)
+    return Info(cow.path, *about, base=cow.base, lent_to=lent_to)
 
 
 def _refuse_same(cow: File, image: File, image_name: str, backing_name: str) -> None:

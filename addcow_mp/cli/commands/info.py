@@ -71,6 +71,7 @@ def _specific(one: Info) -> dict[str, object]:
         "total-clusters": one.total_clusters,
         "allocated-clusters": one.allocated_clusters,
         "compatible-features": one.header.compatible_features,
+        **({} if one.lent_to is None else {"lent-to": one.lent_to}),
     }
 
 

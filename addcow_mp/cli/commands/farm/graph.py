@@ -73,6 +73,8 @@ _COLOURS = {
     Mark.CYCLE: "#a000a0",
     Mark.SHARED_IMAGE: "#c00000",
     Mark.BASE_CHANGED: "#c06000",
+    Mark.LENT: "#0060c0",
+    Mark.LENT_FOR_READING: "#0060c0",
     Mark.NOT_EXAMINED: "#806000",
     Mark.UNNAMED: "#707070",
 }
