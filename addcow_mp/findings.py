@@ -88,7 +88,8 @@ class CheckReport:
     """All findings on one image.
 
     ``warnings``: lines for the user that break no rule. ``notes``: facts that are no fault.
-    ``repairs``: what was repaired; ``backup``: the file with the old header and bitmap.
+    ``is_lent``: QEMU uses it. ``repairs``: what was repaired; ``backup``: the file with the old
+    header and bitmap.
     """
 
     exit_statuses: ClassVar = {
@@ -110,6 +111,7 @@ class CheckReport:
     leaks_fixed: int = 0
     corruptions_fixed: int = 0
     notes: list[str] = field(default_factory=list)
+    is_lent: bool = False
 
     def _count(self, severity: Severity) -> int:
         return sum(one.count for one in self.findings if one.severity is severity)

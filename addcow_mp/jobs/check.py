@@ -220,6 +220,7 @@ class _Check:
         if self.header.lent_id is not None:
             holder = holder_name(self.cow.base, self.header)
             self.report.notes.append(f"{self.path}: it is lent to {holder}")
+            self.report.is_lent = True
         if self.header.lent:
             return  # QEMU's twin, and not the bitmap, says what is allocated
         self.overlay = Overlay(self.cow, image, None, self.header)

@@ -36,7 +36,10 @@ def repair(path: str, access: Access | None = None, *, everything: bool) -> Chec
     """
     access = access or Access()
     before = check(path, access)
-    if before.exit_code == 0 or not _is_repairable(before, everything=everything):
+    # Opening a lent overlay for writing raises the error that says whom it is lent to.
+    if not before.is_lent and (
+        before.exit_code == 0 or not _is_repairable(before, everything=everything)
+    ):
         return before
     with open_chain(path, WRITE, access) as overlay:
         remedy = "commit or flatten them first, or use --force"

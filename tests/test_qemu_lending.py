@@ -1,0 +1,401 @@
+"""An overlay that is lent to QEMU: out through a qcow2 file beside it, and back.
+
+QEMU's own tools judge: what they read through the twin is what the overlay showed, and what they
+wrote is what the overlay shows when it is back.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support import model
+from support.command import ADDCOW, PATIENCE, addcow, pair, patch, refused, snapshot, succeed, tool
+from support.fault_rules import VARIABLE, Rules, rule
+from support.lending import (
+    features,
+    node,
+    qemu_io,
+    random_layer,
+    random_session,
+    refuses,
+    seen_by_qemu,
+    twins,
+    view,
+)
+
+MiB = 1 << 20
+LENT, LENT_FOR_READING = 1 << 63, 1 << 62
+
+#: What a session does to the overlay of :func:`chain`.
+SESSION = ("write -P 0x77 64k 4k", "write -z 256k 100k", "discard 0 64k")
+
+
+def chain(directory: Path) -> bytes:
+    """Make an overlay over an overlay over a raw base, with garbage; what its guest reads."""
+    base = model.raw("EEEEEE", 64 * 1024)
+    middle = model.overlay("-CD-C0", base, cluster_size=64 * 1024)
+    top = model.overlay("A-b0-AB-", middle, cluster_size=64 * 1024, cut=512)
+    model.build(top, str(directory))
+    return bytes(model.view(top))
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("number", range(60))
+def test_random_overlays_go_out_and_come_back(
+    tmp_path: Path, rng: random.Random, number: int
+) -> None:
+    layer = random_layer(rng)
+    model.build(layer, str(tmp_path))
+    content = model.view(layer)
+    crash = rng.choice(["strict", "relaxed"])
+    succeed("qemu", "export", "--crash", crash, "top.add-cow", cwd=tmp_path)
+    tool("qemu-img", "check", node("top.add-cow", cwd=tmp_path), cwd=tmp_path)
+    assert seen_by_qemu("top.add-cow", cwd=tmp_path) == content
+    qemu_io("top.add-cow", *random_session(rng, content), cwd=tmp_path)
+    tool("qemu-img", "check", node("top.add-cow", cwd=tmp_path), cwd=tmp_path)
+    succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert view("top.add-cow", cwd=tmp_path) == content
+    succeed("check", "top.add-cow", cwd=tmp_path)
+    assert twins(tmp_path) == {}
+    assert all(features(one) == 0 for one in tmp_path.glob("*.add-cow"))
+
+
+def test_export_copies_nothing_and_import_of_an_unused_overlay_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    pair(tmp_path, "ABCD", "A-0-")
+    before = snapshot(tmp_path)
+    told = succeed("qemu", "export", "--output", "json", "top.add-cow", cwd=tmp_path).json
+    assert told["kind"] == "plain"
+    assert told["twin"] == "top.qcow2"
+    assert (tmp_path / "top.qcow2").stat().st_blocks * 512 <= 64 * 1024
+    succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_complete_stream_sets_all_allocated_and_discard_leaves_the_raw_file(
+    tmp_path: Path,
+) -> None:
+    content = chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    described = node("top.add-cow", cwd=tmp_path)
+    # What block-stream leaves: every cluster allocated, and no backing file.
+    for start in range(0, len(content), 64 * 1024):
+        part = content[start : start + 64 * 1024]
+        (tmp_path / "part").write_bytes(part)
+        tool("qemu-io", "-c", f"write -s part {start} {len(part)}", described, cwd=tmp_path)
+    _rebase_to_nothing(tmp_path)
+    succeed("qemu", "import", "--discard", "top.add-cow", cwd=tmp_path)
+    assert not (tmp_path / "top.add-cow").exists()
+    assert (tmp_path / "top.raw").read_bytes() == content
+
+
+def test_import_refuses_a_backing_that_was_removed_without_copying(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    _rebase_to_nothing(tmp_path)
+    assert "its backing file was removed" in refused("qemu", "import", "top.add-cow", cwd=tmp_path)
+
+
+def _rebase_to_nothing(directory: Path) -> None:
+    """Take the backing file out of the twin's header, as `qemu-img rebase -u -b ""` does."""
+    twin = directory / "top.qcow2"
+    patch(twin, 8, bytes(12))
+
+
+# What others see of it
+
+
+def test_commands_that_change_a_lent_overlay_are_refused(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    before = snapshot(tmp_path)
+    for words in (
+        ("commit", "top.add-cow"),
+        ("flatten", "top.add-cow"),
+        ("commit", "--force", "top.add-cow"),
+        ("check", "-r", "all", "--force", "top-base.add-cow"),
+        ("flatten", "top-base.add-cow"),
+        ("commit", "top-base.add-cow"),
+        ("convert", "-O", "raw", "-U", "top.add-cow", "new.raw"),
+        ("manifest", "create", "top.add-cow"),
+        ("qemu", "export", "top.add-cow", "other.qcow2"),
+    ):
+        result = addcow(*words, cwd=tmp_path)
+        assert result.status != 0, words
+        assert "qemu import" in result.stderr, (words, result)
+    assert snapshot(tmp_path) == before
+
+
+def test_lent_overlay_is_described_and_clean(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    assert "QEMU through" in succeed("info", "top.add-cow", cwd=tmp_path).stdout
+    assert "lent to QEMU" in succeed("check", "top.add-cow", cwd=tmp_path).stdout
+    states = {
+        os.path.basename(one["filename"]): one["state"]
+        for one in succeed("farm", "ls", "--output", "json", ".", cwd=tmp_path).json["images"]
+    }
+    assert states == {"top.add-cow": "lent", "top-base.add-cow": "lent-for-reading"}
+    succeed("farm", "check", ".", cwd=tmp_path)
+    succeed("convert", "-O", "raw", "top-base.add-cow", "base.out", cwd=tmp_path)
+
+
+def test_layer_below_is_lent_until_its_last_overlay_is_back(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("create", "-F", "add-cow", "-b", "top-base.add-cow", "other.add-cow", cwd=tmp_path)
+    for name in ("top.add-cow", "other.add-cow"):
+        succeed("qemu", "export", name, cwd=tmp_path)
+    assert features(tmp_path / "top-base.add-cow") & LENT_FOR_READING
+    told = succeed("qemu", "import", "top.add-cow", cwd=tmp_path).stderr
+    assert "stays lent for reading" in told
+    assert features(tmp_path / "top-base.add-cow") & LENT_FOR_READING
+    assert refuses("flatten", "top-base.add-cow", cwd=tmp_path)
+    succeed("qemu", "import", "other.add-cow", cwd=tmp_path)
+    assert features(tmp_path / "top-base.add-cow") == 0
+    assert twins(tmp_path) == {}
+
+
+def test_import_names_the_program_that_holds_the_twin(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    described = node("top.add-cow", cwd=tmp_path)
+    with subprocess.Popen(
+        ["qemu-io", described], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as holder:
+        _until_locked(tmp_path)
+        message = refused("qemu", "import", "top.add-cow", cwd=tmp_path)
+        assert "qemu-io" in message
+        assert f"pid {holder.pid}" in message
+        told = succeed("qemu", "status", "--output", "json", "top.add-cow", cwd=tmp_path).json
+        assert told["state"] == "lent"
+        assert f"pid {holder.pid}" in told["holder"]
+        succeed("check", "top.add-cow", cwd=tmp_path)
+        holder.communicate(b"quit\n", timeout=PATIENCE)
+    succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+
+
+def _until_locked(directory: Path) -> None:
+    """Wait until a program has the twin open."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        told = succeed("qemu", "status", "--output", "json", "top.add-cow", cwd=directory).json
+        if told["holder"] is not None:
+            return
+    raise AssertionError("qemu-io has not opened the file")
+
+
+def test_copy_of_a_farm_with_a_lent_overlay_cannot_write_into_the_original(tmp_path: Path) -> None:
+    farm, copy = tmp_path / "farm", tmp_path / "copy"
+    farm.mkdir()
+    content = chain(farm)
+    succeed("qemu", "export", "top.add-cow", cwd=farm)
+    tool("cp", "-a", "farm", "copy", cwd=tmp_path)
+    before = snapshot(farm)
+    opened = subprocess.run(
+        ["qemu-io", "-c", "write 0 4k", "top.qcow2"], cwd=copy, capture_output=True, check=False
+    )
+    assert opened.returncode != 0
+    assert b"give-data-file" in opened.stderr + opened.stdout
+    assert "copy" in refused("qemu", "import", "top.add-cow", cwd=copy)
+    succeed("qemu", "import", "--adopt", "top.add-cow", cwd=copy)
+    assert view("top.add-cow", cwd=copy) == content
+    assert snapshot(farm) == before
+
+
+def test_qemu_refuses_a_twin_that_is_not_its_own_and_says_what_to_do(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    described = node("top.add-cow", cwd=tmp_path)
+    patch(tmp_path / "top.qcow2", 72, b"\x80")
+    opened = subprocess.run(
+        ["qemu-img", "info", described], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert opened.returncode != 0
+    assert "qemu import" in opened.stderr
+
+
+def test_moved_twin_is_missed_and_can_be_abandoned(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    (tmp_path / "top.qcow2").unlink()
+    assert "--abandon --force" in refused("qemu", "import", "top.add-cow", cwd=tmp_path)
+    refused("qemu", "import", "--abandon", "top.add-cow", cwd=tmp_path, status=64)
+    told = succeed("qemu", "import", "--abandon", "--force", "top.add-cow", cwd=tmp_path).stderr
+    assert "mixture" in told
+    assert features(tmp_path / "top.add-cow") == 0
+
+
+def test_restored_add_cow_file_beside_an_enabled_twin_is_not_written(tmp_path: Path) -> None:
+    chain(tmp_path)
+    shutil.copy2(tmp_path / "top.add-cow", tmp_path / "kept")
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    shutil.move(tmp_path / "kept", tmp_path / "top.add-cow")
+    for words in (("commit",), ("flatten",), ("io", "-c", "write 0 512"), ("qemu", "import")):
+        assert "top.qcow2" in refused(*words, "top.add-cow", cwd=tmp_path), words
+
+
+REFUSALS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "all allocated": ("already flat", lambda here: succeed("flatten", "top.add-cow", cwd=here)),
+    "twin exists": ("exists", lambda here: (here / "top.qcow2").write_text("mine")),
+    "overlay above": (
+        "depend on it",
+        lambda here: succeed("create", "-F", "add-cow", "-b", "top.add-cow", "x.add-cow", cwd=here),
+    ),
+    "qcow2 above its base": (
+        "depend on it",
+        lambda here: tool(
+            *("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "top.raw", "x.qcow2"),
+            cwd=here,
+        ),
+    ),
+    "hard links": ("hard links", lambda here: os.link(here / "top.raw", here / "second.raw")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_export_is_refused_and_changes_nothing(tmp_path: Path, name: str) -> None:
+    chain(tmp_path)
+    words, arrange = REFUSALS[name]
+    arrange(tmp_path)
+    before = snapshot(tmp_path)
+    message = refused("qemu", "export", "top.add-cow", cwd=tmp_path)
+    assert (words in message) or name == "all allocated", message
+    assert snapshot(tmp_path) == before
+
+
+def test_twin_must_lie_beside_the_overlay(tmp_path: Path) -> None:
+    chain(tmp_path)
+    (tmp_path / "sub").mkdir()
+    assert "directory" in refused("qemu", "export", "top.add-cow", "sub/t.qcow2", cwd=tmp_path)
+
+
+def test_args_name_every_file_of_the_chain(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    told = succeed("qemu", "args", "top.add-cow", cwd=tmp_path).stdout
+    libvirt = succeed("qemu", "args", "--output", "libvirt", "top.add-cow", cwd=tmp_path).stdout
+    for name in ("top.qcow2", "top.raw", "top-base.qcow2", "top-base.raw", "top-base-base.raw"):
+        assert str(tmp_path.resolve() / name) in told
+        assert str(tmp_path.resolve() / name) in libvirt
+    assert libvirt.count("<dataStore") == 2
+
+
+# Interruptions
+
+EVENTS = (
+    *("header_write", "bitmap_update", "bitmap_sync", "image_write", "data_sync", "punch"),
+    *("create", "directory_sync", "twin_write", "twin_link", "twin_unlink", "cow_write"),
+)
+
+#: No event occurs more often in these jobs.
+MOST = 12
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("after", range(MOST))
+@pytest.mark.parametrize("action", ["error", "kill"])
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("way", ["export", "import"])
+def test_interrupted_lending_is_finished_by_import(
+    tmp_path: Path, way: str, event: str, action: str, after: int
+) -> None:
+    here = tmp_path / "images"
+    here.mkdir()
+    content = chain(here)
+    if way == "import":
+        succeed("qemu", "export", "top.add-cow", cwd=here)
+        qemu_io("top.add-cow", *SESSION, cwd=here)
+        content = seen_by_qemu("top.add-cow", cwd=here)
+    rules = Rules.write(tmp_path / "rules", rule(event, action, after=after, once="on"))
+    done = _run_with(rules, "qemu", way, "top.add-cow", cwd=here)
+    if done == 0:
+        pytest.skip("the event does not occur that often")
+    enabled, lent = twins(here).get("top.qcow2", False), features(here / "top.add-cow")
+    assert not enabled or lent & LENT, "QEMU and addcow could both write"
+    if enabled:
+        assert refuses("io", "-c", "write 0 512", "top.add-cow", cwd=here)
+    succeed("qemu", "import", "top.add-cow", cwd=here)
+    assert view("top.add-cow", cwd=here) == content
+    assert addcow("check", "top.add-cow", cwd=here).status in (0, 3)
+    assert twins(here) == {}
+    assert all(features(one) == 0 for one in here.glob("*.add-cow"))
+
+
+def _run_with(rules: Rules, *arguments: str, cwd: Path) -> int:
+    done = subprocess.run(
+        [*ADDCOW, *arguments],
+        cwd=cwd,
+        env={**os.environ, VARIABLE: str(rules.path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
+
+
+# Hostile twins
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("number", range(80))
+def test_damaged_twin_costs_one_line(tmp_path: Path, rng: random.Random, number: int) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    twin = tmp_path / "top.qcow2"
+    twin.chmod(0o644)
+    data = twin.read_bytes()
+    used = [at for at, byte in enumerate(data) if byte]
+    place = rng.choice([rng.randrange(112), rng.choice(used)])
+    patch(twin, place, bytes([data[place] ^ 1 << rng.randrange(8)]))
+    result = addcow("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert len([one for one in result.stderr.splitlines() if "warning" not in one]) <= 1
+    assert result.status in (0, 1)
+
+
+HUGE = {
+    "size": (24, b"\x7f" + bytes(7)),
+    "L1 entries": (36, b"\xff\xff\xff\xff"),
+    "L1 offset": (40, b"\x00\xff" + bytes(6)),
+    "cluster bits": (20, b"\x00\x00\x00\x3f"),
+    "snapshots": (60, b"\x00\x00\x00\x01"),
+    "encryption": (32, b"\x00\x00\x00\x01"),
+    "version": (4, b"\x00\x00\x00\x02"),
+    "corrupt": (79, b"\x06"),
+}
+
+
+@pytest.mark.parametrize("field", HUGE)
+def test_twin_that_claims_what_it_cannot_be_is_refused(tmp_path: Path, field: str) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    twin = tmp_path / "top.qcow2"
+    place, value = HUGE[field]
+    patch(twin, place, value)
+    before = snapshot(tmp_path)
+    refused("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_json_of_status_names_the_state(tmp_path: Path) -> None:
+    chain(tmp_path)
+    assert _status(tmp_path)["state"] == "here"
+    succeed("qemu", "export", "--crash", "relaxed", "top.add-cow", cwd=tmp_path)
+    told = _status(tmp_path)
+    assert (told["state"], told["kind"], told["holder"]) == ("lent", "sector", None)
+    assert (tmp_path / str(told["twin"])).name == "top.qcow2"
+
+
+def _status(directory: Path) -> dict[str, str | None]:
+    told = succeed("qemu", "status", "--output", "json", "top.add-cow", cwd=directory).stdout
+    found: dict[str, str | None] = json.loads(told)
+    return found
