@@ -234,12 +234,14 @@ def test_moved_twin_is_missed_and_can_be_abandoned(tmp_path: Path) -> None:
 
 
 def test_restored_add_cow_file_beside_an_enabled_twin_is_not_written(tmp_path: Path) -> None:
-    chain(tmp_path)
-    shutil.copy2(tmp_path / "top.add-cow", tmp_path / "kept")
-    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
-    shutil.move(tmp_path / "kept", tmp_path / "top.add-cow")
+    here, kept = tmp_path / "images", tmp_path / "kept"
+    here.mkdir()
+    chain(here)
+    shutil.copy2(here / "top.add-cow", kept)
+    succeed("qemu", "export", "top.add-cow", cwd=here)
+    shutil.move(kept, here / "top.add-cow")
     for words in (("commit",), ("flatten",), ("io", "-c", "write 0 512"), ("qemu", "import")):
-        assert "top.qcow2" in refused(*words, "top.add-cow", cwd=tmp_path), words
+        assert "top.qcow2" in refused(*words, "top.add-cow", cwd=here), words
 
 
 REFUSALS: dict[str, tuple[str, Callable[[Path], object]]] = {

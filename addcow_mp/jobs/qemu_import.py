@@ -82,9 +82,7 @@ def take_back(
         raise UsageError(message="--abandon gives up what the guest has written; it needs --force")
     with reporting("qemu import", path) as report:
         with open_chain(path, LENDING, access, lent=True) as overlay:
-            layers = [
-                layer.path for layer in layers_below(overlay) if layer.header.lent_for_reading
-            ]
+            layers = [layer.path for layer in layers_below(overlay)]
             _by_state(overlay, options, access, report)
         for layer in layers:
             _take_layer_back(layer, access, report)
