@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         HeldError,
         ImageError,
         InterruptedJobError,
+        LentError,
         LockedError,
         ManifestError,
         NoLocksError,
@@ -80,7 +81,14 @@ __all__ += ["check", "commit", "convert", "create", "extents", "flatten", "info"
 __all__ += ["path_combine", "path_has_protocol", "read_string"]
 __all__ += ["AddcowError", "CleanupError", "CpuLimitJobError", "DependantsError", "FileError"]
 __all__ += ["FormatError", "HangupJobError", "HardLinksError", "HeldError", "ImageError"]
-__all__ += ["InterruptedJobError", "LockedError", "ManifestError", "NoLocksError", "NotAddcowError"]
+__all__ += [
+    "InterruptedJobError",
+    "LentError",
+    "LockedError",
+    "ManifestError",
+    "NoLocksError",
+    "NotAddcowError",
+]
 __all__ += ["NotReadBackError", "OutsideError", "RangeError", "ReadBackError", "ResourceError"]
 __all__ += ["RestartsError", "SpaceError", "StoppedError", "SyncError", "TerminatedJobError"]
 __all__ += ["TimeLimitError", "UnfinishedError", "UnsupportedError", "UnverifiedError"]

@@ -162,7 +162,7 @@ class DependantsError(ImageError):
 class LentError(ImageError):
     """The overlay is lent to QEMU."""
 
-    template = "{path}: it is lent to {holder}; 'addcow qemu import {path}' takes it back"
+    template = "{path}: it is lent to {holder}; 'addcow qemu import' takes it back"
 
 
 class HardLinksError(ImageError):

@@ -354,6 +354,12 @@ def no_locks_error(here: Path) -> None:
         addcow_mp.commit(top, jobs=0)
 
 
+def lent_error(tmp_path: Path) -> None:
+    pair(tmp_path, "AB", "-X")
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    addcow_mp.commit(str(tmp_path / "top.add-cow"))
+
+
 def hard_links_error(here: Path) -> None:
     top = pair(here, "AB", "-X")
     os.link(top, here / "again.add-cow")
@@ -439,6 +445,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "HeldError": held_error,
     "DependantsError": dependants_error,
     "HardLinksError": hard_links_error,
+    "LentError": lent_error,
     "SpaceError": space_error,
     "CompareError": compare_error,
     "DiedError": lambda _: failing(_Killed(), 1),

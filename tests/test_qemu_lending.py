@@ -236,7 +236,7 @@ def test_moved_twin_is_missed_and_can_be_abandoned(tmp_path: Path) -> None:
 def test_restored_add_cow_file_beside_an_enabled_twin_is_not_written(tmp_path: Path) -> None:
     here, kept = tmp_path / "images", tmp_path / "kept"
     here.mkdir()
-    chain(here)
+    pair(here, "ABCD", "A-0-")
     shutil.copy2(here / "top.add-cow", kept)
     succeed("qemu", "export", "top.add-cow", cwd=here)
     shutil.move(kept, here / "top.add-cow")

@@ -162,6 +162,12 @@ def twin_header(path: str) -> Header | None:
     return None
 
 
+def is_twin(path: str) -> bool:
+    """Whether the file at ``path`` is a twin."""
+    header = twin_header(path)
+    return header is not None and header.mark is not None
+
+
 class Qcow2Names(NamedTuple):
     """The files that a qcow2 file uses: the name of its backing file, and a twin's image file."""
 

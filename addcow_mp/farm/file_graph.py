@@ -28,6 +28,7 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Identity, Named, is_gone, named_in
 from addcow_mp.device.files import identity_at, identity_of
 from addcow_mp.device.manifest_file import described_by
+from addcow_mp.device.twin import is_twin
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.graph import Graph, Key
 from addcow_mp.farm.marks import Mark, Node, NodeKind, marks_of
@@ -180,8 +181,8 @@ class _Builder:
         problem = None if sees_all else _MAY_BE_NAMED
         for path in self.found.files:
             layer = described_by(path)
-            if layer is not None and not is_gone(layer):
-                continue  # a manifest belongs to its layer
+            if (layer is not None and not is_gone(layer)) or is_twin(path):
+                continue  # a manifest belongs to its layer, and a twin to its overlay
             status, _ = _status(path)
             if status is None or not stat.S_ISREG(status.st_mode):
                 continue
