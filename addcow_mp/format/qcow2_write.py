@@ -170,7 +170,7 @@ def _l2_chunks(tables: Tables, layout: _Layout, runs: Iterable[Run]) -> Iterator
 
 
 def _l1_chunks(tables: Tables, layout: _Layout, runs: Iterable[Run]) -> Iterator[tuple[int, bytes]]:
-    """The entries of the L1 table: runs of neighbours in one chunk, up to 1 MiB."""
+    """The entries of the L1 table: adjacent ones in one chunk, up to 1 MiB."""
     base, place = layout.l1 * tables.cluster_size, layout.l2
     first, values = 0, array("Q")
     for number in _numbers(tables, runs):

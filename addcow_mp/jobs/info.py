@@ -44,7 +44,7 @@ class RawInfo(NamedTuple):
 class Info(NamedTuple):
     """An add-cow overlay. Sizes are in bytes; ``virtual_size`` is None if the image is not raw.
 
-    ``base``: the path that its names are relative to. ``lent_to``: whom it is lent to, in words.
+    ``base``: the path that its names are relative to. ``lent_to``: the holder it is lent to, in words.
     """
 
     filename: str

@@ -9,9 +9,9 @@ mark     twin      state
 ======== ========= ==========================================================================
 none     none      *here*
 none     disabled  *leftover*: the twin is removed by the next command
-lent     disabled  *halfway*: nobody can write, the bitmap is right; the way back finishes
+lent     disabled  *halfway*: no side can write, the bitmap is right; the way back finishes
 lent     enabled   *lent*: QEMU's. Bitmap and image file do not say what the overlay is
-lent     none      *twin-missing*: somebody has moved the twin
+lent     none      *twin-missing*: the twin was moved or removed
 none     enabled   *foreign-twin*: QEMU may write the image file; the ``.add-cow`` file came from
                    elsewhere, or the twin did. Nothing may be written
 reading  enabled   *lent-for-reading*: a layer below a lent overlay. It may be read and not changed
@@ -131,7 +131,7 @@ def refuse_not_here(cow: File, header: Header, lending: Lending) -> None:
 
 
 def foreign_twin(path: str, lending: Lending) -> ImageError:
-    """The error for an overlay whose image file QEMU may write through somebody else's twin."""
+    """The error for an overlay whose image file QEMU may write through a twin of another ``.add-cow`` file."""
     return ImageError(
         path=path,
         problem=f"QEMU may write its image file through '{lending.twin}', which this file knows "

@@ -52,7 +52,7 @@ from addcow_mp.jobs.qemu_export import (
     remove_leftover,
 )
 from addcow_mp.jobs.removal import refuse_unremovable, remove
-from addcow_mp.jobs.report import Reach, Report, reporting
+from addcow_mp.jobs.report import Outcome, Report, reporting
 
 
 class ImportOptions(NamedTuple):
@@ -269,7 +269,7 @@ def _bring_back(overlay: Overlay, twin: Twin | None, access: Access, report: Rep
     _refuse_image(overlay, clusters)
     if twin.header.has_bitmaps:
         report.warnings.append(f"{twin.path}: its persistent bitmaps are lost")
-    report.working()
+    report.begin_changes()
     overlay = _resized(overlay, clusters.geometry)
     _fill(overlay, clusters)
     overlay.image.file.sync()
@@ -331,7 +331,7 @@ def _publish(overlay: Overlay, clusters: _Clusters) -> None:
 
 def _finish(overlay: Overlay, twin: Twin | None, report: Report) -> None:
     """Steps 4 to 6; every one of them can be repeated."""
-    report.working()
+    report.begin_changes()
     if twin is not None and not twin.header.disabled:
         twin.disable()
     if overlay.header.lent_id is not None:
@@ -342,7 +342,7 @@ def _finish(overlay: Overlay, twin: Twin | None, report: Report) -> None:
         punch_unallocated(overlay)
     if is_synchronous(overlay.image.file):
         set_synchronous(overlay.image.file, False)
-    report.reach = Reach.DONE
+    report.outcome = Outcome.DONE
 
 
 def _clear_mark(overlay: Overlay) -> None:
@@ -392,7 +392,7 @@ def _finish_layer(layer: Overlay, lending: Lending, access: Access, report: Repo
     reason = _still_needed(layer, lending, access)
     if reason is not None:
         raise LentError(path=layer.path, holder=f"QEMU for reading: {reason}")
-    report.working()
+    report.begin_changes()
     invalidate_all(layer, durable=layer.cow.durable)
     if lending.twin is not None:
         _make_writable(lending.twin)
@@ -403,7 +403,7 @@ def _finish_layer(layer: Overlay, lending: Lending, access: Access, report: Repo
             twin.remove()
         finally:
             twin.close()
-    report.reach = Reach.DONE
+    report.outcome = Outcome.DONE
 
 
 def _make_writable(twin: str) -> None:

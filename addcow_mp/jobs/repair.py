@@ -36,7 +36,7 @@ def repair(path: str, access: Access | None = None, *, everything: bool) -> Chec
     """
     access = access or Access()
     before = check(path, access)
-    # Opening a lent overlay for writing raises the error that says whom it is lent to.
+    # Opening a lent overlay for writing raises the error that names the program that it is lent to.
     if not before.is_lent and (
         before.exit_code == 0 or not _is_repairable(before, everything=everything)
     ):
