@@ -44,7 +44,8 @@ class RawInfo(NamedTuple):
 class Info(NamedTuple):
     """An add-cow overlay. Sizes are in bytes; ``virtual_size`` is None if the image is not raw.
 
-    ``base``: the path that its names are relative to. ``lent_to``: the holder it is lent to, in words.
+    ``base``: the path that its names are relative to. ``lent_to``: its holder, if it
+    is lent.
     """
 
     filename: str

@@ -131,7 +131,7 @@ def refuse_not_here(cow: File, header: Header, lending: Lending) -> None:
 
 
 def foreign_twin(path: str, lending: Lending) -> ImageError:
-    """The error for an overlay whose image file QEMU may write through a twin of another ``.add-cow`` file."""
+    """The error for an overlay whose image QEMU may write through a twin that it does not know."""
     return ImageError(
         path=path,
         problem=f"QEMU may write its image file through '{lending.twin}', which this file knows "
