@@ -17,7 +17,7 @@ import pytest
 
 from support.command import PATIENCE, addcow, draw, draw_raw, refused, succeed
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 BYTES = b"b\xff\xfe"
 BASE, TOP = os.fsdecode(BYTES + b".img"), os.fsdecode(BYTES + b".add-cow")
@@ -89,6 +89,7 @@ def test_json_has_the_bytes_of_a_name_that_is_not_utf8(farm: Path, words: tuple[
     assert_bytes_beside(addcow(*words, cwd=farm).stdout)
 
 
+@pytest.mark.long
 def test_scrub_stores_names_as_bytes(farm: Path) -> None:
     succeed("manifest", "create", "-q", TOP, cwd=farm)
     addcow("farm", "scrub", "run", "--state", "state", ".", cwd=farm)

@@ -249,6 +249,7 @@ def test_checkpoint_within_a_task_publishes_only_finished_clusters(
     assert view_of(mid) == view
 
 
+@pytest.mark.long
 def test_holes_longer_than_a_task_need_no_marks(tmp_path: Path) -> None:
     """A disk of 4 TiB with data at both ends is flattened in no time and in little memory."""
     size = 4 << 40
@@ -269,6 +270,7 @@ def test_holes_longer_than_a_task_need_no_marks(tmp_path: Path) -> None:
 # ---- space of what an earlier run has cleared ----
 
 
+@pytest.mark.long
 def test_commit_frees_clusters_that_an_interrupted_commit_cleared(
     tmp_path: Path,
 ) -> None:
@@ -282,6 +284,7 @@ def test_commit_frees_clusters_that_an_interrupted_commit_cleared(
     assert view_of(top) == content
 
 
+@pytest.mark.long
 def test_commit_of_nothing_frees_garbage_in_the_image(tmp_path: Path) -> None:
     top = lay(tmp_path, "commit")
     base = (tmp_path / "base.img").read_bytes()

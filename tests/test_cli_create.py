@@ -31,7 +31,7 @@ from support.command import (
     tool,
 )
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 BASE = ("-b", "base.img", "-F", "raw")
 

@@ -28,7 +28,7 @@ from support.command import (
     tool,
 )
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 INFO_KEYS = {
     "filename",
@@ -398,6 +398,7 @@ def test_check_ignores_a_missing_backing_with_all_allocated(tmp_path: Path) -> N
     succeed("check", "top.add-cow", cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_check_finds_a_cycle_in_the_chain(tmp_path: Path) -> None:
     draw(tmp_path / "one.add-cow", "-X", "two.add-cow", backing_format="add-cow")
     draw(tmp_path / "two.add-cow", "Y-", "one.add-cow", backing_format="add-cow")
@@ -532,6 +533,7 @@ def test_usage_errors_exit_64_in_one_line(tmp_path: Path, words: tuple[str, ...]
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.long
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     said = succeed("--help", cwd=tmp_path).stdout
     for command in (*COMMANDS, "create"):

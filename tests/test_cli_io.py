@@ -31,7 +31,7 @@ from support.command import (
     virtual_size,
 )
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 TIME = r"(?:\d+\.\d{4} sec|\d+:\d\d:\d\d\.\d\d)"
 RATE = rf"{TIME} \([\d.]+ (?:bytes|[KMGTP]iB)/sec and [\d.]+ ops/sec\)"
@@ -321,6 +321,7 @@ def test_io_quit_ends_the_session(here: Path) -> None:
 # ---- refusals ----
 
 
+@pytest.mark.long
 def test_io_read_only_refuses_writes(here: Path) -> None:
     before = snapshot(here)
     for command in ("write 0 64k", "writev 0 64k", "write -z 0 64k", "aio_write 0 64k"):

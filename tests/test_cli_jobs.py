@@ -47,7 +47,7 @@ from support.command import (
     virtual_size,
 )
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 JOBS = [("--jobs", "0"), ("--jobs", "1"), ("--jobs", "2"), ()]
 
@@ -79,6 +79,7 @@ def test_commit_moves_allocated_clusters_into_the_backing(
     assert guest_picture(top) == "AXC0YFGHZJ"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", JOBS)
 def test_commit_of_many_scattered_clusters(tmp_path: Path, jobs: tuple[str, ...]) -> None:
     base = "ABCD" * 16
@@ -99,6 +100,7 @@ def test_commit_frees_the_images_space_and_keeps_its_length(tmp_path: Path) -> N
     assert top.read_bytes() == header.ljust(2 * CLUSTER, b"\0")
 
 
+@pytest.mark.long
 def test_commit_frees_space_that_an_interrupted_commit_left(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABCD", "-x-Y")
     commit(tmp_path)
@@ -109,6 +111,7 @@ def test_commit_frees_space_that_an_interrupted_commit_left(tmp_path: Path) -> N
     assert bits(top) == "...."
 
 
+@pytest.mark.long
 def test_commit_keep_leaves_overlay_and_image_as_they_were(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "-X0-")
     before = snapshot(tmp_path)
@@ -118,6 +121,7 @@ def test_commit_keep_leaves_overlay_and_image_as_they_were(tmp_path: Path) -> No
     assert (after["top.add-cow"], after["top.raw"]) == (before["top.add-cow"], before["top.raw"])
 
 
+@pytest.mark.long
 def test_commit_writes_only_allocated_clusters(tmp_path: Path) -> None:
     pair(tmp_path, "-----", "--X--")
     commit(tmp_path)
@@ -125,6 +129,7 @@ def test_commit_writes_only_allocated_clusters(tmp_path: Path) -> None:
     assert stored_bytes(tmp_path / "base.img") < 2 * CLUSTER
 
 
+@pytest.mark.long
 def test_commit_grows_a_shorter_backing(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "-X-Y--")
     commit(tmp_path)
@@ -132,6 +137,7 @@ def test_commit_grows_a_shorter_backing(tmp_path: Path) -> None:
     assert guest_picture(top) == "AX0Y00"
 
 
+@pytest.mark.long
 def test_commit_keeps_the_backings_odd_end_when_it_grows(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "----")
     with (tmp_path / "base.img").open("ab") as file:
@@ -196,6 +202,7 @@ def test_commit_of_nothing_is_done_at_once(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.long
 def test_commit_twice_is_commit_once(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "-X0-")
     commit(tmp_path)
@@ -435,6 +442,7 @@ def test_flatten_of_an_all_allocated_image_is_done_at_once(tmp_path: Path) -> No
     assert (tmp_path / "top.raw").read_bytes() == before
 
 
+@pytest.mark.long
 def test_flatten_twice_is_flatten_once(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "-X0-")
     flatten(tmp_path)
@@ -482,6 +490,7 @@ def test_convert_of_a_raw_file(tmp_path: Path) -> None:
     assert look(tmp_path / "new.raw") == "AB00C"
 
 
+@pytest.mark.long
 def test_convert_never_writes_over_a_file(tmp_path: Path) -> None:
     pair(tmp_path, "AB", "-X")
     before = snapshot(tmp_path)
@@ -518,6 +527,7 @@ def test_progress_without_a_terminal_is_plain_text(tmp_path: Path, job: str) -> 
     assert result.stdout == "" or result.stdout.endswith("\n")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 def test_progress_on_a_terminal_is_a_bar(tmp_path: Path, job: str) -> None:
     pair(tmp_path, "ABCD" * 8, "-X--" * 8)
@@ -658,6 +668,7 @@ def numbered(clusters: range) -> bytes:
     return b"".join(struct.pack("<I", number) * (CLUSTER // 4) for number in clusters)
 
 
+@pytest.mark.long
 def test_two_workers_share_a_large_commit(tmp_path: Path) -> None:
     count = 2400
     with (tmp_path / "base.img").open("wb") as file:
@@ -700,6 +711,7 @@ def test_interrupt_exits_130(tmp_path: Path) -> None:
     assert b"Traceback" not in stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [("commit",), ("commit", "-d"), ("farm", "commit")])
 def test_commit_refuses_an_overlay_declared_as_raw_backing(
     tmp_path: Path, words: tuple[str, ...]

@@ -6,7 +6,7 @@ import pytest
 
 from support.command import MiB, addcow, draw, draw_raw, pair, refused, succeed
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(1)
 
 MAGICS = {"qcow2": b"QFI\xfb\0\0\0\3", "luks": b"LUKS\xba\xbe\0\1", "add-cow": b"ACOW"}
 

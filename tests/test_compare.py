@@ -42,7 +42,7 @@ from support.processes import Ended, running
 from support.properties import tried
 from support.warm import Warm
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 SAME = "Images are identical.\n"
 SIZES = "Warning: Image size mismatch!\n"
@@ -191,6 +191,7 @@ def poke(path: str, offset: int, value: int) -> None:
             os.pwrite(file.fileno(), bytes([old[0] ^ value]), offset % length)
 
 
+@pytest.mark.long
 @given(layers(), layers(), POKES, st.sampled_from(["first", "second", "copy"]))
 @tried(80)
 def test_listed_extents_agree_with_a_comparison_of_bytes(

@@ -52,7 +52,7 @@ from support.promises import KINDS
 from support.properties import tried
 from support.warm import Warm
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 #: A run of this length is cloned where nothing is pinned; shorter ones are copied.
 LONG = 512 * KiB // CLUSTER
@@ -193,6 +193,7 @@ def test_every_copy_method_moves_the_right_bytes(shop: Shop, way: str, job: str)
         assert promise.broken(done=True) == [], (name, promise.copy_options)
 
 
+@pytest.mark.long
 @ALL_WAYS
 def test_workers_with_every_copy_method_move_the_right_bytes(xfs: Path, way: str) -> None:
     """More than one task has to do: 64 MiB are one."""
@@ -706,6 +707,7 @@ def test_several_workers_share_one_limit(workers: int) -> None:
     assert busiest_second(moves) <= rate + workers * step
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", ["0", "2"])
 @pytest.mark.parametrize("options", [(), ("--copy", "clone"), ("-S", "4k")])
 def test_limited_job_moves_the_right_bytes(xfs: Path, jobs: str, options: tuple[str, ...]) -> None:
@@ -750,6 +752,7 @@ def test_invalid_copy_options_are_usage_errors(
     assert (bits(tmp_path / "top.add-cow"), look(tmp_path / "base.img")) == (".1", "AB")
 
 
+@pytest.mark.long
 def test_usage_error_names_the_option_and_the_value(tmp_path: Path) -> None:
     for option in ("-S", "--limit-rate"):
         said = refused("commit", option, "many", "top.add-cow", cwd=tmp_path, status=64)
@@ -787,6 +790,7 @@ def test_idle_option_applies_to_a_job_without_workers(tmp_path: Path) -> None:
         assert priority(tmp_path, process.stopped()[0]) == "idle"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", ["0", "1", "2"])
 def test_idle_job_moves_the_right_bytes(tmp_path: Path, jobs: str) -> None:
     top = pair(tmp_path, "ABCD" * 8, "-X0-" * 8)
@@ -813,6 +817,7 @@ def half_shared(here: Path, job: str) -> str:
     return marks.replace("-", "0")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 def test_space_check_does_not_count_cloned_data(xfs: Path, job: str) -> None:
     wanted = half_shared(xfs, job)
@@ -832,6 +837,7 @@ def test_space_check_counts_copied_data(xfs: Path) -> None:
     assert f"{runs * (LONG - 1) * CLUSTER} bytes of free space are needed" in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["commit", "flatten"])
 def test_limited_job_still_clones(xfs: Path, job: str) -> None:
     """Steps of a limited worker are never too short for it: the space is not there."""
@@ -841,6 +847,7 @@ def test_limited_job_still_clones(xfs: Path, job: str) -> None:
     assert succeed(*words, cwd=xfs).json["moved-by"]["clone"] == LONG * 8 * CLUSTER
 
 
+@pytest.mark.long
 def test_clones_are_aligned_to_large_file_system_blocks(tmp_path: Path) -> None:
     """An end that is no whole block is copied, and clones nothing away from the rest."""
     if os.geteuid() != 0:

@@ -23,7 +23,7 @@ from support.command import CLUSTER, GiB, KiB, MiB, Result, TiB, pair, ran, succ
 from support.file_systems import made_disk
 from support.model import bitmap_length, disk_usage, pack_header
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 SMALL, HUGE = 4 * GiB, 16 * TiB
 PIECE = 4 * KiB

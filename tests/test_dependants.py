@@ -38,7 +38,7 @@ from support.command import (
 )
 from support.file_systems import nest, unnest
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 TOP, BASE, OTHER = "top.add-cow", "base.img", "other.add-cow"
 DEEP = 1200
@@ -485,6 +485,7 @@ def test_damaged_overlay_is_a_dependant(here: Path, at: int, data: bytes) -> Non
     assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))
 
 
+@pytest.mark.long
 def test_search_of_a_root_with_deeply_nested_directories(here: Path) -> None:
     nest(here, DEEP)
     try:
@@ -551,6 +552,7 @@ def test_hard_linked_overlay_is_a_dependant_in_each_directory(tmp_path: Path) ->
     assert look(there / "base.img") == "ABC"
 
 
+@pytest.mark.long
 def test_link_to_an_overlay_of_the_chain_is_no_dependant(tmp_path: Path) -> None:
     pair(tmp_path, "ABC", "X--")
     os.link(tmp_path / "top.add-cow", tmp_path / "hard.add-cow")

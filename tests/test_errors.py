@@ -62,7 +62,7 @@ from support.fault_rules import Rules, rule
 from support.loops import loops
 from support.processes import running
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(2)
 
 #: A job in this process alone, and hooks that stop it at once.
 ALONE, STOPPING = RunOptions(0), Hooks(stopping=lambda: True)
@@ -621,6 +621,7 @@ def test_info_and_check_report_a_cycle(tmp_path: Path) -> None:
     assert [one.name for one in report.findings] == ["chain-cycle"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format_", ["qcow2", "vmdk", "luks"])
 def test_backing_of_another_format_is_refused_by_name(tmp_path: Path, format_: str) -> None:
     draw_raw(tmp_path / "base.img", "A")
@@ -752,6 +753,7 @@ def test_io_help_lists_its_commands(tmp_path: Path) -> None:
         assert word in said
 
 
+@pytest.mark.long
 def test_short_bitmap_is_read_with_a_warning_and_not_written(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "-X")
     os.truncate(top, CLUSTER)

@@ -109,6 +109,7 @@ def test_overlay_replaced_before_its_removal_is_reported_with_the_work(
     assert (here / "top.add-cow").exists()
 
 
+@pytest.mark.long
 def test_refusal_before_any_change_is_reported_as_refused(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_refusal_before_any_change_is_reported_as_refused(
     assert read_header(here / "top.add-cow").compatible == 1
 
 
+@pytest.mark.long
 def test_job_that_fails_midway_reports_what_was_moved(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

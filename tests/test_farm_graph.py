@@ -30,7 +30,7 @@ from support.command import (
     tool,
 )
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 SVG = "{http://www.w3.org/2000/svg}"
 FORMS = ("human", "json", "jsonl", "dot", "svg")

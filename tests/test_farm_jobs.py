@@ -386,6 +386,7 @@ def test_farm_commit_commits_a_chain_down_to_its_base(here: Path) -> None:
     assert_nothing_is_left("commit", ".", cwd=here)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [CLUSTERS, CLUSTERS[::-1]], ids=["larger", "smaller"])
 def test_farm_commit_handles_all_cluster_sizes_in_one_chain(here: Path, sizes: list[int]) -> None:
     draw_raw(here / "base.img", "Z" * 64)
@@ -423,6 +424,7 @@ def test_farm_commit_handles_the_deepest_chain(here: Path) -> None:
     assert_nothing_is_left("commit", ".", cwd=here)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("turn", range(4))
 def test_farm_commit_handles_random_trees(here: Path, turn: int) -> None:
     grown = grow(here, f"{SEED}-{turn}")
@@ -504,6 +506,7 @@ def test_farm_commit_reports_moved_and_zeroed_bytes_of_each_image(here: Path) ->
     assert look(here / "one.img") == "AXY0EF"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [("commit",), ("flatten", "--discard")], ids=" ".join)
 def test_farm_job_starts_an_image_after_the_overlays_above_it(
     here: Path, tmp_path: Path, words: tuple[str, ...]
@@ -563,6 +566,7 @@ def test_farm_commit_commits_an_overlay_above_a_refused_sibling(here: Path) -> N
         assert after[name] == before[name]
 
 
+@pytest.mark.long
 def test_farm_commit_finds_dependants_that_are_not_named(here: Path) -> None:
     for name in ("bases", "vms"):
         (here / name).mkdir()
@@ -580,6 +584,7 @@ def test_farm_commit_finds_dependants_that_are_not_named(here: Path) -> None:
     assert "vms/other" in problem(report, "vms/top")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("below", ["base.img", "mid.add-cow"])
 def test_farm_commit_force_commits_siblings_one_after_the_other(
     here: Path, tmp_path: Path, below: str
@@ -606,6 +611,7 @@ def test_farm_commit_force_commits_siblings_one_after_the_other(
             at_work.remove(one["filename"])
 
 
+@pytest.mark.long
 def test_farm_job_refuses_a_shared_image_even_with_force(here: Path) -> None:
     single(here, "one")
     single(here, "fine")
@@ -633,6 +639,7 @@ def test_farm_commit_identifies_siblings_by_inode(
     assert look(here / "base.img") == "PQCD"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spell", [Path.hardlink_to, Path.symlink_to])
 @pytest.mark.parametrize("words", [("commit",), ("flatten", "--discard")], ids=" ".join)
 def test_farm_commit_identifies_a_chain_by_inode(
@@ -655,6 +662,7 @@ def test_farm_commit_identifies_a_chain_by_inode(
 # ---- nothing to do ----
 
 
+@pytest.mark.long
 def test_farm_commit_has_nothing_to_do_without_a_backing(here: Path) -> None:
     draw(here / "lone.add-cow", "XY-", "")
     draw(here / "flat.add-cow", "XY-", "", compatible=ALL_ALLOCATED)
@@ -687,6 +695,7 @@ def test_farm_job_again_does_only_the_remaining_images(here: Path, operation: st
     assert stamps(here).items() >= times.items()
 
 
+@pytest.mark.long
 @BOTH
 def test_farm_job_is_done_once_with_a_partial_last_block(here: Path, operation: str) -> None:
     """A file system keeps a part of a block that was freed: no work is left because of that."""
@@ -696,6 +705,7 @@ def test_farm_job_is_done_once_with_a_partial_last_block(here: Path, operation: 
     assert_nothing_is_left(operation, ".", cwd=here)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [("commit",), ("flatten",), ("flatten", "--discard")])
 def test_farm_job_on_an_empty_farm_succeeds(here: Path, words: tuple[str, ...]) -> None:
     (here / "notes.txt").write_text("no overlay")
@@ -741,6 +751,7 @@ def test_farm_discard_leaves_only_raw_files(here: Path, tmp_path: Path) -> None:
         assert worked("flatten", "--discard", ".", cwd=here)["images"] == []
 
 
+@pytest.mark.long
 def test_farm_discard_removes_overlays_that_are_flat(here: Path) -> None:
     chain(here)
     worked("flatten", ".", cwd=here)
@@ -758,6 +769,7 @@ def damage(path: Path) -> None:
     put(path, 24, b"\xff")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("harm", [miss_image, damage])
 def test_farm_discard_keeps_the_backing_of_an_unflattened_child(
     here: Path, harm: Callable[[Path], None]
@@ -850,6 +862,7 @@ def test_farm_plan_equals_dry_run_and_the_job_follows_it(
     assert states(worked(*words, ".", cwd=here, status=status)) == ready
 
 
+@pytest.mark.long
 def test_farm_plan_with_refusals_exits_with_0(here: Path) -> None:
     siblings(here)
     single(here, "bad")
@@ -864,6 +877,7 @@ def test_farm_plan_with_refusals_exits_with_0(here: Path) -> None:
             assert all(f"{name}.add-cow" in said.said for name in told)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("operation", "base", "top", "needed", "freed"),
     [
@@ -912,6 +926,7 @@ def test_farm_plan_states_an_upper_bound_for_a_chain(here: Path) -> None:
     assert plan["summary"]["bytes"] >= 2 * CLUSTER
 
 
+@pytest.mark.long
 def test_farm_plan_states_the_bytes_to_move(here: Path) -> None:
     for name in many(here, 3):
         assert (here / f"{name}.add-cow").exists()
@@ -1072,6 +1087,7 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("harm", HARMS)
 def test_farm_job_refuses_a_damaged_image_and_does_the_others(
@@ -1261,6 +1277,7 @@ def test_stopped_farm_job_continues_with_the_same_command(
     assert_nothing_is_left("commit", ".", cwd=here)
 
 
+@pytest.mark.long
 def test_farm_discard_keeps_the_backing_of_an_undiscarded_overlay(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1419,6 +1436,7 @@ def test_time_limit_that_is_not_reached_does_all_images(here: Path) -> None:
     assert states(report) == dict.fromkeys(names, "done")
 
 
+@pytest.mark.long
 def test_rate_limit_applies_to_all_processes_together(here: Path) -> None:
     names = [f"vm{number}" for number in range(12)]
     for name in names:
@@ -1498,6 +1516,7 @@ def test_farm_job_progress_without_a_terminal_is_lines(here: Path, verb: str) ->
     assert CONTROL.search(result.said) is None
 
 
+@pytest.mark.long
 def test_progress_of_an_empty_farm_reaches_its_end(here: Path) -> None:
     many(here, 3)
     worked("commit", ".", cwd=here)

@@ -384,6 +384,7 @@ def is_told_to_stop(ended: Ended, number: signal.Signals) -> dict[str, dict[str,
 ROUNDS = 2
 
 
+@pytest.mark.long
 @EACH
 @pytest.mark.parametrize("target", ["parent", "worker", "group", "INT", "TERM"])
 def test_farm_job_continues_after_a_kill_at_any_moment(
@@ -620,6 +621,7 @@ def test_split_image_that_kills_each_worker_fails_alone(
 # ---- asked to stop ----
 
 
+@pytest.mark.long
 @EACH
 def test_stopped_farm_job_reports_the_remaining_images(
     here: Path, rng: random.Random, job: str, asking: signal.Signals
@@ -869,6 +871,7 @@ def test_farm_job_refuses_images_that_do_not_fit_and_does_smaller_ones(
     assert sorted(in_state(laid.again(job, in_state(told, "done")), "done")) == sorted(figures)
 
 
+@pytest.mark.long
 @JOBS
 def test_commit_that_does_not_fit_does_not_affect_others(disk: Path, jobs: str) -> None:
     """What they give back may be room enough for it next time."""
@@ -888,6 +891,7 @@ def test_commit_that_does_not_fit_does_not_affect_others(disk: Path, jobs: str) 
     assert in_state(laid.again("commit", in_state(told, "done")), "done") == [*figures]
 
 
+@pytest.mark.long
 @JOBS
 def test_commits_that_free_their_space_fit_one_after_another(
     disk: Path, rng: random.Random, jobs: str

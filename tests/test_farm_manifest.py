@@ -91,6 +91,7 @@ def test_farm_manifest_create_refuses_a_missing_directory(tmp_path: Path) -> Non
     assert "no such file or directory" in refused(*CREATE, "nowhere", cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_farm_manifest_create_splits_a_large_image(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     succeed("create", "-q", "-b", "base.img", "-F", "raw", "vm.add-cow", "400M", cwd=tmp_path)

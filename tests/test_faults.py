@@ -47,7 +47,7 @@ from support.fault_rules import Rules, rule
 from support.processes import Ended
 from support.warm import Warm
 
-pytestmark = pytest.mark.sample(4)
+pytestmark = pytest.mark.sample(1)
 
 CLUSTER = 4 * KiB
 BIG = 16 * KiB
@@ -460,7 +460,7 @@ def test_every_fault_event_is_reached_by_some_command() -> None:
     assert walked == set(EVENTS)
 
 
-@pytest.mark.sample(40)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(("name", "event", "fault"), WALKS)
 def test_command_continues_after_a_fault_at_any_event(
     warm: Warm, times: Times, tmp_path: Path, name: str, event: str, fault: str
@@ -621,7 +621,7 @@ def is_created(here: Path, creation: Creation) -> None:
     assert header.compatible == (0 if header.backing else ALL_ALLOCATED)
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("name", "event", "fault"), CREATE_WALKS)
 def test_fault_in_create_leaves_no_misleading_file(
     warm: Warm, times: Times, tmp_path: Path, name: str, event: str, fault: str
@@ -823,6 +823,7 @@ def test_job_survives_a_worker_killed_at_any_event(
     scene.is_done()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("event", IN_THE_PARENT)
 @pytest.mark.parametrize("fault", ["EIO", "kill"])
 def test_fault_in_the_parent_while_it_publishes(

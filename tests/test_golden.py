@@ -36,7 +36,7 @@ from support.golden import (
     top,
 )
 
-pytestmark = pytest.mark.sample(4)
+pytestmark = pytest.mark.sample(1)
 
 KiB = 1024
 ALL_ALLOCATED = 1

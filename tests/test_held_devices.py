@@ -115,6 +115,7 @@ def test_commit_into_a_mounted_device_is_refused(
     assert (place / "file").read_bytes() == b"precious" * 1000
 
 
+@pytest.mark.long
 def test_reading_over_a_mounted_device_is_allowed(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     made.ext4(device, tmp_path / "place")
@@ -239,6 +240,7 @@ def test_file_beneath_a_mounted_partition_is_refused(
     )
 
 
+@pytest.mark.long
 def test_file_beneath_stacked_loop_devices_is_refused(
     tmp_path: Path, disk: Path, made: Loops
 ) -> None:

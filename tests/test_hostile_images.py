@@ -49,7 +49,7 @@ from support.command import (
 from support.golden import addcow_here
 from watch import Watch
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 TOP, BASE, IMAGE = "top.add-cow", "base.img", "top.raw"
 SIZE = 3 * CLUSTER
@@ -330,6 +330,7 @@ def test_create_names_the_root_of_an_image_elsewhere(box: Path) -> None:
     assert look(images / "new.raw") == "0X0"
 
 
+@pytest.mark.long
 def test_name_replaced_by_a_link_opens_nothing_outside(box: Path) -> None:
     """While one thread exchanges a link as fast as it can, no open ends up outside."""
     write_overlay(box / TOP, backing="turning")
@@ -518,6 +519,7 @@ def test_commit_does_not_grow_a_device(tmp_path: Path, device: str) -> None:
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.long
 def test_flatten_and_convert_over_a_device(tmp_path: Path, device: str) -> None:
     draw(tmp_path / TOP, "-X-0-Z", device)
     succeed("convert", *DEVICE, "-O", "raw", TOP, "new.raw", cwd=tmp_path)
@@ -527,6 +529,7 @@ def test_flatten_and_convert_over_a_device(tmp_path: Path, device: str) -> None:
     assert disk(device) == "DEFGHI"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", ["0", "2"])
 def test_device_as_image(tmp_path: Path, device: str, jobs: str) -> None:
     draw_raw(tmp_path / BASE, "AB-")
@@ -631,6 +634,7 @@ def deep(here: Path, depth: int, *, base: bool) -> None:
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize("depth", [29, 30])
 def test_chain_of_thirty_overlays_works(tmp_path: Path, depth: int, base: bool) -> None:
@@ -669,6 +673,7 @@ def test_create_makes_no_chain_too_deep_to_open(tmp_path: Path) -> None:
 # ---- names that a terminal or a locale does not like ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [b"\xff\xfe.img", b"a\nb", b"\x1b[31mred", "é\u202e".encode(), b" "]
 )
@@ -762,12 +767,14 @@ def test_header_numbers_are_checked_before_they_cost_anything(box: Path, field: 
         assert bounded(box, *command, TOP).status in (1, 2)
 
 
+@pytest.mark.long
 def test_header_with_all_numbers_at_their_largest_is_refused(box: Path) -> None:
     patch(box / TOP, 4, b"\xff" * 40)
     for command in (("info",), ("map",), ("check",), ("commit",)):
         assert bounded(box, *command, TOP).status in (1, 2)
 
 
+@pytest.mark.long
 def test_names_at_the_end_of_four_gigabytes_are_read(box: Path) -> None:
     """Names that lie where the numbers say, in a file that is long enough for them."""
     struct_at = 2**32 - 4096
@@ -845,6 +852,7 @@ def test_last_sector_of_8_eib_is_written(xfs: Path, cluster: int) -> None:
     assert succeed("check", "--output", "json", TOP, cwd=xfs).json["allocated-clusters"] == 2
 
 
+@pytest.mark.long
 def test_map_of_8_eib(xfs: Path) -> None:
     make_sparse(xfs, LARGEST, 2 * MiB)
     io(TOP, f"write -P 0x5a {LARGEST - 512} 512", "flush", cwd=xfs)
@@ -854,6 +862,7 @@ def test_map_of_8_eib(xfs: Path) -> None:
     assert local == LARGEST // (2 * MiB) * 2 * MiB
 
 
+@pytest.mark.long
 def test_commit_of_8_eib(xfs: Path) -> None:
     make_sparse(xfs, LARGEST, 2 * MiB)
     io(TOP, f"write -P 0x5a {LARGEST - 512} 512", "write -P 0x41 0 512", "flush", cwd=xfs)

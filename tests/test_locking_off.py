@@ -18,7 +18,7 @@ from support.guests import holding
 from support.seccomp import refusing
 from support.seccomp_filter import F_GETLK, F_OFD_GETLK, F_OFD_SETLK, F_SETLK
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 ERRORS = ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL")
 OFF = ("--locking", "off")
@@ -145,11 +145,13 @@ def test_commit_with_locking_off_warns_and_succeeds(here: Path, jobs: str) -> No
     assert picture((here / "base.img").read_bytes()) == "AXCD"
 
 
+@pytest.mark.long
 def test_reading_commands_with_locking_off_do_not_warn(here: Path) -> None:
     for words in ("info vm.add-cow", "check vm.add-cow", "farm plan flatten .", "farm check ."):
         assert succeed(*words.split(), *OFF, cwd=here).stderr == ""
 
 
+@pytest.mark.long
 def test_locking_off_ignores_the_locks_of_others(here: Path) -> None:
     with holding("writer", here, "vm.raw"):
         assert "in use" in refused("flatten", "vm.add-cow", cwd=here)
@@ -169,6 +171,7 @@ def test_farm_without_locks_refuses_each_image(here: Path) -> None:
     assert all("--locking off" in one["problem"] for one in images)
 
 
+@pytest.mark.long
 def test_manifest_create_without_flock(here: Path) -> None:
     result = refusing(["flock:ENOLCK"], "manifest", "create", "vm.add-cow", cwd=here)
     assert result.status == 1

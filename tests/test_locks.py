@@ -40,7 +40,7 @@ from support.golden import addcow_here
 from support.guests import HOLDERS, ended, holding, qemu_may, talking
 from support.processes import shared_memory
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 TOP, TOP_IMAGE, MID, MID_IMAGE, BASE = (
     "top.add-cow",
@@ -282,7 +282,7 @@ def ask(here: Path, name: str) -> Result:
     return Result(done.exit, done.out, done.err)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", HOLDERS)
 def test_file_held_by_qemu_is_refused_or_shared(here: Path, kind: str, file: str) -> None:

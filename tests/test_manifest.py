@@ -261,6 +261,7 @@ def test_verify_rejects_a_sealed_manifest_with_nonsense(
         assert path.read_bytes() == content
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [0, 5, 4096, 5000])
 def test_truncated_manifest_is_rejected(here: Path, length: int) -> None:
     os.truncate(here / "top.add-cow.manifest", min(length, 4200))

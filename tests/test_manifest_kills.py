@@ -667,6 +667,7 @@ def test_read_only_file_system_is_named(tmp_path: Path) -> None:
         assert verified(place)["findings"] == []
 
 
+@pytest.mark.long
 def test_unwritable_directory_is_named(here: Path) -> None:
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed, and root writes everywhere")
@@ -901,6 +902,7 @@ def bytes_seen(laid: Layers, name: str) -> bytes:
     return (laid.here / name).read_bytes()
 
 
+@pytest.mark.long
 @TURNS
 def test_manifests_are_identical_for_any_number_of_processes(
     here: Path, rng: random.Random, turn: int

@@ -181,6 +181,7 @@ def test_manifest_without_shared_mappings_is_read(pool: Path) -> None:
         assert content[part] == data[:-3][part]
 
 
+@pytest.mark.long
 def test_e2fsck_accepts_a_disk_flattened_without_shared_mappings(pool: Path) -> None:
     (pool / "disk.img").touch()
     os.truncate(pool / "disk.img", 16 * MiB)

@@ -24,7 +24,7 @@ from support.command import (
 )
 from support.processes import until
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 
 def fill(fd: int) -> None:
@@ -177,6 +177,7 @@ def test_stopped_terminal_does_not_stop_the_job(tmp_path: Path, words: tuple[str
         os.close(slave)
 
 
+@pytest.mark.long
 def test_nonblocking_output_is_written_completely(tmp_path: Path) -> None:
     """Another program may have made it so: it is a property that all who have it open share."""
     pair(tmp_path, "ABCD" * 2048, "X-X-" * 2048)

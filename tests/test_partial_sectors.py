@@ -24,7 +24,7 @@ from support.warm import Warm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import oracle
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 KiB = 1024
 MiB = 1024 * KiB

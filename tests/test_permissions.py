@@ -13,7 +13,7 @@ from support.command import CLUSTER, draw, draw_raw
 from support.processes import Ended
 from support.warm import Warm
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 GROUP = 4321  # no group has it, so that a test run by root can give files to it
 

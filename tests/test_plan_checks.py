@@ -74,6 +74,7 @@ WRITTEN = {
 CASES = [(job, name) for job, names in WRITTEN.items() for name in names]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("flag", "told"), [("i", "immutable"), ("a", "append-only")])
 @pytest.mark.parametrize(("job", "name"), CASES)
 def test_plan_refuses_immutable_and_append_only_files(
@@ -92,6 +93,7 @@ def test_plan_refuses_immutable_and_append_only_files(
     assert snapshot(farm) == before
 
 
+@pytest.mark.long
 def test_plan_flatten_accepts_an_immutable_base(farm: Path, made: Loops) -> None:
     chattr(made, "i", farm / "base.img")
     assert planned("flatten", ".", cwd=farm) == (0, "ready", "")
@@ -106,6 +108,7 @@ def test_plan_refuses_a_read_only_mount(farm: Path, job: str) -> None:
     assert "cannot open it for writing: Read-only file system" in problem
 
 
+@pytest.mark.long
 def test_plan_with_nothing_to_do_accepts_a_read_only_mount(farm: Path) -> None:
     succeed("flatten", "vm.add-cow", cwd=farm)
     run("mount", "-o", "remount,ro", str(farm))

@@ -80,7 +80,7 @@ class alarm:  # noqa: N801 - reads as a statement
 
 
 def own_children() -> set[int]:
-    """Children of this process, the unreaped too, less multiprocessing's own helper."""
+    """Children of this process, the unreaped too, but no helper of multiprocessing or the tests."""
     found = set()
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -88,7 +88,8 @@ def own_children() -> set[int]:
             command = status.with_name("cmdline").read_bytes()
         except (OSError, ValueError):
             continue  # it has ended meanwhile
-        if int(fields["PPid"]) == os.getpid() and b"resource_tracker" not in command:
+        helper = b"resource_tracker" in command or b"warm_server" in command
+        if int(fields["PPid"]) == os.getpid() and not helper:
             found.add(int(fields["Pid"]))
     return found
 

@@ -173,6 +173,7 @@ def test_overlay_created_without_syncs_is_lost(disk: Disk, tmp_path: Path) -> No
     pytest.fail("what was never synced is there all the same, each time")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", ["convert", "commit", "flatten", "flatten --discard"])
 def test_finished_job_survives_a_power_cut(
     disk: Disk, rng: random.Random, tmp_path: Path, words: str

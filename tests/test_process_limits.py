@@ -16,7 +16,7 @@ from support.command import CLUSTER, PATIENCE, MiB, overlay_bytes, ran, read_hea
 from support.seccomp import FILTER, refusing, skip_without_filters
 from support.seccomp_filter import CALLS
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 NO_PROCESS = ["clone:EAGAIN", "clone3:EAGAIN", "fork:EAGAIN", "vfork:EAGAIN"]
 SIZE = 160 * MiB  # three tasks
@@ -59,6 +59,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 def test_job_without_any_process_or_thread_is_done(here: Path, words: tuple[str, ...]) -> None:
     skip_without_filters()
@@ -88,6 +89,7 @@ ONCE = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("allowed", [0, 1, 2, 3])
 def test_job_with_few_processes_is_done(here: Path, allowed: int) -> None:
     """The first one is multiprocessing's own helper."""

@@ -27,7 +27,7 @@ from support.command import (
     tool,
 )
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 TOP = "top.add-cow"
 SECTOR = 512
@@ -169,6 +169,7 @@ def test_reads_alternate_between_backing_and_image(stage: Stage) -> None:
     assert_raw_is(stage.here / "base.img", base)
 
 
+@pytest.mark.long
 def test_commit_brings_both_to_the_backing(stage: Stage) -> None:
     assert succeed("commit", TOP, cwd=stage.here).lines[-1] == "Image committed."
     everything = [*stage.below, *stage.above, *empty(stage.disk)]
@@ -312,6 +313,7 @@ def test_concurrent_writes_across_the_borders_of_clusters(tmp_path: Path) -> Non
     assert local_clusters(tmp_path / TOP) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_concurrent_writes_side_by_side_without_a_gap(tmp_path: Path) -> None:
     disk = large_clusters(tmp_path, 2)
     concurrently(tmp_path, disk, strided(1 * MiB, 64 * KiB, 64 * KiB, 32))

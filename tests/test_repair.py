@@ -39,7 +39,7 @@ from support.command import (
 from support.golden import LONG_AGO_NS, addcow_here, snapshot
 from watch import CHANGED, CLOSED, CREATED, Watch
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 TOP, IMAGE, BASE, BACKUP = "top.add-cow", "top.raw", "base.img", "top.add-cow.backup-1"
 

@@ -456,6 +456,7 @@ def test_scrub_with_a_time_limit_of_zero_reads_nothing(shop: Shop) -> None:
     assert shop.status()["coverage"]["never-verified"] == len(shop.layers())
 
 
+@pytest.mark.long
 def test_scrub_exits_with_2_for_damage_despite_the_time_limit(shop: Shop) -> None:
     shop.overlays(9)
     for path in [shop.here / "base.img", *shop.here.glob("*.raw")]:
@@ -519,6 +520,7 @@ def test_stopped_scrub_keeps_finished_layers(shop: Shop, jobs: str, number: sign
     assert len(shop.run()["layers"]) == 10
 
 
+@pytest.mark.long
 def test_second_interrupt_ends_a_scrub_at_once(shop: Shop) -> None:
     """Its worker hangs, as one does that waits for a sick disk."""
     shop.overlays(2)
@@ -943,6 +945,7 @@ def test_scrub_stores_names_of_any_bytes(shop: Shop) -> None:
     assert (state["coverage"]["layers"], state["coverage"]["gone"]) == (2 * len(ODD), 0)
 
 
+@pytest.mark.long
 def test_scrub_prints_one_line_for_a_finding_with_any_name(shop: Shop) -> None:
     odd_farm(shop)
     words = ("farm", "scrub", "run", "--state", str(shop.state), ".")

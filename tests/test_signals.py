@@ -11,7 +11,7 @@ import addcow_mp
 from support.command import ADDCOW, CLUSTER, PATIENCE, addcow, local_clusters, pair
 from support.processes import running, until
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 SIGNALS = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU]
 

@@ -122,6 +122,7 @@ def test_space_check_counts_copied_up_data(disk: Path) -> None:
     refused_for_space(disk, 30 * CLUSTER, "commit", "top.add-cow")
 
 
+@pytest.mark.long
 def test_full_disk_accepts_jobs_that_need_no_space(disk: Path) -> None:
     """The target has its blocks already: nothing is taken, nothing is refused."""
     draw_raw(disk / "base.img", "ABCD--")
@@ -263,6 +264,7 @@ def bare(memory: Path) -> Path:
     return memory
 
 
+@pytest.mark.long
 def test_reading_a_bitmap_of_holes_takes_no_space(bare: Path) -> None:
     """A tmpfs gives pages to holes that are looked at through a mapping: SIGBUS when full."""
     before = states(bare)
@@ -321,6 +323,7 @@ def test_writes_continue_where_there_is_space(memory: Path) -> None:
     assert bits(memory / "top.add-cow") == ".1...."
 
 
+@pytest.mark.long
 def test_reading_commands_need_no_space(memory: Path) -> None:
     draw_raw(memory / "base.img", "ABCDEF")
     draw(memory / "top.add-cow", "-X----")

@@ -11,7 +11,7 @@ import pytest
 
 from support.command import PATIENCE, addcow, pair, ran, refused, succeed
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(2)
 
 Loads = Callable[..., set[str]]
 

@@ -14,7 +14,7 @@ import pytest
 from support.command import draw, draw_raw, succeed
 from support.seccomp import refusing
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 NAMED = re.compile(r"\.(add-cow|raw|img|db|manifest)\b|get memory to share with other processes: ")
 

@@ -160,6 +160,7 @@ def test_verify_option_with_quiet_prints_nothing(here: Path, job: str) -> None:
     assert told.said == ""
 
 
+@pytest.mark.long
 @EACH
 @CACHES
 @BOTH
@@ -563,6 +564,7 @@ def test_kill_during_the_read_back_costs_nothing(here: Path, job: str, jobs: str
     assert top.exists() == (job != "discard")
 
 
+@pytest.mark.long
 @EACH
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_read_back_can_be_stopped(here: Path, job: str, number: signal.Signals) -> None:
@@ -601,6 +603,7 @@ def test_files_are_locked_during_the_read_back(here: Path, job: str) -> None:
 # ---- manifests ----
 
 
+@pytest.mark.long
 @EACH
 def test_verify_option_removes_manifests_and_makes_none(here: Path, job: str) -> None:
     pair(here, "ABCD", "-X-Y")
