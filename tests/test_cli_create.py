@@ -416,6 +416,7 @@ def test_create_raw_makes_a_sparse_file(tmp_path: Path) -> None:
     assert '"format": "raw"' in tool("qemu-img", "info", "--output=json", "x.raw", cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_create_raw_refuses_options_of_an_overlay(here: Path) -> None:
     refused_untouched("-f", "raw", "base.img", "1M", cwd=here)
     refused_untouched("-f", "raw", *BASE, "x.raw", "1M", cwd=here, status=(1, USAGE))

@@ -171,6 +171,7 @@ def test_info_backing_chain_human_shows_each(tmp_path: Path) -> None:
     assert "file format: raw" in lines
 
 
+@pytest.mark.long
 def test_info_describes_an_image_of_another_format(tmp_path: Path) -> None:
     put(pair(tmp_path, "AB", "-X"), 60, b"qcow2")
     tool("qemu-img", "create", "-q", "-f", "qcow2", "top.raw", "128K", cwd=tmp_path)
@@ -323,6 +324,7 @@ def test_check_of_a_clean_image(tmp_path: Path) -> None:
     assert succeed("check", "-q", "top.add-cow", cwd=tmp_path).said == ""
 
 
+@pytest.mark.long
 def test_check_of_a_clean_chain_and_of_a_lone_image(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     draw(tmp_path / "mid.add-cow", "-P--")

@@ -188,6 +188,7 @@ def test_failed_pattern_is_reported_and_sets_the_exit_status(here: Path) -> None
     assert result.lines[-1] == "1 MiB"
 
 
+@pytest.mark.long
 def test_failed_pattern_in_the_last_byte_is_detected(here: Path) -> None:
     io(TOP, "write -P 1 0 64k", cwd=here)
     put(here / "top.raw", CLUSTER - 1, b"\2")
@@ -403,6 +404,7 @@ def test_io_refuses_a_raw_file(tmp_path: Path) -> None:
 # ---- large offsets ----
 
 
+@pytest.mark.long
 def test_write_past_two_tebibytes_sets_its_bit(tmp_path: Path) -> None:
     succeed("create", "-q", TOP, "3T", cwd=tmp_path)
     # Without the flag the bitmap counts, and what has no bit reads as zeros.

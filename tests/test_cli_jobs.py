@@ -375,6 +375,7 @@ def test_flatten_allocates_every_cluster(tmp_path: Path, jobs: tuple[str, ...]) 
     assert (header.backing, header.backing_format, header.image) == ("base.img", "raw", "top.raw")
 
 
+@pytest.mark.long
 def test_flattened_image_does_not_need_the_backing(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABCD", "-X--")
     flatten(tmp_path)

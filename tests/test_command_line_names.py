@@ -48,6 +48,7 @@ def test_create_refuses_a_chain_on_such_a_backing(tmp_path: Path) -> None:
     assert not (tmp_path / "top.add-cow").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["convert", "manifest"])
 def test_overlay_given_as_raw_is_refused(tmp_path: Path, job: str) -> None:
     pair(tmp_path, "A", "X")

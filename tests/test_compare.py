@@ -370,6 +370,7 @@ def test_strict_compares_allocation(warm: Warm, tmp_path: Path, pictures: tuple[
     as_qemu_img_does(raw_pair(warm, tmp_path, pictures), "-s")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [(), ("-s",)], ids=" ".join)
 def test_strict_reports_a_difference_by_its_sector(
     warm: Warm, tmp_path: Path, flags: tuple[str, ...]

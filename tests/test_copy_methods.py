@@ -828,6 +828,7 @@ def test_space_check_does_not_count_cloned_data(xfs: Path, job: str) -> None:
     assert look(xfs / ("base.img" if job == "commit" else "top.raw")) == wanted
 
 
+@pytest.mark.long
 def test_space_check_counts_copied_data(xfs: Path) -> None:
     """Each run is one block too short to be cloned."""
     runs = 40

@@ -111,12 +111,14 @@ def test_commit_checks_for_dependants_of_its_add_cow_backing(chain: Path) -> Non
     assert guest_picture(chain / "mid.add-cow") == "MXC"
 
 
+@pytest.mark.long
 def test_commit_checks_for_dependants_of_the_backings_image(chain: Path) -> None:
     (chain / OTHER).write_bytes(named(backing="mid.raw"))
     assert_refused(chain, "commit", TOP, of="mid.raw", dependants=(OTHER,))
     succeed("commit", "--force", TOP, cwd=chain)
 
 
+@pytest.mark.long
 def test_commit_checks_for_dependants_of_the_overlays_image(here: Path) -> None:
     (here / OTHER).write_bytes(named(backing="top.raw"))
     assert_refused(here, "commit", TOP, of="top.raw", dependants=(OTHER,))
@@ -129,6 +131,7 @@ def test_commit_ignores_dependants_of_files_below_its_backing(chain: Path) -> No
     assert guest_picture(chain / "mid.add-cow") == "MXC"
 
 
+@pytest.mark.long
 def test_flatten_checks_for_dependants_of_its_image(here: Path) -> None:
     (here / OTHER).write_bytes(named(backing="top.raw"))
     assert_refused(here, "flatten", TOP, of="top.raw", dependants=(OTHER,))
@@ -142,6 +145,7 @@ def test_flatten_ignores_overlays_above_and_siblings(here: Path) -> None:
     assert_alone(here, "flatten", TOP)
 
 
+@pytest.mark.long
 def test_discard_checks_for_dependants_of_the_add_cow_file(here: Path) -> None:
     (here / "above.add-cow").write_bytes(named(backing=TOP, backing_format="add-cow"))
     assert_refused(here, "flatten", "--discard", TOP, of=TOP, dependants=("above.add-cow",))
@@ -151,6 +155,7 @@ def test_discard_checks_for_dependants_of_the_add_cow_file(here: Path) -> None:
     assert not (here / TOP).exists()
 
 
+@pytest.mark.long
 def test_reading_commands_do_not_check_for_dependants(here: Path) -> None:
     (here / OTHER).write_bytes(named(image="top.raw"))
     for words in (("info",), ("map",), ("io", "-r", "-c", "map")):
@@ -284,6 +289,7 @@ def test_flatten_searches_beside_the_overlay(tmp_path: Path) -> None:
     assert_refused(tmp_path, *words, of="top.raw", dependants=(other,))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["elsewhere", "elsewhere/a/b"])
 def test_roots_are_searched_to_the_bottom(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
@@ -314,12 +320,14 @@ def test_dependant_found_twice_is_listed_once(here: Path) -> None:
 # ---- members of the own chain ----
 
 
+@pytest.mark.long
 def test_overlays_of_the_chain_are_no_dependants(chain: Path) -> None:
     (chain / "same.add-cow").symlink_to(TOP)
     assert_alone(chain, "commit", "--root", ".", TOP)
     assert_alone(chain, "flatten", "--root", ".", TOP)
 
 
+@pytest.mark.long
 def test_commit_within_a_chain_finds_other_dependants(chain: Path) -> None:
     assert_alone(chain, "flatten", "mid.add-cow")
     draw(chain / "mid.add-cow", "M--")
@@ -327,6 +335,7 @@ def test_commit_within_a_chain_finds_other_dependants(chain: Path) -> None:
     assert_refused(chain, "commit", "mid.add-cow", of=BASE, dependants=(OTHER,))
 
 
+@pytest.mark.long
 def test_backup_of_a_repair_is_no_dependant(here: Path) -> None:
     patch(here / TOP, 300, b"junk")
     succeed("check", "-r", "all", TOP, cwd=here)
@@ -335,6 +344,7 @@ def test_backup_of_a_repair_is_no_dependant(here: Path) -> None:
     assert look(here / BASE) == "AXC"
 
 
+@pytest.mark.long
 def test_overlay_named_like_a_backup_is_a_dependant(here: Path) -> None:
     (here / TOP).rename(here / "vm.backup-3")
     assert_alone(here, "commit", "vm.backup-3")
@@ -410,6 +420,7 @@ def test_create_searches_the_roots_for_users_of_the_image(here: Path) -> None:
     succeed(*words, cwd=here)
 
 
+@pytest.mark.long
 def test_backing_that_is_an_image_of_another_overlay_needs_force(here: Path) -> None:
     (here / OTHER).write_bytes(named(image=BASE, backing=""))
     assert_refused(here, "commit", TOP, of=BASE, dependants=(OTHER,))

@@ -1004,6 +1004,7 @@ def test_name_that_the_encoding_lacks_is_printed_with_escapes(
     assert done.returncode == 0
 
 
+@pytest.mark.long
 def test_closed_pipe_ends_map_without_a_message(tmp_path: Path) -> None:
     pair(tmp_path, "AB" * 2000, "-X" * 2000)
     reader, writer = os.pipe()

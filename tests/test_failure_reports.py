@@ -138,6 +138,7 @@ def test_job_that_fails_midway_reports_what_was_moved(
     assert guest_picture(here / "top.add-cow") == "AXCYEFGH"
 
 
+@pytest.mark.long
 def test_same_command_frees_committed_space(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         rules = Rules.write(here.parent / "rules", rule("punch"))

@@ -324,6 +324,7 @@ def test_farm_check_finds_a_truncated_header(farm: Path) -> None:
     assert images(".", cwd=farm)["./one.add-cow"]["state"] == "damaged"
 
 
+@pytest.mark.long
 def test_farm_ignores_backups_of_a_repair(farm: Path) -> None:
     put(farm / "one.add-cow", CLUSTER, b"\xff")
     assert addcow("check", "-r", "all", "one.add-cow", cwd=farm).status == 0
@@ -334,6 +335,7 @@ def test_farm_ignores_backups_of_a_repair(farm: Path) -> None:
     assert "./one.add-cow.backup-1" in images(".", cwd=farm)
 
 
+@pytest.mark.long
 def test_farm_check_prints_findings_with_the_image(farm: Path) -> None:
     draw(farm / "leaky.add-cow", "X-y-", "base.img")
     result = addcow("farm", "check", ".", cwd=farm)

@@ -223,6 +223,7 @@ def test_graph_of_one_file_shows_its_chain(farm: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_outside_file_is_not_opened_without_root(farm: Path) -> None:
     outside = farm.parent / "outside"
     outside.mkdir()
@@ -467,6 +468,7 @@ def test_svg_is_xml_whatever_the_names(farm: Path) -> None:
     assert "./bad\\x01\ufffd.img  512 B [unnamed]" in rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["dot", "svg"])
 def test_marks_are_coloured(farm: Path, form: str) -> None:
     plain = succeed("farm", "graph", "--output", form, ".", cwd=farm).stdout

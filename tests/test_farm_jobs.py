@@ -460,6 +460,7 @@ def test_farm_commit_works_across_directories(here: Path) -> None:
     assert look(here / "bases" / "base.img") == guest_picture(top) == "APX"
 
 
+@pytest.mark.long
 def test_farm_commit_commits_an_overlay_that_only_receives_data(here: Path) -> None:
     """No cluster of mid is allocated before top is committed into it."""
     draw_raw(here / "base.img", "ABC")
@@ -624,6 +625,7 @@ def test_farm_job_refuses_a_shared_image_even_with_force(here: Path) -> None:
     assert is_flat(here / "fine.add-cow")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spell", [Path.hardlink_to, Path.symlink_to])
 def test_farm_commit_identifies_siblings_by_inode(
     here: Path, spell: Callable[[Path, Path], None]
@@ -969,6 +971,7 @@ def test_farm_job_prints_a_line_for_each_image(here: Path, operation: str) -> No
     assert "bad.raw" in line
 
 
+@pytest.mark.long
 def test_farm_job_prints_a_line_for_a_failure(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -982,6 +985,7 @@ def test_farm_job_prints_a_line_for_a_failure(
     assert "Input/output error" in line
 
 
+@pytest.mark.long
 @BOTH
 def test_farm_job_with_quiet_prints_only_errors(here: Path, operation: str) -> None:
     single(here, "fine")
@@ -1017,6 +1021,7 @@ def many_called(here: Path, names: tuple[str, ...]) -> None:
                 draw_raw(here / f"{called}.img", "ABC")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words", [("plan", "commit"), ("commit", "-p"), ("flatten",)], ids=" ".join
 )
@@ -1148,6 +1153,7 @@ def test_farm_job_refuses_an_image_in_use_and_does_the_others(
     assert guest_picture(path) == "AXY0"
 
 
+@pytest.mark.long
 def test_farm_commit_does_what_a_guest_on_the_base_allows(here: Path) -> None:
     chain(here)
     with held(here / "vm.img", "-r"):
@@ -1160,6 +1166,7 @@ def test_farm_commit_does_what_a_guest_on_the_base_allows(here: Path) -> None:
     assert look(here / "vm.img") == "APX0"
 
 
+@pytest.mark.long
 def test_on_error_stop_begins_nothing_after_a_refusal(here: Path) -> None:
     names = many(here, 4)
     miss_image(single(here, "bad"))
@@ -1397,6 +1404,7 @@ def numbered(number: int) -> bytes:
 # ---- limits ----
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("limit", ["0.000001", "0s"])
 def test_time_limit_of_zero_begins_nothing(here: Path, operation: str, limit: str) -> None:
@@ -1644,6 +1652,7 @@ def test_farm_job_does_a_hard_linked_image_once(here: Path) -> None:
     assert look(here / "vm.img") == "AXY0"
 
 
+@pytest.mark.long
 def test_farm_job_reads_names_from_a_file(here: Path) -> None:
     many(here, 3)
     (here / "list").write_text("vm00.add-cow\nvm02.add-cow\n")

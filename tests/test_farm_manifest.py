@@ -50,6 +50,7 @@ def test_farm_manifest_create_reads_a_shared_base_once(farm: Path, jobs: str) ->
     assert [one.name for one in (farm / "bases").iterdir()].count("golden.img.manifest") == 1
 
 
+@pytest.mark.long
 def test_second_farm_manifest_create_writes_nothing(farm: Path) -> None:
     run(farm)
     before = {one: one.stat().st_mtime_ns for one in farm.rglob("*.manifest")}

@@ -175,7 +175,7 @@ BREAKS = [
     (20, u32(2**32 - 1), "header", "cluster_bits is 4294967295"),
     (20, u32(15), "header", "header_size is 65536, must be 32768"),
     (24, b"\1", "header", "unknown feature bits 0x1 are set"),
-    (31, b"\x80", "header", "unknown feature bits 0x8000000000000000 are set"),
+    (31, b"\x20", "header", "unknown feature bits 0x2000000000000000 are set"),
     (40, u32(0), "header", "header_size is 0, must be 65536"),
     (40, u32(4096), "header", "header_size is 4096, must be 65536"),
     (40, u32(65535), "header", "header_size is 65535, must be 65536"),

@@ -159,6 +159,7 @@ def test_device_used_as_swap_is_refused(tmp_path: Path, disk: Path, made: Loops)
     assert "in use: it is used as swap; " in line
 
 
+@pytest.mark.long
 def test_image_on_a_mounted_device_is_refused(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     place = made.ext4(device, tmp_path / "place", "-o", "ro")
@@ -284,6 +285,7 @@ def test_unused_loop_device_is_allowed(tmp_path: Path, disk: Path, made: Loops) 
     assert Path(device).read_bytes()[:CLUSTER] == b"X" * CLUSTER
 
 
+@pytest.mark.long
 def test_file_and_its_loop_device_are_one_file(tmp_path: Path, disk: Path, made: Loops) -> None:
     device = made.bind(disk)
     words = overlay_bytes(image="disk.img", size=SIZE, backing=device, local=[0])

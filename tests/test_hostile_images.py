@@ -402,6 +402,7 @@ def test_only_regular_files_are_opened(box: Path, make: Callable[[Path], None], 
     assert snapshot(box) == before
 
 
+@pytest.mark.long
 @odd
 def test_overlay_must_be_a_regular_file(box: Path, make: Callable[[Path], None]) -> None:
     (box / TOP).unlink()
@@ -414,6 +415,7 @@ def test_overlay_must_be_a_regular_file(box: Path, make: Callable[[Path], None])
     assert not (box / "new.raw").exists()
 
 
+@pytest.mark.long
 @odd
 def test_create_refuses_files_that_are_not_regular(box: Path, make: Callable[[Path], None]) -> None:
     make(box / "odd")
@@ -872,6 +874,7 @@ def test_commit_of_8_eib(xfs: Path) -> None:
         assert os.pread(file.fileno(), 512, 0) == b"\x41" * 512
 
 
+@pytest.mark.long
 def test_flatten_whose_bits_do_not_fit_is_refused_at_once(xfs: Path) -> None:
     """Setting every bit fills the holes of the bitmap: that is known before the first byte."""
     make_sparse(xfs, 512 * TiB, 64 * KiB)
@@ -892,6 +895,7 @@ def test_sizes_past_8_eib_are_refused(tmp_path: Path) -> None:
 # ---- anything at all ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(8))
 def test_random_bytes_after_the_magic_are_refused_in_one_line(box: Path, seed: int) -> None:
     """The seed stands in the name of the test. `make fuzz` looks further."""

@@ -139,6 +139,7 @@ def test_repair_through_a_link_keeps_its_backup_beside_the_file(store: Path) -> 
     succeed("commit", path, cwd=store.parent)
 
 
+@pytest.mark.long
 def test_layers_of_a_chain_may_be_links(store: Path) -> None:
     here = store.parent
     (here / "deep").mkdir()
@@ -158,6 +159,7 @@ def test_layers_of_a_chain_may_be_links(store: Path) -> None:
 # ---- where names may lead ----
 
 
+@pytest.mark.long
 def test_directory_of_a_link_is_no_root(store: Path) -> None:
     here = store.parent
     draw(store / "out.add-cow", "X--", "../desk/base.img")
@@ -220,6 +222,7 @@ def test_farm_lists_an_image_once_through_links(store: Path) -> None:
     assert strangers(store) == "SSS" * 3
 
 
+@pytest.mark.long
 def test_farm_of_links_changes_the_files_behind_the_links(store: Path) -> None:
     here = store.parent
     (here / "links").mkdir()
@@ -276,6 +279,7 @@ def test_create_stores_a_name_of_the_working_directory_relative_to_the_overlay(s
     succeed("map", "--root", "desk", "store/new.add-cow", cwd=here)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "typed", ["dir/../base.img", "dir/../../store/base.img", "./sub/../base.img"]
 )
@@ -367,6 +371,7 @@ def test_hard_linked_files_are_read_with_a_warning_and_not_written(
     assert guest_picture(store / "mid.add-cow") == "MXC"
 
 
+@pytest.mark.long
 def test_repair_and_create_refuse_hard_linked_files(store: Path) -> None:
     hard_link_image(store)
     draw(store / "leaky.add-cow", "X-y", "base.img")
@@ -383,6 +388,7 @@ def test_repair_and_create_refuse_hard_linked_files(store: Path) -> None:
     succeed("create", "--force", "-o", "image_file=disk.img", "new.add-cow", cwd=store)
 
 
+@pytest.mark.long
 def test_hard_link_in_another_directory_is_not_committed(twins: Path) -> None:
     """A commit through it went into the base beside it, and dropped what the first one held."""
     desk = twins.parent / "desk"

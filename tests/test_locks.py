@@ -353,6 +353,7 @@ def test_create_refuses_an_image_in_use(here: Path) -> None:
     succeed(*words, cwd=here)
 
 
+@pytest.mark.long
 def test_file_is_free_after_its_holder_ended(here: Path) -> None:
     with holding("nbd writer", here, MID_IMAGE):
         refused("commit", TOP, cwd=here)
@@ -414,7 +415,8 @@ def test_qemu_is_refused_files_that_a_job_holds(
 
 def test_guest_cannot_start_on_the_target_of_a_commit(here: Path) -> None:
     tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", MID_IMAGE, "-F", "raw", "vm", cwd=here)
-    with job(here, "commit", TOP, events=("data_sync",)) as process:
+    # By force: the guest's qcow2 file depends on the target.
+    with job(here, "commit", "--force", TOP, events=("data_sync",)) as process:
         assert next_stop(process)
         done = ran(["qemu-io", "-f", "qcow2", "-c", "length", "vm"], cwd=here)
     assert done.returncode == 1
@@ -425,6 +427,7 @@ def test_guest_cannot_start_on_the_target_of_a_commit(here: Path) -> None:
 # ---- addcow beside addcow ----
 
 
+@pytest.mark.long
 def test_readers_share_files_and_exclude_writers(here: Path) -> None:
     before = snapshot(here)
     with talking(here, *python("io", "-r", TOP)) as pid:
@@ -513,6 +516,7 @@ def test_killed_job_leaves_no_lock(here: Path, words: tuple[str, ...], jobs: str
     assert left == []
 
 
+@pytest.mark.long
 def test_no_lock_is_free_while_an_orphaned_worker_lives(here: Path) -> None:
     with job(here, "commit", "--jobs", "1", TOP, events=("image_read",)) as process:
         worker = stopped_child(process)

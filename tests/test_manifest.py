@@ -183,6 +183,7 @@ def test_verify_names_a_destroyed_header(here: Path) -> None:
     assert [one["name"] for one in told["findings"]] == ["header"]
 
 
+@pytest.mark.long
 def test_verify_of_a_damaged_bitmap_reports_no_data(here: Path) -> None:
     """Clusters cease to be allocated and become it: their bytes are what they were."""
     put(here / "top.add-cow", CLUSTER, b"\x05")
@@ -190,6 +191,7 @@ def test_verify_of_a_damaged_bitmap_reports_no_data(here: Path) -> None:
     assert {one["file"] for one in told["ranges"]} == {"top.add-cow"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [0, 9, 100, 4096 + 50, -1])
 def test_verify_names_a_damaged_manifest(here: Path, at: int) -> None:
     path = here / "base.img.manifest"
@@ -285,6 +287,7 @@ def test_verify_does_not_read_a_replaced_file(here: Path) -> None:
     assert {one["filename"]: one["bytes"] for one in told["layers"]}["base.img"] == 0
 
 
+@pytest.mark.long
 def test_verify_notices_a_base_replaced_with_its_manifest(here: Path) -> None:
     draw_raw(here / "base.img", "ABCE")
     (here / "base.img.manifest").unlink()
@@ -333,6 +336,7 @@ def test_manifest_is_removed_before_the_first_write(here: Path, job: str) -> Non
     assert not (here / "top.add-cow.manifest").exists()
 
 
+@pytest.mark.long
 def test_refused_job_keeps_the_manifest(here: Path) -> None:
     draw(here / "other.add-cow", "-Z--")
     refused("commit", "top.add-cow", cwd=here)
@@ -353,6 +357,7 @@ def test_guest_digest_is_equal_after_flatten_and_commit(tmp_path: Path, jobs: st
     assert {one["guest-digest"] for one in after.values()} == {before}
 
 
+@pytest.mark.long
 def test_unfinished_draft_is_no_manifest(here: Path) -> None:
     (here / "top.add-cow.manifest").rename(here / "top.add-cow.manifest.part")
     assert verified(here, status=1)["findings"][0]["name"] == "no-manifest"
@@ -419,6 +424,7 @@ def test_farm_verify_splits_a_large_layer(tmp_path: Path, rng: random.Random, jo
     assert leaves_named(told) == hit
 
 
+@pytest.mark.long
 def test_verify_prints_findings_as_lines(here: Path) -> None:
     put(here / "top.raw", CLUSTER, b"!")
     result = addcow("verify", "top.add-cow", cwd=here)
@@ -427,6 +433,7 @@ def test_verify_prints_findings_as_lines(here: Path) -> None:
     assert addcow("farm", "verify", ".", cwd=here).status == 2
 
 
+@pytest.mark.long
 def test_manifest_of_16_tib_of_holes_is_cheap(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     os.truncate(tmp_path / "base.img", 8 << 40)
@@ -450,6 +457,7 @@ def test_manifest_of_16_tib_of_holes_is_cheap(tmp_path: Path) -> None:
 # ---- several names ----
 
 
+@pytest.mark.long
 def test_farm_verify_lists_a_layer_with_several_names_once(tmp_path: Path) -> None:
     (tmp_path / "golden").mkdir()
     draw_raw(tmp_path / "golden" / "base.img", "ABCD")
@@ -500,6 +508,7 @@ def test_manifest_behind_a_link_outside_is_not_read(tmp_path: Path) -> None:
     assert "base.img" in without["findings"][0]["file"]
 
 
+@pytest.mark.long
 def test_job_removes_the_manifests_of_both_hard_links(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     (tmp_path / "same.img").hardlink_to(tmp_path / "base.img")
@@ -512,6 +521,7 @@ def test_job_removes_the_manifests_of_both_hard_links(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.manifest")] == ["other.img.manifest"]
 
 
+@pytest.mark.long
 def test_commit_of_nothing_keeps_manifests(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     draw(tmp_path / "top.add-cow", "----")
@@ -520,6 +530,7 @@ def test_commit_of_nothing_keeps_manifests(tmp_path: Path) -> None:
     verified(tmp_path)
 
 
+@pytest.mark.long
 def test_quiet_omits_notes(here: Path) -> None:
     os.utime(here / "top.raw")
     assert succeed("verify", "top.add-cow", cwd=here).lines[0].startswith("NOTE changed")
@@ -663,6 +674,7 @@ def test_verify_accepts_a_name_too_long_for_a_manifest(tmp_path: Path) -> None:
     succeed("commit", "--verify", "top.add-cow", cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_verify_rejects_the_manifest_of_another_kind_of_layer(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "AB")
     made(tmp_path, "-f", "raw", name="base.img")
@@ -670,6 +682,7 @@ def test_verify_rejects_the_manifest_of_another_kind_of_layer(tmp_path: Path) ->
     assert ([one["name"] for one in told["findings"]], told["ranges"]) == (["unexamined"], [])
 
 
+@pytest.mark.long
 def test_farm_verify_reports_a_missing_file_once(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "AB")
     for number in range(3):

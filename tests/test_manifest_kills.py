@@ -783,6 +783,7 @@ def test_manifest_create_refuses_special_files_without_waiting(
 FARM = ["ls", "check", "graph", "plan commit", "plan flatten"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", FARM)
 def test_farm_commands_do_not_list_manifests_as_images(here: Path, command: str) -> None:
     """Nor what a killed one has left: both begin like an overlay, and are none."""

@@ -324,6 +324,7 @@ def test_oracle_finds_a_changed_byte_of_data(
     assert what(beyond_identities(faults(own_top))) == expected
 
 
+@pytest.mark.long
 def test_oracle_finds_any_changed_byte_but_those_under_a_clear_bit(own_top: Path) -> None:
     rng = random.Random(SEED)
     local = local_clusters(own_top)

@@ -56,6 +56,7 @@ MODES = [
 each_mode = pytest.mark.parametrize(("base", "same", "other"), MODES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("group", ["same", "another"])
 @each_mode
 def test_new_files_are_no_more_readable_than_the_base(

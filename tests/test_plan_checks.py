@@ -115,6 +115,7 @@ def test_plan_with_nothing_to_do_accepts_a_read_only_mount(farm: Path) -> None:
     assert planned("flatten", ".", cwd=farm) == (0, "nothing-to-do", "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("more", "told"), [((), "read-only"), (("-x",), "is shorter")])
 def test_plan_refuses_a_device_that_is_read_only_or_too_short(
     tmp_path: Path, made: Loops, more: tuple[str, ...], told: str
@@ -198,6 +199,7 @@ def test_plan_discard_refuses_a_sticky_directory(tmp_path: Path) -> None:
     assert "it belongs to another user, in a directory with the sticky bit" in done.stderr
 
 
+@pytest.mark.long
 def test_plan_discard_refuses_a_directory_of_another_owner(tmp_path: Path) -> None:
     here = a_farm(tmp_path / "farm")
     for path in here.iterdir():

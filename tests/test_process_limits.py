@@ -101,6 +101,7 @@ def test_job_with_few_processes_is_done(here: Path, allowed: int) -> None:
     assert read_header(here / "top.add-cow").compatible == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [6, 8, 10, 12, 16, 24, 32])
 @pytest.mark.parametrize(
     "words",
@@ -148,6 +149,7 @@ COUNTING = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("answer", ["ENOSYS", "EPERM"])
 def test_no_descriptor_leaks_without_openat2(here: Path, answer: str) -> None:
     skip_without_filters()

@@ -484,6 +484,7 @@ def test_commit_moves_the_data_and_keeps_the_guests_view(
         check_commit(chain, files, 0)
 
 
+@pytest.mark.long
 @tried(20)
 @given(chain=committable())
 def test_commit_of_nothing_is_harmless(
@@ -576,6 +577,7 @@ def test_workers_have_the_same_result(
         check(chain, files, jobs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [20130])
 @pytest.mark.parametrize("jobs", [0, 4])
 @pytest.mark.parametrize("check", CHECKS)

@@ -30,6 +30,8 @@ from support.lending import (
     view,
 )
 
+pytestmark = pytest.mark.sample(1)
+
 MiB = 1 << 20
 LENT, LENT_FOR_READING = 1 << 63, 1 << 62
 

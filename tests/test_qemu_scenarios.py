@@ -159,6 +159,7 @@ def empty(disk: Disk) -> list[Request]:
     return zeros
 
 
+@pytest.mark.long
 def test_reads_alternate_between_backing_and_image(stage: Stage) -> None:
     everything = [*stage.below, *stage.above, *empty(stage.disk)]
     assert all(stage.disk.holds(each) for each in everything)

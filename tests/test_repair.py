@@ -79,6 +79,7 @@ def checked(here: Path) -> int:
 # ---- leaks ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["leaks", "all"])
 def test_repair_frees_leaks_and_changes_nothing_else(tmp_path: Path, what: str) -> None:
     pair(tmp_path, "ABCDEF", "xX-y0Z")
@@ -173,6 +174,7 @@ Damage = Callable[[Path], object]
 DAMAGES = (stray, short, reserved)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_repair_all_repairs_each_damage(tmp_path: Path, damage: Damage) -> None:
     pair(tmp_path, "ABCDEF", "-X----")
@@ -246,6 +248,7 @@ def cut_off(here: Path) -> None:
     os.truncate(here / TOP, CLUSTER + 1)
 
 
+@pytest.mark.long
 def test_repair_does_not_free_data_whose_bits_are_missing(tmp_path: Path) -> None:
     cut_off(tmp_path)
     before = view(tmp_path)
@@ -267,6 +270,7 @@ def test_repair_leaks_does_not_free_data_past_a_short_bitmap(tmp_path: Path) -> 
     assert (tmp_path / TOP).stat().st_size == CLUSTER + 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [CLUSTER, CLUSTER + 1, 2 * CLUSTER - 1])
 def test_repaired_bitmap_can_be_written(tmp_path: Path, length: int) -> None:
     pair(tmp_path, "ABC", "-X-")
@@ -310,6 +314,7 @@ def test_backup_is_complete_before_the_first_change(tmp_path: Path) -> None:
     assert {name for what, name in order[whole:] if what == "changed"} == {TOP, IMAGE}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("event", ["data_sync", "directory_sync", "create"])
 def test_repair_changes_nothing_without_a_durable_backup(
     tmp_path: Path, event: str, monkeypatch: pytest.MonkeyPatch
@@ -417,6 +422,7 @@ def test_repair_does_not_change_a_clean_image(tmp_path: Path, what: str) -> None
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.long
 def test_repair_refuses_an_image_in_use(tmp_path: Path) -> None:
     pair(tmp_path, "ABCDEF", "xX----")
     stray(tmp_path)

@@ -261,6 +261,7 @@ def test_scrub_finds_what_verify_finds(
     assert snapshot(shop.here) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [("-q",), ("-p", "--idle"), ("-U",)])
 def test_scrub_options_do_not_change_the_findings(
     shop: Shop, rng: random.Random, words: tuple[str, ...]
@@ -270,6 +271,7 @@ def test_scrub_options_do_not_change_the_findings(
     assert by_name(shop.run(*words, status=status)["layers"]) == expected
 
 
+@pytest.mark.long
 def test_scrub_prints_findings_as_lines(shop: Shop) -> None:
     shop.overlays(2)
     flip(shop.here / "vm01.raw", 5 * CLUSTER)
@@ -930,6 +932,7 @@ def odd_farm(shop: Shop) -> None:
             flip(place / image, 77)
 
 
+@pytest.mark.long
 def test_scrub_stores_names_of_any_bytes(shop: Shop) -> None:
     odd_farm(shop)
     status, expected = shop.verify()
@@ -1361,6 +1364,7 @@ def test_sample_does_not_count_as_verification(shop: Shop) -> None:
     assert None not in {one["sampled"] for one in shop.layers()}
 
 
+@pytest.mark.long
 def test_sample_does_not_disturb_a_round(shop: Shop) -> None:
     shop.overlays(6)
     first = shop.run("--jobs", "0", "--time-limit", "0.5s", "-r", "4M", status=75)
@@ -1371,6 +1375,7 @@ def test_sample_does_not_disturb_a_round(shop: Shop) -> None:
     assert sorted(names(first) + names(second)) == sorted(snapshot_of_layers(shop))
 
 
+@pytest.mark.long
 def test_sample_that_misses_damage_does_not_forget_it(shop: Shop) -> None:
     shop.overlays(1, clusters=64)
     flip(shop.here / "vm00.raw", 33 * CLUSTER)
@@ -1394,6 +1399,7 @@ def test_whole_run_forgets_damage_that_was_repaired_after_a_sample(shop: Shop) -
     assert {one["exit"] for one in shop.layers()} == {0}
 
 
+@pytest.mark.long
 def test_sample_can_be_stopped(shop: Shop) -> None:
     shop.overlays(6)
     told = shop.run("--jobs", "0", "--sample", "90%", "--time-limit", "0", status=75)

@@ -199,6 +199,7 @@ def plain_peak(steps: list[tuple[int, int, int]], lag: int) -> int:
 # ---- full in mid-run ----
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "event"),
     [
@@ -273,6 +274,7 @@ def test_reading_a_bitmap_of_holes_takes_no_space(bare: Path) -> None:
     assert states(bare) == before
 
 
+@pytest.mark.long
 def test_flatten_without_space_for_bits_is_refused(bare: Path) -> None:
     before = states(bare)
     said = refused("flatten", "top.add-cow", cwd=bare)

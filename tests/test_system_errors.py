@@ -44,6 +44,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("words", "call"), CASES)
 def test_system_error_names_the_file(tmp_path: Path, words: str, call: str) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")

@@ -227,6 +227,7 @@ def test_corruption_outranks_an_unexamined_file(farm: Path) -> None:
     assert bound("farm", "check", "--exclude", "one", ".", cwd=farm).status == 1
 
 
+@pytest.mark.long
 def test_difference_outranks_an_unexamined_file(farm: Path) -> None:
     lock(farm, lambda _: None)
     succeed("manifest", "create", "-q", "one/top.add-cow", cwd=farm)
@@ -258,6 +259,7 @@ def test_farm_log_has_unexamined_files(farm: Path) -> None:
     assert (event["filename"], event["problem"]) == ("./lost+found", DENIED)
 
 
+@pytest.mark.long
 def test_directory_with_a_path_too_long_is_reported(farm: Path) -> None:
     nest(farm, 2100)
     try:
@@ -299,6 +301,7 @@ def test_only_missing_directories_cost_one_line(farm: Path) -> None:
     assert "nowhere: no such file or directory, and 1 more" in line
 
 
+@pytest.mark.long
 def test_pattern_reports_directories_that_it_could_not_read(farm: Path) -> None:
     lock(farm, lambda _: None)
     for pattern in ("lost+found/*.add-cow", "*/*.add-cow", "**/*.add-cow", "l*/x.add-cow"):
@@ -308,6 +311,7 @@ def test_pattern_reports_directories_that_it_could_not_read(farm: Path) -> None:
         assert DENIED in told.stdout
 
 
+@pytest.mark.long
 def test_patterns_match_as_in_a_shell(farm: Path) -> None:
     (farm / ".hidden").mkdir()
     draw(farm / ".hidden" / "top.add-cow", "----", "../one/base.img")
@@ -462,6 +466,7 @@ def test_job_of_one_image_checks_for_unreadable_files(farm: Path) -> None:
     assert bound("commit", "--force", "--root", ".", "two/top.add-cow", cwd=farm).status == 0
 
 
+@pytest.mark.long
 def test_dead_mount_beneath_a_root_refuses_a_commit(
     farm: Path, kill_mount: Callable[[Path], None]
 ) -> None:
@@ -519,6 +524,7 @@ def test_empty_directory_is_not_reported_beside_a_list(farm: Path) -> None:
 # ---- what a scrub remembers ----
 
 
+@pytest.mark.long
 def test_unreadable_layer_is_not_counted_as_gone(farm: Path) -> None:
     words = ("farm", "scrub", "run", "--state", "../state", ".")
     for name in ("one", "two"):
@@ -530,6 +536,7 @@ def test_unreadable_layer_is_not_counted_as_gone(farm: Path) -> None:
     assert succeed(*status, cwd=farm).json["coverage"]["gone"] == 0
 
 
+@pytest.mark.long
 def test_link_cycle_leads_to_no_file(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "A")
     draw(tmp_path / "top.add-cow", "X", "base.img")

@@ -131,6 +131,7 @@ def test_job_with_verify_reports_the_digest(here: Path, job: str, jobs: str) -> 
     assert look(here / target(job)) == "AXCY0FGH"
 
 
+@pytest.mark.long
 @EACH
 def test_verify_option_adds_only_the_digest_to_the_report(here: Path, job: str) -> None:
     pair(here, "ABCDEFGH", "-X-Y0---")
@@ -235,6 +236,7 @@ def test_verify_option_accepts_odd_sizes_and_empty_disks(
     assert told["guest-digest"] == seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["flatten", "discard"])
 def test_verify_option_reads_back_a_flat_overlay(here: Path, job: str) -> None:
     top = pair(here, "ABCD", "-X-Y")
@@ -251,6 +253,7 @@ def test_verify_option_finds_a_changed_flat_overlay(here: Path) -> None:
     is_seen(ended, "top.raw", at)
 
 
+@pytest.mark.long
 def test_verify_option_reads_back_a_committed_overlay(here: Path) -> None:
     top = pair(here, "ABCD", "-X-Y")
     seen = guest_digest(view_of(top))
@@ -617,6 +620,7 @@ def test_verify_option_removes_manifests_and_makes_none(here: Path, job: str) ->
     assert f"{target(job)}.manifest" not in left[0]
 
 
+@pytest.mark.long
 @EACH
 def test_verify_option_digest_equals_that_of_the_manifest(here: Path, job: str) -> None:
     pair(here, "ABCDEFGH", "-X-Y0---")
@@ -754,6 +758,7 @@ def test_stopped_farm_job_reports_unverified_images(here: Path) -> None:
 # ---- limits ----
 
 
+@pytest.mark.long
 @EACH
 @BOTH
 def test_read_back_counts_against_the_rate(here: Path, job: str, jobs: str) -> None:

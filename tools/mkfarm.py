@@ -459,7 +459,7 @@ LIES: dict[str, tuple[tuple[str, ...], list[Lie]]] = {
         ("header",),
         [{"cluster_bits": bits} for bits in (11, 22, 0, 63, 2**32 - 1)],
     ),
-    "header-features": (("header",), [{"features": 1}, {"features": 1 << 63}]),
+    "header-features": (("header",), [{"features": 1}, {"features": 1 << 61}]),
     # No power of two, larger than any cluster, larger than any file.
     "header-size": (("header",), [{"header_size": size} for size in (12288, 4 * MiB, 2**32 - 1)]),
     "names-image-offset": (("names",), [{"image_offset": at} for at in (75, 0, 2**32 - 1)]),
