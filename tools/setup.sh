@@ -12,6 +12,8 @@ command -v qemu-img >/dev/null 2>&1 || missing="$missing qemu-utils"
 command -v mke2fs >/dev/null 2>&1 || missing="$missing e2fsprogs"
 command -v mkfs.xfs >/dev/null 2>&1 || missing="$missing xfsprogs"
 command -v mergerfs >/dev/null 2>&1 || missing="$missing mergerfs"
+command -v nbdkit >/dev/null 2>&1 || missing="$missing nbdkit nbdkit-plugin-python"
+command -v nbdcopy >/dev/null 2>&1 || missing="$missing libnbd-bin"
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

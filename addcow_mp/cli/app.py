@@ -26,7 +26,7 @@ _GROUPS = {
         "Create, inspect, change, commit and flatten add-cow disk images.",
         (
             *("create", "info", "map", "check", "verify", "convert", "compare"),
-            *("commit", "flatten", "io", "manifest", "farm", "qemu"),
+            *("commit", "flatten", "io", "serve", "manifest", "farm", "qemu"),
         ),
     ),
     "qemu": _Group(

@@ -160,8 +160,21 @@ class Overlay:
         if held < stop:
             yield Extent(held, stop, depth, ExtentKind.ABSENT)
 
+    def is_allocated(self, cluster: int) -> bool:
+        """Whether one cluster is allocated."""
+        if self.all_allocated or self.bitmap.is_set(cluster):
+            return True
+        with self._pending_lock:
+            return self.pending.is_set(cluster)
+
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` with the guest's bytes from ``offset`` on, within the size."""
+        cluster, rest = divmod(offset, self.cluster_size)
+        if rest + len(view) <= self.cluster_size:
+            # Within one cluster no run is searched for: random reads of a guest are short.
+            read = self.image.read_into if self.is_allocated(cluster) else self._read_below
+            read(view, offset)
+            return
         for first, last, allocated in self.layout(offset, offset + len(view)):
             part = view[first - offset : last - offset]
             if allocated:
@@ -244,9 +257,7 @@ class Overlay:
         first, last = self.geometry.touched(start, stop)
         head, tail = self.geometry.span(first, last)
         for edge_start, edge_stop, cluster in ((head, start, first), (stop, tail, last - 1)):
-            if edge_start < edge_stop and next(
-                self.runs_by_allocation(0, cluster, cluster + 1), None
-            ):
+            if edge_start < edge_stop and not self.is_allocated(cluster):
                 length = min(edge_stop - edge_start, BUFFER_SIZE)
                 self.copy_up(edge_start, edge_stop, memoryview(bytearray(length)))
 

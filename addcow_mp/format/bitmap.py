@@ -77,6 +77,12 @@ class CowBitmap:
         """Whether every cluster in ``[start, stop)`` is allocated."""
         return next(self.runs(0, start, stop), None) is None
 
+    def is_set(self, cluster: int) -> bool:
+        """Whether one cluster is allocated: one read of a byte, without a search for holes."""
+        place = self.offset + cluster // BITS_PER_BYTE
+        byte = os.pread(self._fd, 1, place) if cluster < self.known else b""
+        return bool(byte and byte[0] >> cluster % BITS_PER_BYTE & 1)
+
     def count(self, start: int = 0, stop: int | None = None) -> int:
         """The number of allocated clusters in ``[start, stop)``; holes cost nothing."""
         return self._bits.count(start, self.known if stop is None else min(stop, self.known))
@@ -202,6 +208,11 @@ class SparseBits:
     def pages(self) -> Iterator[Run]:
         """The ranges that have pages, in order; all other bits are 0."""
         return ((number * PAGE_BITS, (number + 1) * PAGE_BITS) for number in sorted(self._pages))
+
+    def is_set(self, bit: int) -> bool:
+        """Whether one bit is set."""
+        page = self._pages.get(bit // PAGE_BITS)
+        return page is not None and bool(page[bit % PAGE_BITS])
 
     def set(self, start: int, stop: int) -> None:
         """Set the bits ``[start, stop)``."""

@@ -1,0 +1,115 @@
+"""``addcow serve``: the guest's view over NBD, by nbdkit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from addcow_mp.cli.options import ChangeOptions, File, Rate, rate_of
+from addcow_mp.errors import ImageError, UsageError
+
+if TYPE_CHECKING:
+    from addcow_mp.device.access import Access
+
+#: The port of NBD.
+PORT = 10809
+
+#: Only programs of this machine can connect, unless the user names another address.
+LOOPBACK = "127.0.0.1"
+
+_PACKAGES = "install the packages nbdkit and nbdkit-plugin-python"
+
+
+def command(
+    *,
+    file: File,
+    socket: Annotated[
+        str | None, typer.Option("--socket", metavar="PATH", help="listen on a Unix socket")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", metavar="N", help="listen on a TCP port  [default: 10809]"),
+    ] = None,
+    bind: Annotated[
+        str | None,
+        typer.Option("--bind", metavar="ADDR", help="listen on this address, not on 127.0.0.1"),
+    ] = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="serve the overlay without changing it")
+    ] = False,
+    rate: Rate = None,
+    changing: ChangeOptions,
+) -> None:
+    """Serve the guest's view of an overlay over NBD until SIGTERM or Ctrl-C.
+
+    nbdkit and its Python plugin must be installed.
+    """
+    if socket is not None and (port is not None or bind is not None):
+        raise UsageError(message="--socket: give either a socket or a port, not both")
+    writable = not read_only
+    access = changing.access(force=changing.force, writes=writable, exclude=changing.exclude)
+    _refuse_unusable(file, access, writable=writable)
+    nbdkit = _nbdkit()
+    options = {"file": os.path.abspath(file), "writable": writable, "access": _fields(access)}
+    listen = ["--unix", socket] if socket else ["--port", str(port or PORT), "--ipaddr"]
+    listen += [] if socket else [bind or LOOPBACK]
+    # The filter counts bits.
+    filters, limit = (["--filter=rate"], [f"rate={8 * rate_of(rate)}"]) if rate else ([], [])
+    mode = [] if writable else ["--readonly"]
+    plugin = ["python", _plugin(), f"options={json.dumps(options)}"]
+    _become([nbdkit, "--foreground", *listen, *filters, *mode, *plugin, *limit])
+
+
+def _refuse_unusable(file: str, access: Access, *, writable: bool) -> None:
+    """Open the overlay once, so that what refuses it is said in one line."""
+    import addcow_mp
+
+    with addcow_mp.open(file, writable=writable, access=access) as disk:
+        if writable:
+            disk.check_permission()
+
+
+def _fields(access: Access) -> dict[str, object]:
+    fields = access._asdict()
+    del fields["files"]
+    fields["roots"] = [os.path.abspath(root) for root in access.roots]
+    return fields
+
+
+def _plugin() -> str:
+    import addcow_mp
+
+    return os.path.join(os.path.dirname(os.path.abspath(addcow_mp.__file__)), "nbd_plugin.py")
+
+
+def _nbdkit() -> str:
+    """The path of nbdkit. Raises :class:`ImageError` where it cannot run the plugin."""
+    nbdkit = shutil.which("nbdkit")
+    if nbdkit is None:
+        raise ImageError(path="nbdkit", problem=f"it is not installed; {_PACKAGES}")
+    dump = [nbdkit, "python", "--dump-plugin"]
+    done = subprocess.run(dump, capture_output=True, text=True, check=False)
+    told = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    version = told.get("python_version", "")
+    if done.returncode or not version:
+        raise ImageError(path=nbdkit, problem=f"it has no plugin for Python; {_PACKAGES}")
+    own = ".".join(map(str, sys.version_info[:2]))
+    if ".".join(version.split(".")[:2]) != own:
+        problem = f"its plugin runs Python {version}, and addcow runs {own}; use the same version"
+        raise ImageError(path=nbdkit, problem=problem)
+    return nbdkit
+
+
+def _become(words: list[str]) -> NoReturn:
+    """Replace this process by nbdkit, which finds the packages of this one."""
+    paths = [one or os.getcwd() for one in sys.path]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(words[0], words)  # noqa: S606 - no shell is wanted
