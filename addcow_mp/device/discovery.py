@@ -16,7 +16,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import NamedTuple
@@ -36,6 +36,7 @@ from addcow_mp.format.header import (
     format_name,
 )
 from addcow_mp.format.names import path_combine, path_has_protocol, read_string
+from addcow_mp.format.qcow2 import MAGIC as QCOW2_MAGIC
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -207,6 +208,18 @@ def named_by(path: str) -> Named | None:
 
 def examined(path: str) -> Named | Unexamined | None:
     """What the file at ``path`` names, or why it cannot be read; None when it is no overlay."""
+    return _examined_by(path, named_in)
+
+
+def examined_user(path: str) -> Named | Unexamined | None:
+    """The same also of a qcow2 file.
+
+    A qcow2 file uses its backing file. A twin that QEMU may open also uses its image file.
+    """
+    return _examined_by(path, _user_in)
+
+
+def _examined_by(path: str, names: Callable[[int, str], Named | None]) -> Named | Unexamined | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError:
@@ -214,11 +227,27 @@ def examined(path: str) -> Named | Unexamined | None:
     except (OSError, ValueError) as error:
         return Unexamined.of(path, error)
     try:
-        return named_in(fd, path)
+        return names(fd, path)
     except OSError as error:
         return Unexamined.of(path, error)
     finally:
         os.close(fd)
+
+
+def _user_in(fd: int, path: str) -> Named | None:
+    magic = os.pread(fd, len(MAGIC), 0)
+    if magic == QCOW2_MAGIC:
+        return _named_in_qcow2(fd, path)
+    return named_in(fd, path) if magic == MAGIC else None
+
+
+def _named_in_qcow2(fd: int, path: str) -> Named:
+    from addcow_mp.device.twin import qcow2_names
+
+    names, own = qcow2_names(fd), identity_of(os.fstat(fd))
+    backing = None if names.backing is None else path_combine(os.path.realpath(path), names.backing)
+    found = Named(path, own, names.image, _identity(backing), None, backing, path)
+    return found._replace(is_overlay=False)
 
 
 def named_in(fd: int, path: str) -> Named | None:
@@ -248,27 +277,6 @@ def named_in(fd: int, path: str) -> Named | None:
         header.all_allocated,
         header.lent_id is not None,
     )
-
-
-def examined_user(path: str) -> Named | Unexamined | None:
-    """The files that the overlay or qcow2 file at ``path`` uses; None when it is neither.
-
-    A qcow2 file uses its backing file. A twin that QEMU may open also uses its image file.
-    """
-    one = examined(path)
-    return _examined_qcow2(path) if one is None else one
-
-
-def _examined_qcow2(path: str) -> Named | None:
-    from addcow_mp.device.twin import qcow2_names
-
-    names = qcow2_names(path)
-    if names is None:
-        return None
-    base = os.path.realpath(path)
-    backing = None if names.backing is None else path_combine(base, names.backing)
-    found = Named(path, names.identity, names.image, _identity(backing), None, backing, base)
-    return found._replace(is_overlay=False)
 
 
 def _name(fd: int, offset: int, size: int, limit: int) -> str | None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from addcow_mp.device import faults
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import TWIN, File, identity_of, it_exists, sync_directory
+from addcow_mp.device.files import TWIN, File, it_exists, sync_directory
 from addcow_mp.device.headers import open_claimed
 from addcow_mp.device.locks import Claim
 from addcow_mp.device.syscalls import birth_time
@@ -171,33 +171,20 @@ def is_twin(path: str) -> bool:
 class Qcow2Names(NamedTuple):
     """The files that a qcow2 file uses: the name of its backing file, and a twin's image file."""
 
-    identity: tuple[int, int]
-    backing: str | None
-    image: tuple[int, int] | None
+    backing: str | None = None
+    image: tuple[int, int] | None = None
 
 
-def qcow2_names(path: str) -> Qcow2Names | None:
-    """What the qcow2 file at ``path`` names; None when it is none or cannot be read."""
-    with suppress(OSError, ValueError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            if os.pread(fd, len(MAGIC), 0) != MAGIC:
-                return None
-            status = os.fstat(fd)
-            name = named_backing(lambda at, count: os.pread(fd, count, at))
-        finally:
-            os.close(fd)
-        backing = None if name is None or path_has_protocol(name) else name
-        return Qcow2Names(identity_of(status), backing, _used_image(path, status))
-    return None
-
-
-def _used_image(path: str, status: os.stat_result) -> tuple[int, int] | None:
-    """The image file that QEMU may write through the file at ``path``, if that is a twin."""
-    header = twin_header(path)
-    if header is None or header.mark is None or header.disabled:
-        return None
-    return status.st_dev, header.mark.image_inode
+def qcow2_names(fd: int) -> Qcow2Names:
+    """What an open qcow2 file names. Raises :class:`OSError`."""
+    status = os.fstat(fd)
+    name = named_backing(lambda at, count: os.pread(fd, count, at))
+    backing = None if name is None or path_has_protocol(name) else name
+    with suppress(Qcow2Error):
+        header = read_header(lambda at, count: os.pread(fd, count, at), status.st_size)
+        if header.mark is not None and not header.disabled:
+            return Qcow2Names(backing, (status.st_dev, header.mark.image_inode))
+    return Qcow2Names(backing)
 
 
 def holder_name(base: str, header: CowHeader) -> str:

@@ -18,22 +18,23 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import LENDING, Use, open_chain
 from addcow_mp.device.discovery import overlays_near
-from addcow_mp.device.files import BUFFER_SIZE, identity_at, new_buffer
+from addcow_mp.device.files import BUFFER_SIZE, File, identity_at, new_buffer
 from addcow_mp.device.locks import READING, RESIZING
 from addcow_mp.device.manifest_file import invalidate_all
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.synchronous import is_synchronous, set_synchronous
 from addcow_mp.device.twin import Identity, Twin
 from addcow_mp.errors import AddcowError, ImageError, LentError, LockedError, SpaceError, UsageError
-from addcow_mp.format.bitmap import SparseBits
-from addcow_mp.format.bits import Run, merged
+from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
+from addcow_mp.format.bits import BITS_PER_BYTE, Run, merged
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.names import path_combine, path_has_protocol
 from addcow_mp.format.qcow2_read import Extent
@@ -53,6 +54,12 @@ from addcow_mp.jobs.qemu_export import (
 )
 from addcow_mp.jobs.removal import refuse_unremovable, remove
 from addcow_mp.jobs.report import Outcome, Report, reporting
+
+#: Longer runs of clusters are written at once, and not held in memory.
+LONG_RUN = 64 * PAGE_BITS
+
+#: Marks over so many clusters are held in memory before they are written: at most 16 MiB.
+WINDOW = 4096 * PAGE_BITS
 
 
 class ImportOptions(NamedTuple):
@@ -278,15 +285,23 @@ def _bring_back(overlay: Overlay, twin: Twin | None, access: Access, report: Rep
 
 
 def _refuse_image(overlay: Overlay, clusters: _Clusters) -> None:
-    image, needed = overlay.image.file, clusters.copied_up()
-    if image.length < clusters.geometry.size:
+    """Raise when the image is too short, or what the way back writes does not fit."""
+    image, size = overlay.image.file, clusters.geometry.size
+    if image.length < size:
         raise ImageError(
             path=image.path,
-            problem=f"it has {image.length} bytes, and QEMU knew {clusters.geometry.size}: it was "
-            "cut short; restore it from a backup",
+            problem=f"it has {image.length} bytes, and QEMU knew {size}: it was cut short; restore "
+            "it from a backup",
         )
-    if needed > image.free_space:
-        raise SpaceError(path=image.path, needed=needed, free=image.free_space)
+    _refuse_without_space(image, clusters.copied_up())
+    bits = sum(stop - first for first, stop in clusters.allocated())
+    _refuse_without_space(overlay.cow, bits // BITS_PER_BYTE - overlay.cow.allocated)
+
+
+def _refuse_without_space(file: File, needed: int) -> None:
+    free = file.free_space
+    if needed > free:
+        raise SpaceError(path=file.path, needed=needed, free=free)
 
 
 def _resized(overlay: Overlay, geometry: Geometry) -> Overlay:
@@ -315,15 +330,26 @@ def _fill(overlay: Overlay, clusters: _Clusters) -> None:
 
 def _publish(overlay: Overlay, clusters: _Clusters) -> None:
     """Make the bits those of the twin's tables, durably."""
-    bits, marks = overlay.bitmap, SparseBits()
-    for run in clusters.allocated():
-        marks.set(*run)
-    pages = sorted((*bits.data_runs(), *marks.pages()))
+    bits, marks, begin = overlay.bitmap, SparseBits(), 0
     with overlay.cow.doing("write its bitmap"):
-        for first, stop in merged(pages):
-            bits.publish(first, min(stop, overlay.geometry.clusters), marks.copy_to)
+        for first, stop in clusters.allocated():
+            if stop - first > LONG_RUN or first - begin > WINDOW:
+                _write_bits(bits, marks, begin, first)
+                marks, begin = SparseBits(), first
+            if stop - first > LONG_RUN:
+                bits.fill(first, stop, 1)
+                begin = stop
+            else:
+                marks.set(first, stop)
+        _write_bits(bits, marks, begin, overlay.geometry.clusters)
         bits.clear_stray()
     overlay.cow.sync()
+
+
+def _write_bits(bits: CowBitmap, marks: SparseBits, start: int, stop: int) -> None:
+    """Make the bits ``[start, stop)`` equal to ``marks``; holes with no mark stay holes."""
+    for first, last in merged(sorted((*bits.data_runs(start, stop), *marks.pages()))):
+        bits.publish(max(first, start), min(last, stop), marks.copy_to)
 
 
 # The end
@@ -440,9 +466,9 @@ def _is_unchanged(layer: Overlay, path: str, access: Access) -> bool:
     except AddcowError:
         return False
     try:
-        found = [one for one in twin.extents() if one.state is not Entry.EMPTY]
-        plain = all(one.state is Entry.ALLOCATED for one in found)
-        runs: Iterable[Run] = (layer.geometry.span(*run) for run in layer.allocated_runs())
-        return plain and [(one.start, one.stop) for one in found] == list(runs)
+        spans = (layer.geometry.span(*run) for run in layer.allocated_runs())
+        found = (one for one in twin.extents() if one.state is not Entry.EMPTY)
+        expected = (Extent(start, stop, Entry.ALLOCATED) for start, stop in spans)
+        return all(one == other for one, other in zip_longest(found, expected))
     finally:
         twin.close()
