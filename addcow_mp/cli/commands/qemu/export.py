@@ -19,33 +19,38 @@ class Crash(StrEnum):
     relaxed = "relaxed"
 
 
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="QCOW2",
+        callback=name_of_file,
+        help="the new file for QEMU, in the directory of FILE  [default: FILE with .qcow2]",
+    ),
+]
+CrashOption = Annotated[
+    Crash,
+    typer.Option(
+        "--crash",
+        help="strict: a power cut is harmless; relaxed: faster, and what a guest wrote without a "
+        "flush may read as zeros",
+    ),
+]
+Absolute = Annotated[
+    bool,
+    typer.Option(
+        "--absolute-data-file",
+        help="QCOW2 names the image file by its absolute path: a copy of QCOW2 then writes into "
+        "the original",
+    ),
+]
+
+
 def command(
     *,
     file: File,
-    qcow2: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="QCOW2",
-            callback=name_of_file,
-            help="the new file for QEMU, in the directory of FILE [default: FILE with .qcow2]",
-        ),
-    ] = None,
-    crash: Annotated[
-        Crash,
-        typer.Option(
-            "--crash",
-            help="strict: a power cut is harmless; relaxed: faster, and what a guest wrote "
-            "without a flush may read as zeros",
-        ),
-    ] = Crash.strict,
-    absolute: Annotated[
-        bool,
-        typer.Option(
-            "--absolute-data-file",
-            help="QCOW2 names the image file by its absolute path: a copy of QCOW2 then writes "
-            "into the original",
-        ),
-    ] = False,
+    qcow2: Target = None,
+    crash: CrashOption = Crash.strict,
+    absolute: Absolute = False,
     printing: Printing,
     changing: JobChangeOptions,
 ) -> None:
