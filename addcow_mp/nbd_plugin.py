@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from typing import Any
-
-import nbdkit
 
 import addcow_mp
 
@@ -25,9 +25,15 @@ _options: dict[str, Any] = {}
 _opened: list[addcow_mp.Overlay] = []
 
 
+@cache
+def _nbdkit() -> Any:
+    """The constants of nbdkit: a module that exists only within its process."""
+    return import_module("nbdkit")
+
+
 def thread_model() -> int:
     """Let requests run in parallel."""
-    return int(nbdkit.THREAD_MODEL_PARALLEL)
+    return int(_nbdkit().THREAD_MODEL_PARALLEL)
 
 
 def config(key: str, value: str) -> None:
@@ -81,7 +87,7 @@ def can_flush(disk: addcow_mp.Overlay) -> bool:
 
 def can_fua(disk: addcow_mp.Overlay) -> int:
     """A write with FUA is flushed before its answer."""
-    return int(nbdkit.FUA_NATIVE)
+    return int(_nbdkit().FUA_NATIVE)
 
 
 def can_trim(disk: addcow_mp.Overlay) -> bool:
@@ -141,11 +147,12 @@ def extents(
     disk: addcow_mp.Overlay, count: int, offset: int, flags: int
 ) -> Iterator[tuple[int, int, int]]:
     """Say of which kind the bytes ``[offset, offset + count)`` are: offset, length, type."""
-    hole = int(nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO)
+    constants = _nbdkit()
+    hole = int(constants.EXTENT_HOLE | constants.EXTENT_ZERO)
     for one in disk.extents(offset, min(offset + count, disk.size)):
         yield one.start, one.length, hole if one.zero else 0
 
 
 def _flush_if_asked(disk: addcow_mp.Overlay, flags: int) -> None:
-    if flags & nbdkit.FLAG_FUA:
+    if flags & _nbdkit().FLAG_FUA:
         disk.flush()

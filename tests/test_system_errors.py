@@ -39,8 +39,8 @@ CASES = [
     ("flatten --jobs 0 --discard vm.add-cow", "unlink"),
     ("manifest create --jobs 0 vm.add-cow", "rename"),
     ("farm commit --jobs 0 .", "memfd_create"),
-    ("farm verify --jobs 0 .", "ftruncate"),
-    ("farm scrub run --jobs 0 --state scrub.db .", "memfd_create"),
+    ("farm verify --jobs 0 .", "preadv2"),
+    ("farm scrub run --jobs 0 --state scrub.db .", "preadv2"),
 ]
 
 
