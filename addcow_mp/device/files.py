@@ -317,7 +317,7 @@ def identity_at(path: str) -> tuple[int, int] | None:
     """The identity of the file at ``path``; None if stat fails."""
     try:
         return identity_of(os.stat(path))
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

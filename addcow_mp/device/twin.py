@@ -190,10 +190,18 @@ def qcow2_names(fd: int) -> Qcow2Names:
 def holder_name(base: str, header: CowHeader) -> str:
     """Whom an overlay with this ``header``, which lies at ``base``, is lent to, in words."""
     suffix = " for reading" if header.lent_for_reading else ""
+    path = twin_of(base, header)
+    if path is None:
+        return f"QEMU{suffix}, and the qcow2 file that it is used through is not beside it"
+    return f"QEMU{suffix} through '{path}'"
+
+
+def twin_of(base: str, header: CowHeader) -> str | None:
+    """The twin of an overlay with this ``header`` at ``base``; None if it is missing."""
     for path, twin in twins_in(os.path.dirname(base)):
         if twin.mark is not None and twin.mark.lent_id == header.lent_id:
-            return f"QEMU{suffix} through '{path}'"
-    return f"QEMU{suffix}, and the file that it is used through is not beside it"
+            return path
+    return None
 
 
 # Making

@@ -297,6 +297,7 @@ def _current(path: str, known: Entry | None) -> Entry:
     if known is not None and identity in (None, known.manifest):
         return known._replace(gone=0)
     weight = 0
-    with suppress(OSError, ManifestError):
-        weight = weight_of(manifest, read_head(manifest))
+    if identity is not None:
+        with suppress(OSError, ManifestError):
+            weight = weight_of(manifest, read_head(manifest))
     return Entry(path, identity, weight)

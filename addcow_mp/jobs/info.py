@@ -24,8 +24,8 @@ from addcow_mp.device.headers import (
     short_bitmap_warning,
 )
 from addcow_mp.device.locks import READING, SHARING
-from addcow_mp.device.twin import holder_name
-from addcow_mp.errors import ImageError
+from addcow_mp.device.twin import holder_name, twin_of
+from addcow_mp.errors import ImageError, LentError
 from addcow_mp.format.bitmap import CowBitmap
 from addcow_mp.format.geometry import Geometry, raw_size, virtual_size
 from addcow_mp.format.header import ADD_COW, RAW, Header
@@ -82,6 +82,8 @@ def info(path: str, access: Access | None = None, *, named: bool = True) -> Info
         access = access.beside(cow.base) if named else access
         header = load_header(cow)
         names = load_names(cow, header)
+        if header.lent and twin_of(cow.base, header) is None:
+            raise LentError(path=cow.path, holder=holder_name(cow.base, header))
         with errors_naming(cow, names.image, "image file") as target:
             # A guest may be writing the image file of an overlay that is lent.
             claim = SHARING if header.lent else READING

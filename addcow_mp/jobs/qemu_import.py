@@ -406,8 +406,9 @@ def _take_layer_back(path: str, access: Access, report: Report) -> None:
             lending = lending_of(layer.cow, layer.header, layer.image.file)
             if lending.state is State.LENT_FOR_READING:
                 _finish_layer(layer, lending, access, report)
-            elif lending.state is State.FOREIGN_TWIN and lending.twin is not None:
-                refuse_writable_twin(layer, lending)
+            elif lending.twin is not None:
+                if lending.state is not State.LEFTOVER:
+                    refuse_writable_twin(layer, lending)
                 remove_leftover(lending.twin)
     except (LentError, LockedError) as error:
         report.warnings.append(f"{path}: it stays lent for reading: {error}")
