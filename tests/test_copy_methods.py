@@ -699,7 +699,7 @@ def test_several_workers_share_one_limit(workers: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             clock = Clock()
             patch.setattr(throttle, "time", clock)
-            worker = Worker(clock, rate // workers)
+            worker = Worker(clock, throttle.share_of(rate, workers))
             for _ in range(40):
                 worker.move(worker.pace.step, 0.01 * number)
             moves += worker.moves
