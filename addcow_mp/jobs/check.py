@@ -31,7 +31,6 @@ from addcow_mp.device.headers import (
 from addcow_mp.device.locks import READING
 from addcow_mp.device.magic import contradicts, resembles
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.twin import holder_name, twin_of
 from addcow_mp.errors import AddcowError, FormatError, NotAddcowError
 from addcow_mp.findings import CheckReport, Finding, Severity
 from addcow_mp.format.header import (
@@ -214,16 +213,21 @@ class _Check:
             self.report.findings.append(finding)
         return True
 
+    def _note_lending(self, cow: File, header: Header) -> None:
+        from addcow_mp.device.twin import holder_name, twin_of
+
+        holder = holder_name(cow.base, header)
+        self.report.is_lent = True
+        if twin_of(cow.base, header) is None:
+            self.corrupt("header", f"it is lent to {holder}; move that back")
+        else:
+            self.report.notes.append(f"{self.path}: it is lent to {holder}")
+
     def _open_overlay(self, image: File) -> None:
         if self.cow is None or self.header is None or self._is_broken("header"):
             return
         if self.header.lent_id is not None:
-            holder = holder_name(self.cow.base, self.header)
-            self.report.is_lent = True
-            if twin_of(self.cow.base, self.header) is None:
-                self.corrupt("header", f"it is lent to {holder}; move that back")
-            else:
-                self.report.notes.append(f"{self.path}: it is lent to {holder}")
+            self._note_lending(self.cow, self.header)
         if self.header.lent:
             return  # QEMU's twin, and not the bitmap, says what is allocated
         self.overlay = Overlay(self.cow, image, None, self.header)

@@ -24,7 +24,6 @@ from addcow_mp.device.headers import (
     short_bitmap_warning,
 )
 from addcow_mp.device.locks import READING, SHARING
-from addcow_mp.device.twin import holder_name, twin_of
 from addcow_mp.errors import ImageError, LentError
 from addcow_mp.format.bitmap import CowBitmap
 from addcow_mp.format.geometry import Geometry, raw_size, virtual_size
@@ -82,8 +81,7 @@ def info(path: str, access: Access | None = None, *, named: bool = True) -> Info
         access = access.beside(cow.base) if named else access
         header = load_header(cow)
         names = load_names(cow, header)
-        if header.lent and twin_of(cow.base, header) is None:
-            raise LentError(path=cow.path, holder=holder_name(cow.base, header))
+        lent_to = None if header.lent_id is None else _holder(cow, header)
         with errors_naming(cow, names.image, "image file") as target:
             # A guest may be writing the image file of an overlay that is lent.
             claim = SHARING if header.lent else READING
@@ -93,7 +91,17 @@ def info(path: str, access: Access | None = None, *, named: bool = True) -> Info
                 _refuse_same(cow, image, names.image, names.backing)
             with errors_naming(cow, names.image, "image file"):
                 refuse_mismatch(image, names.image_format)
-            return _info(cow, image, header, names)
+            return _info(cow, image, header, names)._replace(lent_to=lent_to)
+
+
+def _holder(cow: File, header: Header) -> str:
+    """The holder of an overlay that is lent. Raises :class:`LentError` when its twin is missing."""
+    from addcow_mp.device.twin import holder_name, twin_of
+
+    holder = holder_name(cow.base, header)
+    if header.lent and twin_of(cow.base, header) is None:
+        raise LentError(path=cow.path, holder=holder)
+    return holder
 
 
 def _info(cow: File, image: File, header: Header, names: Names) -> Info:
@@ -108,8 +116,7 @@ def _info(cow: File, image: File, header: Header, names: Names) -> Info:
         warnings = short_bitmap_warning(cow.path) if bitmap.short else []
     warnings += link_warnings([cow, image])
     about = size, cow.allocated, cow.identity, header, names, total, allocated, warnings
-    lent_to = None if header.lent_id is None else holder_name(cow.base, header)
-    return Info(cow.path, *about, base=cow.base, lent_to=lent_to)
+    return Info(cow.path, *about, base=cow.base)
 
 
 def _refuse_same(cow: File, image: File, image_name: str, backing_name: str) -> None:
