@@ -297,8 +297,8 @@ MUTATIONS = (
     Mutation(
         "discard: bytes behind the virtual size stay in the raw disk",
         "addcow_mp/jobs/removal.py",
-        "        os.ftruncate(image.fd, overlay.size)\n",
-        "        pass\n",
+        "    image.cut(overlay.size)\n",
+        "    pass\n",
         _in("partial_sectors", "discard_leaves_exactly_the_guests_disk"),
     ),
     Mutation(

@@ -163,9 +163,9 @@ class _Opening:
 def _refuse_lent(cow: File, header: Header, *, changes: bool) -> None:
     """Raise when QEMU may write the overlay, or may read it and the caller ``changes`` it."""
     if header.lent or (changes and header.lent_for_reading):
-        from addcow_mp.device.twin import holder_name
+        from addcow_mp.device.twin import holder_name, twin_of
 
-        raise LentError(path=cow.path, holder=holder_name(cow.base, header))
+        raise LentError(path=cow.path, holder=holder_name(header, twin_of(cow.base, header)))
 
 
 def depth_of(layer: Layer | None) -> int:

@@ -248,6 +248,13 @@ class File:
             if self.length < length:
                 os.ftruncate(self.fd, length)
 
+    def cut(self, length: int) -> None:
+        """Set the length, which is not above the present one."""
+        with self.doing(f"cut it to {length} bytes"):
+            if faults.armed:
+                faults.hit("image_cut")
+            os.ftruncate(self.fd, length)
+
     def start_writing(self, start: int, stop: int) -> None:
         """Start writing ``[start, stop)`` to disk, if the file will be synced."""
         if self.durable:

@@ -322,7 +322,10 @@ class Overlay:
 
     def set_all_allocated(self, value: bool) -> None:
         """Write the header with ALL_ALLOCATED set or cleared, and make it durable."""
-        header = self.header.with_all_allocated(value)
+        self.write_header(self.header.with_all_allocated(value))
+
+    def write_header(self, header: Header) -> None:
+        """Write ``header`` in one write, and make it durable. Names are not written."""
         self.cow.write(header.pack(), 0)
         self.cow.sync()
         self.header = header

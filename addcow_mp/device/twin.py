@@ -187,10 +187,9 @@ def qcow2_names(fd: int) -> Qcow2Names:
     return Qcow2Names(backing)
 
 
-def holder_name(base: str, header: CowHeader) -> str:
-    """Whom an overlay with this ``header``, which lies at ``base``, is lent to, in words."""
+def holder_name(header: CowHeader, path: str | None) -> str:
+    """The holder of an overlay with this ``header`` and the twin at ``path``, in words."""
     suffix = " for reading" if header.lent_for_reading else ""
-    path = twin_of(base, header)
     if path is None:
         return f"QEMU{suffix}, and the qcow2 file that it is used through is not beside it"
     return f"QEMU{suffix} through '{path}'"

@@ -216,9 +216,10 @@ class _Check:
     def _note_lending(self, cow: File, header: Header) -> None:
         from addcow_mp.device.twin import holder_name, twin_of
 
-        holder = holder_name(cow.base, header)
+        twin = twin_of(cow.base, header)
+        holder = holder_name(header, twin)
         self.report.is_lent = True
-        if twin_of(cow.base, header) is None:
+        if twin is None:
             self.corrupt("header", f"it is lent to {holder}; move that back")
         else:
             self.report.notes.append(f"{self.path}: it is lent to {holder}")

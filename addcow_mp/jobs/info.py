@@ -98,8 +98,9 @@ def _holder(cow: File, header: Header) -> str:
     """The holder of an overlay that is lent. Raises :class:`LentError` when its twin is missing."""
     from addcow_mp.device.twin import holder_name, twin_of
 
-    holder = holder_name(cow.base, header)
-    if header.lent and twin_of(cow.base, header) is None:
+    twin = twin_of(cow.base, header)
+    holder = holder_name(header, twin)
+    if header.lent and twin is None:
         raise LentError(path=cow.path, holder=holder)
     return holder
 

@@ -28,7 +28,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from addcow_mp.device.files import File
-from addcow_mp.device.twin import Identity, twins_in
+from addcow_mp.device.twin import Identity, holder_name, twins_in
 from addcow_mp.errors import ImageError, LentError
 from addcow_mp.format.header import Header
 from addcow_mp.format.qcow2 import Header as TwinHeader
@@ -125,9 +125,7 @@ def refuse_not_here(cow: File, header: Header, lending: Lending) -> None:
         return
     if lending.state is State.FOREIGN_TWIN:
         raise foreign_twin(cow.path, lending)
-    holder = "QEMU" if lending.twin is None else f"QEMU through '{lending.twin}'"
-    suffix = " for reading" if header.lent_for_reading else ""
-    raise LentError(path=cow.path, holder=f"{holder}{suffix}")
+    raise LentError(path=cow.path, holder=holder_name(header, lending.twin))
 
 
 def foreign_twin(path: str, lending: Lending) -> ImageError:

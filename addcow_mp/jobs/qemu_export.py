@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from addcow_mp.device import faults
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import Use, Uses, open_chain
 from addcow_mp.device.copying import Copier, CopyMethod, CopyOptions
@@ -241,10 +240,7 @@ def _prepare_image(overlay: Overlay, result: Exported) -> None:
     if image.length > overlay.size:
         behind = image.length - overlay.size
         result.warnings.append(f"{image.path}: {behind} bytes behind its last sector were cut off")
-        with image.doing(f"cut it to {overlay.size} bytes"):
-            if faults.armed:
-                faults.hit("image_cut")
-            os.ftruncate(image.fd, overlay.size)
+        image.cut(overlay.size)
     if result.protection is Protection.CLONED:
         _clone_from_below(overlay)
     else:
@@ -297,7 +293,7 @@ def _lend_for_reading(layer: Overlay) -> None:
     invalidate_all(layer, durable=layer.cow.durable)
     header = _twin_header(layer, Kind.PLAIN, lent_id, absolute=False)
     make_twin(target, header, lambda: _runs(layer), like=layer.image.file, mode=READ_ONLY_MODE)
-    _mark(layer, LENT_FOR_READING, lent_id)
+    layer.write_header(layer.header.with_lent(LENT_FOR_READING, lent_id))
 
 
 def refuse_writable_twin(layer: Overlay, lending: Lending) -> None:
@@ -319,16 +315,10 @@ def _hand_over(overlay: Overlay, result: Exported, *, absolute: bool) -> None:
     make_twin(result.twin, header, lambda: _runs(overlay), like=overlay.image.file, mode=None)
     twin = Twin.open(Access().beside(result.twin), result.twin, RESIZING)
     try:
-        _mark(overlay, LENT, lent_id)
+        overlay.write_header(overlay.header.with_lent(LENT, lent_id))
         twin.enable()
     finally:
         twin.close()
-
-
-def _mark(overlay: Overlay, bit: int, lent_id: int) -> None:
-    overlay.header = overlay.header.with_lent(bit, lent_id)
-    overlay.cow.write(overlay.header.pack(), 0)
-    overlay.cow.sync()
 
 
 def _runs(overlay: Overlay) -> Iterator[Run]:

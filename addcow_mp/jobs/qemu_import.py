@@ -308,8 +308,7 @@ def _resized(overlay: Overlay, geometry: Geometry) -> Overlay:
     """The overlay with the size that QEMU knows."""
     image, cow = overlay.image.file, overlay.cow
     if image.length != geometry.size:
-        with image.doing(f"cut it to {geometry.size} bytes"):
-            os.ftruncate(image.fd, geometry.size)
+        image.cut(geometry.size)
     cow.grow(overlay.header.header_size + geometry.bitmap_length)
     if geometry.size == overlay.size and not overlay.bitmap.short:
         return overlay
@@ -375,9 +374,7 @@ def _clear_mark(overlay: Overlay) -> None:
     header = overlay.header.with_lent(0, 0)
     if overlay.allocated_clusters == overlay.geometry.clusters:
         header = header.with_all_allocated(True)
-    overlay.cow.write(header.pack(), 0)
-    overlay.cow.sync()
-    overlay.header = header
+    overlay.write_header(header)
 
 
 def _discard(overlay: Overlay, options: ImportOptions, report: Report) -> None:
@@ -426,7 +423,7 @@ def _finish_layer(layer: Overlay, lending: Lending, access: Access, report: Repo
         twin = Twin.open(access.beside(lending.twin), lending.twin, RESIZING)
         try:
             twin.disable()
-            _clear_reading_mark(layer)
+            layer.write_header(layer.header.with_lent(0, 0))
             twin.remove()
         finally:
             twin.close()
@@ -436,13 +433,6 @@ def _finish_layer(layer: Overlay, lending: Lending, access: Access, report: Repo
 def _make_writable(twin: str) -> None:
     with suppress(OSError):  # opening it says what is wrong
         os.chmod(twin, stat.S_IMODE(os.stat(twin).st_mode) | stat.S_IWUSR)
-
-
-def _clear_reading_mark(layer: Overlay) -> None:
-    header = layer.header.with_lent(0, 0)
-    layer.cow.write(header.pack(), 0)
-    layer.cow.sync()
-    layer.header = header
 
 
 def _still_needed(layer: Overlay, lending: Lending, access: Access) -> str | None:

@@ -78,8 +78,5 @@ def _cut_image(overlay: Overlay) -> None:
         return
     image = overlay.image.file
     invalidate_all(overlay, durable=image.durable)
-    with image.doing(f"cut it to {overlay.size} bytes"):
-        if faults.armed:
-            faults.hit("image_cut")
-        os.ftruncate(image.fd, overlay.size)
+    image.cut(overlay.size)
     image.sync()
