@@ -293,6 +293,12 @@ def test_args_name_every_file_of_the_chain(tmp_path: Path) -> None:
     assert libvirt.count("<dataStore") == 2
 
 
+def test_args_let_the_guest_write_zeros_as_data(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    assert "write-zeroes=off" in succeed("qemu", "args", "top.add-cow", cwd=tmp_path).stdout
+
+
 # Interruptions
 
 EVENTS = (

@@ -43,4 +43,6 @@ def command(
         print(libvirt(layers))
     else:
         print(f"-blockdev {shlex.quote(json.dumps(blockdev(layers)))}")
-        print(f"-device virtio-blk-pci,drive={NODE}")
+        # Zeros as data: a qcow2 file makes others in its tables, over the image file's old data,
+        # which a power cut can bring back when the guest writes there again.
+        print(f"-device virtio-blk-pci,drive={NODE},write-zeroes=off")
