@@ -186,7 +186,7 @@ def _open_and_compare(real: str, writable: bool) -> int:
 
 
 def _refuse_kind(file: File, allow_device: bool) -> None:
-    status = file.status
+    status = file.first_status
     kind = kind_of(status.st_mode)
     if stat.S_ISBLK(status.st_mode):
         if not allow_device:

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,7 +28,7 @@ from bitarray import bitarray
 
 from addcow_mp.device import faults, holes
 from addcow_mp.device.files import File, copy, new_buffer
-from addcow_mp.device.filesystem import filesystem_of
+from addcow_mp.device.filesystem import likely_filesystem_of
 from addcow_mp.errors import FileError
 from addcow_mp.format.bitmap import WRITE_STEP
 from addcow_mp.format.bits import Run, between
@@ -97,6 +98,20 @@ def clonable(copy_options: CopyOptions, start: int, stop: int, block: int) -> tu
     return round_up(start, block), round_down(stop, block)
 
 
+_own = threading.local()
+
+
+def _buffer_of_thread() -> memoryview:
+    """One buffer for all copies of this thread: new pages cost more than a small image.
+
+    No copy leaves anything in it for the next one.
+    """
+    buffer: memoryview | None = getattr(_own, "buffer", None)
+    if buffer is None:
+        buffer = _own.buffer = new_buffer()
+    return buffer
+
+
 class Copier:
     """Copies runs into ``target``; ``moved`` counts the bytes that each method has copied."""
 
@@ -117,7 +132,7 @@ class Copier:
     @cached_property
     def buffer(self) -> memoryview:
         """The buffer for reading and writing, made when it is first needed."""
-        return new_buffer()
+        return _buffer_of_thread()
 
     def move(self, source: File, start: int, stop: int) -> None:
         """Copy ``[start, stop)`` from ``source``. Raises :class:`FileError`."""
@@ -150,7 +165,7 @@ class Copier:
 
     @cached_property
     def _preallocates(self) -> bool:
-        return filesystem_of(self.target) == "ext4"
+        return likely_filesystem_of(self.target) == "ext4"
 
     @property
     def copies_plainly(self) -> bool:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import struct
 from contextlib import suppress
+from functools import lru_cache
 
 from addcow_mp.device.files import File
 
@@ -19,7 +20,18 @@ _GEOMETRY_SIZE, _FLAGS_AT, _REFLINK = 256, 92, 1 << 20
 
 def filesystem_of(file: File) -> str:
     """The type of the file system of an open file; empty if it is unknown."""
-    device = file.status.st_dev
+    return _type_on(file.first_status.st_dev)
+
+
+def likely_filesystem_of(file: File) -> str:
+    """The same, as a hint: looked up once for each device.
+
+    The number of a device that is unmounted may be given to another one.
+    """
+    return _known_type_on(file.first_status.st_dev)
+
+
+def _type_on(device: int) -> str:
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with (
         suppress(OSError),
@@ -32,11 +44,16 @@ def filesystem_of(file: File) -> str:
     return ""
 
 
+@lru_cache(maxsize=64)
+def _known_type_on(device: int) -> str:
+    return _type_on(device)
+
+
 def can_share(one: File, other: File) -> bool:
     """Whether ``one`` and ``other`` can share blocks, as far as is known."""
-    if one.status.st_dev != other.status.st_dev:
+    if one.first_status.st_dev != other.first_status.st_dev:
         return False
-    kind = filesystem_of(one)
+    kind = likely_filesystem_of(one)
     return kind in _SHARING or (kind == "xfs" and _has_reflink(one))
 
 

@@ -22,16 +22,17 @@ def links_of(file: File) -> int:
 
 def refuse_linked(files: Iterable[File], *, force: bool) -> None:
     """Raise :class:`HardLinksError` for the first of ``files`` that has several names."""
-    for file in files:
-        if not force and links_of(file) > 1:
-            raise HardLinksError(path=file.path, links=links_of(file))
+    for file in () if force else files:
+        links = links_of(file)
+        if links > 1:
+            raise HardLinksError(path=file.path, links=links)
 
 
 def link_warnings(files: Iterable[File]) -> list[str]:
     """A warning for each of ``files`` that has several names."""
     return [
-        f"{file.path}: it has {links_of(file)} hard links; through another one it may be part of "
+        f"{file.path}: it has {links} hard links; through another one it may be part of "
         "another image"
         for file in files
-        if links_of(file) > 1
+        if (links := links_of(file)) > 1
     ]

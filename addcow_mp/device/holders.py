@@ -87,7 +87,7 @@ _found: list[_Found] = []
 
 def refuse_held(file: File, *, locking: bool = True) -> None:
     """Raise :class:`HeldError` if another user has the storage of ``file``, to be written."""
-    status = file.status
+    status = file.first_status
     found = _look_up()
     if identity_of(status) in found.swap_files:
         raise HeldError(path=file.path, holder="it is used as swap")

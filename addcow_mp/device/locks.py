@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from addcow_mp.device.files import File, cannot_lock, identity_of
 from addcow_mp.errors import LockedError
+from addcow_mp.format.bits import merged
 
 _USED, _UNSHARED = 100, 200
 
@@ -136,10 +137,8 @@ def unlock(file: File) -> None:
 def _try(file: File, claim: Claim) -> tuple[Permission, int] | None:
     """Take all locks and return None, or take none and return the conflict."""
     try:
-        for permission in claim.used:
-            _set(file.fd, fcntl.F_RDLCK, _USED + permission)
-        for permission in _ALL - claim.shared:
-            _set(file.fd, fcntl.F_RDLCK, _UNSHARED + permission)
+        for first, length in _bytes_of(claim):
+            _set(file.fd, fcntl.F_RDLCK, first, length)
         # Usually there is no other lock at all, which one call tells.
         if not _is_held(file.fd, *_ALL_BYTES):
             return None
@@ -153,6 +152,17 @@ def _try(file: File, claim: Claim) -> tuple[Permission, int] | None:
     if conflict is not None:
         unlock(file)
     return conflict
+
+
+@cache
+def _bytes_of(claim: Claim) -> tuple[tuple[int, int], ...]:
+    """The bytes that are locked, adjacent ones together: first byte and length.
+
+    All bytes of used permissions precede those of unshared ones.
+    """
+    bytes_ = [_USED + one for one in sorted(claim.used)]
+    bytes_ += [_UNSHARED + one for one in sorted(_ALL - claim.shared)]
+    return tuple((first, stop - first) for first, stop in merged((at, at + 1) for at in bytes_))
 
 
 def _conflict(fd: int, claim: Claim) -> tuple[Permission, int] | None:

@@ -70,36 +70,42 @@ def described_by(path: str) -> str | None:
 
 def invalidate_all(layer: Layer, *, durable: bool = True) -> None:
     """Remove the manifests of a layer and of its image file; call it before any write to them."""
-    for name in _described(layer):
-        invalidate(name, durable=durable)
+    for manifest in _manifests(layer):
+        _remove(manifest, durable=durable)
 
 
 def refuse_unremovable_manifests(layer: Layer) -> None:
     """Raise when :func:`invalidate_all` could not remove a manifest of the layer."""
     from addcow_mp.device.changeable import why_not_removable
 
-    for manifest in map(manifest_of, _described(layer)):
-        reason = why_not_removable(manifest) if is_manifest(manifest) else None
+    for manifest in _manifests(layer):
+        reason = why_not_removable(manifest)
         if reason is not None:
             raise FileError(path=manifest, action=_REMOVE, reason=reason)
 
 
-def _described(layer: Layer) -> Iterator[str]:
-    """The names of a layer and of its image file, beside which their manifests can lie."""
+def _manifests(layer: Layer) -> Iterator[str]:
+    """The manifests of a layer and of its image file that exist."""
     files = list(layer.files())
     for path in dict.fromkeys((layer.path, files[0].path)):
         for name in _names(path):
+            manifest = name + SUFFIX
             # A disk of the chain may have the name of a manifest, and a guest may have written
             # the magic to its start.
-            if identity_at(manifest_of(name)) not in {file.identity for file in files}:
-                yield name
+            if is_manifest(manifest) and identity_at(manifest) not in {
+                file.identity for file in files
+            }:
+                yield manifest
 
 
 def _names(path: str) -> list[str]:
-    """The names of the file at ``path``, including hard links in its directory."""
-    target = _target(path)
+    """The names of the file that ``path`` leads to, including hard links in its directory."""
+    target = path
     try:
-        status = os.stat(target)
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
+            target = _target(path)
+            status = os.stat(target)
         if status.st_nlink == 1:
             return [target]
         directory = os.path.dirname(target)
@@ -116,8 +122,11 @@ def invalidate(path: str, *, durable: bool = True) -> None:
     Another file with the name of a manifest stays.
     """
     manifest = manifest_of(path)
-    if not is_manifest(manifest):
-        return
+    if is_manifest(manifest):
+        _remove(manifest, durable=durable)
+
+
+def _remove(manifest: str, *, durable: bool) -> None:
     try:
         os.unlink(manifest)
     except FileNotFoundError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from addcow_mp.device.copying import CopyOptions, clonable
+from addcow_mp.device.files import File
 from addcow_mp.device.filesystem import can_share
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
@@ -17,6 +18,10 @@ from addcow_mp.engine.tasks import TASK_BYTES, Task
 
 def _do_nothing() -> None:
     """Change nothing before the first byte."""
+
+
+def _device(file: File) -> int:
+    return file.first_status.st_dev
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class TransferPlan:
     def gives_back(self) -> bool:
         """Whether the space that is freed is in the target's file system."""
         source, target = self.selection.nearest, self.target.file
-        return self.frees and source is not None and source.status.st_dev == target.status.st_dev
+        return self.frees and source is not None and _device(source) == _device(target)
 
     @property
     def weight(self) -> int:

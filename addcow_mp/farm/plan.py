@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Identity, Named, Unexamined
@@ -117,7 +118,7 @@ class Plan:
         """What could not be examined."""
         return self.places.unexamined
 
-    @property
+    @cached_property
     def weight(self) -> int:
         """About how many bytes there are to move."""
         return sum(step.weight for step in self.steps if step.state is State.READY)

@@ -78,7 +78,7 @@ def estimate(
         for file in (overlay.cow, image):
             options.access.refuse_unwritable(file)
         if plan is None:
-            return Estimate(0, SpaceNeeded(), image.path, image.status.st_dev)
+            return Estimate(0, SpaceNeeded(), image.path, image.first_status.st_dev)
         refuse_unwritable(plan, [], options.access)
         _refuse_unnarrowable(overlay)
         return estimated(plan, options, bitmap_space=overlay.bitmap.hole_bytes())

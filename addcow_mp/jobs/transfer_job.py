@@ -37,7 +37,7 @@ def estimated(plan: TransferPlan, options: RunOptions, bitmap_space: int = 0) ->
     """Return what ``plan`` would do; its bits take ``bitmap_space`` bytes."""
     file, space = plan.target.file, space_for(plan, options.copy_options)
     space = SpaceNeeded(space.peak + bitmap_space, space.kept + bitmap_space, space.freed)
-    return Estimate(plan.weight, space, file.path, file.status.st_dev, plan.gives_back)
+    return Estimate(plan.weight, space, file.path, file.first_status.st_dev, plan.gives_back)
 
 
 def move(
