@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,8 @@ from support.lending import seen_by_qemu
 from support.model import Files, KiB, MiB, build, overlay, view
 from support.powercut import Adversary, Disk, make_durable
 from support.qemu_io import QemuIo, interruptible
-from support.sectors import Sectors, random_request
+from support.sectors import DISCARD, Sectors, random_request
+from support.serving import URI, served
 
 SIZE = 4 * MiB
 CLUSTER = 64 * KiB
@@ -50,7 +53,7 @@ def disk(
 @pytest.fixture(autouse=True)
 def tools() -> None:
     """Skip where a tool is not installed."""
-    for name in ("qemu-io", "qemu-img"):
+    for name in ("qemu-io", "qemu-img", "nbdkit"):
         if shutil.which(name) is None:
             missing(f"{name} is not installed")
 
@@ -73,18 +76,22 @@ class Lent(NamedTuple):
         return os.path.splitext(self.files.path)[0] + ".qcow2"
 
 
+def chain_on(place: Path, rng: random.Random) -> tuple[Files, bytes]:
+    """Make an overlay over a raw base, with garbage where nothing is allocated; its content."""
+    cells, base = random_cells(rng, SIZE // CLUSTER, 0), random_raw(rng, SIZE)
+    chain = overlay(cells, base, cluster_size=CLUSTER)
+    return build(chain, str(place)), bytes(view(chain))
+
+
 def lend(place: Path, rng: random.Random, crash: str) -> Lent:
-    """Make an overlay over a raw base, with garbage where nothing is allocated, and lend it."""
-    chain = overlay(
-        random_cells(rng, SIZE // CLUSTER, 0), random_raw(rng, SIZE), cluster_size=CLUSTER
-    )
-    files = build(chain, str(place))
+    """Make an overlay and lend it."""
+    files, content = chain_on(place, rng)
     unallocated = sorted(set(range(SIZE // CLUSTER)) - set(oracle.allocated(files.path)))
     words = ["qemu", "export", "--crash", crash, "--output", "json", files.path]
     told = succeed(*words, cwd=place).json
     described = succeed("qemu", "args", "--output", "json", files.path, cwd=place).json
     make_durable(place)
-    sectors = Sectors(bytes(view(chain)), keeps_hidden=told["protection"] == "cloned")
+    sectors = Sectors(content, keeps_hidden=told["protection"] == "cloned")
     return Lent(files, sectors, interruptible(described), unallocated)
 
 
@@ -188,3 +195,99 @@ def undo_preparation(lent: Lent, place: Path) -> None:
         where = ["--offset", str(cluster * CLUSTER), "--length", str(CLUSTER)]
         tool("fallocate", "--punch-hole", *where, lent.files.image, cwd=place)
     sync(lent.files.image)
+
+
+# ---- over NBD ----
+
+
+def serve_until_the_cut(
+    disk: Disk, files: Files, sectors: Sectors, rng: random.Random, scratch: Path, order: str
+) -> None:
+    """Let up to three clients write to one server, and cut the power."""
+    with ExitStack() as stack:
+        server = stack.enter_context(served(scratch, file=files.path, order=order))
+        count = rng.randint(1, 3)
+        clients = [stack.enter_context(QemuIo("-f", "raw", URI, cwd=scratch)) for _ in range(count)]
+        with Adversary(files.own, rng):
+            use_in_turn(clients, sectors, rng, rng.randrange(10, 50))
+            for client in clients:  # these are under way when the power fails
+                request = random_request(rng, len(sectors), VERBS)
+                sectors.ask(request)
+                client.ask(request.line())
+            select.select([], [], [], rng.uniform(0, 0.01))
+            disk.cut()
+        for client in clients:
+            client.kill()
+        server.kill()
+    disk.recover()
+
+
+def use_in_turn(clients: list[QemuIo], sectors: Sectors, rng: random.Random, count: int) -> None:
+    """Send requests by any of the clients; a flush of one counts for what all have written."""
+    for _ in range(count):
+        client, durable = rng.choice(clients), rng.random() < 0.1
+        request = random_request(rng, len(sectors), ("write",) if durable else (*VERBS, DISCARD))
+        sectors.ask(request)
+        client.run(request.line(durable=durable))
+        if durable:
+            sectors.flush(request)
+        if rng.random() < 0.2:
+            rng.choice(clients).run("flush")
+            sectors.flush()
+
+
+def lost_by(files: Files, sectors: Sectors, place: Path) -> list[str]:
+    """What is lost of an overlay that was served; it is clean, or leaks."""
+    assert addcow("check", files.path, cwd=place).status in (0, 3)
+    return sectors.lost(oracle.guest_bytes(files.path))
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("number", range(6))
+def test_power_cut_under_a_server_loses_nothing_that_was_flushed(
+    disk: Disk, rng: random.Random, tmp_path: Path, number: int
+) -> None:
+    with disk.directory() as place:
+        files, content = chain_on(place, rng)
+        sectors = Sectors(content)
+        make_durable(place)
+        serve_until_the_cut(disk, files, sectors, rng, tmp_path, "right")
+        assert lost_by(files, sectors, place) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pattern", ["top.raw", "top.add-cow"])
+def test_power_cuts_catch_a_server_that_does_not_sync(
+    disk: Disk, rng: random.Random, tmp_path: Path, pattern: str
+) -> None:
+    for _ in range(PATIENT_CUTS):
+        with disk.directory() as place:
+            files, content = chain_on(place, rng)
+            sectors = Sectors(content)
+            make_durable(place)
+            serve_until_the_cut(disk, files, sectors, rng, tmp_path, f"never:{pattern}")
+            if lost_by(files, sectors, place):
+                return
+    pytest.fail(f"{PATIENT_CUTS} cuts noticed nothing")
+
+
+@pytest.mark.sample(1)
+def test_flush_of_one_connection_makes_writes_of_another_durable(
+    disk: Disk, rng: random.Random, tmp_path: Path
+) -> None:
+    with disk.directory() as place:
+        files, content = chain_on(place, rng)
+        sectors = Sectors(content)
+        make_durable(place)
+        with served(tmp_path, file=files.path) as server:
+            with (
+                QemuIo("-f", "raw", URI, cwd=tmp_path) as writer,
+                QemuIo("-f", "raw", URI, cwd=tmp_path) as flusher,
+            ):
+                write(writer, sectors, rng, 8)
+                flusher.run("flush")
+                sectors.flush()
+                disk.cut()
+            server.kill()
+        disk.recover()
+        assert lost_by(files, sectors, place) == []

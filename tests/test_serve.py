@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from support.availability import missing
-from support.command import ADDCOW, PATIENCE, addcow, pair, refused, succeed, tool
+from support.command import PATIENCE, addcow, pair, refused, succeed, tool
 from support.lending import view
+from support.serving import URI, served
 
 KiB = 1024
 CLUSTER = 64 * KiB
-URI = "nbd+unix:///?socket=s.sock"
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +25,6 @@ def tools() -> None:
     for name in ("nbdkit", "nbdcopy", "nbdinfo", "qemu-io"):
         if shutil.which(name) is None:
             missing(f"{name} is not installed")
-
-
-@contextmanager
-def served(here: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Serve top.add-cow on a socket; the server is ended with SIGTERM."""
-    words = [*ADDCOW, "serve", "--socket", "s.sock", *options, "top.add-cow"]
-    with subprocess.Popen(words, cwd=here, stderr=subprocess.PIPE, text=True) as server:
-        deadline = time.monotonic() + PATIENCE
-        while not (here / "s.sock").exists():
-            assert server.poll() is None, server.communicate()[1]
-            assert time.monotonic() < deadline
-        try:
-            yield server
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.communicate(timeout=PATIENCE)
 
 
 def qemu_io(here: Path, *commands: str) -> None:
@@ -100,6 +80,22 @@ def test_four_clients_write_side_by_side(tmp_path: Path, rng: random.Random) -> 
         tool("nbdcopy", URI, "copy.raw", cwd=tmp_path)
         assert (tmp_path / "copy.raw").read_bytes() == content
     assert view("top.add-cow", cwd=tmp_path) == content
+
+
+@pytest.mark.long
+def test_fio_verifies_random_writes_of_four_connections(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCDEFGH" * 16, "-B--0-G-" * 16)
+    # Each job has a quarter of the disk, and knows what it wrote there by a sum in each block.
+    words = ["--name=random", "--ioengine=nbd", f"--uri={URI}", "--rw=randwrite", "--bs=4k"]
+    words += ["--iodepth=16", "--numjobs=4", "--size=2m", "--offset_increment=2m", "--thread"]
+    words += ["--verify=crc32c", "--verify_fatal=1", "--randseed=7", "--output=fio.out"]
+    with served(tmp_path):
+        tool("fio", *words, "--end_fsync=1", cwd=tmp_path)
+        tool("nbdcopy", URI, "copy.raw", cwd=tmp_path)
+    assert (tmp_path / "copy.raw").read_bytes() == view("top.add-cow", cwd=tmp_path)
+    succeed("check", "top.add-cow", cwd=tmp_path)
+    with served(tmp_path, "--read-only"):
+        tool("fio", *words, "--verify_only=1", cwd=tmp_path)
 
 
 def test_killed_server_loses_nothing_that_was_flushed(tmp_path: Path) -> None:

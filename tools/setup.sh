@@ -14,6 +14,7 @@ command -v mkfs.xfs >/dev/null 2>&1 || missing="$missing xfsprogs"
 command -v mergerfs >/dev/null 2>&1 || missing="$missing mergerfs"
 command -v nbdkit >/dev/null 2>&1 || missing="$missing nbdkit nbdkit-plugin-python"
 command -v nbdcopy >/dev/null 2>&1 || missing="$missing libnbd-bin"
+command -v fio >/dev/null 2>&1 || missing="$missing fio"
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

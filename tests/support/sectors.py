@@ -19,11 +19,16 @@ from support.model import SECTOR
 #: Requests of a few sectors up to two clusters; most guests write 4 KiB.
 LENGTHS = (1, 8, 8, 8, 24, 127, 128, 256)
 
+#: Sectors of a cluster of 64 KiB.
+CLUSTER = 128
+
+DISCARD = "discard"
+
 ZEROS = bytes(SECTOR)
 
 
 class Request(NamedTuple):
-    """One request of a guest: a byte to fill sectors with, or zeros by a request of their own."""
+    """One request of a guest: a byte to fill sectors with, or 0 for zeros by other requests."""
 
     start: int
     stop: int
@@ -34,17 +39,18 @@ class Request(NamedTuple):
         """The command of qemu-io."""
         verb = ("aio_" if asynchronous else "") + self.verb
         verb += " -f" if durable else ""
-        verb += f" -P {self.fill}" if "-z" not in verb else ""
+        verb += f" -P {self.fill}" if self.fill else ""
         return f"{verb} {self.start * SECTOR} {(self.stop - self.start) * SECTOR}"
 
 
 def random_request(rng: random.Random, sectors: int, verbs: tuple[str, ...]) -> Request:
     """A request somewhere on a disk of so many sectors."""
     start = rng.randrange(sectors)
-    start -= start % rng.choice([1, 8, 8, 128])
-    stop = min(start + rng.choice(LENGTHS), sectors)
     verb = rng.choice(verbs)
-    return Request(start, stop, 0 if "-z" in verb else rng.randrange(1, 256), verb)
+    # Only whole clusters are discarded.
+    start -= start % (CLUSTER if verb == DISCARD else rng.choice([1, 8, 8, CLUSTER]))
+    stop = min(start + (CLUSTER if verb == DISCARD else rng.choice(LENGTHS)), sectors)
+    return Request(start, stop, rng.randrange(1, 256) if verb == "write" else 0, verb)
 
 
 class Sectors:
@@ -64,15 +70,19 @@ class Sectors:
         for sector in range(request.start, request.stop):
             self._since.setdefault(sector, []).append(bytes([request.fill]) * SECTOR)
 
-    def flush(self) -> None:
-        """Note that all requests were answered, and a flush after them."""
-        for sector, written in self._since.items():
+    def flush(self, request: Request | None = None) -> None:
+        """Note that all requests were answered, and a flush after them.
+
+        With a ``request``: only this one is durable now.
+        """
+        sectors = range(request.start, request.stop) if request else list(self._since)
+        for sector in sectors:
+            written = self._since.pop(sector)
             if written[-1] == ZEROS and self._keeps_hidden:
                 self._hidden.setdefault(sector, set()).update([self._flushed[sector], *written])
             else:
                 self._hidden.pop(sector, None)
             self._flushed[sector] = written[-1]
-        self._since.clear()
 
     def lost(self, seen: bytes, *, unflushed: bool = True) -> list[str]:
         """A line for each sector of the guest's view that is neither old nor new.
