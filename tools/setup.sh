@@ -2,6 +2,7 @@
 # Make the virtual environment and install the project into it, with what tests need.
 # Being root on Debian or Ubuntu, also install the system tools that are missing; where
 # that cannot be done, say so and go on: the demo names what it lacks, tests skip.
+# The kernel of the guests is unpacked into the virtual environment, and not installed.
 set -eu
 venv=${1:-.venv}
 python=${PYTHON:-python3}
@@ -15,6 +16,9 @@ command -v mergerfs >/dev/null 2>&1 || missing="$missing mergerfs"
 command -v nbdkit >/dev/null 2>&1 || missing="$missing nbdkit nbdkit-plugin-python"
 command -v nbdcopy >/dev/null 2>&1 || missing="$missing libnbd-bin"
 command -v fio >/dev/null 2>&1 || missing="$missing fio"
+command -v qemu-system-x86_64 >/dev/null 2>&1 || missing="$missing qemu-system-x86"
+busybox --help 2>/dev/null | grep -q insmod || missing="$missing busybox-static"
+command -v cpio >/dev/null 2>&1 || missing="$missing cpio"
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
@@ -36,3 +40,6 @@ fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 # An editable install has no bytecode; a start without it takes half as long again.
 "$venv/bin/python" -m compileall -q addcow_mp
+
+[ -e "$venv/guest" ] || "$(dirname "$0")/guest_kernel.sh" "$venv/guest" ||
+    echo "no kernel for guests (tools/guest_kernel.sh unpacks Debian's); going on without" >&2
