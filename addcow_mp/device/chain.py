@@ -26,7 +26,7 @@ from addcow_mp.device.locks import READING, RESIZING, WRITING, Claim, Permission
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.permissions import Readers, readers_of
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.errors import ImageError, LentError, UnsupportedError
+from addcow_mp.errors import ImageError, UnsupportedError
 from addcow_mp.format.header import ADD_COW, RAW, Header
 
 
@@ -163,9 +163,9 @@ class _Opening:
 def _refuse_lent(cow: File, header: Header, *, changes: bool) -> None:
     """Raise when QEMU may write the overlay, or may read it and the caller ``changes`` it."""
     if header.lent or (changes and header.lent_for_reading):
-        from addcow_mp.device.twin import holder_name, twin_of
+        from addcow_mp.device.twin import lent_error, twin_of
 
-        raise LentError(path=cow.path, holder=holder_name(header, twin_of(cow.base, header)))
+        raise lent_error(cow.path, header, twin_of(cow.base, header))
 
 
 def depth_of(layer: Layer | None) -> int:

@@ -25,9 +25,9 @@ from addcow_mp.device import faults
 from addcow_mp.device.access import Access
 from addcow_mp.device.files import TWIN, File, it_exists, sync_directory
 from addcow_mp.device.headers import open_claimed
-from addcow_mp.device.locks import Claim
+from addcow_mp.device.locks import RESIZING, Claim, holder_of_conflict
 from addcow_mp.device.syscalls import birth_time
-from addcow_mp.errors import ImageError
+from addcow_mp.errors import ImageError, LentError
 from addcow_mp.format.bits import Run
 from addcow_mp.format.header import Header as CowHeader
 from addcow_mp.format.names import path_has_protocol
@@ -193,6 +193,25 @@ def holder_name(header: CowHeader, path: str | None) -> str:
     if path is None:
         return f"QEMU{suffix}, and the qcow2 file that it is used through is not beside it"
     return f"QEMU{suffix} through '{path}'"
+
+
+def lent_error(path: str, header: CowHeader, twin: str | None) -> LentError:
+    """The error for the lent overlay at ``path``; it names the program that has its twin open."""
+    user = None if twin is None else user_of(twin)
+    opened = "" if user is None else f", which {user} has open"
+    return LentError(path=path, holder=holder_name(header, twin) + opened)
+
+
+def user_of(twin: str) -> str | None:
+    """The program that has a twin open, as far as its locks tell."""
+    try:
+        file = File(twin, os.open(twin, os.O_RDONLY | os.O_CLOEXEC), writable=False)
+    except OSError:
+        return None
+    try:
+        return holder_of_conflict(file, RESIZING)
+    finally:
+        file.close()
 
 
 def twin_of(base: str, header: CowHeader) -> str | None:

@@ -28,8 +28,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from addcow_mp.device.files import File
-from addcow_mp.device.twin import Identity, holder_name, twins_in
-from addcow_mp.errors import ImageError, LentError
+from addcow_mp.device.twin import Identity, lent_error, twins_in
+from addcow_mp.errors import ImageError
 from addcow_mp.format.header import Header
 from addcow_mp.format.qcow2 import Header as TwinHeader
 from addcow_mp.format.qcow2 import Mark
@@ -125,7 +125,7 @@ def refuse_not_here(cow: File, header: Header, lending: Lending) -> None:
         return
     if lending.state is State.FOREIGN_TWIN:
         raise foreign_twin(cow.path, lending)
-    raise LentError(path=cow.path, holder=holder_name(header, lending.twin))
+    raise lent_error(cow.path, header, lending.twin)
 
 
 def foreign_twin(path: str, lending: Lending) -> ImageError:

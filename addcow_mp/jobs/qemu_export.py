@@ -43,9 +43,11 @@ from addcow_mp.device.twin import (
     Twin,
     data_file_name,
     default_twin,
+    lent_error,
     make_twin,
+    twin_of,
 )
-from addcow_mp.errors import ImageError, LentError
+from addcow_mp.errors import ImageError
 from addcow_mp.format.bits import Run
 from addcow_mp.format.header import LENT, LENT_FOR_READING, RAW
 from addcow_mp.format.qcow2 import (
@@ -175,7 +177,8 @@ def _refuse(overlay: Overlay, target: str, access: Access) -> Lending:
     refuse_not_here(overlay.cow, overlay.header, lending)
     for layer in layers_below(overlay):
         if layer.header.lent:
-            raise LentError(path=layer.path, holder="QEMU")
+            twin = twin_of(layer.cow.base, layer.header)
+            raise lent_error(layer.path, layer.header, twin)
         refuse_short(layer)
     if overlay.all_allocated:
         raise ImageError(

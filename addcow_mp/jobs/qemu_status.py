@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import open_chain
-from addcow_mp.device.files import File
-from addcow_mp.device.locks import RESIZING, holder_of_conflict
 from addcow_mp.device.synchronous import is_synchronous
+from addcow_mp.device.twin import user_of
 from addcow_mp.format.qcow2 import Kind
 from addcow_mp.jobs.lending import State, lending_of
 
@@ -45,7 +43,7 @@ def status(path: str, access: Access | None = None) -> LendingStatus:
         image = overlay.image.file
         lending = lending_of(overlay.cow, overlay.header, image)
         kind = None if lending.header is None else lending.mark.kind
-        holder = None if lending.twin is None else _holder(lending.twin)
+        holder = None if lending.twin is None else user_of(lending.twin)
         return LendingStatus(
             path,
             lending.state,
@@ -55,12 +53,3 @@ def status(path: str, access: Access | None = None) -> LendingStatus:
             is_synchronous(image),
             holder,
         )
-
-
-def _holder(twin: str) -> str | None:
-    """The program that has the twin open, as far as its locks tell."""
-    file = File(twin, os.open(twin, os.O_RDONLY | os.O_CLOEXEC), writable=False)
-    try:
-        return holder_of_conflict(file, RESIZING)
-    finally:
-        file.close()
