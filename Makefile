@@ -15,7 +15,7 @@ SECONDS ?= 60
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    the main job on real input: commit and flatten an ext4 disk"
+	@echo "make demo    the main job on real input: commit and flatten an ext4 disk, run a guest"
 	@echo "make test    at least one test of each promise of the README, under 5 minutes"
 	@echo "make test-all     all tests, with the long walks: every fault at every step"
 	@echo "make test-failed  the tests that failed in the last run, once more and alone"
@@ -28,7 +28,7 @@ help:
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and caches"
 
-$(READY): pyproject.toml tools/setup.sh
+$(READY): pyproject.toml tools/setup.sh tools/guest_kernel.sh
 	@tools/setup.sh $(VENV)
 	@touch $@
 
