@@ -64,9 +64,17 @@ poweroff -f
 def lacking() -> list[str]:
     """What a guest needs and this machine has not, as something to install."""
     found = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    busybox = shutil.which("busybox")
+    if busybox is not None and _needs_libraries(busybox):
+        found.append(TOOLS["busybox"])
     if not (UNPACKED / "vmlinuz").exists():
         found.append("a kernel, which tools/setup.sh unpacks on Debian")
     return found
+
+
+def _needs_libraries(program: str) -> bool:
+    """Whether a program is not linked statically: it names the loader of its libraries."""
+    return b"/ld-linux" in Path(program).read_bytes()
 
 
 def make_disk(path: Path, files: Path, size: int) -> None:

@@ -17,7 +17,9 @@ command -v nbdkit >/dev/null 2>&1 || missing="$missing nbdkit nbdkit-plugin-pyth
 command -v nbdcopy >/dev/null 2>&1 || missing="$missing libnbd-bin"
 command -v fio >/dev/null 2>&1 || missing="$missing fio"
 command -v qemu-system-x86_64 >/dev/null 2>&1 || missing="$missing qemu-system-x86"
-busybox --help 2>/dev/null | grep -q insmod || missing="$missing busybox-static"
+# The other busybox needs libraries, which a guest has not.
+{ command -v busybox && ! ldd "$(command -v busybox)"; } >/dev/null 2>&1 ||
+    missing="$missing busybox-static"
 command -v cpio >/dev/null 2>&1 || missing="$missing cpio"
 
 if [ -n "$missing" ]; then
