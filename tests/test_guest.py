@@ -117,6 +117,46 @@ def test_guest_finds_in_the_flattened_disk_what_it_wrote_through_a_relaxed_twin_
     assert sums(guest.boot(tmp_path, guest.raw_disk(f"{tmp_path}/alone.raw"), ORDERS)) == written
 
 
+#: A guest that writes without a pause until it is told to stop.
+BUSY = (
+    ORDERS
+    + """
+( while [ ! -e enough ]; do dd if=/dev/urandom of=busy bs=64k count=16 2>/dev/null; sync; done ) &
+echo "guest: ready"
+read answer
+touch enough
+wait
+sha256sum busy
+"""
+)
+
+
+@pytest.mark.long
+def test_guest_writes_while_its_disk_is_streamed_and_finds_that_in_the_raw_disk(
+    tmp_path: Path,
+) -> None:
+    here = tmp_path / "images"
+    here.mkdir()
+    make_golden(here / "golden.img")
+    _lend(here)
+    with running(tmp_path, disk_of("top.add-cow", cwd=here), BUSY) as machine:
+        machine.wait_for("guest: ready")
+        _stream(machine)
+        machine.say("enough")
+        machine.wait_for(guest.DONE)
+        assert machine.process.wait(guest.PATIENCE) == 0
+    succeed("qemu", "import", "--discard", "top.add-cow", cwd=here)
+    assert sorted(one.name for one in here.iterdir()) == ["golden.img", "top.raw"]
+    (here / "golden.img").rename(tmp_path / "away")
+    found = guest.boot(tmp_path, guest.raw_disk(f"{here}/top.raw"), f"{ORDERS}sha256sum busy")
+    assert sums(found, "kept", "new", "busy") == sums(machine.printed, "kept", "new", "busy")
+
+
+def _stream(machine: Running) -> None:
+    machine.qmp("block-stream", device="addcow0", **{"job-id": "stream"})
+    assert "error" not in machine.wait_for_event("BLOCK_JOB_COMPLETED")["data"]
+
+
 #: A guest that stays: what it flushed stands on its disk, and it goes on writing when told to.
 STAYING = (
     ORDERS

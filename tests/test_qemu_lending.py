@@ -7,6 +7,7 @@ wrote is what the overlay shows when it is back.
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import time
@@ -211,6 +212,38 @@ def test_copy_of_a_farm_with_a_lent_overlay_cannot_write_into_the_original(tmp_p
     succeed("qemu", "import", "--adopt", "top.add-cow", cwd=copy)
     assert view("top.add-cow", cwd=copy) == content
     assert snapshot(farm) == before
+
+
+COPIES = {
+    "as it is": [],
+    "import": ["qemu import --adopt top.add-cow"],
+    "import, then write": ["qemu import --adopt top.add-cow", "io -c 'write 0 64k' top.add-cow"],
+    "commit": ["qemu import --adopt top.add-cow", "commit top.add-cow", "commit top-base.add-cow"],
+    "flatten": ["qemu import --adopt top.add-cow", "flatten --discard top.add-cow"],
+    "abandon": ["qemu import --abandon --force top.add-cow"],
+    "repair": ["check -r all top.add-cow", "check -r all --force top-base.add-cow"],
+    "a layer": ["qemu import --adopt top-base.add-cow", "io -c 'write 0 64k' top-base.add-cow"],
+    "the farm": ["farm commit --force .", "farm flatten --force --discard ."],
+}
+
+
+@pytest.mark.parametrize("how", ["plain", "absolute"])
+@pytest.mark.parametrize("name", COPIES)
+def test_no_command_in_a_copy_of_a_farm_changes_the_original(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    farm, copy = tmp_path / "farm", tmp_path / "copy"
+    farm.mkdir()
+    chain(farm)
+    options = ["--absolute-data-file"] if how == "absolute" else []
+    succeed("qemu", "export", *options, "top.add-cow", cwd=farm)
+    tool("cp", "-a", "farm", "copy", cwd=tmp_path)
+    before = snapshot(farm)
+    for step in (*COPIES[name], "qemu export top.add-cow"):
+        addcow(*shlex.split(step), cwd=copy)
+        if addcow("qemu", "args", "top.add-cow", cwd=copy).status == 0:
+            qemu_io("top.add-cow", "write -P 0x55 0 64k", "write -z 128k 64k", cwd=copy)
+        assert snapshot(farm) == before, step
 
 
 def test_qemu_refuses_a_twin_that_is_not_its_own_and_says_what_to_do(tmp_path: Path) -> None:

@@ -35,10 +35,11 @@ def disk_of(overlay: str, *, cwd: Path) -> list[str]:
     return shlex.split(succeed("qemu", "args", overlay, cwd=cwd).stdout)
 
 
-def sums(printed: str) -> list[str]:
-    """The checksums that a guest printed of the files `kept` and `new`."""
-    found = [line for line in printed.splitlines() if line.endswith(("  kept", "  new"))]
-    assert len(found) == 2, printed
+def sums(printed: str, *files: str) -> list[str]:
+    """The checksums that a guest printed of these files, or else of those of its orders."""
+    ends = tuple(f"  {name}" for name in files or ("kept", "new"))
+    found = [line for line in printed.splitlines() if line.endswith(ends)]
+    assert len(found) == len(ends), printed
     return found
 
 
