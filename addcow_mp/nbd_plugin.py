@@ -154,5 +154,5 @@ def extents(
 
 
 def _flush_if_asked(disk: addcow_mp.Overlay, flags: int) -> None:
-    if flags & _nbdkit().FLAG_FUA:
+    if flags and flags & _nbdkit().FLAG_FUA:
         disk.flush()

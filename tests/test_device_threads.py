@@ -190,6 +190,32 @@ def test_reader_sees_old_or_new_data_and_never_garbage(tmp_path: Path, cluster_s
     assert read_view(path) == guest
 
 
+def test_written_cluster_is_never_taken_for_unallocated_during_a_flush(tmp_path: Path) -> None:
+    """Its bit moves from memory to the file; it must be seen in one of them at every moment."""
+    clusters = 4096
+    size = clusters * 4 * KiB
+    path = plain_files(tmp_path, 4 * KiB, size)
+    ended: list[int] = []
+    with addcow_mp.open(path, writable=True, access=addcow_mp.Access(durable=False)) as device:
+
+        def write_and_look(first: int) -> None:
+            try:
+                for start in range(first * 4 * KiB, size, 3 * 4 * KiB):
+                    device.write(start, NEW * 100)
+                    for _ in range(4):
+                        assert device.read(start, 100) == NEW * 100
+                    device.write(start + 200, NEW * 100)
+                    assert device.read(start, 300) == NEW * 100 + OLD * 100 + NEW * 100
+            finally:
+                ended.append(first)
+
+        def flush_on_and_on() -> None:
+            while len(ended) < 3:
+                device.flush()
+
+        at_once(*(partial(write_and_look, first) for first in range(3)), flush_on_and_on)
+
+
 def plain_files(directory: Path, cluster_size: int, size: int) -> str:
     """Return an overlay whose layers are each of one letter only, so one byte tells its origin."""
     files = built(garbage_over_data(cluster_size, size, size + 4 * KiB), directory)
@@ -203,3 +229,24 @@ def check_no_garbage(read: Callable[[int, int], bytes], rng: random.Random, size
     start = rng.randrange(size)
     data = read(start, min(rng.randrange(256 * KiB), size - start))
     assert data.count(OLD) + data.count(NEW) == len(data)
+
+
+@pytest.mark.parametrize(
+    "access",
+    [addcow_mp.Access(share=True), addcow_mp.Access(locking=False)],
+    ids=["share", "locking off"],
+)
+def test_reader_beside_a_writer_sees_what_was_flushed(
+    tmp_path: Path, access: addcow_mp.Access
+) -> None:
+    path = plain_files(tmp_path, 4 * KiB, MiB)
+    with (
+        addcow_mp.open(path, writable=True) as writer,
+        addcow_mp.open(path, access=access) as reader,
+    ):
+        for start in range(0, MiB, 64 * KiB):
+            assert reader.read(start, 3) == OLD * 3
+            writer.write(start, NEW)
+            writer.flush()
+            assert reader.read(start, 3) == NEW + OLD * 2
+            assert reader.read(start, 8 * KiB) == NEW + OLD * (8 * KiB - 1)

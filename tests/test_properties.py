@@ -10,6 +10,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import addcow_mp
+from addcow_mp import nbd_plugin
 from support.model import (
     LONG_AGO,
     SECTOR,
@@ -295,6 +297,77 @@ def check_bits_after_writes(
 def clusters_of(written: list[Step], chain: Overlay) -> set[int]:
     """Return the clusters in which a step changed a byte."""
     return set().union(*(touched(step.start, step.stop, chain.cluster_size) for step in written))
+
+
+# --- Several threads, as those of a server ------------------------------------------------
+
+#: Threads of a server, each with a part of the disk of its own; their parts meet within clusters.
+THREADS = 3
+
+
+@st.composite
+def requests(draw: st.DrawFn, chain: Overlay, first: int, last: int) -> Step:
+    """Return one request of a client that uses the bytes [first, last) alone."""
+    start, stop = draw(ranges(chain))
+    start, stop = (max(first, min(at, last)) for at in (start, stop))
+    short = draw(st.sampled_from([SECTOR, 4 * KiB, 3, chain.size]))
+    verb = draw(st.sampled_from(["write", "read", "zero", "write", "trim", "flush"]))
+    return Step(verb, start, min(stop, start + short), draw(st.integers(0, 255)))
+
+
+def serve(disk: addcow_mp.Overlay, todo: list[Step], guest: bytearray) -> None:
+    """Do what a client asks for, by the functions that nbdkit calls, and look at its bytes."""
+    for step in todo:
+        count = step.stop - step.start
+        if step.verb == "write":
+            nbd_plugin.pwrite(disk, bytearray(step.payload), step.start, 0)
+            guest[step.start : step.stop] = step.payload
+        elif step.verb == "zero":
+            nbd_plugin.zero(disk, count, step.start, 0)
+            guest[step.start : step.stop] = bytes(count)
+        elif step.verb == "trim":
+            nbd_plugin.trim(disk, count, step.start, 0)
+            start, stop = whole_clusters(disk, step)
+            guest[start:stop] = bytes(stop - start)
+        elif step.verb == "flush":
+            nbd_plugin.flush(disk, 0)
+        read = bytearray(count)
+        nbd_plugin.pread(disk, read, step.start, 0)
+        assert read == guest[step.start : step.stop]
+
+
+def whole_clusters(disk: addcow_mp.Overlay, step: Step) -> tuple[int, int]:
+    """Return the bytes of the clusters that a request covers to their end."""
+    clusters = [
+        (start, min(start + disk.cluster_size, disk.size))
+        for start in range(0, disk.size, disk.cluster_size)
+    ]
+    covered = [one for one in clusters if step.start <= one[0] and one[1] <= step.stop]
+    return (covered[0][0], covered[-1][1]) if covered else (0, 0)
+
+
+@tried(60)
+@given(chain=chains().filter(lambda chain: chain.size > 0), data=st.data())
+def test_threads_of_a_server_see_and_leave_what_the_model_holds(
+    tmp_path_factory: pytest.TempPathFactory, chain: Overlay, data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.integers(0, chain.size)) for _ in range(THREADS - 1))
+    parts = list(pairwise([0, *cuts, chain.size]))
+    todo = [data.draw(st.lists(requests(chain, *part), max_size=12)) for part in parts]
+    guests = [view(chain) for _ in parts]
+    with files_of(chain, tmp_path_factory) as files:
+        below = snapshot(files.below)
+        with addcow_mp.open(files.path, writable=True) as disk, ThreadPoolExecutor(THREADS) as pool:
+            for done in [
+                pool.submit(serve, disk, *each) for each in zip(todo, guests, strict=True)
+            ]:
+                done.result()
+            guest = b"".join(
+                own[start:stop] for own, (start, stop) in zip(guests, parts, strict=True)
+            )
+            assert disk.read(0, disk.size) == guest
+        assert read_view(files.path) == guest
+        assert snapshot(files.below) == below
 
 
 @tried(60)

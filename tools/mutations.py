@@ -94,9 +94,45 @@ MUTATIONS = (
     Mutation(
         "write: partly written clusters are not copied up",
         _OVERLAY,
-        "                self._copy_up_around(offset, offset + length)\n",
-        "                pass\n",
+        "            self._copy_up_around(offset, offset + length)\n",
+        "            pass\n",
         _in("properties", "write_copies_up_the_rest_of_its_cluster"),
+    ),
+    # The short path of a guest's requests
+    Mutation(
+        "requests: a cluster counts as allocated whatever its bit says",
+        "addcow_mp/format/bitmap.py",
+        "        return page[cluster % PAGE_BITS] == 1\n",
+        "        return True\n",
+        _in("device_threads", "reader_beside_a_writer_sees_what_was_flushed"),
+    ),
+    Mutation(
+        "requests: a bit is looked for in the file before memory",
+        _OVERLAY,
+        "self.pending.is_set(cluster) or self.bitmap.is_set(cluster)",
+        "self.bitmap.is_set(cluster) or self.pending.is_set(cluster)",
+        _in("device_threads", "written_cluster_is_never_taken_for_unallocated_during_a_flush"),
+    ),
+    Mutation(
+        "requests: kept pages of the bitmap outlive a change",
+        "addcow_mp/format/bitmap.py",
+        "                self._drop_pages(begin * BITS_PER_BYTE, end * BITS_PER_BYTE)\n",
+        "                pass\n",
+        _in("device_threads", "written_cluster_is_never_taken_for_unallocated_during_a_flush"),
+    ),
+    Mutation(
+        "requests: pages of the bitmap are kept while others may write it",
+        "addcow_mp/format/bitmap.py",
+        "                if self._alone:\n",
+        "                if True:\n",
+        _in("device_threads", "reader_beside_a_writer_sees_what_was_flushed"),
+    ),
+    Mutation(
+        "requests: two first writes of a cluster do not wait for each other",
+        _OVERLAY,
+        "        with self._range_lock.holding(first, stop):\n",
+        "        if True:\n",
+        _in("device_threads", "copy_up_never_overwrites_the_data_of_another_thread"),
     ),
     Mutation(
         "bits: those past the last cluster stay set",

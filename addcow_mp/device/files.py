@@ -94,6 +94,8 @@ class File:
         self.durable = True
         #: Releases the locks before the file is closed; None in a worker's duplicate.
         self.release_locks: Callable[[], None] | None = None
+        #: Whether locks keep other programs from writing the file; false in a worker's duplicate.
+        self.excludes_writers = False
         #: Cluster size of the overlay in use: fault rules count in its clusters.
         self.cluster_size = 64 * KiB
         self._sync_error: OSError | None = None
@@ -210,8 +212,7 @@ class File:
         try:
             if faults.armed:
                 self.fault_point("read", offset, length)
-            while view:
-                done = os.preadv(self.fd, [view], offset)
+            while (done := os.preadv(self.fd, [view], offset)) < len(view):
                 if done == 0:
                     raise ended_early()
                 view, offset = view[done:], offset + done
@@ -224,7 +225,8 @@ class File:
         try:
             if faults.armed:
                 allowed = self.fault_point("write", offset, length, partial=True)
-            write_all(self.fd, memoryview(data)[:allowed], offset)
+                data = memoryview(data)[:allowed]
+            write_all(self.fd, data, offset)
             if allowed < length:
                 raise faults.failure()
         except OSError as error:

@@ -95,6 +95,7 @@ def lock(file: File, claim: Claim) -> None:
             verb="does not share" if byte >= _UNSHARED else "uses",
             permission=permission.name.lower().replace("_", " "),
         )
+    file.excludes_writers = Permission.WRITE not in claim.shared
 
 
 def is_available(fd: int, claim: Claim) -> bool:

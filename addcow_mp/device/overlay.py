@@ -64,7 +64,9 @@ class Overlay:
         with cow.doing("map its bitmap"):
             if faults.armed:
                 faults.hit("bitmap_load")
-            self.bitmap = CowBitmap(cow.fd, header.header_size, self.geometry, cow.path)
+            self.bitmap = CowBitmap(
+                cow.fd, header.header_size, self.geometry, cow.path, alone=cow.excludes_writers
+            )
         self.pending = SparseBits()
         self._range_lock = RangeLock()
         self._pending_lock = threading.Lock()
@@ -130,9 +132,17 @@ class Overlay:
         """The runs ``[first, stop)`` of allocated clusters, in order."""
         return self.runs_by_allocation(1, 0, self.geometry.clusters)
 
-    def layout(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+    def layout(self, start: int, stop: int) -> Iterable[tuple[int, int, bool]]:
         """The bytes ``[start, stop)`` in runs that are allocated (True) or not."""
         first, last = self.geometry.touched(start, stop)
+        if last - first == 1 and start < stop:
+            # Requests of a guest are short: no run is searched for.
+            return ((start, stop, self.is_allocated(first)),)
+        return self._layout(start, stop, first, last)
+
+    def _layout(
+        self, start: int, stop: int, first: int, last: int
+    ) -> Iterator[tuple[int, int, bool]]:
         position = start
         for run in self.runs_by_allocation(1, first, last):
             run_start, run_stop = self.geometry.span(*run)
@@ -162,19 +172,12 @@ class Overlay:
 
     def is_allocated(self, cluster: int) -> bool:
         """Whether one cluster is allocated."""
-        if self.all_allocated or self.bitmap.is_set(cluster):
-            return True
-        with self._pending_lock:
-            return self.pending.is_set(cluster)
+        # A flush writes a bit to the file before it drops it from the pending ones: asked in the
+        # other order, a bit could be seen in neither of them.
+        return self.all_allocated or self.pending.is_set(cluster) or self.bitmap.is_set(cluster)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` with the guest's bytes from ``offset`` on, within the size."""
-        cluster, rest = divmod(offset, self.cluster_size)
-        if rest + len(view) <= self.cluster_size:
-            # Within one cluster no run is searched for: random reads of a guest are short.
-            read = self.image.read_into if self.is_allocated(cluster) else self._read_below
-            read(view, offset)
-            return
         for first, last, allocated in self.layout(offset, offset + len(view)):
             part = view[first - offset : last - offset]
             if allocated:
@@ -227,17 +230,24 @@ class Overlay:
         self.check_writable()
         if length == 0:
             return
+        if not self._has_changed:
+            self._begin_to_change()
         first, stop = self.geometry.touched(offset, offset + length)
+        if self._are_allocated(first, stop):
+            # Nothing is copied up over these clusters any more, and no bit changes.
+            store()
+            return
+        with self._range_lock.holding(first, stop):
+            self._copy_up_around(offset, offset + length)
+            store()
+            self._mark_allocated(first, stop)
+
+    def _begin_to_change(self) -> None:
         with self._pending_lock:
             if not self._has_changed:
                 self.refuse_change()
                 invalidate_all(self, durable=self.cow.durable)
                 self._has_changed = True
-        with self._range_lock.holding(first, stop):
-            if not self.all_allocated:
-                self._copy_up_around(offset, offset + length)
-            store()
-            self._mark_allocated(first, stop)
 
     def check_permission(self) -> None:
         """Raise if this overlay must not be changed, unless it has been changed already."""
@@ -245,9 +255,12 @@ class Overlay:
             if not self._has_changed:
                 self.refuse_change()
 
+    def _are_allocated(self, first: int, stop: int) -> bool:
+        if stop - first == 1:
+            return self.is_allocated(first)
+        return next(self.runs_by_allocation(0, first, stop), None) is None
+
     def _mark_allocated(self, first: int, stop: int) -> None:
-        if self.all_allocated or (not self.pending and self.bitmap.all(first, stop)):
-            return
         with self._pending_lock:
             for start, end in list(self.bitmap.runs(0, first, stop)):
                 self.pending.set(start, end)

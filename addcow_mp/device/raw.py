@@ -26,11 +26,12 @@ class RawLayer:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` on, with zeros behind the last byte."""
-        length = max(0, min(len(view), self.held - offset))
-        if length < len(view):
-            view[length:] = bytes(len(view) - length)
-            view = view[:length]
-        if length:
+        held = self.held - offset
+        if held < len(view):
+            held = max(0, held)
+            view[held:] = bytes(len(view) - held)
+            view = view[:held]
+        if view:
             self.file.read_into(view, offset)
 
     def walk(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:

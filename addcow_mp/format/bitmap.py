@@ -1,9 +1,14 @@
 """The COW bitmap: one bit per cluster, least significant bit first.
 
 The bitmap is read through a read-only mapping and never written through one: on a full disk that
-is a SIGBUS. :meth:`CowBitmap.publish` changes it with pwrite, which the mapping shows at once. Bits
-behind the end of a file that ends inside its bitmap read as 0. Bits past the last cluster (stray
-bits) are ignored when read and written as 0.
+is a SIGBUS. :meth:`CowBitmap.publish` changes it with pwrite, which the mapping shows at once.
+
+A guest asks for the bits of one cluster, or of few. Where no other program may write the file, the
+pages that hold them are read once and kept, so that nearly every request is answered without a
+system call. A change drops the pages that it concerns.
+
+Bits behind the end of a file that ends inside its bitmap read as 0. Bits past the last cluster
+(stray bits) are ignored when read and written as 0.
 
 :class:`SparseBits` is a bitmap in memory that allocates a page when one of its bits is set.
 """
@@ -11,20 +16,33 @@ bits) are ignored when read and written as 0.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from bitarray import bitarray
 
 from addcow_mp.errors import FileError
-from addcow_mp.format.bits import BITS_PER_BYTE, MappedBits, Run, between, merged, runs
+from addcow_mp.format.bits import (
+    BITS_PER_BYTE,
+    WINDOW,
+    MappedBits,
+    Run,
+    between,
+    merged,
+    runs,
+    shrunk,
+)
 from addcow_mp.format.geometry import Geometry
-from addcow_mp.units import KiB, MiB
+from addcow_mp.units import KiB, MiB, round_down
 
 #: The unit in which the disk and the page cache write, however few bytes change.
 PAGE = 4 * KiB
 
 #: Clusters whose bits share one page of bitmap: the page size of sparse bitmaps.
 PAGE_BITS = PAGE * BITS_PER_BYTE
+
+#: Pages that are kept at most: as many bytes as are mapped at a time.
+MOST_PAGES = WINDOW // PAGE
 
 #: Bytes of bitmap changed by one pwrite; limits the memory used for publishing.
 PUBLISH_BYTES = 1 * MiB
@@ -39,10 +57,13 @@ class CowBitmap:
     """The bitmap of an open ``.add-cow`` file.
 
     The caller owns ``fd``; ``offset`` is the header size; errors call the file ``path``. Bits are
-    numbered by cluster, ranges are ``[start, stop)``.
+    numbered by cluster, ranges are ``[start, stop)``. ``alone``: no other program writes the file,
+    nor another object of this class.
     """
 
-    def __init__(self, fd: int, offset: int, geometry: Geometry, path: str = "") -> None:
+    def __init__(
+        self, fd: int, offset: int, geometry: Geometry, path: str = "", *, alone: bool = False
+    ) -> None:
         self.path = path
         self.offset = offset
         self.geometry = geometry
@@ -59,13 +80,23 @@ class CowBitmap:
         self._bits = MappedBits(fd, offset, self._held, path)
         #: Clusters, from the first one on, whose bits are in the file.
         self.known = min(self._held, self.clusters)
+        self._alone = alone
+        #: Copies of pages as they are in the file; never changed, only dropped.
+        self._pages: dict[int, bitarray] = {}
+        self._pages_lock = threading.Lock()
 
     def unmap(self) -> None:
-        """Release the mapping; the next access maps it again."""
+        """Release the mapping and the kept pages; the next access makes them again."""
         self._bits.unmap()
+        with self._pages_lock:
+            self._pages.clear()
 
     def runs(self, value: int, start: int, stop: int) -> Iterator[Run]:
         """The runs of clusters in ``[start, stop)`` whose bit is ``value``."""
+        if self._alone and start < stop and start // PAGE_BITS == (stop - 1) // PAGE_BITS:
+            base = round_down(start, PAGE_BITS)
+            found = runs(self._page(start // PAGE_BITS), value, start - base, stop - base)
+            return ((base + first, base + last) for first, last in found)
         ones = self._bits.runs(start, min(stop, self.known))
         return ones if value else between(ones, start, stop)
 
@@ -78,10 +109,30 @@ class CowBitmap:
         return next(self.runs(0, start, stop), None) is None
 
     def is_set(self, cluster: int) -> bool:
-        """Whether one cluster is allocated: one read of a byte, without a search for holes."""
-        place = self.offset + cluster // BITS_PER_BYTE
-        byte = os.pread(self._fd, 1, place) if cluster < self.known else b""
-        return bool(byte and byte[0] >> cluster % BITS_PER_BYTE & 1)
+        """Whether one cluster is allocated."""
+        number = cluster // PAGE_BITS
+        page = self._pages.get(number) or self._page(number)
+        return page[cluster % PAGE_BITS] == 1
+
+    def _page(self, number: int) -> bitarray:
+        """The bits of one page, cut at the last cluster."""
+        page = self._pages.get(number)
+        if page is None:
+            # Under the lock: a page that was read before a change must not be kept behind it.
+            with self._pages_lock:
+                start = number * PAGE_BITS
+                page = self.slice(start, min(start + PAGE_BITS, self.clusters))
+                if self._alone:
+                    if len(self._pages) >= MOST_PAGES:
+                        self._pages.clear()
+                    self._pages[number] = page
+        return page
+
+    def _drop_pages(self, start: int, stop: int) -> None:
+        """Forget the pages of the bits ``[start, stop)``, which have changed in the file."""
+        with self._pages_lock:
+            for number in range(start // PAGE_BITS, -(-stop // PAGE_BITS)):
+                self._pages.pop(number, None)
 
     def count(self, start: int = 0, stop: int | None = None) -> int:
         """The number of allocated clusters in ``[start, stop)``; holes cost nothing."""
@@ -99,9 +150,17 @@ class CowBitmap:
         return self._bits.data_runs(start, self.known if stop is None else min(stop, self.known))
 
     def slice(self, start: int, stop: int) -> bitarray:
-        """A private copy of the bits ``[start, stop)``, read from the file."""
+        """A private copy of the bits ``[start, stop)``, read from the file.
+
+        Raises :class:`FileError` if it cannot be read, or has become shorter.
+        """
         first, last = start // BITS_PER_BYTE, -(-stop // BITS_PER_BYTE)
-        raw = os.pread(self._fd, last - first, self.offset + first)
+        try:
+            raw = os.pread(self._fd, last - first, self.offset + first)
+        except OSError as error:
+            raise FileError.of(self.path, "look at its bitmap", error) from error
+        if len(raw) < min(last, self._held // BITS_PER_BYTE) - first:
+            raise shrunk(self.path)
         bits = bitarray(endian="little")
         bits.frombytes(raw.ljust(last - first, b"\0"))
         base = first * BITS_PER_BYTE
@@ -146,7 +205,11 @@ class CowBitmap:
         for start, stop in merged(pages):
             first = next(at for at in range(start, stop) if old[at] != new[at])
             last = next(at for at in reversed(range(start, stop)) if old[at] != new[at])
-            write_all(self._fd, new[first : last + 1], self.offset + first_byte + first)
+            begin, end = first_byte + first, first_byte + last + 1
+            try:
+                write_all(self._fd, new[first : last + 1], self.offset + begin)
+            finally:
+                self._drop_pages(begin * BITS_PER_BYTE, end * BITS_PER_BYTE)
 
     def fill(self, start: int, stop: int, value: int) -> None:
         """Publish ``value`` for every cluster in ``[start, stop)``.

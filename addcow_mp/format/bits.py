@@ -123,7 +123,7 @@ class MappedBits:
             self._can_map = False
             return None
         except ValueError:
-            raise self._shrunk() from None
+            raise shrunk(self._path) from None
         # The bitarray owns the mapping, which is unmapped with it.
         return bitarray(buffer=window, endian="little")
 
@@ -135,7 +135,7 @@ class MappedBits:
         except OSError as error:
             raise self._error(error) from error
         if not bits:
-            raise self._shrunk()
+            raise shrunk(self._path)
         return bits
 
     def unmap(self) -> None:
@@ -236,11 +236,13 @@ class MappedBits:
         except OSError as error:
             raise self._error(error) from error
         if length < end:
-            raise self._shrunk()
+            raise shrunk(self._path)
 
     def _error(self, error: OSError) -> FileError:
         return FileError.of(self._path, "look at its bitmap", error)
 
-    def _shrunk(self) -> FileError:
-        reason = "the file ends early; was it cut short meanwhile?"
-        return FileError(path=self._path, action="look at its bitmap", reason=reason)
+
+def shrunk(path: str) -> FileError:
+    """The error for a bitmap that has become shorter since it was opened."""
+    reason = "the file ends early; was it cut short meanwhile?"
+    return FileError(path=path, action="look at its bitmap", reason=reason)
