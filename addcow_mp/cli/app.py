@@ -30,7 +30,8 @@ _GROUPS = {
         ),
     ),
     "qemu": _Group(
-        "Lend overlays to QEMU, and take them back.", ("export", "import", "args", "status")
+        "Lend overlays to QEMU, and take them back.",
+        ("export", "import", "args", "status", "stream"),
     ),
     "manifest": _Group("Write digests of images to files.", ("create",)),
     "farm": _Group(

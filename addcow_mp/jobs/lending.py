@@ -128,6 +128,21 @@ def refuse_not_here(cow: File, header: Header, lending: Lending) -> None:
     raise lent_error(cow.path, header, lending.twin)
 
 
+def not_lent(path: str, lending: Lending) -> ImageError:
+    """The error for an overlay that QEMU does not use through its own twin at present."""
+    remedy = _REMEDIES.get(lending.state, "'addcow qemu export' lends it")
+    state = lending.state.replace("-", " ")
+    return ImageError(path=path, problem=f"it is not lent to QEMU ({state}); {remedy}")
+
+
+_REMEDIES = {
+    State.HALFWAY: "'addcow qemu import' takes it back",
+    State.TWIN_MISSING: "move its qcow2 file back beside it",
+    State.FOREIGN_TWIN: "the .add-cow file, or the qcow2 file beside it, came from elsewhere",
+    State.LENT_FOR_READING: "name the overlay above it that is lent",
+}
+
+
 def foreign_twin(path: str, lending: Lending) -> ImageError:
     """The error for an overlay whose image QEMU may write through a twin that it does not know."""
     return ImageError(

@@ -15,10 +15,9 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.chain import open_chain
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.errors import ImageError
 from addcow_mp.format.qcow2 import Header
 from addcow_mp.format.qcow2_entries import Tables
-from addcow_mp.jobs.lending import State, lending_of
+from addcow_mp.jobs.lending import State, lending_of, not_lent
 
 #: The name of the topmost node.
 NODE = "addcow0"
@@ -49,10 +48,7 @@ def _lent(layer: Layer) -> Lent:
         return Lent(next(layer.files()).real)
     lending = lending_of(layer.cow, layer.header, layer.image.file)
     if lending.state not in (State.LENT, State.LENT_FOR_READING) or lending.header is None:
-        raise ImageError(
-            path=layer.path,
-            problem=f"it is not lent to QEMU ({lending.state}); 'addcow qemu export' lends it",
-        )
+        raise not_lent(layer.path, lending)
     twin = os.path.realpath(lending.twin or "")
     return Lent(twin, layer.image.file.real, _cache_size(lending.header))
 

@@ -6,14 +6,18 @@ from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import open_chain
+from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.synchronous import is_synchronous
 from addcow_mp.device.twin import user_of
 from addcow_mp.format.qcow2 import Kind
-from addcow_mp.jobs.lending import State, lending_of
+from addcow_mp.jobs.lending import Lending, State, lending_of
 
 
 class LendingStatus(NamedTuple):
-    """The state of one overlay: its twin, how a power cut is made harmless, and who has it open."""
+    """The state of one overlay: its twin, how a power cut is made harmless, and who has it open.
+
+    ``streamed``: QEMU has removed the twin's backing file, after it copied all that it held.
+    """
 
     filename: str
     state: State
@@ -21,6 +25,7 @@ class LendingStatus(NamedTuple):
     lent_id: int | None
     kind: Kind | None
     synchronous: bool
+    streamed: bool
     holder: str | None
 
     def as_json(self) -> dict[str, object]:
@@ -32,6 +37,7 @@ class LendingStatus(NamedTuple):
             "id": None if self.lent_id is None else f"{self.lent_id:x}",
             "kind": None if self.kind is None else self.kind.name.lower(),
             "synchronous": self.synchronous,
+            "streamed": self.streamed,
             "holder": self.holder,
         }
 
@@ -51,5 +57,11 @@ def status(path: str, access: Access | None = None) -> LendingStatus:
             overlay.header.lent_id,
             kind,
             is_synchronous(image),
+            _is_streamed(overlay, lending),
             holder,
         )
+
+
+def _is_streamed(overlay: Overlay, lending: Lending) -> bool:
+    header = lending.header
+    return overlay.backing is not None and header is not None and header.backing is None

@@ -21,5 +21,7 @@ def command(*, file: File, printing: Printing, opening: Opening) -> None:
     if found.twin is not None:
         print(one_line(f"used through: {found.twin}"))
         print(one_line(f"open in: {found.holder or 'no program'}"))
+    if found.streamed:
+        print("streamed: it needs its backing file no more; 'addcow qemu import' finishes")
     if found.kind is Kind.SECTOR:
         print(RELAXED_COST)
