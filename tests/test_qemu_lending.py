@@ -214,6 +214,47 @@ def test_copy_of_a_farm_with_a_lent_overlay_cannot_write_into_the_original(tmp_p
     assert snapshot(farm) == before
 
 
+def test_copy_of_a_twin_with_an_absolute_name_is_a_finding_and_comes_back_only_when_adopted(
+    tmp_path: Path,
+) -> None:
+    farm, copy = tmp_path / "farm", tmp_path / "copy"
+    farm.mkdir()
+    content = chain(farm)
+    succeed("qemu", "export", "--absolute-data-file", "top.add-cow", cwd=farm)
+    succeed("check", "top.add-cow", cwd=farm)
+    tool("cp", "-a", "farm", "copy", cwd=tmp_path)
+    original = str(farm.resolve() / "top.raw")
+    for words in (("check", "top.add-cow"), ("farm", "check", ".")):
+        found = addcow(*words, cwd=copy)
+        assert found.status == 2, words
+        assert original in found.said, words
+    succeed("qemu", "import", "--adopt", "top.add-cow", cwd=copy)
+    assert view("top.add-cow", cwd=copy) == content
+    succeed("check", "top.add-cow", cwd=copy)
+
+
+def test_twin_whose_data_file_is_another_than_the_image_file_comes_back_only_when_adopted(
+    tmp_path: Path,
+) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "--absolute-data-file", "top.add-cow", cwd=tmp_path)
+    # The image file is restored from a copy, and the one that QEMU writes has its name no more.
+    shutil.copy(tmp_path / "top.raw", tmp_path / "restored")
+    (tmp_path / "top.raw").rename(tmp_path / "written")
+    (tmp_path / "restored").rename(tmp_path / "top.raw")
+    succeed("check", "top.add-cow", cwd=tmp_path)  # the name is that of the image file
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("top.add-cow", "top.qcow2", "top-base.add-cow", "top-base.qcow2"):
+        (tmp_path / name).rename(moved / name)
+    for name in ("top.raw", "top-base.raw", "top-base-base.raw"):
+        shutil.copy(tmp_path / name, moved)
+    message = refused("qemu", "import", "top.add-cow", cwd=moved)
+    assert str(tmp_path.resolve() / "top.raw") in message
+    assert "--adopt" in message
+    succeed("qemu", "import", "--adopt", "top.add-cow", cwd=moved)
+
+
 COPIES = {
     "as it is": [],
     "import": ["qemu import --adopt top.add-cow"],

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from addcow_mp.device import faults
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import TWIN, File, it_exists, sync_directory
+from addcow_mp.device.files import TWIN, File, identity_at, it_exists, sync_directory
 from addcow_mp.device.headers import open_claimed
 from addcow_mp.device.locks import RESIZING, Claim, holder_of_conflict
 from addcow_mp.device.syscalls import birth_time
@@ -200,6 +200,18 @@ def lent_error(path: str, header: CowHeader, twin: str | None) -> LentError:
     user = None if twin is None else user_of(twin)
     opened = "" if user is None else f", which {user} has open"
     return LentError(path=path, holder=holder_name(header, twin) + opened)
+
+
+def other_data_file(twin: Header, image: File) -> str | None:
+    """The data file that a twin names, unless it is ``image`` or the name that cannot be opened.
+
+    A program that is given nothing but the twin writes into that file.
+    """
+    mark, name = twin.mark, os.fsdecode(twin.data_file)
+    if not name or (mark is not None and twin.data_file == data_file_name(mark.lent_id)):
+        return None
+    is_image = os.path.isabs(name) and identity_at(name) == image.identity
+    return None if is_image else name
 
 
 def user_of(twin: str) -> str | None:

@@ -213,7 +213,7 @@ class _Check:
             self.report.findings.append(finding)
         return True
 
-    def _note_lending(self, cow: File, header: Header) -> None:
+    def _note_lending(self, cow: File, header: Header, image: File) -> None:
         from addcow_mp.device.twin import holder_name, twin_of
 
         twin = twin_of(cow.base, header)
@@ -223,12 +223,25 @@ class _Check:
             self.corrupt("header", f"it is lent to {holder}; move that back")
         else:
             self.report.notes.append(f"{self.path}: it is lent to {holder}")
+            self._check_data_file(twin, image)
+
+    def _check_data_file(self, path: str, image: File) -> None:
+        from addcow_mp.device.twin import other_data_file, twin_header
+
+        twin = twin_header(path)
+        other = None if twin is None else other_data_file(twin, image)
+        if other is not None:
+            self.corrupt(
+                "twin",
+                f"'{path}' names '{other}' as its data file, and not {image.path}: a program that "
+                f"is given '{path}' alone writes there; 'addcow qemu import' removes it",
+            )
 
     def _open_overlay(self, image: File) -> None:
         if self.cow is None or self.header is None or self._is_broken("header"):
             return
         if self.header.lent_id is not None:
-            self._note_lending(self.cow, self.header)
+            self._note_lending(self.cow, self.header, image)
         if self.header.lent:
             return  # QEMU's twin, and not the bitmap, says what is allocated
         self.overlay = Overlay(self.cow, image, None, self.header)

@@ -31,7 +31,7 @@ from addcow_mp.device.locks import READING, RESIZING
 from addcow_mp.device.manifest_file import invalidate_all
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.synchronous import is_synchronous, set_synchronous
-from addcow_mp.device.twin import Identity, Twin
+from addcow_mp.device.twin import Identity, Twin, other_data_file
 from addcow_mp.errors import AddcowError, ImageError, LentError, LockedError, SpaceError, UsageError
 from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
 from addcow_mp.format.bits import BITS_PER_BYTE, Run, merged
@@ -106,8 +106,9 @@ def _by_state(overlay: Overlay, options: ImportOptions, access: Access, report: 
     if lending.state is State.TWIN_MISSING:
         _abandon(overlay, options, report)
     with _opened(lending, access) as twin:
-        if lending.state in (State.LENT, State.HALFWAY):
-            _refuse_copies(overlay, lending, adopt=options.adopt)
+        if lending.state in (State.LENT, State.HALFWAY) and not options.adopt:
+            _refuse_copies(overlay, lending)
+            _refuse_other_data_file(overlay, lending)
         if lending.state is State.LENT:
             overlay = _bring_back(overlay, twin, access, report)
         _finish(overlay, twin, report)
@@ -144,18 +145,31 @@ def _abandon(overlay: Overlay, options: ImportOptions, report: Report) -> None:
     )
 
 
-def _refuse_copies(overlay: Overlay, lending: Lending, *, adopt: bool) -> None:
-    """Raise when the twin or the ``.add-cow`` file is a copy, unless it is to be adopted."""
+def _refuse_copies(overlay: Overlay, lending: Lending) -> None:
+    """Raise when the twin or the ``.add-cow`` file is a copy."""
     mark, copies = lending.mark, []
     if Identity.of(overlay.cow) != (mark.cow_inode, mark.cow_birth):
         copies.append(overlay.path)
     if lending.twin and lending.header and not is_original_twin(lending.twin, lending.header):
         copies.append(lending.twin)
-    if copies and not adopt:
+    if copies:
         raise ImageError(
             path=copies[0],
             problem="it is a copy of what was lent: what QEMU has written since may be missing; "
             "if it is the right one, --adopt takes it back",
+        )
+
+
+def _refuse_other_data_file(overlay: Overlay, lending: Lending) -> None:
+    """Raise when QEMU may have written into another file than the image file."""
+    if lending.header is None:
+        return
+    other = other_data_file(lending.header, overlay.image.file)
+    if other is not None and identity_at(other) is not None:
+        raise ImageError(
+            path=lending.twin or overlay.path,
+            problem=f"it names '{other}' as its data file, and not {overlay.image.file.path}: what "
+            "QEMU has written may be there; if it is not, --adopt takes it back",
         )
 
 
