@@ -25,6 +25,7 @@ from support.command import PATIENCE, ran, tool
 from support.golden import ROOT
 
 XFS = ["xfs-commit", "xfs-flatten", "sparse-16t"]
+XFS += ["xfs-strict-fresh", "xfs-strict-written", "xfs-relaxed-fresh", "xfs-relaxed-written"]
 
 
 @pytest.fixture

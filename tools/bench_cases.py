@@ -36,11 +36,13 @@ from bench_files import (
     remove,
     same,
     tool,
+    write_chain,
     write_many_qcow2,
     write_overlay,
     write_qcow2,
     write_raw,
 )
+from bench_guests import GUEST_STAGES
 from bench_runs import (
     ADDCOW,
     BUFFER,
@@ -278,13 +280,7 @@ def _qemu_convert(here: Path, source: str, expected: Path, *options: str) -> Con
 
 
 def _chain_files(here: Path, total: int) -> None:
-    """A backing file and an overlay whose data alternates, and the guest's view as a raw file."""
-    runs = alternating(total, LONG, 0)
-    size = runs[-1][1]
-    write_raw(here / "base.raw", size, runs[::2], OLD)
-    write_overlay(here / "top.add-cow", "base.raw", size, runs[1::2])
-    write_qcow2(here / "top.qcow2", "base.raw", here / "top.raw")
-    tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", here / "top.qcow2", here / "all.raw")
+    write_chain(here, total, LONG)
 
 
 def _convert(here: Path, _: int) -> list[Contender]:
@@ -532,4 +528,5 @@ STAGES = (
     Stage(build=_clone_files, cases=(XFS_COMMIT,), room=5, disk=Disk.XFS),
     Stage(build=_base_file(LONG), cases=(XFS_FLATTEN,), room=2, disk=Disk.XFS),
     Stage(build=_spread_files, cases=(SPARSE,), room=1, disk=Disk.XFS),
+    *GUEST_STAGES,
 )

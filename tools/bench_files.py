@@ -108,6 +108,16 @@ def write_qcow2(path: Path, backing: str, image: Path) -> None:
     tool("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", backing, path)
 
 
+def write_chain(here: Path, total: int, run: int) -> None:
+    """Make a base and an overlay whose runs alternate, the same as qcow2, and the view as raw."""
+    runs = alternating(total, run, 0)
+    size = runs[-1][1]
+    write_raw(here / "base.raw", size, runs[::2], OLD)
+    write_overlay(here / "top.add-cow", "base.raw", size, runs[1::2])
+    write_qcow2(here / "top.qcow2", "base.raw", here / "top.raw")
+    tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", here / "top.qcow2", here / "all.raw")
+
+
 def write_many_qcow2(here: Path, backing: str, count: int) -> None:
     """Make ``count`` empty qcow2 overlays over ``backing``, and a list of their names."""
     directory = here / "qcow2"

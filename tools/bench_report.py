@@ -173,6 +173,8 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **packages,
         "qemu-img": _first_line("qemu-img", "--version").removeprefix("qemu-img version "),
+        "nbdkit": _first_line("nbdkit", "--version").removeprefix("nbdkit "),
+        "fio": _first_line("fio", "--version").removeprefix("fio-"),
         "cp": _first_line("cp", "--version").rpartition(" ")[2],
     }
 
