@@ -20,7 +20,9 @@ import guest
 from support.availability import missing
 from support.command import ADDCOW, addcow, draw_raw, ran, refused, snapshot, succeed
 from support.machines import ORDERS, assert_sound, disk_of, make_golden, sum_in, sums
-from support.running import QmpError, Running, running
+from support.monitor import Qemu, RefusalError, need
+from support.processes import until
+from support.running import console, running
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -35,22 +37,20 @@ def tools() -> None:
 # README, word by word
 
 
-def commands(title: str) -> Iterator[tuple[str, str]]:
-    """The commands in a section of README, and what it says that each prints."""
-    section = README.read_text("utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    block = re.search(r"```console\n(.*?)```", section, re.DOTALL)
-    assert block is not None
-    for part in re.split(r"^\$ ", block[1], flags=re.MULTILINE)[1:]:
+def commands(number: int) -> Iterator[tuple[str, str]]:
+    """The commands in a block of `Run it` in README, and what it says that each prints."""
+    section = README.read_text("utf-8").partition("\n## Run it\n")[2].partition("\n## ")[0]
+    block = re.findall(r"```console\n(.*?)```", section, re.DOTALL)[number]
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
         command, _, printed = part.partition("\n")
         yield command, printed
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> dict[str, str]:
+def user(directory: Path, orders: str) -> dict[str, str]:
     """The environment of a user who has addcow, and a QEMU whose guests need no boot loader."""
-    programs = tmp_path / "programs"
+    programs = directory / "programs"
     programs.mkdir()
-    machine = [str(shutil.which("qemu-system-x86_64")), *guest.machine(programs, ORDERS)[1:]]
+    machine = [str(shutil.which("qemu-system-x86_64")), *guest.machine(programs, orders)[1:]]
     for name, words in (("qemu-system-x86_64", machine), ("addcow", ADDCOW)):
         (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         (programs / name).chmod(0o755)
@@ -58,13 +58,12 @@ def shell(tmp_path: Path) -> dict[str, str]:
 
 
 def test_commands_of_run_it_in_readme_run_a_guest_from_golden_image_to_raw_disk(
-    tmp_path: Path, shell: dict[str, str]
+    tmp_path: Path,
 ) -> None:
-    here = tmp_path / "images"
+    here, shell, booted = tmp_path / "images", user(tmp_path, ORDERS), []
     here.mkdir()
     make_golden(here / "golden.img")
-    booted = []
-    for command, printed in commands("Run it"):
+    for command, printed in commands(0):
         if "file=vm1.raw" in command:
             (here / "golden.img").rename(tmp_path / "away")
             assert [one.name for one in here.iterdir()] == ["vm1.raw"]
@@ -132,24 +131,22 @@ sha256sum busy
 
 
 @pytest.mark.long
-def test_guest_writes_while_its_disk_is_streamed_and_finds_that_in_the_raw_disk(
-    tmp_path: Path,
-) -> None:
-    here = tmp_path / "images"
+def test_commands_of_readme_stream_a_disk_while_its_guest_writes(tmp_path: Path) -> None:
+    need("qemu-system-x86_64")
+    here, shell = tmp_path / "images", user(tmp_path, BUSY)
     here.mkdir()
     make_golden(here / "golden.img")
-    _lend(here)
-    monitor = ("-qmp", f"unix:{tmp_path}/monitor,server=on,wait=off")
-    with running(tmp_path, disk_of("top.add-cow", cwd=here), BUSY, *monitor) as machine:
+    _lend(here, "vm1.add-cow")
+    (start, _), (stream, _), (take_back, _) = commands(1)
+    with console(["bash", "-c", start], here, shell) as machine:
         machine.wait_for("guest: ready")
-        succeed("qemu", "stream", "--qmp", "../monitor", "top.add-cow", cwd=here)
+        assert "the guest goes on" in _run(stream, here, shell)
         machine.say("enough")
-        machine.wait_for(guest.DONE)
-        assert machine.process.wait(guest.PATIENCE) == 0
-    succeed("qemu", "import", "--discard", "top.add-cow", cwd=here)
-    assert sorted(one.name for one in here.iterdir()) == ["golden.img", "top.raw"]
+        machine.wait_for_end()
+    _run(take_back, here, shell)
+    assert {one.name for one in here.iterdir()} - {"vm1.qmp"} == {"golden.img", "vm1.raw"}
     (here / "golden.img").rename(tmp_path / "away")
-    found = guest.boot(tmp_path, guest.raw_disk(f"{here}/top.raw"), f"{ORDERS}sha256sum busy")
+    found = guest.boot(tmp_path, guest.raw_disk(f"{here}/vm1.raw"), f"{ORDERS}sha256sum busy")
     assert sums(found, "kept", "new", "busy") == sums(machine.printed, "kept", "new", "busy")
 
 
@@ -169,33 +166,33 @@ sync
 @pytest.mark.long
 def test_guest_that_was_paused_cannot_write_again_after_import(tmp_path: Path) -> None:
     make_golden(tmp_path / "golden.img")
-    _lend(tmp_path)
-    with running(tmp_path, disk_of("top.add-cow", cwd=tmp_path), STAYING) as machine:
+    _lend(tmp_path, "top.add-cow")
+    with running(tmp_path, disk_of("top.add-cow", cwd=tmp_path), STAYING) as (machine, qemu):
         machine.wait_for("guest: ready")
-        machine.qmp("stop")
-        _assert_import_names(machine, cwd=tmp_path)
+        qemu.execute("stop")
+        _assert_import_names(machine.process.pid, cwd=tmp_path)
         # Where it has migrated to somewhere else, QEMU lets go of the files but for one lock.
-        _migrate_away(machine)
-        _assert_import_names(machine, cwd=tmp_path)
+        _migrate_away(qemu)
+        _assert_import_names(machine.process.pid, cwd=tmp_path)
         succeed(*["qemu", "import", "--locking", "off", "--force", "top.add-cow"], cwd=tmp_path)
         before = _files(tmp_path)
-        with pytest.raises(QmpError, match="run 'addcow qemu import'"):
-            machine.qmp("cont")
+        with pytest.raises(RefusalError, match="run 'addcow qemu import'"):
+            qemu.execute("cont")
         machine.say("go on")
-        assert not machine.qmp("query-status")["running"]
+        assert not qemu.execute("query-status")["running"]
         assert _files(tmp_path) == before
     _assert_holds(tmp_path, sums(machine.printed))
 
 
-def _lend(here: Path) -> None:
-    succeed("create", "-b", "golden.img", "-F", "raw", "top.add-cow", cwd=here)
-    succeed("qemu", "export", "top.add-cow", cwd=here)
+def _lend(here: Path, overlay: str) -> None:
+    succeed("create", "-b", "golden.img", "-F", "raw", overlay, cwd=here)
+    succeed("qemu", "export", overlay, cwd=here)
 
 
-def _assert_import_names(machine: Running, *, cwd: Path) -> None:
+def _assert_import_names(pid: int, *, cwd: Path) -> None:
     before = _files(cwd)
     message = refused("qemu", "import", "top.add-cow", cwd=cwd)
-    assert f"qemu-system-x86 (pid {machine.process.pid})" in message
+    assert f"qemu-system-x86 (pid {pid})" in message
     assert _files(cwd) == before
 
 
@@ -203,12 +200,10 @@ def _files(here: Path) -> dict[str, bytes]:
     return {one.name: one.read_bytes() for one in here.glob("top.*")}
 
 
-def _migrate_away(machine: Running) -> None:
+def _migrate_away(qemu: Qemu) -> None:
     """Migrate a paused guest to nowhere: its machine stays behind without its disk."""
-    machine.qmp("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
-    machine.qmp("migrate", uri="exec:cat >/dev/null")
-    while machine.wait_for_event("MIGRATION")["data"]["status"] != "completed":
-        pass
+    qemu.execute("migrate", uri="exec:cat >/dev/null")
+    until(lambda: qemu.execute("query-migrate")["status"] == "completed", "the migration to end")
 
 
 def _assert_holds(here: Path, written: list[str]) -> None:
@@ -236,7 +231,7 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
         succeed("io", "-c", "write 64k 64k", f"{name}.add-cow", cwd=here)
     succeed("qemu", "export", "top.add-cow", cwd=here)
     work = tmp_path_factory.mktemp("machine")
-    with running(work, disk_of("top.add-cow", cwd=here), "", "-S") as machine:
+    with running(work, disk_of("top.add-cow", cwd=here), "", "-S") as (machine, _):
         yield here, machine.process.pid
 
 

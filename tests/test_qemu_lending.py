@@ -222,8 +222,11 @@ def test_copy_of_a_twin_with_an_absolute_name_is_a_finding_and_comes_back_only_w
     content = chain(farm)
     succeed("qemu", "export", "--absolute-data-file", "top.add-cow", cwd=farm)
     succeed("check", "top.add-cow", cwd=farm)
+    assert _status(farm)["other-data-file"] is None
     tool("cp", "-a", "farm", "copy", cwd=tmp_path)
     original = str(farm.resolve() / "top.raw")
+    assert _status(copy)["other-data-file"] == original
+    assert original in succeed("qemu", "status", "top.add-cow", cwd=copy).stdout
     for words in (("check", "top.add-cow"), ("farm", "check", ".")):
         found = addcow(*words, cwd=copy)
         assert found.status == 2, words

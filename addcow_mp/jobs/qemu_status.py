@@ -8,7 +8,7 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.chain import open_chain
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.synchronous import is_synchronous
-from addcow_mp.device.twin import user_of
+from addcow_mp.device.twin import other_data_file, user_of
 from addcow_mp.format.qcow2 import Kind
 from addcow_mp.jobs.lending import Lending, State, lending_of
 
@@ -17,6 +17,7 @@ class LendingStatus(NamedTuple):
     """The state of one overlay: its twin, how a power cut is made harmless, and who has it open.
 
     ``streamed``: QEMU has removed the twin's backing file, after it copied all that it held.
+    ``other_data_file``: the twin names this file, and not the image file; None = as it should be.
     """
 
     filename: str
@@ -27,6 +28,7 @@ class LendingStatus(NamedTuple):
     synchronous: bool
     streamed: bool
     holder: str | None
+    other_data_file: str | None
 
     def as_json(self) -> dict[str, object]:
         """The public keys."""
@@ -39,6 +41,7 @@ class LendingStatus(NamedTuple):
             "synchronous": self.synchronous,
             "streamed": self.streamed,
             "holder": self.holder,
+            "other-data-file": self.other_data_file,
         }
 
 
@@ -59,6 +62,7 @@ def status(path: str, access: Access | None = None) -> LendingStatus:
             is_synchronous(image),
             _is_streamed(overlay, lending),
             holder,
+            None if lending.header is None else other_data_file(lending.header, image),
         )
 
 

@@ -1,35 +1,29 @@
-"""A guest that runs while a test does something else: its console, and QMP to its machine."""
+"""A guest that runs while a test does something else: its console, and a monitor of its machine."""
 
 from __future__ import annotations
 
-import json
-import socket
+import os
+import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Timer
-from typing import IO, Any
 
 import guest
+from support.monitor import Qemu
+from support.processes import until
 
 
-class QmpError(Exception):
-    """What QEMU answers to a command that it refuses."""
+class Console:
+    """The serial line of a machine."""
 
-
-class Running:
-    """A machine with a guest, or one that has not begun (``-S``)."""
-
-    def __init__(self, process: subprocess.Popen[str], qmp: IO[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.printed = ""
-        self._qmp = qmp
-        self._answer()  # the greeting
-        self.qmp("qmp_capabilities")
 
     def wait_for(self, text: str) -> None:
-        """Read the guest's console up to a line with ``text``."""
+        """Read what the guest prints up to a line with ``text``."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.printed += line
@@ -38,56 +32,56 @@ class Running:
         raise AssertionError(f"the guest did not print {text!r}:\n{self.printed}")
 
     def say(self, line: str) -> None:
-        """Type a line on the guest's console."""
+        """Type a line."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def qmp(self, command: str, **arguments: Any) -> Any:
-        """Run a command of QMP; return what it answers. Raises :class:`QmpError`."""
-        self._qmp.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._qmp.flush()
-        answer = self._answer()
-        if "error" in answer:
-            raise QmpError(answer["error"]["desc"])
-        return answer["return"]
-
-    def wait_for_event(self, name: str) -> dict[str, Any]:
-        """Wait until QEMU tells an event."""
-        for line in self._qmp:
-            message: dict[str, Any] = json.loads(line)
-            if message.get("event") == name:
-                return message
-        raise AssertionError(f"QEMU ended without {name}")
-
-    def _answer(self) -> dict[str, Any]:
-        for line in self._qmp:
-            message: dict[str, Any] = json.loads(line)
-            if "event" not in message:
-                return message
-        raise AssertionError("QEMU ended without an answer")
+    def wait_for_end(self) -> None:
+        """Wait until the guest has done its orders and the machine is off."""
+        self.wait_for(guest.DONE)
+        assert self.process.wait(guest.PATIENCE) == 0
 
 
 @contextmanager
-def running(directory: Path, disk: Sequence[str], orders: str, *options: str) -> Iterator[Running]:
-    """Start a guest on a disk; it is killed at the end, unless it is off by then."""
-    ours, theirs = socket.socketpair()
-    chardev = ("-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "qmp,mode=control")
+def console(
+    words: Sequence[str], here: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Console]:
+    """Run a command that starts a machine; all its processes are killed at the end."""
     with subprocess.Popen(
-        [*guest.machine(directory, orders), *disk, *chardev, *options],
+        words,
+        cwd=here,
+        env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        pass_fds=[theirs.fileno()],
+        start_new_session=True,
         text=True,
         errors="replace",
     ) as process:
-        theirs.close()
-        watchdog = Timer(guest.PATIENCE, process.kill)
+
+        def kill() -> None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        watchdog = Timer(guest.PATIENCE, kill)
         watchdog.start()
         try:
-            with ours, ours.makefile("rw") as qmp:
-                yield Running(process, qmp)
+            yield Console(process)
         finally:
             watchdog.cancel()
-            process.kill()
+            kill()
+
+
+@contextmanager
+def running(
+    directory: Path, disk: Sequence[str], orders: str, *options: str
+) -> Iterator[tuple[Console, Qemu]]:
+    """Start a machine on a disk; with ``-S`` its guest has not begun."""
+    monitor = ("-qmp", "unix:own,server=on,wait=off")
+    words = [*guest.machine(directory, orders), *disk, *monitor, *options]
+    with console(words, directory) as machine:
+        ended = machine.process.poll
+        until(lambda: (directory / "own").exists() or ended() is not None, "the monitor to listen")
+        with Qemu(machine.process, directory / "own") as qemu:
+            yield machine, qemu

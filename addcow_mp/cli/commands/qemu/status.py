@@ -21,6 +21,9 @@ def command(*, file: File, printing: Printing, opening: Opening) -> None:
     if found.twin is not None:
         print(one_line(f"used through: {found.twin}"))
         print(one_line(f"open in: {found.holder or 'no program'}"))
+    if found.other_data_file is not None:
+        other = found.other_data_file
+        print(one_line(f"a program that is given '{found.twin}' alone writes into: {other}"))
     if found.streamed:
         print("streamed: it needs its backing file no more; 'addcow qemu import' finishes")
     if found.kind is Kind.SECTOR:
