@@ -27,7 +27,10 @@ WORST_FIRST = (2, 1, 3, 0)
 UNVERIFIED, DIFFERENT = 1, 2
 
 #: Findings on layers of which nothing was compared.
-_NOT_COMPARED = {"manifest", "no-manifest", "replaced", "stale", "unexamined", "not-examined"}
+_NOT_COMPARED = {
+    *("manifest", "no-manifest", "replaced", "stale", "unexamined", "not-examined"),
+    "lent",
+}
 
 
 def worst(statuses: Iterable[int]) -> int:
@@ -193,6 +196,11 @@ class LayerReport:
         """0 unchanged, 1 not verified, 2 different."""
         found = worst(one.severity.exit_code for one in self.findings)
         return DIFFERENT if self.ranges else found
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether it is an overlay that is lent to QEMU: its content is not compared."""
+        return any(one.name == "lent" for one in self.findings)
 
     @property
     def was_compared(self) -> bool:

@@ -101,6 +101,16 @@ def test_complete_stream_sets_all_allocated_and_discard_leaves_the_raw_file(
     assert (tmp_path / "top.raw").read_bytes() == content
 
 
+def test_import_copies_up_what_qemu_has_not_and_writes_its_zeros(tmp_path: Path) -> None:
+    content = bytearray(chain(tmp_path))
+    succeed("qemu", "export", "--crash", "relaxed", "top.add-cow", cwd=tmp_path)
+    qemu_io("top.add-cow", "write -P 0x77 68k 4k", "write -z 0 4k", cwd=tmp_path)
+    content[68 * 1024 : 72 * 1024] = b"\x77" * 4096
+    content[: 4 * 1024] = bytes(4096)
+    succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert view("top.add-cow", cwd=tmp_path) == content
+
+
 def test_import_refuses_a_backing_that_was_removed_without_copying(tmp_path: Path) -> None:
     chain(tmp_path)
     succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
@@ -405,6 +415,16 @@ def test_interrupted_lending_is_finished_by_import(
         _assert_import_finishes(here, content)
 
 
+@pytest.mark.parametrize(("way", "event"), [("export", "header_write"), ("import", "twin_unlink")])
+def test_overlay_and_twin_can_never_both_be_written(tmp_path: Path, way: str, event: str) -> None:
+    pair(tmp_path, "BBBB", "A---")
+    if way == "import":
+        succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    rules = Rules.write(tmp_path / "rules", rule(event, "kill", once="on"))
+    assert _run_with(rules, "qemu", way, "top.add-cow", cwd=tmp_path) != 0
+    assert twins(tmp_path) == {"top.qcow2": False}, "a disabled twin"
+
+
 def _assert_import_finishes(here: Path, content: bytes) -> None:
     enabled, lent = twins(here).get("top.qcow2", False), features(here / "top.add-cow")
     assert not enabled or lent & LENT, "QEMU and addcow could both write"
@@ -470,7 +490,9 @@ def test_twin_that_claims_what_it_cannot_be_is_refused(tmp_path: Path, field: st
     place, value = HUGE[field]
     patch(twin, place, value)
     before = snapshot(tmp_path)
-    refused("qemu", "import", "top.add-cow", cwd=tmp_path)
+    message = refused("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert "top.qcow2: " in message, "it names the damaged file"
+    assert "marked it as corrupt" in message or field != "corrupt"
     assert snapshot(tmp_path) == before
 
 

@@ -3,7 +3,8 @@
 
 A *scene* is a directory of small or sparse files: a valid chain of overlays with damage: header
 fields at their limits, names that lead outside, files that are cut, lengthened, linked to each
-other, or not regular files. Hypothesis draws the scenes and shrinks those that show a fault.
+other, or not regular files. In some of them the top is lent to QEMU, and the tables of its twin are
+damaged too. Hypothesis draws the scenes and shrinks those that show a fault.
 
 A scene is *examined* by running every reading command on it, inside this process:
 
@@ -11,7 +12,8 @@ A scene is *examined* by running every reading command on it, inside this proces
 - every line on stderr comes from the program: no traceback, no "unexpected";
 - nothing outside the directory is opened: an audit hook sees what Python opens, an inotify watch on
   a directory beside it sees every other way of opening;
-- no file changes, and no command takes long or uses much memory;
+- no file changes, and no command takes long or uses much memory; only `qemu import`, which comes
+  last, may change files, and does not when it is refused;
 - the output of convert is what the independent reader reads, and it accepts what convert accepts;
 - the check of the farm reports for each image what the check of that image alone reports.
 
@@ -58,6 +60,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import oracle  # noqa: E402 - a module beside this script
+from addcow_mp.format import qcow2, qcow2_write  # noqa: E402 - to draw a valid twin
 from watch import Watch  # noqa: E402
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -99,6 +102,9 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("farm", "verify", "--jobs", "0", "--output", "json", "{box}"),
     ("farm", "scrub", "run", "--jobs", "0", "--output", "json", "{box}", "--state", "{out}/state"),
     ("farm", "scrub", "status", "--output", "json", "--state", "{out}/state"),
+    ("qemu", "status", "--output", "json", "{box}/top.add-cow"),
+    ("qemu", "args", "--output", "json", "{box}/top.add-cow"),
+    ("qemu", "import", "--adopt", "{box}/top.add-cow"),
 )
 
 
@@ -315,7 +321,8 @@ def _examine(command: list[str], places: dict[str, str], watch: Watch) -> str | 
         opened -= set(_linked(places["box"]))
     if opened:
         return f"it opened {min(opened)}, which lies outside"
-    if _fingerprint(places["box"]) != before:
+    may_change = command[:2] == ["qemu", "import"] and outcome.status == 0
+    if not may_change and _fingerprint(places["box"]) != before:
         return "a file was changed"
     if _peak() - memory > MEMORY:
         return f"it took {(_peak() - memory) // MiB} MiB of memory"
@@ -416,6 +423,12 @@ FIELDS = (
     *("magic", "backing_offset", "backing_size", "image_offset", "image_size", "cluster_bits"),
     *("features", "compatible_features", "header_size", "backing_format", "image_format"),
 )
+
+QCOW2_FIELDS = [
+    (struct.calcsize(">" + "".join(before.code for before in qcow2.FIELDS[:number])), one.code)
+    for number, one in enumerate(qcow2.FIELDS)
+    if one.code in "IQ"
+]
 
 EDGES_32 = (0, 1, 11, 12, 16, 21, 22, 63, 64, 75, 76, 77, 1023, 1024, 4095, 4096, 4097, 8192,
             65535, 65536, 65537, 2**21, 2**31 - 1, 2**31, 2**32 - 4096, 2**32 - 1)  # fmt: skip
@@ -554,14 +567,63 @@ field_changes = st.one_of(
 def scenes(draw: st.DrawFn) -> Scene:
     """A chain with some damage."""
     layers = draw(chains())
+    twin = [draw(twins(layers[0]))] if draw(st.integers(0, 3)) == 0 else []
     for name, value in draw(st.lists(field_changes, max_size=3)):
         draw(st.sampled_from(layers)).changes[name] = value
     base = Entry("base.img", length=draw(st.integers(0, 14)) * 4 * KiB)
     base.extents = [(0, b"B", base.length)]
-    entries = [entry for layer in layers for entry in layer.entries()] + [base]
+    entries = [entry for layer in layers for entry in layer.entries()] + [base, *twin]
     for damage in draw(st.lists(st.sampled_from(DAMAGES), max_size=3)):
         damage(draw, entries)
     return Scene([entry for entry in entries if entry.kind != "missing"])
+
+
+LENT, LENT_ID = 1 << 63, 0x1234
+
+
+@st.composite
+def twins(draw: st.DrawFn, top: _Layer) -> Entry:
+    """The file through which QEMU uses ``top``, which becomes lent, with some damage."""
+    kind = draw(st.sampled_from(list(qcow2.Kind)))
+    bits = qcow2.SECTOR_CLUSTER_BITS if kind is qcow2.Kind.SECTOR else top.cluster_bits
+    extended = qcow2.EXTENDED_L2 if kind is qcow2.Kind.SECTOR else 0
+    incompatible = qcow2.DATA_FILE | extended | draw(st.sampled_from((0, qcow2.DISABLED)))
+    size = top.length // 512 * 512
+    fixed = qcow2.Fixed(cluster_bits=bits, size=size, incompatible=incompatible)
+    mark = qcow2.Mark(kind, LENT_ID, *[0] * 6)
+    header = qcow2.Header(fixed, mark, top.backing, top.backing_format, b"/dev/null/x")
+    spans = [(n * top.cluster, min((n + 1) * top.cluster, size)) for n in range(16)]
+    runs = [span for n, span in enumerate(spans) if top.local >> n & 1 and span[0] < span[1]]
+    parts = list(qcow2_write.chunks(qcow2_write.Image(header, lambda: iter(runs))))
+    top.changes["features"] = LENT | LENT_ID
+    twin = Entry("top.qcow2", length=max(at + len(data) for at, data in parts))
+    twin.extents = [(at, data, 1) for at, data in parts]
+    for _ in range(draw(st.integers(0, 3))):
+        draw(st.sampled_from((_break_field, _break_entry)))(draw, twin)
+    return twin
+
+
+def _break_field(draw: st.DrawFn, twin: Entry) -> None:
+    """Give a field of a twin's header a value at a limit."""
+    place, code = draw(st.sampled_from(QCOW2_FIELDS))
+    edges = EDGES_64 if code == "Q" else EDGES_32
+    value = draw(
+        st.sampled_from((*edges, *((64 * KiB * n for n in range(6)) if code == "Q" else ())))
+    )
+    twin.extents.append((place, struct.pack(f">{code}", value), 1))
+
+
+def _break_entry(draw: st.DrawFn, twin: Entry) -> None:
+    """Give an entry of a table another value: flags, and a place inside or outside of the file."""
+    cluster = draw(st.sampled_from((4 * KiB, 16 * KiB, 64 * KiB)))
+    place = draw(st.integers(1, 5)) * cluster + 8 * draw(st.integers(0, 6))
+    flags = draw(st.sampled_from((0, 1, 1 << 62, 1 << 63, 1 << 63 | 1)))
+    offset = draw(
+        st.one_of(st.integers(0, 8).map(lambda n: n * cluster), st.sampled_from(EDGES_64))
+    )
+    value = (flags | offset) & (2**64 - 1)
+    if place + 8 <= twin.length:
+        twin.extents.append((place, struct.pack(">Q", value), 1))
 
 
 def _lengthen(draw: st.DrawFn, entries: list[Entry]) -> None:

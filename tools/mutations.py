@@ -28,6 +28,7 @@ _PUBLISHER = "addcow_mp/engine/publisher.py"
 _OVERLAY = "addcow_mp/device/overlay.py"
 _LOCKS = "addcow_mp/device/locks.py"
 _DEPENDANTS = "addcow_mp/jobs/dependants.py"
+_EXPORT, _IMPORT = "addcow_mp/jobs/qemu_export.py", "addcow_mp/jobs/qemu_import.py"
 
 MUTATIONS = (
     # The order of the publisher
@@ -314,6 +315,63 @@ MUTATIONS = (
         "    if others:\n",
         "    if False:\n",
         _in("dependants", "shared_image_is_refused_even_with_force"),
+    ),
+    # Lending to QEMU
+    Mutation(
+        "lending: the twin is enabled before the overlay is marked",
+        _EXPORT,
+        "absolute=absolute).with_disabled(True)\n",
+        "absolute=absolute)\n",
+        _in("qemu_lending", "overlay_and_twin_can_never_both_be_written"),
+    ),
+    Mutation(
+        "lending: the mark is cleared while QEMU can open the twin",
+        _IMPORT,
+        "    if twin is not None and not twin.header.disabled:\n",
+        "    if False:\n",
+        _in("qemu_lending", "overlay_and_twin_can_never_both_be_written"),
+    ),
+    Mutation(
+        "lending: layers below can be changed",
+        _EXPORT,
+        "        _lend_layers(overlay, result)\n",
+        "        pass\n",
+        _in("qemu_lending", "layer_below_is_lent_until_its_last_overlay_is_back"),
+    ),
+    Mutation(
+        "lending: the rest of a partly allocated cluster is not copied up",
+        _IMPORT,
+        "                overlay.copy_up(one.start, one.stop, buffer)\n",
+        "                pass\n",
+        _in("qemu_lending", "import_copies_up_what_qemu_has_not_and_writes_its_zeros"),
+    ),
+    Mutation(
+        "lending: zeros of QEMU are not written",
+        _IMPORT,
+        "                overlay.image.file.make_zero(one.start, one.stop)\n",
+        "                pass\n",
+        _in("qemu_lending", "import_copies_up_what_qemu_has_not_and_writes_its_zeros"),
+    ),
+    Mutation(
+        "lending: a copy is taken for the original",
+        _IMPORT,
+        "    if copies and not adopt:\n",
+        "    if False:\n",
+        _in("qemu_lending", "copy_of_a_farm_with_a_lent_overlay_cannot_write_into_the_original"),
+    ),
+    Mutation(
+        "lending: a backing file that was removed counts as zeros",
+        _IMPORT,
+        "            elif extent.start < self._below:\n",
+        "            elif False:\n",
+        _in("qemu_lending", "import_refuses_a_backing_that_was_removed_without_copying"),
+    ),
+    Mutation(
+        "lending: a lent overlay can be opened",
+        "addcow_mp/device/chain.py",
+        "    if header.lent or (changes and header.lent_for_reading):\n",
+        "    if False:\n",
+        _in("qemu_lending", "commands_that_change_a_lent_overlay_are_refused"),
     ),
     # Manifests
     Mutation(

@@ -116,9 +116,14 @@ def read_header(path: str) -> Header:
     return Header(backing, b_format, image, 1 << bits, compatible & ALL_ALLOCATED != 0, end)
 
 
+def is_read_by_qemu(features: int) -> bool:
+    """Tell whether FEATURES say "lent for reading": others may read the file, too."""
+    return features >> 62 == 1
+
+
 def check_numbers(path: str, bits: int, features: int, end: int, length: int) -> None:
     """Refuse an invalid header; END is its header size."""
-    if features != 0:
+    if features and not is_read_by_qemu(features):
         raise OracleError(f"{path}: unknown features {features:#x}")
     if not 12 <= bits <= 21:
         raise OracleError(f"{path}: cluster bits {bits}")
@@ -332,6 +337,15 @@ def blake3_of_file(file: BinaryIO, start: int, stop: int) -> bytes:
     return blake3_of(file.read(end - begin) for begin, end in cut(start, stop, LEAF))
 
 
+def header_bytes(file: BinaryIO, end: int) -> Iterator[bytes]:
+    """Yield the header region of FILE, END bytes, without the mark "lent for reading"."""
+    file.seek(0)
+    raw = bytearray(file.read(end))
+    if is_read_by_qemu(struct.unpack_from("<Q", raw, 24)[0]):
+        raw[24:32] = bytes(8)
+    yield bytes(raw)
+
+
 def leaf_count(layers: list[Layer]) -> int:
     """Return how many leaves the view of LAYERS has, the last maybe not a whole one."""
     return -(-layers[0].size // LEAF)
@@ -528,7 +542,7 @@ def wanted_overlay_head(path: str, layers: list[Layer]) -> dict[str, Any]:
     head: dict[str, Any] = {"files": {"image": identity(header.image), "cow": identity(path)}}
     head["header-size"] = end
     with open(path, "rb") as cow:
-        head["header-digest"] = blake3_of_file(cow, 0, end).hex()
+        head["header-digest"] = blake3_of(header_bytes(cow, end)).hex()
         head["bitmap-digest"] = blake3_of_file(cow, end, end + length).hex()
     if len(layers) > 1:
         below = layers[1:]

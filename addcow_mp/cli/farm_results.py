@@ -17,11 +17,12 @@ from addcow_mp.farm.result import FarmResult, ImageResult
 from addcow_mp.units import human_size
 
 #: The states of a plan that is not carried out, and those of a result, as they are counted.
-_PLANNED = (State.READY, State.IDLE, State.REFUSED)
+_PLANNED = (State.READY, State.IDLE, State.REFUSED, State.LENT)
 _RESULTS = (
     State.DONE,
     State.IDLE,
     State.REFUSED,
+    State.LENT,
     State.FAILED,
     State.STOPPED,
     State.LEFT,
@@ -82,7 +83,11 @@ def _rest(result: FarmResult) -> dict[str, object]:
     plan, states = result.plan, _RESULTS if result.is_carried_out else _PLANNED
     summary: dict[str, object] = {
         "images": len(result.images),
-        **{str(state): result.count(state) for state in states},
+        **{
+            str(state): count
+            for state in states
+            if (count := result.count(state)) or state is not State.LENT
+        },
         **({NOT_EXAMINED: len(plan.unexamined)} if plan.unexamined else {}),
     }
     if result.is_carried_out:

@@ -38,13 +38,15 @@ def findings_of(reports: Sequence[LayerReport]) -> dict[str, object]:
 
 
 def counts_of(reports: Sequence[LayerReport]) -> dict[str, int]:
-    """The number of layers, and of those with each exit status."""
-    statuses = [one.exit_code for one in reports]
+    """The number of layers, of those that are lent, and of the others by exit status."""
+    statuses = [one.exit_code for one in reports if not one.is_lent]
+    lent = len(reports) - len(statuses)
     return {
-        "layers": len(statuses),
+        "layers": len(reports),
         "as-they-were": statuses.count(0),
         "unverified": statuses.count(1),
         "different": statuses.count(2),
+        **({"lent": lent} if lent else {}),
     }
 
 

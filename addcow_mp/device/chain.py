@@ -111,7 +111,7 @@ class _Opening:
         header = load_header(cow)
         if not self._lent:
             changes = cow.writable or Permission.WRITE in self._use(depth).image.used
-            _refuse_lent(cow, header, changes=changes)
+            refuse_lent(cow, header, changes=changes)
         names = load_names(cow, header)
         refuse_image_format(path, names)
         with errors_naming(cow, names.image, "image file") as target:
@@ -160,7 +160,7 @@ class _Opening:
             refuse_same_storage(file, self.opened)
 
 
-def _refuse_lent(cow: File, header: Header, *, changes: bool) -> None:
+def refuse_lent(cow: File, header: Header, *, changes: bool) -> None:
     """Raise when QEMU may write the overlay, or may read it and the caller ``changes`` it."""
     if header.lent or (changes and header.lent_for_reading):
         from addcow_mp.device.twin import lent_error, twin_of

@@ -13,14 +13,11 @@ import errno
 import fcntl
 import os
 import stat
-import struct
 
+from addcow_mp.device.attributes import APPEND_ONLY, IMMUTABLE, attributes_of
 from addcow_mp.device.files import File
 
-# _IOR('f', 1, long), of which the kernel fills an int.
-_FS_IOC_GETFLAGS = 0x80086601
 _BLKROGET = 0x125E
-_APPEND_ONLY, _IMMUTABLE = 0x20, 0x10
 
 _READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
@@ -64,16 +61,12 @@ def _attribute(path: str) -> str | None:
     except OSError:
         return None
     try:
-        answer = bytearray(8)
-        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, answer)
-    except OSError:
-        return None  # a file system without such attributes
+        attributes = attributes_of(fd)
     finally:
         os.close(fd)
-    (flags,) = struct.unpack_from("I", answer)
-    if flags & _IMMUTABLE:
+    if attributes & IMMUTABLE:
         return "it is immutable; chattr -i ends that"
-    return "it is append-only; chattr -a ends that" if flags & _APPEND_ONLY else None
+    return "it is append-only; chattr -a ends that" if attributes & APPEND_ONLY else None
 
 
 def is_read_only(device: File) -> bool:

@@ -31,10 +31,18 @@ from addcow_mp.errors import ImageError, LentError
 from addcow_mp.format.bits import Run
 from addcow_mp.format.header import Header as CowHeader
 from addcow_mp.format.names import path_has_protocol
-from addcow_mp.format.qcow2 import MAGIC, Header, Read, named_backing, read_header
+from addcow_mp.format.qcow2 import (
+    MAGIC,
+    Header,
+    Read,
+    damaged_mark,
+    named_backing,
+    read_header,
+)
 from addcow_mp.format.qcow2_entries import Qcow2Error
 from addcow_mp.format.qcow2_read import Extent, extents
 from addcow_mp.format.qcow2_write import Image, chunks
+from addcow_mp.units import SECTOR
 
 #: A security label, which libvirt and SELinux compare.
 _LABEL = "security.selinux"
@@ -139,12 +147,18 @@ def _checked(path: str, read: Callable[[], Header]) -> Header:
 
 def twins_in(directory: str) -> Iterator[tuple[str, Header]]:
     """The twins in a directory: their paths and headers. What cannot be read is none."""
-    with suppress(OSError):
-        for name in sorted(os.listdir(directory or ".")):
-            path = os.path.join(directory, name)
-            header = twin_header(path)
-            if header is not None and header.mark is not None:
-                yield path, header
+    for path in _files_in(directory):
+        header = twin_header(path)
+        if header is not None and header.mark is not None:
+            yield path, header
+
+
+def _files_in(directory: str) -> list[str]:
+    """The paths of the regular files in a directory. A link is no twin, wherever it leads."""
+    with suppress(OSError), os.scandir(directory or ".") as entries:
+        names = sorted(one.name for one in entries if one.is_file(follow_symlinks=False))
+        return [os.path.join(directory, name) for name in names]
+    return []
 
 
 def twin_header(path: str) -> Header | None:
@@ -160,6 +174,24 @@ def twin_header(path: str) -> Header | None:
         finally:
             os.close(fd)
     return None
+
+
+def damaged_twin(directory: str, lent_id: int) -> tuple[str, str] | None:
+    """The twin with this id whose header cannot be read, and the reason; None if there is none."""
+    for path in _files_in(directory):
+        with suppress(OSError), open(path, "rb") as file:
+            mark = damaged_mark(file.read(SECTOR))
+            if mark is not None and mark.lent_id == lent_id:
+                return path, _header_problem(file.fileno())
+    return None
+
+
+def _header_problem(fd: int) -> str:
+    try:
+        read_header(lambda at, count: os.pread(fd, count, at), os.fstat(fd).st_size)
+    except Qcow2Error as error:
+        return str(error)
+    return "it is in use"
 
 
 def is_twin(path: str) -> bool:

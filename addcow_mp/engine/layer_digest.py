@@ -24,6 +24,7 @@ from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.tasks import Task
 from addcow_mp.engine.worker import WorkerContext
 from addcow_mp.format.bits import Run, between, merged, runs
+from addcow_mp.format.header import without_reading_mark
 from addcow_mp.format.leaves import DIGEST, FAN, GROUP, LEAF, ZERO_BLOCK, Group, digest, no_leaves
 from addcow_mp.format.manifest import pack_group
 
@@ -50,6 +51,8 @@ def cow_digests(overlay: Overlay, buffer: memoryview | None = None) -> tuple[str
     for first in range(0, stop, len(buffer)):
         view = buffer[: min(len(buffer), stop - first)]
         _read_mapped(cow, view, first)
+        if first == 0:
+            without_reading_mark(view)
         header.update(view[: max(0, size - first)])
         bitmap.update(view[max(0, size - first) :])
     return header.hexdigest(), bitmap.hexdigest()

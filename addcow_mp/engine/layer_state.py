@@ -20,7 +20,7 @@ from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.layer_digest import cow_digests, file_of
 from addcow_mp.errors import AddcowError, ManifestError
 from addcow_mp.findings import LayerReport, Range, Severity
-from addcow_mp.format.header import ADD_COW, RAW
+from addcow_mp.format.header import ADD_COW, RAW, without_reading_mark
 from addcow_mp.format.leaves import digest
 from addcow_mp.format.manifest import FileState, Head, Manifest, is_rounded_down
 
@@ -171,6 +171,7 @@ def report_damaged_header(cow: File, head: Head, report: LayerReport) -> bool:
     """Whether the header of an overlay that cannot be opened differs from its manifest."""
     found = bytearray(min(head.header_size or 0, cow.length))
     cow.read_into(memoryview(found), 0)
+    without_reading_mark(found)
     if head.header_digest is None or digest(found).hex() == head.header_digest:
         return False
     if found:

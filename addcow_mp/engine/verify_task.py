@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.chain import refuse_lent
 from addcow_mp.device.files import BACKING, COW, IMAGE, new_buffer
 from addcow_mp.device.headers import Names, errors_naming, load_header, load_names, open_claimed
 from addcow_mp.device.layer import Layer
@@ -37,7 +38,7 @@ from addcow_mp.engine.leaf_compare import LeafComparison, Sample
 from addcow_mp.engine.tasks import Task
 from addcow_mp.engine.throttle import STEPS_PER_SECOND
 from addcow_mp.engine.worker import WorkerContext
-from addcow_mp.errors import AddcowError, StoppedError
+from addcow_mp.errors import AddcowError, LentError, StoppedError
 from addcow_mp.findings import LayerReport, Severity
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.leaves import FAN, GROUP, LEAF
@@ -168,12 +169,16 @@ class _PartVerification:
         try:
             with ExitStack() as opened:
                 left = tuple(self._verified(*self._open(opened)))
+        except LentError as error:
+            self._add("lent", Severity.NOTE, error)
         except AddcowError as error:
             if not self._has_damaged_header():
-                path = self._target.path
-                message = str(error).removeprefix(f"{path}: ")
-                self._report.add("unexamined", Severity.UNVERIFIED, path, message)
+                self._add("unexamined", Severity.UNVERIFIED, error)
         return Verified(self._part, self._report, left)
+
+    def _add(self, name: str, severity: Severity, error: AddcowError) -> None:
+        path = self._target.path
+        self._report.add(name, severity, path, str(error).removeprefix(f"{path}: "))
 
     def _open(self, opened: ExitStack) -> tuple[Layer, Names | None]:
         """The layer without its backing file, and the names in an overlay."""
@@ -187,6 +192,7 @@ class _PartVerification:
             return RawLayer(file), None
         access = work.access_beside(file.base) if named else access
         header = load_header(file)
+        refuse_lent(file, header, changes=False)
         names = load_names(file, header)
         with errors_naming(file, names.image, "image file") as path:
             image = open_claimed(access, path, READING, IMAGE, named=False)

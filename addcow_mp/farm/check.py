@@ -20,10 +20,11 @@ from addcow_mp.device.discovery import Identity, Named, examined, is_gone, named
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
+from addcow_mp.errors import LentError
 from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import Found, files_of, without_backups
 from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
-from addcow_mp.findings import Finding, Severity, worst
+from addcow_mp.findings import CheckReport, Finding, Severity, worst
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 
@@ -40,11 +41,17 @@ class Checked(NamedTuple):
     path: str
     named: Named | None
     findings: tuple[Finding, ...] = ()
+    is_lent: bool = False
 
     @property
     def exit_code(self) -> int:
         """The exit status of a check of this image alone."""
         return worst(one.severity.exit_code for one in self.findings)
+
+    @property
+    def is_clean_and_lent(self) -> bool:
+        """Whether nothing is wrong as far as that can be seen while QEMU uses the image."""
+        return self.is_lent and self.exit_code == 0
 
 
 @dataclass
@@ -79,8 +86,13 @@ class FarmReport:
         return found or int(not self.images and bool(self.found.named))
 
     def count(self, status: int) -> int:
-        """The number of images and places with this exit status."""
-        return sum(1 for one in self.all if one.exit_code == status)
+        """The number of images and places with this exit status, without clean lent images."""
+        return sum(one.exit_code == status and not one.is_clean_and_lent for one in self.all)
+
+    @property
+    def lent(self) -> int:
+        """The number of images that are lent to QEMU and have no findings."""
+        return sum(one.is_clean_and_lent for one in self.all)
 
 
 class _Checks:
@@ -116,12 +128,19 @@ def full_check(path: str, access: Access) -> Checked | None:
     if os.path.islink(path) and examined(path) is None:
         return None
     try:
-        report = check(path, access)
+        report = _check(path, access)
     except OSError as error:
         return _unexamined(path, str(error))
     if not report.is_addcow or is_gone(path):
         return None
-    return Checked(path, named_by(path), tuple(report.findings))
+    return Checked(path, named_by(path), tuple(report.findings), report.is_lent)
+
+
+def _check(path: str, access: Access) -> CheckReport:
+    try:
+        return check(path, access)
+    except LentError:  # what QEMU uses is always checked as far as that is possible
+        return check(path, access._replace(share=False))
 
 
 def _unexamined(path: str, reason: str, name: str = "file") -> Checked:

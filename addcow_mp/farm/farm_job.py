@@ -142,7 +142,7 @@ class _Run:
         for number, step in enumerate(self._plan.steps):
             if step.state is not State.READY:
                 self._record(number, ImageResult.planned(step))
-                if step.state is State.REFUSED:
+                if step.state in (State.REFUSED, State.LENT):
                     scheduler.fail()
         self._show()
 

@@ -17,7 +17,7 @@ from addcow_mp.device.discovery import Named
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
-from addcow_mp.errors import AddcowError, ImageError, StoppedError
+from addcow_mp.errors import AddcowError, ImageError, LentError, StoppedError
 from addcow_mp.farm.places import Found, files_of, overlays_of
 from addcow_mp.jobs.manifest import Made, create
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
@@ -35,6 +35,11 @@ class ImageManifests:
     path: str
     made: tuple[Made, ...] = ()
     problem: AddcowError | None = None
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether QEMU uses the image, so that it gets no manifest."""
+        return isinstance(self.problem, LentError)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from addcow_mp.engine.scan import ScanHooks, ScanOptions, scan
 from addcow_mp.engine.space import SpaceNeeded
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
-from addcow_mp.errors import AddcowError, DependantsError, FileError, SpaceError
+from addcow_mp.errors import AddcowError, DependantsError, FileError, LentError, SpaceError
 from addcow_mp.farm.dependency_index import DependencyIndex
 from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.image_job import ImageJob, JobSpec, Operation
@@ -47,10 +47,16 @@ class State(StrEnum):
     READY = "ready"
     IDLE = "nothing-to-do"
     REFUSED = "refused"
+    LENT = "lent"
     DONE = "done"
     FAILED = "failed"
     STOPPED = "stopped"
     LEFT = "not-begun"
+
+
+def refused_state(problem: AddcowError) -> State:
+    """The state of an image that is not worked on because of ``problem``."""
+    return State.LENT if isinstance(problem, LentError) else State.REFUSED
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,9 @@ class Step:
 
     @property
     def state(self) -> State:
-        """READY, IDLE or REFUSED."""
+        """READY, IDLE, REFUSED, or LENT where QEMU uses the image."""
         if self.problem is not None:
-            return State.REFUSED
+            return refused_state(self.problem)
         return State.IDLE if self.estimate is None else State.READY
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from addcow_mp.errors import AddcowError
-from addcow_mp.farm.plan import Plan, State, Step
+from addcow_mp.farm.plan import Plan, State, Step, refused_state
 from addcow_mp.jobs.report import Outcome, Report
 
 
@@ -33,7 +33,7 @@ class ImageResult:
         if report is None:  # its process died
             return cls(step, State.FAILED, outcome)
         if report.outcome is Outcome.REFUSED:
-            return cls(step, State.REFUSED, outcome)
+            return cls(step, refused_state(outcome), outcome)
         is_stopped = report.outcome in (Outcome.STOPPED, Outcome.NOT_READ_BACK)
         return cls(step, State.STOPPED if is_stopped else State.FAILED, outcome, report)
 
@@ -44,8 +44,8 @@ class ImageResult:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the image was refused or has failed."""
-        return self.state in (State.REFUSED, State.FAILED)
+        """Whether the image was refused, is lent, or has failed."""
+        return self.state in (State.REFUSED, State.LENT, State.FAILED)
 
     @property
     def lacks_verifying(self) -> bool:
@@ -87,4 +87,5 @@ class FarmResult:
             return 1
         if self.is_carried_out:
             return int(any(image.has_failed for image in self.images))
-        return int(self.count(State.REFUSED) > 0 and not self.count(State.READY))
+        refused = self.count(State.REFUSED) + self.count(State.LENT)
+        return int(refused > 0 and not self.count(State.READY))

@@ -47,6 +47,19 @@ _LAYOUT = struct.Struct("<4sIIIIIQQI16s16s")
 FIXED_SIZE = _LAYOUT.size
 
 
+_FEATURES = slice(24, 32)
+
+
+def without_reading_mark(region: bytearray | memoryview) -> None:
+    """Clear the field ``features`` in a header region if it says *lent for reading*.
+
+    So the region's digest stays the same while the overlay is lent for reading.
+    """
+    features = int.from_bytes(region[_FEATURES], "little")
+    if features & LENT_FOR_READING and not features & LENT:
+        region[_FEATURES] = bytes(8)
+
+
 def header_size(cluster_size: int) -> int:
     """The only length of the header region that the reference implementation accepts."""
     return max(MIN_HEADER_SIZE, cluster_size)

@@ -29,6 +29,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -271,6 +272,16 @@ def read_header(read: Read, length: int) -> Header:
         raise Qcow2Error(problem)
     head = read(0, 1 << fixed.cluster_bits)
     return _with_extensions(fixed, head)
+
+
+def damaged_mark(raw: bytes) -> Mark | None:
+    """The mark in the first bytes of a twin whose header cannot be read; None when it has none."""
+    start = HEADER_LENGTH + _EXTENSION.size
+    if raw[HEADER_LENGTH:start] != _EXTENSION.pack(TWIN, _MARK.size):
+        return None
+    with suppress(Qcow2Error, struct.error):
+        return Mark.unpack(raw[start : start + _MARK.size])
+    return None
 
 
 def named_backing(read: Read) -> str | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from bitarray import bitarray
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.chain import refuse_lent
 from addcow_mp.device.files import BACKING, BUFFER_SIZE, COW, File
 from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import (
@@ -31,7 +32,7 @@ from addcow_mp.device.headers import (
 from addcow_mp.device.locks import READING
 from addcow_mp.device.magic import contradicts, resembles
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.errors import AddcowError, FormatError, NotAddcowError
+from addcow_mp.errors import AddcowError, FormatError, LentError, NotAddcowError
 from addcow_mp.findings import CheckReport, Finding, Severity
 from addcow_mp.format.header import (
     ADD_COW,
@@ -48,7 +49,11 @@ from addcow_mp.units import human_size
 
 
 def check(path: str, access: Access | None = None) -> CheckReport:
-    """Run every check on the overlay at ``path``. A damaged overlay raises no error."""
+    """Run every check on the overlay at ``path``. A damaged overlay raises no error.
+
+    Raises :class:`LentError` for an overlay that is lent where ``access`` shares it with a writer:
+    QEMU's twin, and not the bitmap, says what is allocated.
+    """
     report = CheckReport(path)
     with contextlib.ExitStack() as opened:
         run = _Check(path, report, opened, access or Access())
@@ -97,7 +102,7 @@ class _Check:
         """Run one check; an error becomes a check-error."""
         try:
             examine()
-        except NotAddcowError:
+        except (NotAddcowError, LentError):
             raise
         except AddcowError as error:
             self.note(name, Severity.CHECK_ERROR, str(error))
@@ -129,6 +134,8 @@ class _Check:
         except FormatError as error:
             self.corrupt("header", error.fields["problem"])
             return
+        if self.header.lent and self.access.share:
+            refuse_lent(self.cow, self.header, changes=False)
         # A guest may be writing the image file of an overlay that is lent.
         self.access = self.access._replace(share=self.access.share or self.header.lent)
         self.broken = list(violations(self.header))

@@ -112,6 +112,18 @@ def _head_of(layer: Layer, below: list[Manifest]) -> Head:
     return head
 
 
+def _lasting(head: Head) -> Head:
+    """What a manifest must agree in with the layer.
+
+    The times of an ``.add-cow`` file do not count: header and bitmap have digests, and a layer that
+    was lent for reading is the same layer afterwards.
+    """
+    files = dict(head.files)
+    if "cow" in files:
+        files["cow"] = files["cow"]._replace(mtime_ns=0, ctime_ns=0)
+    return replace(head, guest_digest="", groups=0, files=files)
+
+
 class _Making:
     """Makes the manifest of one ``layer``; ``below`` are those of the layers below it."""
 
@@ -174,7 +186,7 @@ class _Making:
                 problem = "it exists and is no manifest; move it away"
                 raise ImageError(path=self._path, problem=problem)
             manifest = Manifest.load(self._path)
-        if replace(manifest.head, guest_digest="", groups=0) != self._head:
+        if _lasting(manifest.head) != _lasting(self._head):
             layer, size = self._layer, manifest.head.virtual_size
             is_stale = isinstance(layer, RawLayer) and is_rounded_down(size, layer.held)
             stale = f"it was made without the last, partial sector of {layer.path}"

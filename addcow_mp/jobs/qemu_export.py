@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute, set_attribute
 from addcow_mp.device.chain import Use, Uses, open_chain
 from addcow_mp.device.copying import Copier, CopyMethod, CopyOptions
 from addcow_mp.device.extent import ExtentKind
@@ -37,7 +38,6 @@ from addcow_mp.device.headers import Names, load_names
 from addcow_mp.device.locks import READING, RESIZING, narrow
 from addcow_mp.device.manifest_file import invalidate_all
 from addcow_mp.device.overlay import Overlay, refuse_short
-from addcow_mp.device.synchronous import is_synchronous, set_synchronous
 from addcow_mp.device.twin import (
     Identity,
     Twin,
@@ -205,9 +205,9 @@ def _protection(overlay: Overlay, *, relaxed: bool) -> Protection:
         return Protection.NOT_NEEDED
     if all(can_share(image, file) for file in below):
         return Protection.CLONED
-    before = is_synchronous(image)
-    if set_synchronous(image, True):
-        set_synchronous(image, before)
+    before = has_attribute(image.fd, SYNCHRONOUS)
+    if set_attribute(image.fd, SYNCHRONOUS, True):
+        set_attribute(image.fd, SYNCHRONOUS, before)
         return Protection.SYNCHRONOUS
     raise ImageError(
         path=image.path,
@@ -249,7 +249,7 @@ def _prepare_image(overlay: Overlay, result: Exported) -> None:
     else:
         punch_unallocated(overlay)
     if result.protection is Protection.SYNCHRONOUS:
-        set_synchronous(image, True)
+        set_attribute(image.fd, SYNCHRONOUS, True)
     with image.doing("make it durable"):
         os.fsync(image.fd)
     overlay.cow.sync()
@@ -293,7 +293,6 @@ def _lend_for_reading(layer: Overlay) -> None:
         remove_leftover(lending.twin)
     elif os.path.lexists(target):
         raise ImageError(path=target, problem="it exists, and the layer needs a twin; move it")
-    invalidate_all(layer, durable=layer.cow.durable)
     header = _twin_header(layer, Kind.PLAIN, lent_id, absolute=False)
     make_twin(target, header, lambda: _runs(layer), like=layer.image.file, mode=READ_ONLY_MODE)
     layer.write_header(layer.header.with_lent(LENT_FOR_READING, lent_id))

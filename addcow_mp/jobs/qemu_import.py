@@ -24,14 +24,13 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute, set_attribute
 from addcow_mp.device.chain import LENDING, Use, open_chain
 from addcow_mp.device.discovery import overlays_near
 from addcow_mp.device.files import BUFFER_SIZE, File, identity_at, new_buffer
 from addcow_mp.device.locks import READING, RESIZING
-from addcow_mp.device.manifest_file import invalidate_all
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.synchronous import is_synchronous, set_synchronous
-from addcow_mp.device.twin import Identity, Twin, other_data_file
+from addcow_mp.device.twin import Identity, Twin, damaged_twin, other_data_file
 from addcow_mp.errors import AddcowError, ImageError, LentError, LockedError, SpaceError, UsageError
 from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
 from addcow_mp.format.bits import BITS_PER_BYTE, Run, merged
@@ -134,6 +133,9 @@ def _opened(lending: Lending, access: Access) -> Iterator[Twin | None]:
 def _abandon(overlay: Overlay, options: ImportOptions, report: Report) -> None:
     """Go on without a twin, if the user gives up what QEMU has written."""
     if not options.abandon:
+        damaged = damaged_twin(os.path.dirname(overlay.cow.base), overlay.header.lent_id or 0)
+        if damaged is not None:
+            raise ImageError(path=damaged[0], problem=damaged[1])
         raise ImageError(
             path=overlay.path,
             problem="it is lent to QEMU, and the qcow2 file that it is used through is not beside "
@@ -379,8 +381,8 @@ def _finish(overlay: Overlay, twin: Twin | None, report: Report) -> None:
         twin.remove()
     if not overlay.all_allocated:
         punch_unallocated(overlay)
-    if is_synchronous(overlay.image.file):
-        set_synchronous(overlay.image.file, False)
+    if has_attribute(overlay.image.file.fd, SYNCHRONOUS):
+        set_attribute(overlay.image.file.fd, SYNCHRONOUS, False)
     report.outcome = Outcome.DONE
 
 
@@ -431,7 +433,6 @@ def _finish_layer(layer: Overlay, lending: Lending, access: Access, report: Repo
     if reason is not None:
         raise LentError(path=layer.path, holder=f"QEMU for reading: {reason}")
     report.begin_changes()
-    invalidate_all(layer, durable=layer.cow.durable)
     if lending.twin is not None:
         _make_writable(lending.twin)
         twin = Twin.open(access.beside(lending.twin), lending.twin, RESIZING)

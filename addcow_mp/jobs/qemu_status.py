@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute
 from addcow_mp.device.chain import open_chain
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.synchronous import is_synchronous
 from addcow_mp.device.twin import other_data_file, user_of
 from addcow_mp.format.qcow2 import Kind
 from addcow_mp.jobs.lending import Lending, State, lending_of
@@ -59,7 +59,7 @@ def status(path: str, access: Access | None = None) -> LendingStatus:
             lending.twin,
             overlay.header.lent_id,
             kind,
-            is_synchronous(image),
+            has_attribute(image.fd, SYNCHRONOUS),
             _is_streamed(overlay, lending),
             holder,
             None if lending.header is None else other_data_file(lending.header, image),

@@ -48,6 +48,7 @@ def _summary(report: FarmReport) -> dict[str, int]:
     return {
         "images": len(report.images),
         "clean": report.count(0),
+        **({"lent": report.lent} if report.lent else {}),
         "corrupt": report.count(2),
         "leaking": report.count(3),
         "unexamined": report.count(1),

@@ -58,10 +58,12 @@ def _image(one: ImageManifests) -> dict[str, object]:
 
 
 def _summary(found: FarmManifests) -> dict[str, int]:
+    lent = sum(one.is_lent for one in found.images)
     return {
         "images": len(found.images),
         "written": sum(made.written for one in found.images for made in one.made),
-        "failed": sum(one.problem is not None for one in found.images),
+        "failed": sum(one.problem is not None and not one.is_lent for one in found.images),
+        **({"lent": lent} if lent else {}),
         "not-examined": len(found.places.unexamined),
     }
 
