@@ -567,7 +567,7 @@ field_changes = st.one_of(
 def scenes(draw: st.DrawFn) -> Scene:
     """A chain with some damage."""
     layers = draw(chains())
-    twin = [draw(twins(layers[0]))] if draw(st.integers(0, 3)) == 0 else []
+    twin = [draw(twins(layers[0]))] if draw(st.integers(0, 3)) == 3 else []
     for name, value in draw(st.lists(field_changes, max_size=3)):
         draw(st.sampled_from(layers)).changes[name] = value
     base = Entry("base.img", length=draw(st.integers(0, 14)) * 4 * KiB)
