@@ -28,7 +28,7 @@ from support.command import addcow, succeed, tool
 from support.file_systems import made_disk
 from support.lending import seen_by_qemu
 from support.model import Files, KiB, MiB, build, overlay, view
-from support.powercut import Adversary, Disk, make_durable
+from support.powercut import Adversary, Disk, make_durable, sync
 from support.qemu_io import QemuIo, interruptible
 from support.sectors import DISCARD, Sectors, random_request
 from support.serving import URI, served
@@ -127,15 +127,6 @@ def write(guest: QemuIo, sectors: Sectors, rng: random.Random, count: int) -> No
         request = random_request(rng, len(sectors), VERBS)
         sectors.ask(request)
         guest.run(request.line())
-
-
-def sync(path: str) -> None:
-    """Let a file reach the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def view_after_import(lent: Lent, place: Path) -> bytes:

@@ -425,6 +425,29 @@ def test_overlay_and_twin_can_never_both_be_written(tmp_path: Path, way: str, ev
     assert twins(tmp_path) == {"top.qcow2": False}, "a disabled twin"
 
 
+@pytest.mark.long
+def test_leftover_twin_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
+    here = tmp_path / "images"
+    here.mkdir()
+    content = chain(here)
+    rules = Rules.write(tmp_path / "rules", rule("header_write", "kill", after=1))
+    assert _run_with(rules, "qemu", "export", "top.add-cow", cwd=here) != 0
+    assert twins(here)["top.qcow2"] is False
+    rules = Rules.write(tmp_path / "rules", rule("twin_unlink"))
+    done = subprocess.run(
+        [*ADDCOW, "qemu", "export", "top.add-cow"],
+        cwd=here,
+        env={**os.environ, VARIABLE: str(rules.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "top.qcow2" in done.stderr
+    assert "remove it" in done.stderr
+    _assert_import_finishes(here, content)
+
+
 def _assert_import_finishes(here: Path, content: bytes) -> None:
     enabled, lent = twins(here).get("top.qcow2", False), features(here / "top.add-cow")
     assert not enabled or lent & LENT, "QEMU and addcow could both write"

@@ -285,8 +285,11 @@ class File:
         if self.durable:
             syscalls.start_writing(self.fd, start, stop)
 
-    def sync(self) -> None:
-        """Make the file's data durable. Raises :class:`SyncError`, and then at every call."""
+    def sync(self, *, attributes: bool = False) -> None:
+        """Make the file's data durable. Raises :class:`SyncError`, and then at every call.
+
+        With ``attributes``: mode and flags as well.
+        """
         if not self.durable:
             return
         try:
@@ -294,7 +297,7 @@ class File:
                 raise self._sync_error
             if faults.armed:
                 faults.hit("bitmap_sync" if self.role == COW else "data_sync")
-            os.fdatasync(self.fd)
+            (os.fsync if attributes else os.fdatasync)(self.fd)
         except OSError as error:
             self._sync_error = error
             # The cache still shows data that the disk does not have: drop it.

@@ -27,7 +27,7 @@ from addcow_mp.device.files import TWIN, File, identity_at, it_exists, sync_dire
 from addcow_mp.device.headers import open_claimed
 from addcow_mp.device.locks import RESIZING, Claim, holder_of_conflict
 from addcow_mp.device.syscalls import birth_time
-from addcow_mp.errors import ImageError, LentError
+from addcow_mp.errors import FileError, ImageError, LentError
 from addcow_mp.format.bits import Run
 from addcow_mp.format.header import Header as CowHeader
 from addcow_mp.format.names import path_has_protocol
@@ -116,15 +116,22 @@ class Twin:
 
     def remove(self) -> None:
         """Remove the file's name, durably."""
-        with self.file.doing("remove it"):
-            if faults.armed:
-                faults.hit("twin_unlink")
-            os.unlink(self.path)
-        sync_directory(self.path)
+        remove_twin(self.path)
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def remove_twin(path: str) -> None:
+    """Remove the name of the twin at ``path``, durably. Raises :class:`FileError`."""
+    try:
+        if faults.armed:
+            faults.hit("twin_unlink")
+        os.unlink(path)
+    except OSError as error:
+        raise FileError.of(path, "remove it", error) from error
+    sync_directory(path)
 
 
 def _reader(file: File) -> Read:
@@ -286,8 +293,7 @@ def make_twin(
             mark = mark._replace(twin_inode=own.inode, twin_birth=own.birth)
         _write(file, Image(header._replace(mark=mark), runs))
         _make_like(file, like, mode)
-        with file.doing("make it durable"):
-            os.fsync(file.fd)
+        file.sync(attributes=True)
         _link(file)
     finally:
         file.close()

@@ -31,7 +31,6 @@ from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute, set_attribut
 from addcow_mp.device.chain import Use, Uses, open_chain
 from addcow_mp.device.copying import Copier, CopyMethod, CopyOptions
 from addcow_mp.device.extent import ExtentKind
-from addcow_mp.device.files import sync_directory
 from addcow_mp.device.filesystem import can_share
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.headers import Names, load_names
@@ -45,6 +44,7 @@ from addcow_mp.device.twin import (
     default_twin,
     lent_error,
     make_twin,
+    remove_twin,
     twin_of,
 )
 from addcow_mp.errors import ImageError
@@ -232,8 +232,7 @@ def _refuse_size(overlay: Overlay, kind: Kind) -> None:
 
 def remove_leftover(twin: str) -> None:
     """Remove the disabled twin that an interrupted command has left."""
-    os.unlink(twin)
-    sync_directory(twin)
+    remove_twin(twin)
 
 
 def _prepare_image(overlay: Overlay, result: Exported) -> None:
@@ -250,8 +249,7 @@ def _prepare_image(overlay: Overlay, result: Exported) -> None:
         punch_unallocated(overlay)
     if result.protection is Protection.SYNCHRONOUS:
         set_attribute(image.fd, SYNCHRONOUS, True)
-    with image.doing("make it durable"):
-        os.fsync(image.fd)
+    image.sync(attributes=True)
     overlay.cow.sync()
 
 

@@ -55,6 +55,8 @@ class Promise:
     job: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
     has_jobs: ClassVar[bool] = True
+    #: Whether a bigger image has more events.
+    grows: ClassVar[bool] = True
     copy_options: tuple[str, ...] = ()
     stdin = ""
     stdout = ""
@@ -77,6 +79,10 @@ class Promise:
         """Return the command line behind `addcow`."""
         how = [*self.copy_options, "--jobs", str(jobs)] if self.has_jobs else []
         return [self.job, *self.options, *how, self.files.link or self.files.path]
+
+    def synced_by_others(self) -> list[str]:
+        """Return files that another process may sync during the job."""
+        return self.files.everything
 
     def part_changed(self) -> float:
         """Return how far the bitmap has got from where it was to where it will be."""
