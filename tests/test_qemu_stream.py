@@ -361,7 +361,9 @@ def test_failed_copy_is_told_in_qemus_words_and_continues(here: Path) -> None:
 # Which node it is
 
 
-def test_twin_is_found_by_its_files_and_not_by_its_name(here: Path) -> None:
+def test_twin_is_found_by_its_files_and_not_by_its_name(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large(here)
     lend()
     tool("qemu-img", "create", "-q", "-f", "qcow2", "other.qcow2", "1M", cwd=here)
@@ -371,10 +373,22 @@ def test_twin_is_found_by_its_files_and_not_by_its_name(here: Path) -> None:
         {**limited, "file": _file("top.raw")},
         {"node-name": "vda", "driver": "qcow2", "file": _file("top.qcow2"), "data-file": "data"},
     ]
-    group = "throttle-group,id=limits"
-    with storage_daemon(here, *nodes, objects=(group,)):
-        assert stream("--output", "json").json["node"] == "vda"
+    (here / "elsewhere").mkdir()
+    with storage_daemon(here, *nodes, objects=("throttle-group,id=limits",)):
+        monkeypatch.chdir(here / "elsewhere")  # names in QEMU are relative to its directory
+        words = ("qemu", "stream", "--output", "json", "--qmp", "../q", "../top.add-cow")
+        assert succeed(*words).json["node"] == "vda"
+    monkeypatch.chdir(here)
     comes_back_whole(here, large_view())
+
+
+def test_disk_that_qemu_got_by_its_file_name_is_streamed(here: Path) -> None:
+    need("qemu-system-x86_64")
+    content = large(here)
+    lend("--absolute-data-file")
+    with virtual_machine(here, "-drive", "file=top.qcow2,if=virtio"):
+        stream()
+    comes_back_whole(here, content)
 
 
 def _file(name: str) -> dict[str, str]:
@@ -457,14 +471,17 @@ def test_socket_without_a_monitor_costs_one_line(here: Path) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for a monitor for a shorter time than usual."""
     monkeypatch.setattr(qemu_monitor, "GREETING", 0.3)
+    monkeypatch.setattr(qemu_monitor, "ANSWER", 0.3)
 
+
+_GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\n'
 
 GREETINGS = {
     "another protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
     "the end": b"",
     "half a line": b'{"QMP"',
     "other JSON": b'{"hello": 1}\n',
-    "no answers": b'{"QMP": {"version": {}, "capabilities": []}}\n',
+    "no answers": _GREETING,
 }
 
 
@@ -474,6 +491,39 @@ def test_server_that_is_no_monitor_costs_one_line(here: Path, impatient: None, k
     lend()
     with answering(here, GREETINGS[kind]):
         assert "no QMP monitor" in not_streamed()
+
+
+_WELCOME = b'{"return": {}}\n'
+_REFUSAL = b'{"error": {"class": "GenericError", "desc": "not now"}, "id": "__qmp#00000"}\n'
+
+FAILURES = {
+    "has not answered 'query-version'": (_WELCOME,),
+    "no QMP monitor": (_WELCOME + b"nonsense\n",),
+    "QEMU has ended": (_WELCOME, b"nonsense\n"),
+    "QEMU refuses: not now": (_WELCOME, _REFUSAL),
+}
+
+
+@pytest.mark.parametrize("words", FAILURES)
+def test_monitor_that_fails_later_costs_one_line(here: Path, impatient: None, words: str) -> None:
+    large(here)
+    lend()
+    with answering(here, _GREETING, *FAILURES[words]):
+        assert words in not_streamed()
+
+
+def test_stop_while_qemu_is_silent_ends_the_command(here: Path) -> None:
+    large(here)
+    lend()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("q")
+        server.listen()
+        with running("qemu", "stream", "--qmp", "q", "top.add-cow", cwd=here) as job:
+            client, _ = server.accept()
+            with client:
+                job.signal(signal.SIGINT)
+                ended = job.end()
+    assert (ended.status, ended.stderr) == (130, "addcow: interrupted\n")
 
 
 def test_monitor_with_another_client_costs_one_line(here: Path, impatient: None) -> None:
@@ -488,8 +538,8 @@ def test_monitor_with_another_client_costs_one_line(here: Path, impatient: None)
 
 
 @contextmanager
-def answering(here: Path, greeting: bytes) -> Iterator[None]:
-    """Answer one client with some bytes; after none, hang up."""
+def answering(here: Path, greeting: bytes, *answers: bytes) -> Iterator[None]:
+    """Send one client some bytes, and some more for each of its requests; after none, hang up."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(here / "q"))
         server.listen()
@@ -498,13 +548,16 @@ def answering(here: Path, greeting: bytes) -> Iterator[None]:
             client, _ = server.accept()
             with client:
                 client.sendall(greeting)
+                for answer in answers:
+                    client.recv(4096)
+                    client.sendall(answer)
                 while greeting and client.recv(4096):
                     pass
 
         thread = Thread(target=serve, daemon=True)
         thread.start()
         yield
-        thread.join()
+        thread.join(PATIENCE)
 
 
 def test_missing_package_is_named(here: Path) -> None:

@@ -112,7 +112,8 @@ class Monitor:
         """Begin the session. Raises :class:`ImageError`."""
         try:
             self._run(self._client.connect(connection), GREETING)
-        except (self._qmp.QMPError, TimeoutError) as error:
+        # The package asserts that the connection does not end just after the greeting.
+        except (self._qmp.QMPError, AssertionError, TimeoutError) as error:
             problem = "it is no QMP monitor of QEMU; give the socket of its option -qmp"
             raise ImageError(path=self._path, problem=problem) from error
 

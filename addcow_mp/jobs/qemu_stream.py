@@ -152,11 +152,11 @@ def _running(monitor: Monitor, job: str) -> dict[str, Any] | None:
 def _finish(monitor: Monitor, lent: _Lent, hooks: Hooks) -> None:
     """Wait for the end of the job. Raises when it ends before all is allocated."""
     problem, is_stopped = _follow(monitor, lent.job, hooks)
-    if not twin_node(monitor, lent.wanted).has_backing:
-        return
     if problem is not None:
         problem = f"QEMU cannot copy all of it: {problem}; the same command continues"
         raise ImageError(path=lent.path, problem=problem)
+    if not twin_node(monitor, lent.wanted).has_backing:
+        return
     if is_stopped:
         raise StoppedError(path=lent.path)
     problem = "another program has cancelled the job in QEMU; the same command continues"

@@ -40,10 +40,10 @@ class Qemu:
         self._socket.settimeout(PATIENCE)
         until(lambda: self._socket.connect_ex(str(path)) == 0, "the monitor to listen")
         self._lines = self._socket.makefile("r")
-        self._lines.readline()
-        self.execute("qmp_capabilities")
 
     def __enter__(self) -> Qemu:
+        self._lines.readline()
+        self.execute("qmp_capabilities")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,8 +98,7 @@ def running(here: Path, *words: str) -> Iterator[Qemu]:
             ready = here / "own"
             until(lambda: ready.exists() or process.poll() is not None, "the monitor")
             assert process.poll() is None, process.communicate()[1]
-            qemu = Qemu(process, ready)
-            with qemu:
+            with Qemu(process, ready) as qemu:
                 yield qemu
                 qemu.quit()
         finally:
