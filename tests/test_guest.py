@@ -172,7 +172,7 @@ def test_guest_that_was_paused_cannot_write_again_after_import(tmp_path: Path) -
         qemu.execute("stop")
         _assert_import_names(machine.process.pid, cwd=tmp_path)
         # Where it has migrated to somewhere else, QEMU lets go of the files but for one lock.
-        _migrate_away(qemu)
+        _migrate_away(qemu, "exec:cat >/dev/null")
         _assert_import_names(machine.process.pid, cwd=tmp_path)
         succeed(*["qemu", "import", "--locking", "off", "--force", "top.add-cow"], cwd=tmp_path)
         before = _files(tmp_path)
@@ -200,9 +200,9 @@ def _files(here: Path) -> dict[str, bytes]:
     return {one.name: one.read_bytes() for one in here.glob("top.*")}
 
 
-def _migrate_away(qemu: Qemu) -> None:
-    """Migrate a paused guest to nowhere: its machine stays behind without its disk."""
-    qemu.execute("migrate", uri="exec:cat >/dev/null")
+def _migrate_away(qemu: Qemu, target: str) -> None:
+    """Migrate a paused guest: its machine stays behind without its disk."""
+    qemu.execute("migrate", uri=target)
     until(lambda: qemu.execute("query-migrate")["status"] == "completed", "the migration to end")
 
 
@@ -233,6 +233,30 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
     work = tmp_path_factory.mktemp("machine")
     with running(work, disk_of("top.add-cow", cwd=here), "", "-S") as (machine, _):
         yield here, machine.process.pid
+
+
+@pytest.mark.long
+def test_machine_that_waits_for_a_migration_cannot_write_after_import(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "golden.img", "ABCD")
+    _lend(tmp_path, "top.add-cow")
+    disk = disk_of("top.add-cow", cwd=tmp_path)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    with running(source, disk, "", "-S") as (_, qemu):
+        _migrate_away(qemu, f"exec:cat >{source}/state")
+    with running(target, disk, "", "-incoming", "defer") as (machine, qemu):
+        # It holds no lock until the migration ends.
+        succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+        before = _files(tmp_path)
+        qemu.execute("migrate-incoming", uri=f"exec:cat {source}/state")
+        until(lambda: qemu.execute("query-status")["status"] != "inmigrate", "the migration to end")
+        # QEMU takes the disk out of the machine, which can then go on without it.
+        machine.wait_for("run 'addcow qemu import'")
+        qemu.execute("cont")
+        qemu.execute("human-monitor-command", command_line='qemu-io addcow0 "write 0 64k"')
+        machine.wait_for("No medium found")
+        assert _files(tmp_path) == before
 
 
 CHANGING = (

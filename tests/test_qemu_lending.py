@@ -246,7 +246,7 @@ def test_copy_of_a_twin_with_an_absolute_name_is_a_finding_and_comes_back_only_w
     succeed("check", "top.add-cow", cwd=copy)
 
 
-def test_twin_whose_data_file_is_another_than_the_image_file_comes_back_only_when_adopted(
+def test_twin_whose_data_file_is_another_is_taken_back_only_when_adopted(
     tmp_path: Path,
 ) -> None:
     chain(tmp_path)

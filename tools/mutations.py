@@ -329,7 +329,10 @@ MUTATIONS = (
         _IMPORT,
         "    if twin is not None and not twin.header.disabled:\n",
         "    if False:\n",
-        _in("qemu_lending", "overlay_and_twin_can_never_both_be_written"),
+        (
+            *_in("qemu_lending", "overlay_and_twin_can_never_both_be_written"),
+            *_in("guest", "machine_that_waits_for_a_migration_cannot_write_after_import"),
+        ),
     ),
     Mutation(
         "lending: layers below can be changed",
@@ -355,7 +358,7 @@ MUTATIONS = (
     Mutation(
         "lending: a copy is taken for the original",
         _IMPORT,
-        "    if copies and not adopt:\n",
+        "    if copies:\n",
         "    if False:\n",
         _in("qemu_lending", "copy_of_a_farm_with_a_lent_overlay_cannot_write_into_the_original"),
     ),
@@ -372,6 +375,20 @@ MUTATIONS = (
         "    if header.lent or (changes and header.lent_for_reading):\n",
         "    if False:\n",
         _in("qemu_lending", "commands_that_change_a_lent_overlay_are_refused"),
+    ),
+    Mutation(
+        "lending: what QEMU wrote into another data file is given up",
+        _IMPORT,
+        "            _refuse_other_data_file(overlay, lending)\n",
+        "",
+        _in("qemu_lending", "twin_whose_data_file_is_another_is_taken_back_only_when_adopted"),
+    ),
+    Mutation(
+        "lending: a refusal does not name the program that has the twin open",
+        "addcow_mp/device/twin.py",
+        "    user = None if twin is None else user_of(twin)\n",
+        "    user = None\n",
+        _in("guest", "command_that_would_change_what_a_machine_uses_is_refused_and_names_it"),
     ),
     # Manifests
     Mutation(
