@@ -200,20 +200,23 @@ def test_random_overlays_are_streamed_under_a_writer(
 
 
 def test_busy_writer_loses_nothing_while_all_is_copied(here: Path, rng: random.Random) -> None:
-    content = bytearray(large(here))
-    with storage_daemon(here, lend(), export="addcow0") as qemu:
-        words = [*ADDCOW, "qemu", "stream", "-r", "8M", "-q", "--qmp", "q", "top.add-cow"]
-        with subprocess.Popen(words, cwd=here, stdout=subprocess.PIPE, text=True) as process:
-            qemu.until_copied()
-            writes = 0
-            while process.poll() is None:
-                session = [one for _ in range(8) for one in random_session(rng, content)]
-                write_over_nbd(here, "length", *session)
-                writes += len(session)
-            assert process.communicate()[0] == ""
-        assert writes, "nothing was written meanwhile"
+    content = bytearray(large_view())
+    with slow(here, export="addcow0") as (qemu, process):
+        job = qemu.jobs()[0]["device"]
+        for _ in range(3):
+            write_session(here, rng, content)
+        assert qemu.jobs()[0]["device"] == job, "it was not copied meanwhile"
+        qemu.execute("block-job-set-speed", device=job, speed=0)
+        while process.poll() is None:
+            write_session(here, rng, content)
         assert process.returncode == 0
     comes_back_whole(here, bytes(content))
+
+
+def write_session(here: Path, rng: random.Random, content: bytearray) -> None:
+    """Write at random over NBD."""
+    commands = [one for _ in range(8) for one in random_session(rng, content)]
+    write_over_nbd(here, "length", *commands)
 
 
 def test_progress_and_result_are_json(here: Path) -> None:
@@ -467,11 +470,8 @@ def test_socket_without_a_monitor_costs_one_line(here: Path) -> None:
     refused("qemu", "stream", "top.add-cow", status=64)
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for a monitor for a shorter time than usual."""
-    monkeypatch.setattr(qemu_monitor, "GREETING", 0.3)
-    monkeypatch.setattr(qemu_monitor, "ANSWER", 0.3)
+#: Seconds that a test waits for a server that stays silent.
+IMPATIENT = 1.0
 
 
 _GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\n'
@@ -486,9 +486,13 @@ GREETINGS = {
 
 
 @pytest.mark.parametrize("kind", GREETINGS)
-def test_server_that_is_no_monitor_costs_one_line(here: Path, impatient: None, kind: str) -> None:
+def test_server_that_is_no_monitor_costs_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     large(here)
     lend()
+    if kind in ("half a line", "no answers"):
+        monkeypatch.setattr(qemu_monitor, "GREETING", IMPATIENT)
     with answering(here, GREETINGS[kind]):
         assert "no QMP monitor" in not_streamed()
 
@@ -505,9 +509,13 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("words", FAILURES)
-def test_monitor_that_fails_later_costs_one_line(here: Path, impatient: None, words: str) -> None:
+def test_monitor_that_fails_later_costs_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
     large(here)
     lend()
+    if "not answered" in words:
+        monkeypatch.setattr(qemu_monitor, "ANSWER", IMPATIENT)
     with answering(here, _GREETING, *FAILURES[words]):
         assert words in not_streamed()
 
@@ -526,7 +534,10 @@ def test_stop_while_qemu_is_silent_ends_the_command(here: Path) -> None:
     assert (ended.status, ended.stderr) == (130, "addcow: interrupted\n")
 
 
-def test_monitor_with_another_client_costs_one_line(here: Path, impatient: None) -> None:
+def test_monitor_with_another_client_costs_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qemu_monitor, "GREETING", IMPATIENT)
     large(here)
     lend()
     with socket.socket(socket.AF_UNIX) as server:
