@@ -425,6 +425,21 @@ def test_overlay_and_twin_can_never_both_be_written(tmp_path: Path, way: str, ev
     assert twins(tmp_path) == {"top.qcow2": False}, "a disabled twin"
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("event", ["twin_write", "header_write", "twin_unlink"])
+def test_layers_below_come_back_when_all_above_is_allocated(tmp_path: Path, event: str) -> None:
+    here = tmp_path / "images"
+    here.mkdir()
+    content = chain(here)
+    succeed("qemu", "export", "top.add-cow", cwd=here)
+    qemu_io("top.add-cow", f"write -P 7 0 {len(content)}", cwd=here)
+    rules = Rules.write(tmp_path / "rules", rule(event, "kill", after=1))
+    assert _run_with(rules, "qemu", "import", "top.add-cow", cwd=here) != 0
+    assert features(here / "top.add-cow") == 0
+    assert "top-base.qcow2" in twins(here)
+    _assert_import_finishes(here, b"\7" * len(content))
+
+
 @pytest.mark.long
 def test_leftover_twin_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
     here = tmp_path / "images"

@@ -8,7 +8,8 @@ to that job: its parent or a worker is killed, it is asked to stop, also at a lo
 makes some step fail, or, for root on a machine with loop devices, the power of its file system is
 cut (`tests/support/powercut.py`). After each accident the promises of the job are checked
 (`tests/support/promises.py`) by an independent reader. In the end the same command runs without any
-accident and must complete.
+accident and must complete. A job may also be one of the two ways of an overlay to QEMU and back
+(`tests/support/lending_promises.py`).
 
 Every other chain is reached through links: a symbolic link in another directory leads to its
 overlay, and one within the chain to the layers below, which lie in a third. Beside each link lie
@@ -41,6 +42,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import oracle
 from support.chains import can_commit, wild_chain
+from support.lending_promises import lending_of
 from support.model import Files, MiB, Overlay, build, contents, view
 from support.powercut import (
     EVENTS,
@@ -59,7 +61,8 @@ from support.victim import PATIENCE, Hang, Victim
 #: Small enough for a case a second, big enough for several tasks and checkpoints.
 LARGEST = 6 * MiB
 
-#: Jobs, and how often they are drawn where the chain allows them; many cannot be committed.
+#: Jobs, and how often they are drawn where the chain allows them; many cannot be committed. An
+#: overlay to import was exported before, and a guest has written it with qemu-io.
 JOBS = {
     "commit": 5,
     "commit -d": 2,
@@ -67,7 +70,12 @@ JOBS = {
     "flatten --discard": 2,
     "io": 3,
     "convert": 1,
+    "export": 2,
+    "import": 2,
 }
+
+#: Those that lend an overlay to QEMU, and take it back.
+LENDING = ("export", "import")
 
 #: The part of the chains that is reached through links.
 LINKED = 0.5
@@ -164,7 +172,7 @@ def interrupt(case: Case) -> Cut:
 
 def stop_slowly(case: Case) -> Cut:
     """SIGINT or SIGTERM to a job with a low rate: it stops soon, and keeps its finished work."""
-    if case.promise.job == "io":
+    if not case.promise.has_jobs:
         return interrupt(case)
     number = case.rng.choice([signal.SIGINT, signal.SIGTERM])
     rate = max(LOWEST_RATE, int(case.size / case.rng.uniform(1, 8)))
@@ -239,7 +247,7 @@ POWER_CUT = "power cut"
 def new_case(rng: random.Random, place: Path, scratch: Path, disk: Disk | None, order: str) -> Case:
     """Make a random chain in ``place`` and draw a job for it."""
     chain = wild_chain(rng, LARGEST)
-    able = [each for each in JOBS if can_commit(chain) or "commit" not in each]
+    able = [each for each in JOBS if _can(each, chain)]
     words = rng.choices(able, [JOBS[each] for each in able])[0]
     files = build(chain, str(place))
     linked = rng.random() < LINKED
@@ -247,13 +255,20 @@ def new_case(rng: random.Random, place: Path, scratch: Path, disk: Disk | None, 
     make_durable(place)
     if oracle.guest_bytes(files.path) != view(chain):
         raise BrokenError("the chain is not what it was meant to be")
-    promise = promise_of(words, files, rng)
+    promise = lending_of(words, files, rng) if words in LENDING else promise_of(words, files, rng)
     order = order or rng.choice(["right", "right:waiting"])
     case = Case(rng, place, scratch, promise, chain.size, disk, order)
     case.strangers = contents(strangers)
     how = ", reached through links" if linked else ""
     case.steps.append(f"{words} {' '.join(promise.copy_options)}: {_described(chain)}{how}")
     return case
+
+
+def _can(words: str, chain: Overlay) -> bool:
+    """Whether a job is possible on this chain, on this machine."""
+    if words in LENDING:
+        return not chain.all_allocated and shutil.which("qemu-io") is not None
+    return can_commit(chain) or "commit" not in words
 
 
 def through_links(files: Files, rng: random.Random) -> tuple[Files, list[str]]:

@@ -28,6 +28,7 @@ from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute, set_attribut
 from addcow_mp.device.chain import LENDING, Use, open_chain
 from addcow_mp.device.discovery import overlays_near
 from addcow_mp.device.files import BUFFER_SIZE, File, identity_at, new_buffer
+from addcow_mp.device.headers import load_names, resolve
 from addcow_mp.device.locks import READING, RESIZING
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.twin import Identity, Twin, damaged_twin, other_data_file
@@ -35,6 +36,7 @@ from addcow_mp.errors import AddcowError, ImageError, LentError, LockedError, Sp
 from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
 from addcow_mp.format.bits import BITS_PER_BYTE, Run, merged
 from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.names import path_combine, path_has_protocol
 from addcow_mp.format.qcow2_read import Extent
 from addcow_mp.format.qcow2_read import State as Entry
@@ -88,11 +90,28 @@ def take_back(
         raise UsageError(message="--abandon gives up what the guest has written; it needs --force")
     with reporting("qemu import", path) as report:
         with open_chain(path, LENDING, access, lent=True) as overlay:
-            layers = [layer.path for layer in layers_below(overlay)]
+            layers = _layers(overlay, access)
             _by_state(overlay, options, access, report)
         for layer in layers:
             _take_layer_back(layer, access, report)
     return report
+
+
+def _layers(overlay: Overlay, access: Access) -> list[str]:
+    """The layers below, from the top down.
+
+    An overlay in which all is allocated is opened without them, and an interrupted command may have
+    left them lent. They may also be gone, or lie where its names must not lead.
+    """
+    names = load_names(overlay.cow, overlay.header)
+    if not overlay.all_allocated or names.backing is None or names.backing_format != ADD_COW:
+        return [layer.path for layer in layers_below(overlay)]
+    confined = access.beside(overlay.cow.real)._replace(files=frozenset())
+    with suppress(AddcowError):
+        path = resolve(overlay.cow, names.backing)
+        with open_chain(path, access=confined, lent=True) as layer:
+            return [layer.path, *(one.path for one in layers_below(layer))]
+    return []
 
 
 def _by_state(overlay: Overlay, options: ImportOptions, access: Access, report: Report) -> None:
