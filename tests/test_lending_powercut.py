@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from support.command import succeed
 from support.file_systems import made_disk
 from support.lending_promises import Lending, lending_of
 from support.model import MiB, build
-from support.powercut import Disk, Moment, lose_power, make_durable
+from support.powercut import EVENTS, Disk, Moment, lose_power, make_durable
 from support.victim import Victim
 
 SIZE = 1 * MiB
@@ -120,3 +121,22 @@ def test_power_cuts_catch_a_way_without_a_sync(
             if any("QEMU can write" in line for line in promise.broken(done=cut.done)):
                 return
     pytest.fail(f"{PATIENT_CUTS} cuts did not notice {order}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "event"), [(way, event) for way in ("export", "import") for event in EVENTS[way]]
+)
+def test_power_cut_at_every_event_never_lets_both_write(
+    disk: Disk, rng: random.Random, tmp_path: Path, way: str, event: str
+) -> None:
+    for after in count():
+        with disk.directory() as place:
+            promise = promise_on(place, rng, way)
+            moment = Moment(event, after=after, rounds=rng.randint(1, 4))
+            cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0)
+            tell(cut.story)
+            assert promise.broken(done=cut.done) == [], cut.story
+            finish(promise)
+        if cut.done:
+            return  # the event does not occur that often
