@@ -57,6 +57,8 @@ class Overlay:
         self.image = RawLayer(image, virtual_size(image.length))
         self.backing = backing
         self.header = header
+        #: Whether every cluster is allocated, whatever the bitmap says.
+        self.all_allocated = header.all_allocated
         self.size, self.cluster_size = self.image.size, header.cluster_size
         self.geometry = Geometry(self.size, self.cluster_size)
         for file in self.files():
@@ -89,11 +91,6 @@ class Overlay:
             self.abandon()
 
     # Properties
-
-    @property
-    def all_allocated(self) -> bool:
-        """Whether every cluster is allocated, whatever the bitmap says."""
-        return self.header.all_allocated
 
     @property
     def allocated_clusters(self) -> int:
@@ -132,17 +129,9 @@ class Overlay:
         """The runs ``[first, stop)`` of allocated clusters, in order."""
         return self.runs_by_allocation(1, 0, self.geometry.clusters)
 
-    def layout(self, start: int, stop: int) -> Iterable[tuple[int, int, bool]]:
+    def layout(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """The bytes ``[start, stop)`` in runs that are allocated (True) or not."""
         first, last = self.geometry.touched(start, stop)
-        if last - first == 1 and start < stop:
-            # Requests of a guest are short: no run is searched for.
-            return ((start, stop, self.is_allocated(first)),)
-        return self._layout(start, stop, first, last)
-
-    def _layout(
-        self, start: int, stop: int, first: int, last: int
-    ) -> Iterator[tuple[int, int, bool]]:
         position = start
         for run in self.runs_by_allocation(1, first, last):
             run_start, run_stop = self.geometry.span(*run)
@@ -178,6 +167,12 @@ class Overlay:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` with the guest's bytes from ``offset`` on, within the size."""
+        cluster, rest = divmod(offset, self.cluster_size)
+        if rest + len(view) <= self.cluster_size:
+            # Within one cluster no run is searched for: random reads of a guest are short.
+            read = self.image.read_into if self.is_allocated(cluster) else self._read_below
+            read(view, offset)
+            return
         for first, last, allocated in self.layout(offset, offset + len(view)):
             part = view[first - offset : last - offset]
             if allocated:
@@ -227,7 +222,8 @@ class Overlay:
 
     def _change(self, offset: int, length: int, store: Callable[[], None]) -> None:
         self._check_range(offset, length)
-        self.check_writable()
+        if not self._has_changed or self._failed is not None:
+            self.check_writable()
         if length == 0:
             return
         if not self._has_changed:
@@ -342,6 +338,7 @@ class Overlay:
         self.cow.write(header.pack(), 0)
         self.cow.sync()
         self.header = header
+        self.all_allocated = header.all_allocated
 
     def close(self) -> None:
         """Flush and close all files, including those below."""
