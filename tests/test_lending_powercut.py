@@ -64,7 +64,7 @@ def finish(promise: Lending) -> None:
         assert promise.broken(done=True) == []
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize("way", ["export", "import"])
 def test_power_cut_never_lets_both_write(
