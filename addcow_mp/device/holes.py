@@ -1,6 +1,8 @@
 """Data and holes of files: find them, punch them, fill them.
 
 A hole always reads as zeros; data may be zeros too. On a file system without holes, all is data.
+Of a file with many runs of data, the file system lists its extents where that is reliable
+(:mod:`addcow_mp.device.fiemap`).
 """
 
 from __future__ import annotations
@@ -8,10 +10,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from itertools import islice
 
 from addcow_mp.device.syscalls import fallocate
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+
+#: Runs that are searched for one by one. Most files have fewer; a list of extents costs more calls.
+FEW = 16
 
 
 def next_data(fd: int, position: int) -> int | None:
@@ -38,6 +44,26 @@ def next_hole(fd: int, position: int) -> int:
 
 def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The parts of ``[start, stop)`` that are not in a hole, in order."""
+    position = start
+    for run in islice(_seek_runs(fd, start, stop), FEW):
+        yield run
+        position = run[1]
+    if position < stop:
+        yield from _further_runs(fd, position, stop)
+
+
+def _further_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    if next_data(fd, start) is None:
+        return
+    from addcow_mp.device import fiemap
+
+    if fiemap.is_reliable(fd):
+        yield from fiemap.data_runs(fd, start, stop, _seek_runs)
+    else:
+        yield from _seek_runs(fd, start, stop)
+
+
+def _seek_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     while start < stop:
         data = next_data(fd, start)
         if data is None or data >= stop:

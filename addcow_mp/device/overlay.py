@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from addcow_mp.device import faults
-from addcow_mp.device.extent import Extent, ExtentKind, joined
+from addcow_mp.device.extent import AscendingWalk, Extent, ExtentKind, joined
 from addcow_mp.device.files import BUFFER_SIZE, File, copy
 from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import short_bitmap_warning
@@ -144,11 +145,10 @@ class Overlay:
 
     def walk(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:
         """The extents of ``[start, stop)``, layer by layer."""
+        own = AscendingWalk(partial(self.image.walk, depth=depth), stop)
+        below = AscendingWalk(partial(self.walk_below, depth=depth), stop)
         for first, last, allocated in self.layout(start, stop):
-            if allocated:
-                yield from self.image.walk(first, last, depth)
-            else:
-                yield from self.walk_below(first, last, depth)
+            yield from (own if allocated else below).extents(first, last)
 
     def walk_below(self, start: int, stop: int, depth: int = 0) -> Iterator[Extent]:
         """The extents that ``[start, stop)`` would have if no cluster were allocated."""

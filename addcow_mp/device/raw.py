@@ -39,20 +39,20 @@ class RawLayer:
         held = max(start, min(stop, self.held))
         for first, last in self.file.data_runs(start, held):
             if start < first:
-                yield self._hole(start, first, depth)
+                yield Extent(start, first, depth, ExtentKind.ZERO)
             yield Extent(first, last, depth, ExtentKind.DATA)
             start = last
         if start < held:
-            yield self._hole(start, held, depth)
+            self._refuse_shrunk(start, held)
+            yield Extent(start, held, depth, ExtentKind.ZERO)
         if held < stop:
             yield Extent(held, stop, depth, ExtentKind.ZERO)
 
-    def _hole(self, start: int, stop: int, depth: int) -> Extent:
-        """A hole. Raises :class:`FileError` if the file has become too short to have one there."""
+    def _refuse_shrunk(self, start: int, stop: int) -> None:
+        """Raise :class:`FileError` if the file has become too short to have a hole there."""
         if self.file.length < stop:
             with self.file.doing(f"look at {start}"):
                 raise ended_early()
-        return Extent(start, stop, depth, ExtentKind.ZERO)
 
     def grow(self, size: int) -> None:
         """Lengthen the file to ``size`` bytes with zeros."""

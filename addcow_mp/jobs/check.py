@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from bitarray import bitarray
 
@@ -355,22 +355,21 @@ def leaked_clusters(overlay: Overlay) -> Iterator[int]:
     clusters may be the only copy, and is no leak.
     """
     image, geometry = overlay.image.file, overlay.geometry
-    data = -1
-    for run in overlay.runs_by_allocation(0, 0, overlay.bitmap.known):
-        place, stop = geometry.span(*run)
-        while place < stop:
-            if data < place:
-                found = image.next_data(place)
-                if found is None:
-                    return
-                data = found
-            if data >= stop:
-                break
-            cluster = geometry.cluster_of(data)
-            place, end = geometry.span(cluster, cluster + 1)
-            if _has_data(image, place, end):
+    examined = 0
+    for run in image.data_runs(0, geometry.span(0, overlay.bitmap.known)[1]):
+        first, stop = geometry.touched(*run)
+        for cluster in _unallocated(overlay, max(first, examined), stop):
+            if _has_data(image, *geometry.span(cluster, cluster + 1)):
                 yield cluster
-            place = end
+        examined = stop
+
+
+def _unallocated(overlay: Overlay, first: int, stop: int) -> Iterable[int]:
+    """The clusters in ``[first, stop)`` that are not allocated."""
+    if stop - first == 1:  # the usual case where an image has many runs of data
+        return () if overlay.is_allocated(first) else (first,)
+    runs = overlay.runs_by_allocation(0, first, stop)
+    return (cluster for run in runs for cluster in range(*run))
 
 
 def _has_data(file: File, start: int, stop: int) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from addcow_mp.cli.jsontext import as_line
 from addcow_mp.cli.messages import one_line, warn
 from addcow_mp.cli.options import Opening, OverlayFile, Printing, Share
 from addcow_mp.device.chain import READ, open_chain
-from addcow_mp.device.extent import Extent
+from addcow_mp.device.extent import Extent, ExtentKind
+
+#: Lines that are printed at once.
+LINES = 1024
 
 
 def command(
@@ -28,27 +32,34 @@ def command(
             _print_table(disk.extents(), paths)
 
 
+def _flags(kind: ExtentKind) -> str:
+    one = Extent(0, 0, 0, kind)
+    return as_line({"present": one.present, "zero": one.zero, "data": one.data})[1:-1]
+
+
+#: The keys that an extent's kind decides: a fragmented disk has many extents, and few kinds.
+_FLAGS = {kind: _flags(kind) for kind in ExtentKind}
+
+
 def _extent(one: Extent) -> str:
-    shown: dict[str, int | bool] = {
-        "start": one.start,
-        "length": one.length,
-        "depth": one.depth,
-        "present": one.present,
-        "zero": one.zero,
-        "data": one.data,
-    }
-    if one.offset is not None:
-        shown["offset"] = one.offset
-    return as_line(shown)
+    start, stop, depth, kind = one
+    offset = "" if kind is ExtentKind.ABSENT else f', "offset": {start}'
+    numbers = f'"start": {start}, "length": {stop - start}, "depth": {depth}'
+    return f"{{{numbers}, {_FLAGS[kind]}{offset}}}"
 
 
 def _print_table(extents: Iterable[Extent], paths: list[str]) -> None:
     """qemu-img's table: only what holds data."""
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
-    for one in extents:
-        if one.data:
-            columns = (_hex(one.start), _hex(one.length), _hex(one.start))
-            print("".join(f"{column:<16}" for column in columns) + paths[one.depth])
+    rows = (_row(one, paths) for one in extents if one.kind is ExtentKind.DATA)
+    while lines := list(islice(rows, LINES)):
+        print("\n".join(lines))
+
+
+def _row(one: Extent, paths: list[str]) -> str:
+    start, stop, depth, _ = one
+    offset = f"{_hex(start):<16}"
+    return f"{offset}{_hex(stop - start):<16}{offset}{paths[depth]}"
 
 
 def _hex(number: int) -> str:
