@@ -20,6 +20,7 @@ import pytest
 from support import model
 from support.command import ADDCOW, PATIENCE, addcow, pair, patch, refused, snapshot, succeed, tool
 from support.fault_rules import VARIABLE, Rules, rule
+from support.file_systems import fill, mounted
 from support.lending import (
     features,
     node,
@@ -332,6 +333,32 @@ def test_restored_add_cow_file_beside_an_enabled_twin_is_not_written(tmp_path: P
     shutil.move(kept, here / "top.add-cow")
     for words in (("commit",), ("flatten",), ("io", "-c", "write 0 512"), ("qemu", "import")):
         assert "top.qcow2" in refused(*words, "top.add-cow", cwd=here), words
+    for words in (("check", "top.add-cow"), ("farm", "check", ".")):
+        found = addcow(*words, cwd=here)
+        assert found.status == 2, words
+        assert "CORRUPTION twin" in found.stdout, words
+
+
+def test_import_asks_for_the_space_of_its_bits_first(tmp_path: Path) -> None:
+    for here in mounted("ext4", tmp_path):
+        (here / "base.raw").write_bytes(b"b" * 4096)
+        over = ("-b", "base.raw", "-F", "raw", "-o", "cluster_size=4k")
+        succeed("create", *over, "top.add-cow", "6G", cwd=here)
+        succeed("qemu", "export", "top.add-cow", cwd=here)
+        # One cluster for each page of the bitmap, all of which are holes: more than what ext4
+        # counts as free and keeps for itself.
+        writes = [f"write -P 7 {128 * number}M 4k" for number in range(48)]
+        qemu_io("top.add-cow", *writes, cwd=here)
+        filler = fill(here)
+        before = features(here / "top.add-cow")
+        message = refused("qemu", "import", "top.add-cow", cwd=here)
+        assert "top.add-cow" in message
+        assert "free space" in message
+        assert (features(here / "top.add-cow"), twins(here)) == (before, {"top.qcow2": True})
+        filler.unlink()
+        succeed("qemu", "import", "top.add-cow", cwd=here)
+        told = succeed("io", "-r", "-c", "read -P 7 128M 4k", "top.add-cow", cwd=here)
+        assert "failed" not in told.said
 
 
 REFUSALS: dict[str, tuple[str, Callable[[Path], object]]] = {

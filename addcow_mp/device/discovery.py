@@ -17,6 +17,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import NamedTuple
@@ -217,6 +218,27 @@ def examined_user(path: str) -> Named | Unexamined | None:
     A qcow2 file uses its backing file. A twin that QEMU may open also uses its image file.
     """
     return _examined_by(path, _user_in)
+
+
+def twin_of_image(directory: str, image: Identity) -> str | None:
+    """The twin in a directory through which QEMU may write this image file, if there is one."""
+    with suppress(OSError), os.scandir(directory or ".") as entries:
+        names = sorted(one.name for one in entries if one.is_file(follow_symlinks=False))
+        for path in (os.path.join(directory, name) for name in names):
+            user = examined_user(path) if _begins_as_qcow2(path) else None
+            if isinstance(user, Named) and user.image == image:
+                return path
+    return None
+
+
+def _begins_as_qcow2(path: str) -> bool:
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            return os.pread(fd, len(QCOW2_MAGIC), 0) == QCOW2_MAGIC
+        finally:
+            os.close(fd)
+    return False
 
 
 def _examined_by(path: str, names: Callable[[int, str], Named | None]) -> Named | Unexamined | None:

@@ -16,7 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.discovery import Identity, Named, examined, is_gone, named_by
+from addcow_mp.device.discovery import (
+    Identity,
+    Named,
+    examined,
+    examined_user,
+    is_gone,
+    named_by,
+)
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
@@ -25,7 +32,7 @@ from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import Found, files_of, without_backups
 from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
 from addcow_mp.findings import CheckReport, Finding, Severity, worst
-from addcow_mp.jobs.check import check
+from addcow_mp.jobs.check import check, foreign_twin_finding
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 
 #: Files in one task: enough that the cost of distributing it does not matter.
@@ -118,7 +125,7 @@ class _Checks:
         except NeedsFullCheckError:
             return full_check(path, self.access)
         if seen is None:
-            return None
+            return _qcow2_user(path) if quick_check.met_qcow2 else None
         return Checked(path, Named(path, seen.identity, seen.image, seen.backing))
 
 
@@ -138,9 +145,17 @@ def full_check(path: str, access: Access) -> Checked | None:
 
 def _check(path: str, access: Access) -> CheckReport:
     try:
-        return check(path, access)
+        return check(path, access, finds_twins=False)
     except LentError:  # what QEMU uses is always checked as far as that is possible
-        return check(path, access._replace(share=False))
+        return check(path, access._replace(share=False), finds_twins=False)
+
+
+def _qcow2_user(path: str) -> Checked | None:
+    """A qcow2 file that may write the image file of an overlay."""
+    user = examined_user(path)
+    if not isinstance(user, Named) or user.image is None:
+        return None
+    return Checked(path, user)
 
 
 def _unexamined(path: str, reason: str, name: str = "file") -> Checked:
@@ -158,11 +173,24 @@ def farm_check(
     with hooks.looking():
         there = files_of(places, options.access)
     found = list(_each_once(_checked(there.files, replace(options, access=there.access), hooks)))
+    found = _with_foreign_twins(found)
     named = without_backups(one.named for one in found if one.named is not None)
     counted = {one.path for one in named}
     found = [one for one in found if one.named is None or one.path in counted]
     hidden = [_unexamined(one.path, one.reason, "not-examined") for one in there.unexamined]
     return FarmReport(found, list(graph_findings(named)), hidden, there)
+
+
+def _with_foreign_twins(found: list[Checked]) -> list[Checked]:
+    """The overlays, with a finding for each twin through which QEMU may write without a mark."""
+    twins = {one.named.image: one.path for one in found if one.named and not one.named.is_overlay}
+    return [
+        one._replace(findings=(*one.findings, foreign_twin_finding(twins[one.named.image])))
+        if one.named and one.named.image in twins and not one.named.is_lent
+        else one
+        for one in found
+        if one.named is None or one.named.is_overlay
+    ]
 
 
 def _each_once(found: Iterable[Checked]) -> Iterator[Checked]:

@@ -33,6 +33,7 @@ from addcow_mp.format.bits import Run, runs
 from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import ADD_COW, FIXED_SIZE, MAGIC, RAW, Header, format_name, violations
 from addcow_mp.format.names import path_has_protocol
+from addcow_mp.format.qcow2 import MAGIC as QCOW2_MAGIC
 from addcow_mp.units import KiB
 
 #: Bytes of a file that are read at once: they include the names of a plain header.
@@ -96,6 +97,8 @@ class QuickCheck:
         #: Image files of overlays that were checked: none begins as an overlay does.
         self._images: dict[Place, None] = {}
         self._directories: dict[str, str] = {}
+        #: Whether the file that :meth:`at` looked at last begins as a qcow2 file does.
+        self.met_qcow2 = False
         self._in_progress: set[tuple[str, str, str]] = set()
         self._checks: dict[str, Callable[[Place, int], SeenFile | None]]
         self._checks = {ADD_COW: self._overlay, RAW: self._raw}
@@ -105,6 +108,7 @@ class QuickCheck:
 
         Raises :class:`NeedsFullCheckError` when only the full check can give the result.
         """
+        self.met_qcow2 = False
         place = self._place(path)
         if place in self._images:
             return None
@@ -148,6 +152,7 @@ class QuickCheck:
     def _overlay(self, place: Place, fd: int) -> SeenFile | None:
         head = os.pread(fd, HEAD, 0)
         if not head.startswith(MAGIC):
+            self.met_qcow2 = head.startswith(QCOW2_MAGIC)
             return None
         status = self._status(fd)
         header, image_name, backing_name = _plain_header(fd, head, status.st_size)

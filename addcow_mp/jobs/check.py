@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 from bitarray import bitarray
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import refuse_lent
+from addcow_mp.device.discovery import twin_of_image
 from addcow_mp.device.files import BACKING, BUFFER_SIZE, COW, File
 from addcow_mp.device.hardlinks import link_warnings
 from addcow_mp.device.headers import (
@@ -48,15 +50,26 @@ from addcow_mp.format.header import (
 from addcow_mp.units import human_size
 
 
-def check(path: str, access: Access | None = None) -> CheckReport:
+def foreign_twin_finding(twin: str) -> Finding:
+    """The finding on an overlay that is not lent, and whose image QEMU may write through a twin."""
+    message = (
+        f"QEMU may write its image file through '{twin}', and the overlay is not marked as lent: "
+        "one of the two came from elsewhere; restore the other one"
+    )
+    return Finding("twin", Severity.CORRUPTION, message)
+
+
+def check(path: str, access: Access | None = None, *, finds_twins: bool = True) -> CheckReport:
     """Run every check on the overlay at ``path``. A damaged overlay raises no error.
+
+    ``finds_twins``: look in its directory for a twin that does not belong to it.
 
     Raises :class:`LentError` for an overlay that is lent where ``access`` shares it with a writer:
     QEMU's twin, and not the bitmap, says what is allocated.
     """
     report = CheckReport(path)
     with contextlib.ExitStack() as opened:
-        run = _Check(path, report, opened, access or Access())
+        run = _Check(path, report, opened, access or Access(), finds_twins=finds_twins)
         try:
             for name, examine in run.checks():
                 run.guarded(name, examine)
@@ -70,12 +83,19 @@ class _Check:
     """One run of all checks; keeps what earlier checks have opened and read for later ones."""
 
     def __init__(
-        self, path: str, report: CheckReport, opened: contextlib.ExitStack, access: Access
+        self,
+        path: str,
+        report: CheckReport,
+        opened: contextlib.ExitStack,
+        access: Access,
+        *,
+        finds_twins: bool,
     ) -> None:
         self.path = path
         self.access = access
         self.report = report
         self._opened = opened
+        self._finds_twins = finds_twins
         self.cow: File | None = None
         self.header: Header | None = None
         self.broken: list[Violation] = []
@@ -232,6 +252,11 @@ class _Check:
             self.report.notes.append(f"{self.path}: it is lent to {holder}")
             self._check_data_file(twin, image)
 
+    def _refuse_foreign_twin(self, cow: File, image: File) -> None:
+        twin = twin_of_image(os.path.dirname(cow.base), image.identity)
+        if twin is not None:
+            self.report.findings.append(foreign_twin_finding(twin))
+
     def _check_data_file(self, path: str, image: File) -> None:
         from addcow_mp.device.twin import other_data_file, twin_header
 
@@ -249,6 +274,8 @@ class _Check:
             return
         if self.header.lent_id is not None:
             self._note_lending(self.cow, self.header, image)
+        elif self._finds_twins:
+            self._refuse_foreign_twin(self.cow, image)
         if self.header.lent:
             return  # QEMU's twin, and not the bitmap, says what is allocated
         self.overlay = Overlay(self.cow, image, None, self.header)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from addcow_mp.device.access import Access
+from addcow_mp.device.chain import refuse_lent
 from addcow_mp.device.discovery import (
     BACKUP,
     Identity,
@@ -49,6 +50,9 @@ def refuse_dependants(
     if not changed:
         return
     members = {one.cow.identity: one for one in _members(overlay)}
+    for member in members.values():
+        if member.cow in changed or member.image.file in changed:
+            refuse_lent(member.cow, member.header, changes=True)
     if around is None:
         near = [file.path for file in (*overlay.files(), *(one.cow for one in members.values()))]
         around = overlays_near(near, access)

@@ -329,8 +329,20 @@ def _refuse_image(overlay: Overlay, clusters: _Clusters) -> None:
             "it from a backup",
         )
     _refuse_without_space(image, clusters.copied_up())
-    bits = sum(stop - first for first, stop in clusters.allocated())
-    _refuse_without_space(overlay.cow, bits // BITS_PER_BYTE - overlay.cow.allocated)
+    _refuse_without_space(overlay.cow, _bitmap_space(overlay, clusters))
+
+
+def _bitmap_space(overlay: Overlay, clusters: _Clusters) -> int:
+    """Bytes of holes of the ``.add-cow`` file that the bits will lie in."""
+    start, page = overlay.header.header_size, PAGE_BITS // BITS_PER_BYTE
+    pages = merged(
+        (start + first // PAGE_BITS * page, start + -(-stop // PAGE_BITS) * page)
+        for first, stop in clusters.allocated()
+    )
+    return sum(
+        stop - first - sum(last - data for data, last in overlay.cow.data_runs(first, stop))
+        for first, stop in pages
+    )
 
 
 def _refuse_without_space(file: File, needed: int) -> None:
