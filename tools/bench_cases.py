@@ -42,6 +42,7 @@ from bench_files import (
     write_qcow2,
     write_raw,
 )
+from bench_fragments import FRAGMENT_STAGES
 from bench_guests import GUEST_STAGES
 from bench_runs import (
     ADDCOW,
@@ -528,5 +529,6 @@ STAGES = (
     Stage(build=_clone_files, cases=(XFS_COMMIT,), room=5, disk=Disk.XFS),
     Stage(build=_base_file(LONG), cases=(XFS_FLATTEN,), room=2, disk=Disk.XFS),
     Stage(build=_spread_files, cases=(SPARSE,), room=1, disk=Disk.XFS),
+    *FRAGMENT_STAGES,
     *GUEST_STAGES,
 )
