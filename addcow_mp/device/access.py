@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from addcow_mp.device.changeable import is_read_only, why_not_writable
 from addcow_mp.device.files import File, cannot_open, identity_at, is_device, kind_of
+from addcow_mp.device.location import absolute
 from addcow_mp.device.syscalls import openat2
 from addcow_mp.errors import AddcowError, FileError, ImageError, OutsideError
 
@@ -58,7 +59,7 @@ class Access(NamedTuple):
 
     def beside(self, path: str) -> Access:
         """This access with the directory of ``path``, a path without links, as a further root."""
-        directory = os.path.dirname(os.path.abspath(path))
+        directory = absolute(path).rpartition("/")[0] or "/"
         others = (root for root in self.roots if root != directory)
         return self._replace(roots=(directory, *others))
 
@@ -150,10 +151,10 @@ def _open_plain(roots: Sequence[str], path: str, writable: bool) -> int | None:
     """
     if ".." in path or "\0" in path:
         return None
-    full = os.path.abspath(path)
+    full = absolute(path)
     for root in roots:
-        # abspath() would drop ".." behind a link; relative roots are usual in a farm.
-        relative = None if ".." in root else _beneath(full, os.path.abspath(root))
+        # absolute() would drop ".." behind a link; relative roots are usual in a farm.
+        relative = None if ".." in root else _beneath(full, absolute(root))
         if relative is not None:
             try:
                 return _open_from(root, relative, writable)
@@ -164,6 +165,8 @@ def _open_plain(roots: Sequence[str], path: str, writable: bool) -> int | None:
 
 def _open_from(root: str, relative: str, writable: bool) -> int | None:
     """Open beneath the directory ``root``, following no link; None without openat2."""
+    if relative and "/" not in relative:
+        return os.open(os.path.join(root, relative), _mode(writable) | os.O_NOFOLLOW)
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return openat2(directory, relative or ".", _mode(writable))
@@ -187,17 +190,18 @@ def _open_and_compare(real: str, writable: bool) -> int:
 
 def _refuse_kind(file: File, allow_device: bool) -> None:
     status = file.first_status
-    kind = kind_of(status.st_mode)
     if stat.S_ISBLK(status.st_mode):
         if not allow_device:
-            raise ImageError(path=file.path, problem=f"it is {kind}; allow it with --allow-device")
+            problem = "it is a block device; allow it with --allow-device"
+            raise ImageError(path=file.path, problem=problem)
         # The kernel opens a read-only device for writing, and refuses only the writes.
         if file.writable and is_read_only(file):
             raise ImageError(
                 path=file.path, problem="it cannot be written: the device is read-only"
             )
     elif not stat.S_ISREG(status.st_mode):
-        raise ImageError(path=file.path, problem=f"it is {kind}, not a regular file")
+        problem = f"it is {kind_of(status.st_mode)}, not a regular file"
+        raise ImageError(path=file.path, problem=problem)
     elif status.st_dev in pseudo_devices():
         raise ImageError(path=file.path, problem="it is a file of the kernel's, not of a disk")
 

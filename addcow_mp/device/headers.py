@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
@@ -28,6 +29,7 @@ from addcow_mp.format.header import (
     MAGIC,
     RAW,
     Header,
+    Violation,
     format_name,
     violations,
 )
@@ -52,11 +54,18 @@ def load_header(cow: File) -> Header:
     Raises :class:`NotAddcowError` without the magic, else :class:`FormatError`.
     """
     header = peek_header(cow)
-    for rule, problem in violations(header):
-        raise FormatError(path=cow.path, problem=problem, rule=rule)
+    broken = _first_violation(header)
+    if broken is not None:
+        raise FormatError(path=cow.path, problem=broken.problem, rule=broken.rule)
     if cow.length < header.header_size:
         raise _too_short(cow, header.header_size)
     return header
+
+
+@lru_cache(maxsize=64)
+def _first_violation(header: Header) -> Violation | None:
+    """The first rule that ``header`` breaks; overlays of a farm often have equal headers."""
+    return next(violations(header), None)
 
 
 def peek_header(cow: File) -> Header:

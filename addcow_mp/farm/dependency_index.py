@@ -77,11 +77,14 @@ class DependencyIndex:
         users = [one for one in found.values() if one is not named and one.identity not in leaving]
         # A shared image file is always refused: its owners are listed first.
         listed = sorted(users, key=lambda one: one.image not in files)[:MOST_LISTED]
+        more = len(users) - len(listed)
+        if not self._unread:
+            return NearbyOverlays(tuple(listed), more)
         paths = [named.path, named.image_path]
         paths += [named.backing_path] if as_backing else []
         paths += [] if below is None else [below.image_path]
         own = {directory for path in paths if path for directory in self._directories_of(path)}
-        return NearbyOverlays(tuple(listed), len(users) - len(listed), *self._unread_around(own))
+        return NearbyOverlays(tuple(listed), more, *self._unread_around(own))
 
     def _unread_around(
         self, own: Collection[str]
@@ -138,7 +141,8 @@ class DependencyIndex:
     def _directories_of(self, path: str) -> list[str]:
         """The directory of ``path``, and for a link also the directory of its target."""
         target = [os.path.dirname(os.path.realpath(path))] if os.path.islink(path) else []
-        return [self._real(os.path.dirname(path)), *target]
+        head, slash, _ = path.rpartition("/")
+        return [self._real(head or slash), *target]
 
     def _search(self, directory: str, *, deep: bool) -> None:
         """Examine the files in ``directory``, with ``deep`` also in all directories below."""
@@ -162,7 +166,8 @@ class DependencyIndex:
 
     def _examine(self, path: str) -> Unexamined | None:
         """Add the overlay or qcow2 file at ``path``, once; returns why it cannot be read."""
-        real = f"{self._real(os.path.dirname(path))}/{os.path.basename(path)}"
+        head, slash, name = path.rpartition("/")
+        real = f"{self._real(head or slash)}/{name}"
         if real in self._known:
             return self._unread.get(real)
         self._known.add(real)
