@@ -27,6 +27,7 @@ import addcow_mp
 from addcow_mp.jobs.manifest import create
 from addcow_mp.jobs.options import RunOptions
 from addcow_mp.units import GiB, KiB, MiB, TiB
+from bench_farms import FARM_STAGES
 from bench_files import (
     CLUSTER,
     NEW,
@@ -516,6 +517,7 @@ STAGES = (
         cases=(_farm_case("farm-check-1000", "farm check of 1,000 overlays", 8.0),),
         room=0.05,
     ),
+    *FARM_STAGES,
     Stage(build=_verified_files, cases=(FARM_VERIFY,), room=1.1),
     Stage(build=_commit_files(LONG), cases=_commit_cases("16m", LONG, 1.15, 1.2), room=4),
     Stage(

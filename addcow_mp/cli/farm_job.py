@@ -61,9 +61,8 @@ class FarmJobOptions(OptionGroup):
     def run(self, operation: Operation, *, discard: bool = False) -> None:
         """Run ``operation`` on all images, print the result and exit."""
         job = FarmJob(
-            JobSpec(operation, discard, self.verify),
+            JobSpec(operation, discard, self.verify, self.on_error == "stop"),
             self.dry_run,
-            self.on_error == "stop",
             time_limit(self.time_limit),
         )
         access = self.changing.access_for(

@@ -26,6 +26,7 @@ from typing import Any
 from addcow_mp.device import faults, holes, syscalls
 from addcow_mp.device.location import base_path, real_path
 from addcow_mp.device.permissions import EVERYBODY, Readers, set_readers
+from addcow_mp.device.turns import waiting
 from addcow_mp.errors import AddcowError, FileError, ImageError, NoLocksError, SyncError
 from addcow_mp.format.bitmap import write_all
 from addcow_mp.units import MAX_SIZE, KiB, MiB, round_up
@@ -265,7 +266,8 @@ class File:
         with self.doing(f"free {stop - start} bytes at {start}"):
             if faults.armed:
                 faults.hit("punch", self._clusters(start, stop - start))
-            return holes.punch(self.fd, start, stop)
+            with waiting():
+                return holes.punch(self.fd, start, stop)
 
     def grow(self, length: int) -> None:
         """Lengthen the file to ``length`` with zeros; never shorten it."""
@@ -297,7 +299,8 @@ class File:
                 raise self._sync_error
             if faults.armed:
                 faults.hit("bitmap_sync" if self.role == COW else "data_sync")
-            (os.fsync if attributes else os.fdatasync)(self.fd)
+            with waiting():
+                (os.fsync if attributes else os.fdatasync)(self.fd)
         except OSError as error:
             self._sync_error = error
             # The cache still shows data that the disk does not have: drop it.
@@ -383,7 +386,8 @@ def sync_directory(path: str) -> None:
             faults.hit("directory_sync")
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            with waiting():
+                os.fsync(fd)
         finally:
             os.close(fd)
     except OSError as error:

@@ -197,6 +197,9 @@ class Pool:
         self._waiting: deque[Order] = deque()
         #: Tasks whose process died, to be tried again.
         self._retries: deque[Order] = deque()
+        #: Parts of a task whose process died: any of them may have ended it.
+        self._suspects: deque[Order] = deque()
+        self._suspected: set[tuple[int, int]] = set()
         self._deaths: Counter[tuple[int, int]] = Counter()
         #: Processes that died before they were ready.
         self._unstarted = 0
@@ -276,7 +279,8 @@ class Pool:
 
     def was_retried(self, task: Task) -> bool:
         """Return whether a process died at this task of the pool's own work."""
-        return bool(self._deaths[OWN, task.number])
+        key = OWN, task.number
+        return key in self._suspected or bool(self._deaths[key])
 
     def stop(self) -> None:
         """Tell all processes to end their tasks of the pool's own work."""
@@ -284,11 +288,13 @@ class Pool:
 
     def drop_waiting(self, number: int = OWN) -> list[Task]:
         """Drop and return the tasks that have not begun."""
-        dropped = [one.task for one in (*self._waiting, *self._retries) if one.number == number]
-        if dropped:
-            self._waiting = deque(one for one in self._waiting if one.number != number)
-            self._retries = deque(one for one in self._retries if one.number != number)
-            self._unfinished[number] -= len(dropped)
+        dropped: list[Task] = []
+        for orders in (self._waiting, self._retries, self._suspects):
+            dropped += [one.task for one in orders if one.number == number]
+            kept = [one for one in orders if one.number != number]
+            orders.clear()
+            orders.extend(kept)
+        self._unfinished[number] -= len(dropped)
         return dropped
 
     # Works
@@ -422,18 +428,25 @@ class Pool:
         return worker.give(order, self._assigned[order.number])
 
     def _deal_out_retries(self) -> None:
-        """Try tasks whose process died again, each in a fresh process."""
-        while self._has_no_room and self._retries:
-            number, task = self._retries.popleft()
-            self._record(number, Failed(task, DiedError(status=_NO_ROOM_AGAIN)))
+        """Try tasks whose process died again; those that are suspected alone in fresh processes."""
+        self._fail_without_room()
         for worker in list(self._workers):
-            if self._retries and worker.ready and not worker.orders:
-                if worker.used:
-                    self._workers.remove(worker)
-                    worker.end()
-                    self._start_worker(worker.slot)
-                elif self._give(worker, self._retries[0]):
-                    self._retries.popleft()
+            if worker.orders or not worker.ready:
+                continue
+            if self._retries and worker.used:
+                self._workers.remove(worker)
+                worker.end()
+                self._start_worker(worker.slot)
+                continue
+            orders = self._retries or self._suspects
+            if orders and self._give(worker, orders[0]):
+                orders.popleft()
+
+    def _fail_without_room(self) -> None:
+        """Fail tasks that no worker can try again: they might end this process."""
+        while self._has_no_room and (self._retries or (self._suspects and not self._workers)):
+            number, task = (self._retries or self._suspects).popleft()
+            self._record(number, Failed(task, DiedError(status=_NO_ROOM_AGAIN)))
 
     # Answers
 
@@ -475,11 +488,17 @@ class Pool:
         if worker.orders:
             self._retry_or_fail(worker.orders.popleft(), worker)
             self._waiting.extendleft(reversed(worker.orders))
-        if self._waiting or self._retries:
+        if self._waiting or self._retries or self._suspects:
             self._start_worker(worker.slot)
 
     def _retry_or_fail(self, order: Order, worker: _Worker) -> None:
         number, task = order
+        parts = task.divided()
+        if len(parts) > 1:
+            self._suspected.update((number, part.number) for part in parts)
+            self._suspects.extend(Order(number, part) for part in parts)
+            self._unfinished[number] += len(parts) - 1
+            return
         self._deaths[number, task.number] += 1
         if self._deaths[number, task.number] < self._most_tries:
             self._retries.append(order)

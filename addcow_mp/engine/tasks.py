@@ -29,6 +29,10 @@ class Task:
     stop: int
     weight: int
 
+    def divided(self) -> list[Task]:
+        """The tasks that are tried again when the process of this one has died."""
+        return [self]
+
 
 @dataclass(frozen=True, slots=True)
 class Stretch:

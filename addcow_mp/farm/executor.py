@@ -1,31 +1,38 @@
 """The executor: runs image jobs. It decides neither their order nor whether they fit.
 
 :class:`Executor` is what the farm needs of it; another engine can take the place of
-:class:`PoolExecutor`. That one uses the engine's pool of processes. A small image is one task: the
-process that gets it opens, moves and publishes it, as the command for one image with ``--jobs 0``
-does. A large image is opened in this process and split: its tasks go to the same pool, before the
-small images. An image that is read back has processes of its own instead: a process keeps the files
-of a lent task mapped, and mapped pages cannot be dropped from the page cache.
+:class:`PoolExecutor`. That one uses the engine's pool of processes. Small images are dealt out in
+groups: the process that gets a group opens, moves and publishes each image, as the command for one
+image with ``--jobs 0`` does. It does the images of a group side by side, so that they wait for the
+disk at the same time. A large image is opened in this process and split: its tasks go to the same
+pool, before the small images. An image that is read back has processes of its own instead: a
+process keeps the files of a lent task mapped, and mapped pages cannot be dropped from the page
+cache.
 
 Each image has its own checkpoints. After a kill, finished images are found finished, and an
-unfinished one repeats one checkpoint at most. Worker processes end when this process does: an image
-whose publisher lives on would be in use.
+unfinished one repeats one checkpoint at most. When a process dies, each image of its group is tried
+again by itself. Worker processes end when this process does: an image whose publisher lives on
+would be in use.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from addcow_mp.device import faults
 from addcow_mp.device.syscalls import die_with_parent
+from addcow_mp.engine.crew import Crew
 from addcow_mp.engine.fd_passing import UnstartedError
 from addcow_mp.engine.pool import TRIES, ParentRole, Pool, usable_cpus
-from addcow_mp.engine.tasks import Task
+from addcow_mp.engine.tasks import TASK_BYTES, Task
 from addcow_mp.engine.throttle import share_of
-from addcow_mp.engine.worker import Done, Failed, WorkerContext
+from addcow_mp.engine.worker import Done, Failed, WorkerContext, attempt
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.image_job import ImageJob, JobSpec
 from addcow_mp.farm.scheduler import LARGE
@@ -36,8 +43,14 @@ from addcow_mp.units import KiB
 #: The least weight of a task: an image costs as much even if there are few bytes to move.
 LEAST = 256 * KiB
 
-#: Small images in the pool for each process: one that it works on, others so that it never waits.
+#: The most images in a group: with more of them, syncs side by side gain no more.
+GROUP = 32
+
+#: Full groups in the pool for each process: one that it works on, others so that it never waits.
 AHEAD = 4
+
+#: Descriptors of each layer, with the mapping of its bitmap, and of a job besides.
+_LAYER_FILES, _JOB_FILES = 3, 8
 
 
 class Finished(NamedTuple):
@@ -70,25 +83,68 @@ class Executor(Protocol):
         """End all processes."""
 
 
-@dataclass(frozen=True, slots=True)
-class _WholeImage(Task):
-    """A whole image as a task for one process."""
+class _Submitted(NamedTuple):
+    """A small image that was submitted: its number, its job, and the bytes to move."""
 
+    number: int
     image_job: ImageJob
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group(Task):
+    """Small images as a task for one process; it has the number of the first of them."""
+
+    images: tuple[_Submitted, ...]
+
+    @classmethod
+    def of(cls, images: list[_Submitted]) -> _Group:
+        """The task that consists of ``images``."""
+        weight = sum(image.weight for image in images)
+        return cls(images[0].number, 0, len(images), weight, tuple(images))
+
+    def divided(self) -> list[Task]:
+        """Each image by itself."""
+        return [_Group.of([image]) for image in self.images]
 
 
 class _Work:
-    """The work of a task: the job of one image."""
+    """The work of a task: the jobs of a group of images, side by side."""
 
     def __init__(self, options: RunOptions) -> None:
         self.options = options
+        self._crew = Crew()
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_received, (self.options, os.getpid()))
 
-    def __call__(self, task: Task, worker: WorkerContext) -> Report:
-        assert isinstance(task, _WholeImage)  # noqa: S101 - the tasks of this work
-        return task.image_job.run(self.options, Hooks(stopping=worker.must_stop))
+    def __call__(self, task: Task, worker: WorkerContext) -> list[Report | AddcowError | None]:
+        """The report or error of each image; None for those that did not begin."""
+        assert isinstance(task, _Group)  # noqa: S101 - the tasks of this work
+        calls = [partial(self._outcome, image.image_job, task, worker) for image in task.images]
+        return self._crew.run(calls, _most_open(task))
+
+    def _outcome(
+        self, image_job: ImageJob, task: Task, worker: WorkerContext
+    ) -> Report | AddcowError | None:
+        if worker.must_stop():
+            return None
+        hooks = Hooks(stopping=worker.must_stop)
+        result = attempt(lambda *_: image_job.run(self.options, hooks), task, worker)
+        return result.error if isinstance(result, Failed) else result.result
+
+    def close(self) -> None:
+        """End the threads of this process."""
+        self._crew.close()
+
+
+def _most_open(group: _Group) -> int:
+    """How many images of ``group`` may be open at once, in half of the limit of this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    layers = max(image.image_job.layers for image in group.images)
+    if limit == resource.RLIM_INFINITY:
+        return GROUP
+    return max(1, limit // 2 // (_LAYER_FILES * layers + _JOB_FILES))
 
 
 def _received(options: RunOptions, parent: int) -> _Work:
@@ -108,15 +164,26 @@ class PoolExecutor:
         self._options = options
         self._hooks = hooks
         self._jobs: dict[int, ImageJob] = {}
+        #: Small images that are not in the pool yet.
+        self._small: list[_Submitted] = []
+        #: The numbers of images of ended groups that did not begin.
+        self._unbegun: list[int] = []
         #: The numbers and weights of large images that wait.
         self._large: deque[tuple[int, int]] = deque()
         processes = usable_cpus() if options.jobs is None else options.jobs
-        self.capacity = AHEAD * max(1, processes)
         rate = options.copy_options.rate
+        # A rate limit is for one image at a time, and beside one that fails none has begun.
+        alone = spec.verifies or spec.stops_at_error or rate
+        self._group = 1 if alone else GROUP
+        self._processes = max(1, processes)
+        self.capacity = AHEAD * self._group * self._processes
+        #: Images in the pool.
+        self._busy = 0
         # Each process has its share of a limit, whatever image it works on.
         each = replace(options.copy_options, rate=share_of(rate, processes))
+        self._work = _Work(replace(options, jobs=0, copy_options=each))
         self._pool = Pool(
-            _Work(replace(options, jobs=0, copy_options=each)),
+            self._work,
             processes,
             # Fault rules and limits apply to workers; this process would exceed the limit.
             parent_role=ParentRole.NONE if faults.armed or rate else ParentRole.FIRST,
@@ -132,26 +199,50 @@ class PoolExecutor:
         if weight > LARGE:
             self._large.append((number, weight))
         else:
-            self._pool.add([_WholeImage(number, 0, 1, max(LEAST, weight), job)])
+            self._small.append(_Submitted(number, job, max(LEAST, weight)))
 
     def finished(self) -> list[Finished]:
         """The jobs that have ended since the last call; waits a moment for one."""
+        self._pool.add([_Group.of(images) for images in self._groups()])
+        self._busy += len(self._small)
+        self._small.clear()
         if self._large:
             number, weight = self._large.popleft()
             return [Finished(number, self._run_large(self._jobs[number], weight))]
-        return [Finished(one.task.number, self._outcome(one)) for one in self._pool.step()]
+        return [ended for result in self._pool.step() for ended in self._ended(result)]
+
+    def _groups(self) -> Iterator[list[_Submitted]]:
+        """Groups of the small images, each with no more bytes than a task."""
+        # When no process has work, each one gets a share.
+        share = -(-len(self._small) // self._processes)
+        most = self._group if self._busy else min(self._group, share)
+        group: list[_Submitted] = []
+        for image in self._small:
+            weight = sum(one.weight for one in group) + image.weight
+            if group and (len(group) == most or weight > TASK_BYTES):
+                yield group
+                group = []
+            group.append(image)
+        if group:
+            yield group
 
     def stop(self, *, interrupt: bool) -> list[int]:
         """Drop the jobs that have not begun; returns their numbers."""
         if interrupt:
             self._pool.stop()
         dropped = [number for number, _ in self._large]
-        self._large.clear()
-        return dropped + [task.number for task in self._pool.drop_waiting()]
+        dropped += [image.number for image in self._small] + self._unbegun
+        waiting = [image for task in self._pool.drop_waiting() for image in _images_of(task)]
+        self._busy -= len(waiting)
+        dropped += [image.number for image in waiting]
+        for gone in (self._large, self._small, self._unbegun):
+            gone.clear()
+        return dropped
 
     def close(self) -> None:
         """End all processes."""
         self._pool.__exit__()
+        self._work.close()
 
     def _run_large(self, job: ImageJob, weight: int) -> Report | AddcowError:
         """Run the job of a large image here; all processes do its tasks."""
@@ -167,15 +258,30 @@ class PoolExecutor:
         except AddcowError as error:
             return error.without_traceback()
 
-    def _outcome(self, result: Done | Failed) -> Report | AddcowError:
-        """The report or error of a small image."""
-        if isinstance(result, Done):
-            report: Report = result.result
-            return report
-        job = self._jobs[result.task.number]
-        if self._pool.was_retried(result.task) and job.is_discarded:
+    def _ended(self, result: Done | Failed) -> Iterator[Finished]:
+        """The images of a group that have ended."""
+        images = _images_of(result.task)
+        self._busy -= len(images)
+        outcomes = [result.error] * len(images) if isinstance(result, Failed) else result.result
+        for image, outcome in zip(images, outcomes, strict=True):
+            if outcome is None:
+                self._unbegun.append(image.number)
+            else:
+                yield Finished(image.number, self._checked(outcome, image, result.task))
+
+    def _checked(
+        self, outcome: Report | AddcowError, image: _Submitted, task: Task
+    ) -> Report | AddcowError:
+        """The outcome; a process may have died after it had done the last step."""
+        retried = isinstance(outcome, AddcowError) and self._pool.was_retried(task)
+        if retried and image.image_job.is_discarded:
             try:
-                return job.finish_discard()
+                return image.image_job.finish_discard()
             except AddcowError as error:
                 return error.without_traceback()
-        return result.error
+        return outcome
+
+
+def _images_of(task: Task) -> tuple[_Submitted, ...]:
+    assert isinstance(task, _Group)  # noqa: S101 - the tasks of this executor
+    return task.images

@@ -28,13 +28,12 @@ REFRESH_SECONDS = 1.0
 class FarmJob:
     """``spec`` for every image.
 
-    ``is_dry_run``: only make the plan. ``stops_at_error``: begin no image after one was refused or
-    has failed. ``is_late``: once it returns true, begin no image, and stop those that run.
+    ``is_dry_run``: only make the plan. ``is_late``: once it returns true, begin no image, and stop
+    those that run.
     """
 
     spec: JobSpec
     is_dry_run: bool = False
-    stops_at_error: bool = False
     is_late: Callable[[], bool] = never
 
 
@@ -111,7 +110,7 @@ class _Run:
             {number: step for number, step in enumerate(steps) if step.state is State.READY},
             executor.capacity,
             verifies=job.spec.verifies,
-            stops_at_error=job.stops_at_error,
+            stops_at_error=job.spec.stops_at_error,
         )
         try:
             self._record_planned(scheduler)
@@ -122,7 +121,7 @@ class _Run:
             scheduler.drop(executor.stop(interrupt=self._is_stopping()))
             while scheduler.is_running:
                 self._collect(executor.finished(), scheduler)
-                executor.stop(interrupt=self._is_stopping())
+                scheduler.drop(executor.stop(interrupt=self._is_stopping()))
         finally:
             executor.close()
 

@@ -34,12 +34,14 @@ class JobSpec:
     """What is done with every image of a farm.
 
     ``discard``: a flatten then removes the ``.add-cow`` file. ``verifies``: what was written is
-    read back from the disk, before anything is removed.
+    read back from the disk, before anything is removed. ``stops_at_error``: no image begins after
+    one was refused or has failed.
     """
 
     operation: Operation
     discard: bool = False
     verifies: bool = False
+    stops_at_error: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,15 @@ class ImageJob:
     """``spec`` for the overlay at ``path``.
 
     ``nearby``: the overlays around its files. ``receives``: earlier jobs commit clusters into this
-    overlay, so it will have something to commit even if no cluster is allocated yet.
+    overlay, so it will have something to commit even if no cluster is allocated yet. ``layers``:
+    the number of layers in its chain.
     """
 
     path: str
     spec: JobSpec
     nearby: NearbyOverlays
     receives: bool = False
+    layers: int = 1
 
     def estimate(self, options: RunOptions) -> Estimate | AddcowError | None:
         """What it would do, or why it would be refused; None if there is nothing to do."""

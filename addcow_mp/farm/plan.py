@@ -155,7 +155,8 @@ def _steps(spec: JobSpec, index: DependencyIndex) -> Iterator[Step]:
     leaving = {one.identity for one in index.farm} if spec.discard else set()
     for named in index.farm:
         nearby = index.around(named, as_backing=commits, leaving=leaving)
-        yield Step(named, ImageJob(named.path, spec, nearby), tuple(_chain(named, index.graph)))
+        chain = tuple(_chain(named, index.graph))
+        yield Step(named, ImageJob(named.path, spec, nearby, layers=len(chain)), chain)
 
 
 def _chain(named: Named, graph: Graph[Named]) -> Iterator[Identity]:
