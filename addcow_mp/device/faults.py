@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,9 @@ def cut(event: str, length: int, clusters: tuple[int, int] | None = None) -> int
             if rule.action == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif rule.action == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
+                # To this thread: a signal to the process may reach another one, and this one a
+                # moment later.
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
             elif rule.action == "short" and length > 1:
                 _short_errno = rule.errno
                 return length // 2
