@@ -49,7 +49,7 @@ def count_of(total: int) -> int:
 
 
 def _base(number: int) -> str:
-    """The name of a backing file; all have the same length, so that qcow2 headers are alike."""
+    """The name of a backing file; all have the same length, so that one qcow2 header fits all."""
     return f"base-{number:05}.raw"
 
 

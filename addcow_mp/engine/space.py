@@ -131,13 +131,16 @@ class _Counting:
 
     def _copied(self, extent: Extent) -> Iterator[Run]:
         """Yield the parts of ``extent`` that are not cloned; copied up bytes never are."""
-        first = last = extent.start
         moved = extent.depth == 0 or not isinstance(self._plan.target, OverlayTarget)
-        if moved and self._can_share(extent.depth):
-            block = self._target.block_size
-            first, last = clonable(self._options, extent.start, extent.stop, block)
-        if last <= first:
-            yield extent.start, extent.stop
-        else:
-            yield extent.start, first
-            yield last, extent.stop
+        block = self._target.block_size if moved and self._can_share(extent.depth) else None
+        return copied_parts(extent.start, extent.stop, self._options, block)
+
+
+def copied_parts(start: int, stop: int, options: CopyOptions, block: int | None) -> Iterator[Run]:
+    """Yield the parts of a run that are not cloned; ``block`` is None where none is."""
+    first, last = (start, start) if block is None else clonable(options, start, stop, block)
+    if last <= first:
+        yield start, stop
+    else:
+        yield start, first
+        yield last, stop

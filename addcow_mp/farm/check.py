@@ -30,7 +30,8 @@ from addcow_mp.engine.worker import Failed, WorkerContext
 from addcow_mp.errors import LentError
 from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import Found, files_of, without_backups
-from addcow_mp.farm.quick_check import NeedsFullCheckError, QuickCheck
+from addcow_mp.farm.plain import NotPlainError
+from addcow_mp.farm.quick_check import QuickCheck
 from addcow_mp.findings import CheckReport, Finding, Severity, worst
 from addcow_mp.jobs.check import check, foreign_twin_finding
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
@@ -122,7 +123,7 @@ class _Checks:
     def _checked(self, path: str, quick_check: QuickCheck) -> Checked | None:
         try:
             seen = quick_check.at(path)
-        except NeedsFullCheckError:
+        except NotPlainError:
             return full_check(path, self.access)
         if seen is None:
             return _qcow2_user(path) if quick_check.met_qcow2 else None

@@ -49,7 +49,7 @@ GROUP = 32
 #: Full groups in the pool for each process: one that it works on, others so that it never waits.
 AHEAD = 4
 
-#: Descriptors of each layer, with the mapping of its bitmap, and of a job besides.
+#: Descriptors of each layer, with the mapping of its bitmap, and those that a job adds.
 _LAYER_FILES, _JOB_FILES = 3, 8
 
 

@@ -34,6 +34,8 @@ from addcow_mp.farm.dependency_index import DependencyIndex
 from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.image_job import ImageJob, JobSpec, Operation
 from addcow_mp.farm.places import Found, files_of, in_order
+from addcow_mp.farm.plain import NotPlainError
+from addcow_mp.farm.quick_estimate import QuickEstimates
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.jobs.report import Estimate
 
@@ -177,9 +179,16 @@ class _Estimates:
     def __init__(self, image_jobs: list[ImageJob], options: RunOptions) -> None:
         self.image_jobs = image_jobs
         self.options = options
+        self._quick_estimates = QuickEstimates(options)
 
     def __call__(self, task: Task, worker: WorkerContext) -> list[Estimate | AddcowError | None]:  # noqa: ARG002
-        return [one.estimate(self.options) for one in self.image_jobs[task.first : task.stop]]
+        return [self._estimate(one) for one in self.image_jobs[task.first : task.stop]]
+
+    def _estimate(self, image_job: ImageJob) -> Estimate | AddcowError | None:
+        try:
+            return self._quick_estimates.of(image_job)
+        except NotPlainError:
+            return image_job.estimate(self.options)
 
 
 def _estimated(steps: list[Step], options: RunOptions, hooks: Hooks) -> Iterator[Step]:
