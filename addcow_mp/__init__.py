@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         flatten,
         info,
         open,  # noqa: A004 - the name that users expect
+        resize,
     )
     from addcow_mp.device.access import Access
     from addcow_mp.device.extent import Extent
@@ -68,7 +69,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **dict.fromkeys(
-        ("check", "commit", "convert", "create", "extents", "flatten", "info", "open"), "api"
+        ("check", "commit", "convert", "create", "extents", "flatten", "info", "open", "resize"),
+        "api",
     ),
     "Access": "device.access",
     "Extent": "device.extent",
@@ -77,7 +79,7 @@ _HOMES = {
 }
 
 __all__ = ["Access", "Extent", "Overlay"]
-__all__ += ["check", "commit", "convert", "create", "extents", "flatten", "info", "open"]
+__all__ += ["check", "commit", "convert", "create", "extents", "flatten", "info", "open", "resize"]
 __all__ += ["path_combine", "path_has_protocol", "read_string"]
 __all__ += ["AddcowError", "CleanupError", "CpuLimitJobError", "DependantsError", "FileError"]
 __all__ += ["FormatError", "HangupJobError", "HardLinksError", "HeldError", "ImageError"]

@@ -145,6 +145,22 @@ def flatten(
     )
 
 
+def resize(
+    path: Path, size: int | str, *, shrink: bool = False, access: Access | None = None
+) -> Report:
+    """Give the overlay another virtual size: bytes, or text as ``10G``, ``+1G`` or ``-1G``.
+
+    A new part reads as zeros. A smaller size needs ``shrink``, and no overlay may depend on it.
+    """
+    from addcow_mp.jobs.resize import resize as job
+    from addcow_mp.units import SizeChange, parse_size_change
+
+    if not isinstance(size, int | str):
+        raise TypeError(f"size: give a number or text, not {type(size).__name__}")
+    change = parse_size_change(size) if isinstance(size, str) else SizeChange(size)
+    return job(_text(path, "path"), change, shrink=shrink, access=_allowed(access))
+
+
 def convert(
     source: Path,
     destination: Path,

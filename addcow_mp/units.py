@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from addcow_mp.errors import UsageError
 
@@ -43,6 +44,28 @@ def parse_size(text: str, what: str = "size") -> int:
     if size > MAX_SIZE:
         raise _invalid(what, text, "more than 8 EiB")
     return size
+
+
+class SizeChange(NamedTuple):
+    """A virtual size as the user gives it: ``amount`` bytes, or so many more (1) or less (-1)."""
+
+    amount: int
+    sign: int = 0
+
+    def applied(self, size: int) -> int:
+        """The new size in whole sectors. Raises :class:`UsageError` when there is none."""
+        new = size * abs(self.sign) + self.amount * (self.sign or 1)
+        if not 0 < new <= MAX_SIZE:
+            change = f"{self.sign * self.amount:+}" if self.sign else str(self.amount)
+            problem = f"the disk has {size} bytes, and can have 1 byte to 8 EiB"
+            raise _invalid("size", change, problem)
+        return round_up(new, SECTOR)
+
+
+def parse_size_change(text: str) -> SizeChange:
+    """Parse ``10G``, ``+1G`` or ``-1G``. Raises :class:`UsageError`."""
+    sign = {"+": 1, "-": -1}.get(text[:1], 0)
+    return SizeChange(parse_size(text[abs(sign) :]), sign)
 
 
 def parse_duration(text: str, what: str) -> float:

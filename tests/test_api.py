@@ -36,6 +36,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "create, image": lambda path: addcow_mp.create("x", size=512, image=path),
     "commit": addcow_mp.commit,
     "flatten": addcow_mp.flatten,
+    "resize": lambda path: addcow_mp.resize(path, 512),
     "convert, source": lambda path: addcow_mp.convert(path, "x"),
     "convert, destination": lambda path: addcow_mp.convert("x", path),
     "check": addcow_mp.check,
@@ -64,6 +65,8 @@ def test_paths_are_accepted_as_str_bytes_and_path_objects(
     assert (tmp_path / "copy.raw").read_bytes() == b"B" * 512 + b"A" * (65536 - 512)
     assert addcow_mp.commit(top, jobs=0).totals.clusters_moved == 1
     addcow_mp.flatten(top, jobs=0)
+    assert addcow_mp.resize(top, "+1k").virtual_size == 65536 + 1024
+    assert addcow_mp.resize(top, 512, shrink=True).virtual_size == 512
 
 
 @pytest.mark.parametrize("wrong", [None, 3, 1.5, ["top.add-cow"], object()])
@@ -92,6 +95,14 @@ def test_jobs_must_be_a_number_of_processes(tmp_path: Path) -> None:
         addcow_mp.commit(path, jobs="2")  # type: ignore[arg-type]
     with pytest.raises(addcow_mp.UsageError, match="jobs -1"):
         addcow_mp.flatten(path, jobs=-1)
+
+
+def test_size_must_be_a_number_or_text(tmp_path: Path) -> None:
+    path = pair(tmp_path, "A", "X")
+    with pytest.raises(TypeError, match=r"^size: give a number or text"):
+        addcow_mp.resize(path, 1.5)  # type: ignore[arg-type]
+    with pytest.raises(addcow_mp.UsageError, match="invalid size '-1'"):
+        addcow_mp.resize(path, -1)
 
 
 # The package as it is given away

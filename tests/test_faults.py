@@ -75,10 +75,13 @@ class Operation:
     touches: frozenset[str]
     meets: frozenset[str]
     makes: frozenset[str] = frozenset()
+    #: Whether a view is the old one or the new one, and no mixture of both.
+    at_once: bool = False
 
 
 OPENING = {"header_read", "bitmap_load"}
 PUBLISHING = {"data_sync", "publish", "bitmap_update", "bitmap_sync"}
+RESIZING = OPENING | {"data_sync", "bitmap_update", "bitmap_sync", "resize"}
 
 
 def view(path: Path) -> bytes:
@@ -138,6 +141,37 @@ def tail_scene(here: Path) -> None:
     flatten_scene(here)
     with (here / "top.raw").open("ab") as file:
         file.write(b"tail" * 25)
+
+
+def growing_scene(here: Path) -> None:
+    """The old last cluster is partial, behind it lies a tail, and the backing is longer."""
+    draw_raw(here / "base.img", "ABC-EF--JKLMNOP", cluster=CLUSTER)
+    draw(here / "top.add-cow", "-X0gg-gYg", cluster=CLUSTER)
+    os.truncate(here / "top.raw", 9 * CLUSTER - 2 * SECTOR)
+    with (here / "top.raw").open("ab") as file:
+        file.write(b"tail" * 25)
+
+
+def stray_scene(here: Path) -> None:
+    """The same with bits that an interrupted shrinking has left."""
+    growing_scene(here)
+    with (here / "top.add-cow").open("r+b") as file:
+        file.seek(CLUSTER + 1)
+        file.write(b"\x22")
+
+
+def shrinking_scene(here: Path) -> None:
+    draw_raw(here / "base.img", "ABC-EF--JKLMNOP", cluster=CLUSTER)
+    draw(here / "top.add-cow", "-X0gXXXXXXXY", cluster=CLUSTER)
+
+
+def grown(here: Path) -> dict[str, bytes | None]:
+    return {"top.add-cow": view(here / "top.add-cow").ljust(12 * CLUSTER, b"\0")}
+
+
+def shrunk(here: Path) -> dict[str, bytes | None]:
+    size = 5 * CLUSTER - SECTOR
+    return {name: view(here / name)[:size] for name in ("top.add-cow", "top.raw")}
 
 
 def committed(here: Path) -> dict[str, bytes | None]:
@@ -274,6 +308,33 @@ OPERATIONS = {
             | {"backing_read", "cow_read", "cow_write", "image_write", "punch"}
         ),
     ),
+    "grow": Operation(
+        ("resize", "top.add-cow", "48k"),
+        growing_scene,
+        grown,
+        {"top.add-cow": ".11....11111"},
+        frozenset({"top.add-cow", "top.raw"}),
+        frozenset(RESIZING | {"backing_read", "cow_read", "cow_write", "image_write", "punch"}),
+        at_once=True,
+    ),
+    "grow-stray": Operation(
+        ("resize", "top.add-cow", "48k"),
+        stray_scene,
+        grown,
+        {"top.add-cow": ".11....11111"},
+        frozenset({"top.add-cow", "top.raw"}),
+        frozenset(RESIZING | {"backing_read", "cow_read", "cow_write", "image_write", "punch"}),
+        at_once=True,
+    ),
+    "shrink": Operation(
+        ("resize", "--shrink", "top.add-cow", str(5 * CLUSTER - SECTOR)),
+        shrinking_scene,
+        shrunk,
+        {"top.add-cow": ".11.1"},
+        frozenset({"top.add-cow", "top.raw"}),
+        frozenset(OPENING | {"image_cut", "data_sync", "bitmap_sync"}),
+        at_once=True,
+    ),
     "convert": Operation(
         ("convert", "-O", "raw", "--jobs", "0", "top.add-cow", "new.raw"),
         flatten_scene,
@@ -362,6 +423,8 @@ class Scene:
                 self._is_finished(name)  # it went because it was not needed any more
             elif name in self.operation.touches:
                 after = self.becomes.get(name, before)
+                if self.operation.at_once:
+                    assert view(self.here / name) in (before, after)
                 between(before, view(self.here / name), before if after is None else after)
 
     def _nothing_lost(self, *, made: bool) -> None:

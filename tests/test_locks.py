@@ -72,6 +72,7 @@ COMMIT: Held = {
     MID_IMAGE: RESIZING,
     BASE: READING,
 }
+RESIZE: Held = {**READ, TOP: RESIZING, TOP_IMAGE: RESIZING}
 COMMIT_MID: Held = {MID: RESIZING, MID_IMAGE: WRITING, BASE: RESIZING}
 COMMIT_KEEPING: Held = {**READ, MID: RESIZING, MID_IMAGE: RESIZING}
 
@@ -186,6 +187,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], Held]] = {
     "flatten": (("flatten", "--jobs", "0", TOP), WRITE),
     "discard": (("flatten", "--discard", "--jobs", "0", TOP), DISCARD),
     "commit": (("commit", "--jobs", "0", TOP), COMMIT),
+    "resize": (("resize", TOP, "+4k"), RESIZE),
     "commit -d": (("commit", "-d", "--jobs", "0", TOP), COMMIT_KEEPING),
     "commit into raw": (("commit", "--force", "--jobs", "0", MID), COMMIT_MID),
 }

@@ -21,7 +21,7 @@ import oracle
 from support.chains import even_chain
 from support.command import addcow, succeed, tool
 from support.file_systems import made_disk
-from support.model import Files, MiB, build, raw, view
+from support.model import SECTOR, Files, KiB, MiB, build, overlay, raw, view
 from support.powercut import (
     SIZE_OF_EVENTS,
     Disk,
@@ -29,7 +29,7 @@ from support.powercut import (
     lose_power,
     make_durable,
 )
-from support.promises import VIEW, Commit, Flatten, Promise, promise_of
+from support.promises import VIEW, Commit, Flatten, Promise, Resize, promise_of
 from support.victim import PATIENCE, Victim
 
 pytestmark = pytest.mark.sample(1)
@@ -37,6 +37,7 @@ pytestmark = pytest.mark.sample(1)
 # Enough for about fifteen checkpoints, with a few holes punched at each.
 SIZE = 8 * MiB
 SCALE = SIZE / SIZE_OF_EVENTS
+CLUSTER = 16 * KiB
 
 # Cuts after which a wrong order must have been noticed. One in four notices the rarest, on a
 # busy machine one in ten; that none of so many does is bad luck once in hundreds of runs.
@@ -100,6 +101,60 @@ def test_power_cut_loses_nothing(
     disk: Disk, rng: random.Random, tmp_path: Path, words: str, overlays: int, by_event: bool
 ) -> None:
     cut_and_finish(disk, rng, tmp_path, words, overlays=overlays, by_event=by_event)
+
+
+def to_be_resized(place: Path, rng: random.Random) -> Files:
+    """An overlay with a partial last cluster over a longer base, durable."""
+    base, cells = raw("Z" * 128, CLUSTER), "MM--m-M" * 9 + rng.choice("-mM")
+    files = build(overlay(cells, base, cluster_size=CLUSTER, cut=5 * KiB), str(place))
+    make_durable(place)
+    return files
+
+
+def new_size(rng: random.Random, size: int, *, grows: bool) -> int:
+    if grows:
+        return size + rng.randint(1, 100 * CLUSTER // SECTOR) * SECTOR
+    return rng.randrange(1, size // SECTOR) * SECTOR
+
+
+@pytest.mark.parametrize("grows", [True, False], ids=["grow", "shrink"])
+def test_power_cut_during_resize_leaves_the_old_disk_or_the_new_one(
+    disk: Disk, rng: random.Random, tmp_path: Path, grows: bool
+) -> None:
+    for _ in range(3):
+        with disk.directory() as place:
+            files = to_be_resized(place, rng)
+            size = oracle.virtual_size(files.path)
+            promise = Resize(files, new_size(rng, size, grows=grows))
+            moment = Moment.draw(rng, promise, by_event=True)
+            cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0)
+            tell(cut.story)
+            assert promise.broken(done=cut.done) == [], cut.story
+            finish(promise, place)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("grows", "order"),
+    [
+        (True, "never:top.raw"),  # bits set before the data that was copied up is durable
+        (False, "late:top.raw"),  # bits cleared before the image has its new length
+    ],
+)
+def test_power_cuts_catch_a_wrong_order_of_resize(
+    disk: Disk, rng: random.Random, tmp_path: Path, grows: bool, order: str
+) -> None:
+    for _ in range(PATIENT_CUTS):
+        with disk.directory() as place:
+            files = to_be_resized(place, rng)
+            size = oracle.virtual_size(files.path)
+            promise = Resize(files, new_size(rng, size, grows=grows))
+            moment = Moment.draw(rng, promise, by_event=True)
+            cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0, order=order)
+            tell(cut.story)
+            if promise.broken(done=cut.done):
+                return
+    pytest.fail(f"{PATIENT_CUTS} cuts did not notice {order}")
 
 
 @pytest.mark.long

@@ -28,9 +28,53 @@ _PUBLISHER = "addcow_mp/engine/publisher.py"
 _OVERLAY = "addcow_mp/device/overlay.py"
 _LOCKS = "addcow_mp/device/locks.py"
 _DEPENDANTS = "addcow_mp/jobs/dependants.py"
+_RESIZE = "addcow_mp/jobs/resize.py"
 _EXPORT, _IMPORT = "addcow_mp/jobs/qemu_export.py", "addcow_mp/jobs/qemu_import.py"
 
 MUTATIONS = (
+    # The order of a resize
+    Mutation(
+        "resize: bits before the data that was copied up is synced",
+        _RESIZE,
+        "    image.sync()\n    try:\n",
+        "    try:\n",
+        _in("resize", "growing_keeps_the_order"),
+    ),
+    Mutation(
+        "resize: the new length before the bits",
+        _RESIZE,
+        "        _lengthen_bitmap(overlay, size, runs)\n        image.set_length(size)\n",
+        "        image.set_length(size)\n        _lengthen_bitmap(overlay, size, runs)\n",
+        _in("resize", "growing_keeps_the_order"),
+    ),
+    Mutation(
+        "resize: bits are cleared before the shorter image is synced",
+        _RESIZE,
+        "        image.cut(size)\n    image.sync()\n",
+        "        image.cut(size)\n",
+        _in("resize", "shrinking_keeps_the_order"),
+    ),
+    Mutation(
+        "resize: bits behind the bitmap's new end stay",
+        _RESIZE,
+        "    if overlay.cow.length > end:\n        overlay.cow.set_length(end)\n",
+        "",
+        _in("resize", "bits_in_later_clusters_of_the_bitmap_do_not_come_back"),
+    ),
+    Mutation(
+        "resize: the old last cluster is not copied up",
+        _RESIZE,
+        "    if runs:\n        _copy_up_last(overlay)\n",
+        "",
+        _in("resize", "new_part_reads_zeros_over_a_longer_backing"),
+    ),
+    Mutation(
+        "resize: bytes behind the old end stay",
+        _RESIZE,
+        "    image.make_zero(old, image.length)\n",
+        "",
+        _in("resize", "new_part_reads_zeros_over_a_longer_backing"),
+    ),
     # The order of the publisher
     Mutation(
         "publisher: bits before the data is synced",

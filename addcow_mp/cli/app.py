@@ -26,7 +26,7 @@ _GROUPS = {
         "Create, inspect, change, commit and flatten add-cow disk images.",
         (
             *("create", "info", "map", "check", "verify", "convert", "compare"),
-            *("commit", "flatten", "io", "serve", "manifest", "farm", "qemu"),
+            *("commit", "flatten", "resize", "io", "serve", "manifest", "farm", "qemu"),
         ),
     ),
     "qemu": _Group(
@@ -78,7 +78,8 @@ def _command(place: str) -> Any:
     # A module cannot be named like a keyword.
     module = import_module(f"addcow_mp.cli.commands.{place}{'_' * iskeyword(name)}")
     app = typer.Typer(**_SETTINGS)
-    app.command(name)(expanded(module.command))
+    settings: dict[str, Any] = getattr(module, "SETTINGS", {})
+    app.command(name, **settings)(expanded(module.command))
     return get_command(app)
 
 

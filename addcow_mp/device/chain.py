@@ -53,6 +53,8 @@ ESTIMATING: Uses = {1: Use(READING, READING)}
 COMMIT_KEEPING: Uses = {1: Use(RESIZING, RESIZING)}
 #: The overlay is lent to QEMU, or taken back.
 LENDING: Uses = {0: Use(RESIZING, RESIZING)}
+#: The overlay gets another virtual size.
+RESIZE: Uses = LENDING
 
 
 def open_chain(

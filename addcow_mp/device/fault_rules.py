@@ -18,7 +18,7 @@ EVENTS = (
     *("bitmap_load", "bitmap_update", "bitmap_sync"),
     *("image_read", "image_write", "backing_read", "backing_write", "target_write"),
     *("cow_read", "cow_write"),
-    *("data_sync", "publish", "punch", "image_cut", "discard"),
+    *("data_sync", "publish", "punch", "image_cut", "resize", "discard"),
     *("create", "directory_sync", "read_back"),
     *("twin_write", "twin_link", "twin_unlink"),
 )

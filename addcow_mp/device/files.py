@@ -282,6 +282,13 @@ class File:
                 faults.hit("image_cut")
             os.ftruncate(self.fd, length)
 
+    def set_length(self, length: int) -> None:
+        """Lengthen the file with zeros, or cut it."""
+        with self.doing(f"set its length to {length} bytes"):
+            if faults.armed:
+                faults.hit("resize")
+            os.ftruncate(self.fd, length)
+
     def start_writing(self, start: int, stop: int) -> None:
         """Start writing ``[start, stop)`` to disk, if the file will be synced."""
         if self.durable:

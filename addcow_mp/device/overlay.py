@@ -60,16 +60,13 @@ class Overlay:
         self.header = header
         #: Whether every cluster is allocated, whatever the bitmap says.
         self.all_allocated = header.all_allocated
-        self.size, self.cluster_size = self.image.size, header.cluster_size
-        self.geometry = Geometry(self.size, self.cluster_size)
+        self.cluster_size = header.cluster_size
         for file in self.files():
-            file.cluster_size = self.geometry.cluster_size
+            file.cluster_size = self.cluster_size
         with cow.doing("map its bitmap"):
             if faults.armed:
                 faults.hit("bitmap_load")
-            self.bitmap = CowBitmap(
-                cow.fd, header.header_size, self.geometry, cow.path, alone=cow.excludes_writers
-            )
+            self._take_size(self.image.size)
         self.pending = SparseBits()
         self._range_lock = RangeLock()
         self._pending_lock = threading.Lock()
@@ -90,6 +87,25 @@ class Overlay:
             self.close()
         else:
             self.abandon()
+
+    def _take_size(self, size: int) -> None:
+        self.size, self.geometry = size, Geometry(size, self.cluster_size)
+        self.bitmap = CowBitmap(
+            self.cow.fd,
+            self.header.header_size,
+            self.geometry,
+            self.path,
+            alone=self.cow.excludes_writers,
+        )
+
+    def use_size(self, size: int) -> None:
+        """Go on with another virtual size, which the image file has or is about to get.
+
+        Nothing is written. No write may be pending.
+        """
+        self.bitmap.unmap()
+        self.image = RawLayer(self.image.file, size)
+        self._take_size(size)
 
     # Properties
 

@@ -56,6 +56,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     #: The digest of what was read back and is as before; None when this was not asked for.
     guest_digest: str | None = None
+    #: The virtual size in bytes, of a job that sets it.
+    virtual_size: int | None = None
     outcome: Outcome = Outcome.REFUSED
 
     def begin_changes(self) -> None:
@@ -74,9 +76,11 @@ class Report:
     def as_json(self) -> dict[str, object]:
         """Return the report with keys as qemu-img spells them."""
         verified = {} if self.guest_digest is None else {"guest-digest": self.guest_digest}
+        size = {} if self.virtual_size is None else {"virtual-size": self.virtual_size}
         return {
             "operation": self.operation,
             "filename": self.filename,
+            **size,
             "bytes-moved": self.totals.bytes_moved,
             "clusters-moved": self.totals.clusters_moved,
             "bytes-zeroed": self.totals.bytes_zeroed,

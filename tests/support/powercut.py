@@ -80,6 +80,15 @@ EVENTS = {
         "bitmap_update": 12,
         "bitmap_sync": 6,
     },
+    # A resize has the same few steps whatever the size.
+    "resize": {
+        "image_cut": 1,
+        "cow_write": 1,
+        "data_sync": 3,
+        "bitmap_update": 2,
+        "bitmap_sync": 2,
+        "resize": 2,
+    },
     # What is lent does not cost more for a bigger image.
     "export": {
         "header_write": 3,

@@ -18,6 +18,9 @@ written to it since. A cluster that was not allocated at that flush is old as a 
 bit, at least as new as the next flush: never what the image happened to hold. Nothing changes
 in clusters that were not written, nor in any file below.
 
+resize: the guest's view is the old one or, cut or continued with zeros, the new one. No file below
+changes. Once it is done the view is the new one, and no bit past the last cluster is set.
+
 convert: no file of the chain changes, and once it is done the new file is the guest's view.
 """
 
@@ -266,6 +269,34 @@ class FlattenDiscarding(Flatten):
             return
         yield from self._untouched(self.files.below)
         yield from self._image(True)
+
+
+class Resize(Promise):
+    """Resize to ``new`` bytes."""
+
+    job = "resize"
+    options = ("--shrink",)
+    has_jobs = False
+    grows = False
+
+    def __init__(self, files: Files, new: int) -> None:
+        super().__init__(files)
+        self.new = new
+
+    def command(self, jobs: int) -> list[str]:
+        return [*super().command(jobs), str(self.new)]
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        yield from self._untouched(self.files.below)
+        yield from self._same_header()
+        now = oracle.guest_bytes(self.files.path)
+        new = self.view[: self.new].ljust(self.new, b"\0")
+        if done or len(now) == self.new:
+            yield from differs(VIEW, now, new)
+        else:
+            yield from differs(VIEW, now, self.view)
+        if done:
+            yield from self._no_stray_bits()
 
 
 class Convert(Promise):
