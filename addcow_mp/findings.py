@@ -20,8 +20,8 @@ from typing import ClassVar
 
 from addcow_mp.format.bits import merged
 
-#: Exit statuses of a check or a verification, the worst first.
-WORST_FIRST = (2, 1, 3, 0)
+#: Exit statuses of a check or a verification, the worst first; 63: it is not an add-cow file.
+WORST_FIRST = (2, 1, 63, 3, 0)
 
 #: Exit statuses of a layer.
 UNVERIFIED, DIFFERENT = 1, 2

@@ -29,7 +29,7 @@ from support.powercut import (
     lose_power,
     make_durable,
 )
-from support.promises import VIEW, Commit, Flatten, Promise, Resize, promise_of
+from support.promises import VIEW, Commit, Flatten, Promise, Reset, Resize, promise_of
 from support.victim import PATIENCE, Victim
 
 pytestmark = pytest.mark.sample(1)
@@ -45,6 +45,7 @@ PATIENT_CUTS = 60
 
 MANY_CUTS = int(os.environ.get("ADDCOW_CUTS", "300"))
 RANDOM_JOBS = ["commit", "commit", "commit -d", "flatten", "flatten", "flatten --discard", "io"]
+RANDOM_JOBS += ["reset"]
 
 
 @pytest.fixture(scope="module", params=["ext4", "xfs"])
@@ -76,7 +77,7 @@ def finish(promise: Promise, place: Path) -> None:
     assert promise.broken(done=True, stdout=result.stdout) == []
     if type(promise) is Commit:
         assert promise.leftovers() == -1
-    if type(promise) in (Commit, Flatten):
+    if type(promise) in (Commit, Flatten, Reset):
         assert addcow("check", promise.files.path, cwd=place).status == 0
 
 
@@ -95,7 +96,8 @@ def cut_and_finish(
 
 @pytest.mark.parametrize("by_event", [True, False], ids=["event", "clock"])
 @pytest.mark.parametrize(
-    ("words", "overlays"), [("commit", 1), ("commit", 2), ("flatten", 2), ("io", 1)]
+    ("words", "overlays"),
+    [("commit", 1), ("commit", 2), ("flatten", 2), ("io", 1), ("reset", 1), ("reset", 2)],
 )
 def test_power_cut_loses_nothing(
     disk: Disk, rng: random.Random, tmp_path: Path, words: str, overlays: int, by_event: bool
@@ -169,6 +171,7 @@ def test_power_cuts_catch_a_wrong_order_of_resize(
         ("commit", 2, "never:top-base.add-cow"),  # the backing's own bits not made durable
         ("io", 1, "late:top.raw"),
         ("io", 1, "never:top.raw"),
+        ("reset", 1, "never:top.add-cow"),  # space freed before the bitmap is cleared durably
     ],
 )
 def test_power_cuts_catch_a_wrong_order(

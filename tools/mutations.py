@@ -27,6 +27,7 @@ def _in(module: str, *names: str) -> tuple[str, ...]:
 _PUBLISHER = "addcow_mp/engine/publisher.py"
 _OVERLAY = "addcow_mp/device/overlay.py"
 _LOCKS = "addcow_mp/device/locks.py"
+_RESET = "addcow_mp/jobs/reset.py"
 _DEPENDANTS = "addcow_mp/jobs/dependants.py"
 _RESIZE = "addcow_mp/jobs/resize.py"
 _EXPORT, _IMPORT = "addcow_mp/jobs/qemu_export.py", "addcow_mp/jobs/qemu_import.py"
@@ -514,5 +515,50 @@ MUTATIONS = (
         "                    raise ended_early()\n",
         "                    return\n",
         _in("kills", "shrinking_source_is_named", "shrunk_source_is_an_error_and_not_a_hole"),
+    ),
+    # Reset
+    Mutation(
+        "reset: the bits are cleared one by one",
+        _OVERLAY,
+        "        self.cow.cut(self.header.header_size)\n",
+        "        self.publish([(0, self.geometry.clusters)], 0)\n",
+        _in("reset", "reset_keeps_the_order", "walk_of_reset_covers_every_event"),
+    ),
+    Mutation(
+        "reset: the cut bitmap is not synced",
+        _OVERLAY,
+        "        self.cow.sync(attributes=True)\n",
+        "",
+        _in("reset", "reset_keeps_the_order"),
+    ),
+    Mutation(
+        "reset: the manifest stays",
+        _RESET,
+        "    invalidate_all(overlay, durable=overlay.cow.durable)\n",
+        "",
+        _in("reset", "reset_keeps_the_order", "reset_equals_the_base_for_qemu_and_frees_the_image"),
+    ),
+    Mutation(
+        "reset: ALL_ALLOCATED is cleared before the bits",
+        _RESET,
+        "    overlay.clear_bitmap()\n    if overlay.all_allocated:\n"
+        "        overlay.set_all_allocated(False)\n",
+        "    if overlay.all_allocated:\n        overlay.set_all_allocated(False)\n"
+        "    overlay.clear_bitmap()\n",
+        _in("reset", "interrupted_reset_shows_all_or_the_base_and_is_finished"),
+    ),
+    Mutation(
+        "reset: the image is freed first",
+        _RESET,
+        "    overlay.clear_bitmap()\n    if",
+        "    overlay.image.file.punch(0, overlay.size)\n    overlay.clear_bitmap()\n    if",
+        _in("reset", "interrupted_reset_shows_all_or_the_base_and_is_finished"),
+    ),
+    Mutation(
+        "reset: --force overrides dependants",
+        _DEPENDANTS,
+        "        if dependants and not (access.force and can_force):\n",
+        "        if dependants and not access.force:\n",
+        _in("reset", "farm_reset_refuses_inner_layers_and_counts_them"),
     ),
 )

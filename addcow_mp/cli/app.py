@@ -26,7 +26,7 @@ _GROUPS = {
         "Create, inspect, change, commit and flatten add-cow disk images.",
         (
             *("create", "info", "map", "check", "verify", "convert", "compare"),
-            *("commit", "flatten", "resize", "io", "serve", "manifest", "farm", "qemu"),
+            *("commit", "flatten", "reset", "resize", "io", "serve", "manifest", "farm", "qemu"),
         ),
     ),
     "qemu": _Group(
@@ -36,7 +36,10 @@ _GROUPS = {
     "manifest": _Group("Write digests of images to files.", ("create",)),
     "farm": _Group(
         "Inspect many images at once, and work on them.",
-        ("ls", "graph", "check", "verify", "manifest", "plan", "commit", "flatten", "scrub"),
+        (
+            *("ls", "graph", "check", "verify", "manifest", "plan"),
+            *("commit", "flatten", "reset", "scrub"),
+        ),
     ),
     "farm.manifest": _Group("Write the manifests of all images.", ("create",)),
     "farm.scrub": _Group("Verify a farm part by part, and record the results.", ("run", "status")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,12 +31,14 @@ from addcow_mp.farm.farm_job import FarmJob, run_farm_job
 from addcow_mp.farm.image_job import JobSpec, Operation
 from addcow_mp.farm.result import FarmResult
 
+if TYPE_CHECKING:
+    from addcow_mp.device.copying import CopyOptions
 
-class FarmJobOptions(OptionGroup):
-    """The options of ``farm commit`` and ``farm flatten``."""
+
+class FarmRunOptions(OptionGroup):
+    """The options of every job on a farm."""
 
     places: Places
-    verify: Verify = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False
     on_error: Annotated[
         OnError,
@@ -55,20 +57,18 @@ class FarmJobOptions(OptionGroup):
     progress: FarmProgress
     workers: Workers
     printing: ListPrinting
-    copying: CopyingOptions
     changing: ChangeOptions
 
-    def run(self, operation: Operation, *, discard: bool = False) -> None:
-        """Run ``operation`` on all images, print the result and exit."""
-        job = FarmJob(
-            JobSpec(operation, discard, self.verify, self.on_error == "stop"),
-            self.dry_run,
-            time_limit(self.time_limit),
+    def run_spec(self, spec: JobSpec, copy_options: CopyOptions, *, durable: bool = True) -> None:
+        """Run ``spec`` on all images, print the result and exit."""
+        job = FarmJob(spec, self.dry_run, time_limit(self.time_limit))
+        access = self.changing.access(
+            force=self.changing.force,
+            durable=durable,
+            writes=not self.dry_run,
+            exclude=self.places.exclude,
         )
-        access = self.changing.access_for(
-            self.copying, writes=not self.dry_run, exclude=self.places.exclude
-        )
-        copy_options, quiet = self.copying.copy_options(), self.printing.quiet
+        quiet = self.printing.quiet
         listed = self.places.listed()
         with (
             closing(FarmLog(self.log)) as log,
@@ -81,6 +81,18 @@ class FarmJobOptions(OptionGroup):
             for image in result.images:
                 warn([] if image.report is None else image.report.warnings)
         finish(result, self.printing)
+
+
+class FarmJobOptions(FarmRunOptions):
+    """The options of ``farm commit`` and ``farm flatten``, which copy."""
+
+    verify: Verify = False
+    copying: CopyingOptions
+
+    def run(self, operation: Operation, *, discard: bool = False) -> None:
+        """Run ``operation`` on all images, print the result and exit."""
+        spec = JobSpec(operation, discard, self.verify, self.on_error == "stop")
+        self.run_spec(spec, self.copying.copy_options(), durable=self.copying.durable)
 
 
 def finish(result: FarmResult, printing: ListPrinting) -> None:

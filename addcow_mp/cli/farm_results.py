@@ -14,6 +14,7 @@ from addcow_mp.device.discovery import Unexamined
 from addcow_mp.farm.image_job import Operation
 from addcow_mp.farm.plan import FileSystem, State, Step
 from addcow_mp.farm.result import FarmResult, ImageResult
+from addcow_mp.jobs.report import Report
 from addcow_mp.units import human_size
 
 #: The states of a plan that is not carried out, and those of a result, as they are counted.
@@ -28,7 +29,11 @@ _RESULTS = (
     State.LEFT,
 )
 
-_PAST = {Operation.COMMIT: "committed", Operation.FLATTEN: "flattened"}
+_PAST = {
+    Operation.COMMIT: "committed",
+    Operation.FLATTEN: "flattened",
+    Operation.RESET: "reset",
+}
 
 
 def print_result(result: FarmResult, printing: ListPrinting) -> None:
@@ -75,7 +80,8 @@ def _done(image: ImageResult) -> dict[str, object]:
         return {}
     report = image.report.as_json()
     keys = ("bytes-moved", "clusters-moved", "bytes-zeroed", "clusters-zeroed", "seconds")
-    return {key: report[key] for key in (*keys, "guest-digest") if key in report}
+    optional = ("bytes-freed", "guest-digest")
+    return {key: report[key] for key in (*keys, *optional) if key in report}
 
 
 def _rest(result: FarmResult) -> dict[str, object]:
@@ -131,13 +137,21 @@ def _line(image: ImageResult) -> str:
     step, operation = image.step, image.step.image_job.spec.operation
     if image.problem is not None:
         return problem_line(image)
+    if image.state is State.READY and operation is Operation.RESET:
+        return f"{step.path}: {operation}; frees {human_size(step.space.freed)}"
     if image.state is State.READY:
         into = "" if step.estimate is None else f" into {step.estimate.target}"
         needs = f"needs {human_size(step.space.peak)}, frees {human_size(step.space.freed)}"
         return f"{step.path}: {operation} {human_size(step.weight)}{into}; {needs}"
     if image.report is not None:
-        return f"{step.path}: {_PAST[operation]}, {human_size(_bytes_moved(image))}"
+        return f"{step.path}: {_PAST[operation]}, {_amount(image.report)}"
     return f"{step.path}: {image.state.replace('-', ' ')}"
+
+
+def _amount(report: Report) -> str:
+    if report.bytes_freed is not None:
+        return f"{human_size(report.bytes_freed)} freed"
+    return human_size(report.totals.bytes_moved)
 
 
 def _totals(result: FarmResult) -> Iterator[str]:

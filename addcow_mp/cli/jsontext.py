@@ -39,12 +39,17 @@ def print_failure(form: str, message: str, status: int, path: str | None) -> Non
 
     ``jsonl``: one more line; ``json``: the document, unless it is printed already.
     """
-    about = {} if path is None else {"filename": path}
-    failure = {"error": message, **about, "exit": status}
+    failure = failure_json(message, status, path)
     if form == "jsonl":
         print_line(failure)
     elif form == "json" and not results.is_document_printed():
         print_document(failure)
+
+
+def failure_json(message: str, status: int, path: object | None) -> dict[str, object]:
+    """Why a command failed, or its work on one of several files."""
+    about = {} if path is None else {"filename": path}
+    return {"error": message, **about, "exit": status}
 
 
 def form_of(arguments: Sequence[str]) -> str:

@@ -151,6 +151,8 @@ LockingOption = Annotated[
 ]
 
 File = Annotated[str, file_argument("FILE", "the .add-cow file")]
+Files = Annotated[list[str], file_argument("FILE...", "the .add-cow files")]
+AnyFiles = Annotated[list[str], file_argument("FILE...", "the images")]
 AnyFile = Annotated[str, file_argument("FILE", "the image")]
 OverlayFormat = Annotated[
     OnlyAddcow, typer.Option("-f", "--format", help="format of FILE; never guessed")
@@ -256,6 +258,13 @@ class OverlayFile(OptionGroup):
     """The overlay that a command is about."""
 
     file: File
+    format: OverlayFormat = "add-cow"
+
+
+class OverlayFiles(OptionGroup):
+    """The overlays that a command is about."""
+
+    files: Files
     format: OverlayFormat = "add-cow"
 
 

@@ -47,10 +47,13 @@ WRITE: Uses = {0: Use(WRITING, WRITING)}
 DISCARD: Uses = {0: Use(WRITING, RESIZING)}
 #: Overlay and backing file are written, and the backing file may grow.
 COMMIT: Uses = {0: Use(RESIZING, WRITING), 1: Use(RESIZING, RESIZING)}
-#: Nothing is written: a commit is estimated. The backing file is read even with ALL_ALLOCATED.
+#: Nothing is written: a commit or reset is estimated. The backing file is read even with
+#: ALL_ALLOCATED.
 ESTIMATING: Uses = {1: Use(READING, READING)}
 #: Only the backing file is written.
 COMMIT_KEEPING: Uses = {1: Use(RESIZING, RESIZING)}
+#: The overlay goes back to its backing file, which must be there even with ALL_ALLOCATED.
+RESET: Uses = {0: Use(RESIZING, WRITING), 1: Use(READING, READING)}
 #: The overlay is lent to QEMU, or taken back.
 LENDING: Uses = {0: Use(RESIZING, RESIZING)}
 #: The overlay gets another virtual size.

@@ -15,7 +15,7 @@ from addcow_mp.errors import UsageError
 #: Every event, roughly in the order in which they happen in a job.
 EVENTS = (
     *("header_read", "header_write"),
-    *("bitmap_load", "bitmap_update", "bitmap_sync"),
+    *("bitmap_load", "bitmap_update", "bitmap_cut", "bitmap_grow", "bitmap_sync"),
     *("image_read", "image_write", "backing_read", "backing_write", "target_write"),
     *("cow_read", "cow_write"),
     *("data_sync", "publish", "punch", "image_cut", "resize", "discard"),

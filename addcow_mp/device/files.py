@@ -273,13 +273,15 @@ class File:
         """Lengthen the file to ``length`` with zeros; never shorten it."""
         with self.doing(f"grow it to {length} bytes"):
             if self.length < length:
+                if faults.armed and self.role == COW:
+                    faults.hit("bitmap_grow")
                 os.ftruncate(self.fd, length)
 
     def cut(self, length: int) -> None:
         """Set the length, which is not above the present one."""
         with self.doing(f"cut it to {length} bytes"):
             if faults.armed:
-                faults.hit("image_cut")
+                faults.hit("bitmap_cut" if self.role == COW else "image_cut")
             os.ftruncate(self.fd, length)
 
     def set_length(self, length: int) -> None:

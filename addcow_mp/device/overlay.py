@@ -38,7 +38,7 @@ from addcow_mp.format.bitmap import CowBitmap, SparseBits
 from addcow_mp.format.bits import Run, merged, runs
 from addcow_mp.format.geometry import Geometry, virtual_size
 from addcow_mp.format.header import Header
-from addcow_mp.units import KiB
+from addcow_mp.units import KiB, round_down
 
 #: Clusters whose bits are copied at a time, to combine them with pending ones.
 COPY_BITS = 1024 * KiB
@@ -117,6 +117,15 @@ class Overlay:
         if not self.pending:
             return self.bitmap.count()
         return sum(stop - first for first, stop in self.allocated_runs())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no cluster is allocated, and the image file has no space that can be freed."""
+        image, end = self.image.file, self.size
+        if image.length > end:  # bytes behind the view are not read, and keep the block of its end
+            end = round_down(end, image.block_size)
+        data = image.next_data(0)
+        return self.allocated_clusters == 0 and (data is None or data >= end)
 
     def files(self) -> Iterator[File]:
         """The raw file of each depth."""
@@ -344,6 +353,16 @@ class Overlay:
                 self.bitmap.fill_marked(marks, value)
             self.bitmap.clear_stray()
         self.cow.sync()
+
+    def clear_bitmap(self) -> None:
+        """Clear all bits in one step, durably: whatever interrupts it, all are cleared or none is.
+
+        The file is cut where its bitmap begins, since bits behind its end read as 0.
+        """
+        self.bitmap.unmap()
+        self.cow.cut(self.header.header_size)
+        self.cow.grow(self.header.header_size + self.geometry.bitmap_length)
+        self.cow.sync(attributes=True)
 
     def set_all_allocated(self, value: bool) -> None:
         """Write the header with ALL_ALLOCATED set or cleared, and make it durable."""

@@ -33,6 +33,10 @@ from addcow_mp.farm.places import in_order, without_backups
 MOST_LISTED = 8
 
 
+#: Seconds between searches for overlays that are created meanwhile.
+REFRESH_SECONDS = 1.0
+
+
 class DependencyIndex:
     """All overlays in ``paths``, in the directories of the files they name, and beneath roots.
 

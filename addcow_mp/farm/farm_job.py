@@ -1,4 +1,4 @@
-"""A farm job: commit or flatten every overlay of a farm.
+"""A farm job: commit, flatten or reset every overlay of a farm.
 
 It makes a plan, asks the scheduler which steps may begin, gives these to the executor, and collects
 the results. An image that is refused or fails ends alone; the other images continue.
@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 from addcow_mp.engine.fd_passing import UnstartedError
 from addcow_mp.engine.stop_flag import never
 from addcow_mp.errors import AddcowError, StoppedError, TimeLimitError
+from addcow_mp.farm.dependency_index import REFRESH_SECONDS
 from addcow_mp.farm.executor import Executor, Finished, PoolExecutor
 from addcow_mp.farm.image_job import JobSpec
 from addcow_mp.farm.plan import Plan, State, Step, plan
 from addcow_mp.farm.result import FarmResult, ImageResult
 from addcow_mp.farm.scheduler import Scheduler
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
-
-#: Seconds between searches for new overlays around the farm.
-REFRESH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """An image job: one overlay of a farm, and what is done with it.
 
-It runs the image's own commit or flatten, with its own locks, refusals and checkpoints. The farm
-only adds what it already knows: the overlays around the image. An image job is frozen and can be
-pickled to another process.
+It runs the image's own commit, flatten or reset, with its own locks, refusals and checkpoints. The
+farm only adds what it already knows: the overlays around the image. An image job is frozen and can
+be pickled to another process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from addcow_mp.device.discovery import NearbyOverlays
 from addcow_mp.device.files import sync_directory
 from addcow_mp.engine.pool import Pool
 from addcow_mp.errors import AddcowError
-from addcow_mp.jobs import commit, flatten
+from addcow_mp.jobs import commit, flatten, reset
 from addcow_mp.jobs.options import Hooks, RunOptions, Shared
 from addcow_mp.jobs.report import Estimate, Report
 
@@ -27,6 +27,7 @@ class Operation(StrEnum):
 
     COMMIT = "commit"
     FLATTEN = "flatten"
+    RESET = "reset"
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,16 @@ class ImageJob:
         try:
             if self.spec.operation is Operation.FLATTEN:
                 return flatten.estimate(self.path, options, shared, discard=self.spec.discard)
+            if self.spec.operation is Operation.RESET:
+                return reset.estimate(self.path, options, shared)
             return commit.estimate(self.path, options, shared, receives=self.receives)
         except AddcowError as error:
             return error.without_traceback()
 
     def run(self, options: RunOptions, hooks: Hooks, pool: Pool | None = None) -> Report:
         """Run the job, with the processes of ``pool``. Raises :class:`AddcowError`."""
+        if self.spec.operation is Operation.RESET:
+            return reset.reset(self.path, options=options, shared=Shared(nearby=self.nearby))
         job: Callable[..., Report] = commit.commit
         if self.spec.operation is Operation.FLATTEN:
             job = partial(flatten.flatten, discard=self.spec.discard)

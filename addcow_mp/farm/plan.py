@@ -2,7 +2,8 @@
 
 Deepest chains come first, so an overlay comes before its backing file. Commits run down a chain to
 its raw base: each image also receives what the images above it commit. A flattened or discarded
-overlay has no overlays above it any more. An image is refused for the same reasons as in a job of
+overlay has no overlays above it any more. Only leaves are reset: a layer that others stand on is
+refused. An image is refused for the same reasons as in a job of
 its own, such as a sibling that needs the same backing file. A refusal ends the image, not the farm.
 
 Space is counted for the whole farm, in this order and for each file system: what an image needs

@@ -34,7 +34,6 @@ from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions,
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.report import Estimate, Outcome, Report, reporting
 from addcow_mp.jobs.transfer_job import estimated, move, refuse_unwritable
-from addcow_mp.units import round_down
 
 
 def commit(
@@ -82,21 +81,12 @@ def estimate(
     do. Raises what the commit would be refused for.
     """
     with open_chain(path, ESTIMATING, options.access) as overlay:
-        if overlay.backing is None or (_is_done(overlay) and not receives):
+        if overlay.backing is None or (overlay.is_empty and not receives):
             return None
         plan = _plan(overlay, options, shared, keep=False)
         written = [*_own_files(overlay, keep=False), *_backing_files(overlay.backing)]
         refuse_unwritable(plan, written, options.access)
         return estimated(plan, options)
-
-
-def _is_done(overlay: Overlay) -> bool:
-    """Return whether no cluster is allocated and no space can be freed."""
-    image, end = overlay.image.file, overlay.size
-    if image.length > end:  # bytes behind the view are not read, and keep the block of its end
-        end = round_down(end, image.block_size)
-    data = image.next_data(0)
-    return overlay.allocated_clusters == 0 and (data is None or data >= end)
 
 
 def _plan(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) -> TransferPlan:
@@ -110,7 +100,7 @@ def _plan(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) 
     # The names of a raw backing file have no meaning.
     refuse_linked([*own, *(below if isinstance(backing, Overlay) else [])], force=access.force)
     grows = isinstance(backing, RawLayer) and backing.held < overlay.size
-    changes = grows or not _is_done(overlay)
+    changes = grows or not overlay.is_empty
     # Tasks cover every cluster, also those that an earlier commit cleared and was cut off before
     # it freed their space: it is freed with the others.
     return TransferPlan(

@@ -41,11 +41,14 @@ def refuse_dependants(
     access: Access,
     remedy: str = _REMEDY,
     around: NearbyOverlays | None = None,
+    *,
+    can_force: bool = True,
 ) -> None:
     """Raise :class:`DependantsError` when other overlays need a file of ``changed``.
 
     ``overlay`` is the top of the job's own chain. With ``access.force`` only a shared image file
-    is refused. ``around``: the overlays around it; None = look for them.
+    is refused, and unless ``can_force`` other dependants too. ``around``: the overlays around it;
+    None = look for them.
     """
     if not changed:
         return
@@ -62,7 +65,7 @@ def refuse_dependants(
         if file.identity in images:
             refuse_shared_image(file, [one for one in others if one.image == file.identity])
         dependants = [one for one in others if file.identity in (one.backing, one.image)]
-        if dependants and not access.force:
+        if dependants and not (access.force and can_force):
             listed = _listed(dependants, around.more)
             raise DependantsError(path=file.path, dependants=listed, remedy=remedy)
     if not access.force:

@@ -58,6 +58,8 @@ class Report:
     guest_digest: str | None = None
     #: The virtual size in bytes, of a job that sets it.
     virtual_size: int | None = None
+    #: Bytes of disk space that were freed, of a job that only frees.
+    bytes_freed: int | None = None
     outcome: Outcome = Outcome.REFUSED
 
     def begin_changes(self) -> None:
@@ -77,6 +79,7 @@ class Report:
         """Return the report with keys as qemu-img spells them."""
         verified = {} if self.guest_digest is None else {"guest-digest": self.guest_digest}
         size = {} if self.virtual_size is None else {"virtual-size": self.virtual_size}
+        freed = {} if self.bytes_freed is None else {"bytes-freed": self.bytes_freed}
         return {
             "operation": self.operation,
             "filename": self.filename,
@@ -88,6 +91,7 @@ class Report:
             "moved-by": dict(zip(CopyMethod, self.totals.ways, strict=True)),
             "seconds": round(self.seconds, 6),
             "jobs": self.jobs,
+            **freed,
             **verified,
         }
 

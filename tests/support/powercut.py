@@ -89,6 +89,14 @@ EVENTS = {
         "bitmap_sync": 2,
         "resize": 2,
     },
+    "reset": {
+        "bitmap_cut": 1,
+        "bitmap_grow": 1,
+        "bitmap_sync": 2,
+        "header_write": 1,
+        "punch": 1,
+        "header_read": 2,
+    },
     # What is lent does not cost more for a bigger image.
     "export": {
         "header_write": 3,

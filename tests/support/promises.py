@@ -21,6 +21,9 @@ in clusters that were not written, nor in any file below.
 resize: the guest's view is the old one or, cut or continued with zeros, the new one. No file below
 changes. Once it is done the view is the new one, and no bit past the last cluster is set.
 
+reset: the guest's view is all that it was or all of the backing file's, and no file below changes.
+Once it is done it is the backing file's, no cluster is allocated, and the image takes no space.
+
 convert: no file of the chain changes, and once it is done the new file is the guest's view.
 """
 
@@ -299,6 +302,36 @@ class Resize(Promise):
             yield from self._no_stray_bits()
 
 
+class Reset(Promise):
+    """Reset, which has no state in between."""
+
+    job = "reset"
+    options = ("--force",)  # some overlays have ALL_ALLOCATED set
+    has_jobs = False
+    grows = False
+
+    def __init__(self, files: Files) -> None:
+        super().__init__(files)
+        assert files.backing is not None
+        below = files.backing
+        is_raw = below.path == below.image
+        content = read_file(below.path) if is_raw else oracle.guest_bytes(below.path)
+        self.below = content[: self.size].ljust(self.size, b"\0")
+
+    @property
+    def _bits_to_change(self) -> int:
+        return len(self.stored_bits)
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        yield from self._untouched(self.files.below)
+        yield from self._same_header()
+        now = oracle.guest_bytes(self.files.path)
+        if done or now != self.view:
+            yield from differs(VIEW, now, self.below)
+        if done and oracle.allocated(self.files.path):
+            yield "clusters are still local"
+
+
 class Convert(Promise):
     """Convert into a new file beside the chain."""
 
@@ -508,6 +541,7 @@ KINDS: dict[str, type[Promise]] = {
     "flatten": Flatten,
     "flatten --discard": FlattenDiscarding,
     "convert": Convert,
+    "reset": Reset,
 }
 
 #: Ways to do the same.

@@ -1,4 +1,4 @@
-"""``addcow farm plan``: what a commit or flatten of every overlay would do."""
+"""``addcow farm plan``: what a commit, flatten or reset of every overlay would do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from addcow_mp.farm.image_job import JobSpec, Operation
 
 def command(
     *,
-    operation: Annotated[Operation, typer.Argument(metavar="commit|flatten")],
+    operation: Annotated[Operation, typer.Argument(metavar="commit|flatten|reset")],
     places: Places,
     discard: Discard = False,
     workers: Workers,
@@ -31,12 +31,12 @@ def command(
     force: Force = False,
     opening: Opening,
 ) -> None:
-    """Say what a commit or flatten of every overlay would do, in which order, and what it needs.
+    """Say what a job on every overlay would do, in which order, and what it needs.
 
     Exit status: 0 something can be done, or nothing is to be done; 1 all is refused, or something
     could not be examined.
     """
-    if discard and operation is Operation.COMMIT:
+    if discard and operation is not Operation.FLATTEN:
         raise UsageError(message="--discard is for flatten")
     job = FarmJob(JobSpec(operation, discard), is_dry_run=True)
     access = opening.access(force=force, exclude=places.exclude)

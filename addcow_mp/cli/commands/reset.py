@@ -1,0 +1,92 @@
+"""``addcow reset``: overlays go back to their backing files."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import typer
+
+from addcow_mp.cli.messages import one_line
+from addcow_mp.cli.options import (
+    JobChangeOptions,
+    OverlayFiles,
+    Printing,
+    ProgressOptions,
+    Workers,
+)
+from addcow_mp.cli.several import print_results, results_of
+from addcow_mp.errors import StoppedError
+from addcow_mp.jobs.report import Estimate, Report
+from addcow_mp.units import human_size
+
+
+class Planned(NamedTuple):
+    """What a reset of the overlay at ``path`` would do; None = nothing."""
+
+    path: str
+    estimate: Estimate | None
+
+    def as_json(self) -> dict[str, object]:
+        """The public keys of a plan."""
+        known = {"filename": self.path, "operation": "reset"}
+        if self.estimate is None:
+            return {**known, "state": "nothing-to-do"}
+        return {**known, "state": "ready", "space-freed": self.estimate.space.freed}
+
+
+def command(
+    *,
+    overlay: OverlayFiles,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
+    printing: Printing,
+    changing: JobChangeOptions,
+) -> None:
+    """Let overlays show their backing files again; what their guests have written is given up.
+
+    An overlay that another one stands on is refused, also with --force. A file that is refused is
+    one line, and the others go on. Exit status: 0 all done, 1 some file was refused or failed.
+    """
+    from addcow_mp.farm.shared_search import SharedSearch
+    from addcow_mp.jobs.reset import estimate, reset
+
+    files = overlay.files
+    access = changing.access(force=changing.force, writes=not dry_run, exclude=changing.exclude)
+    workers = Workers(jobs=0)
+    copy_options, quiet = workers.copy_options(), printing.quiet
+    with workers.working(access, copy_options, ProgressOptions(), quiet=quiet) as (options, hooks):
+        search = SharedSearch(files, access)
+
+        def work(path: str) -> Report | Planned:
+            if hooks.stopping():
+                raise StoppedError(path=path)
+            if dry_run:
+                return Planned(path, estimate(path, options, search.shared(path)))
+            return reset(path, options=options, shared=search.shared(path))
+
+        results = list(results_of(files, work))
+
+    def show(one: Report | Planned) -> None:
+        _show(one, printing, is_alone=len(files) == 1)
+
+    def describe(one: Report | Planned) -> object:
+        return one.as_json()
+
+    status = print_results(results, printing, is_list=len(files) > 1, show=show, describe=describe)
+    raise typer.Exit(status)
+
+
+def _show(result: Report | Planned, printing: Printing, *, is_alone: bool) -> None:
+    if printing.quiet:
+        return
+    if isinstance(result, Planned):
+        print(one_line(f"{result.path}: {_plan(result.estimate)}"))
+    elif is_alone:
+        print("Image reset.")
+    else:
+        print(one_line(f"{result.filename}: reset, {human_size(result.bytes_freed or 0)} freed"))
+
+
+def _plan(estimate: Estimate | None) -> str:
+    return (
+        "nothing to do" if estimate is None else f"reset; frees {human_size(estimate.space.freed)}"
+    )
