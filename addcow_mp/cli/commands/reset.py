@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -16,8 +16,10 @@ from addcow_mp.cli.options import (
 )
 from addcow_mp.cli.several import print_results, results_of
 from addcow_mp.errors import StoppedError
-from addcow_mp.jobs.report import Estimate, Report
 from addcow_mp.units import human_size
+
+if TYPE_CHECKING:
+    from addcow_mp.jobs.report import Estimate, Report
 
 
 class Planned(NamedTuple):
