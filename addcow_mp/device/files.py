@@ -275,14 +275,16 @@ class File:
             if self.length < length:
                 if faults.armed and self.role == COW:
                     faults.hit("bitmap_grow")
-                os.ftruncate(self.fd, length)
+                with waiting():
+                    os.ftruncate(self.fd, length)
 
     def cut(self, length: int) -> None:
         """Set the length, which is not above the present one."""
         with self.doing(f"cut it to {length} bytes"):
             if faults.armed:
                 faults.hit("bitmap_cut" if self.role == COW else "image_cut")
-            os.ftruncate(self.fd, length)
+            with waiting():
+                os.ftruncate(self.fd, length)
 
     def set_length(self, length: int) -> None:
         """Lengthen the file with zeros, or cut it."""

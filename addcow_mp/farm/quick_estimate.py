@@ -2,8 +2,9 @@
 
 Most images of a farm are plain: three regular files with one name each, which no other program uses
 and no other overlay needs, a raw backing file, little to move. For those the quick estimate says
-what the estimates of :mod:`addcow_mp.jobs.commit` and :mod:`addcow_mp.jobs.flatten` would say,
-without the objects of a job. It refuses nothing: anything unusual is left to the full estimate.
+what the estimates of :mod:`addcow_mp.jobs.commit`, :mod:`addcow_mp.jobs.flatten` and
+:mod:`addcow_mp.jobs.reset` would say, without the objects of a job. It refuses nothing: anything
+unusual is left to the full estimate.
 
 As there, each file that the job will write is opened for writing, and nothing is written. The job
 itself trusts no estimate: it opens and locks the files, and may refuse what has changed.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from bitarray import bitarray
@@ -67,6 +68,14 @@ class _Plain(NamedTuple):
         """The number of allocated clusters."""
         return self.bits.count(1, 0, self.geometry.clusters)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no cluster is allocated, and the image file has no space that can be freed."""
+        if self.allocated:
+            return False
+        data = self.image.next_data(0)
+        return data is None or data >= self.geometry.size
+
     def spans(self, bit: int) -> Iterator[Run]:
         """The bytes of the clusters whose bits are ``bit``."""
         return (self.geometry.span(*run) for run in runs(self.bits, bit, 0, self.geometry.clusters))
@@ -81,6 +90,11 @@ class QuickEstimates:
         self._places = Places(options.access)
         #: The block size of each file system whose files share blocks, None for others.
         self._blocks: dict[int, int | None] = {}
+        self._estimates: dict[Operation, Callable[[_Plain], Estimate | None]] = {
+            Operation.COMMIT: self._of_commit,
+            Operation.FLATTEN: self._of_flatten,
+            Operation.RESET: self._of_reset,
+        }
 
     def of(self, image_job: ImageJob) -> Estimate | None:
         """What ``image_job`` would do; None when there is nothing to do.
@@ -92,9 +106,9 @@ class QuickEstimates:
         require(not (image_job.receives or spec.discard or self._access.share or faults.armed))
         opened: list[File] = []
         try:
-            if spec.operation is Operation.COMMIT:
-                return self._of_commit(self._plain(image_job.path, opened, commits=True))
-            return self._of_flatten(self._plain(image_job.path, opened, commits=False))
+            commits = spec.operation is Operation.COMMIT
+            plain = self._plain(image_job.path, opened, commits=commits)
+            return self._estimates[spec.operation](plain)
         except (OSError, ValueError, AddcowError) as error:
             raise NotPlainError from error
         finally:
@@ -157,10 +171,8 @@ class QuickEstimates:
     def _of_commit(self, plain: _Plain) -> Estimate | None:
         image, base, geometry = plain.image, plain.base, plain.geometry
         require(os.pread(base.fd, len(MAGIC), 0) != MAGIC)
-        if not plain.allocated:
-            data = image.next_data(0)
-            if data is None or data >= geometry.size:
-                return None
+        if plain.is_empty:
+            return None
         weight = plain.allocated * geometry.cluster_size
         require(weight <= TASK_BYTES)
         taken, freed = self._taken(image, base, plain.spans(1)), 0
@@ -189,6 +201,12 @@ class QuickEstimates:
         taken = self._taken(base, image, spans) + holes
         space = SpaceNeeded(taken, taken, 0)
         return Estimate(weight, space, image.path, image.first_status.st_dev)
+
+    def _of_reset(self, plain: _Plain) -> Estimate | None:
+        if plain.is_empty:
+            return None
+        image, freed = plain.image, SpaceNeeded(freed=plain.image.allocated)
+        return Estimate(0, freed, image.path, image.first_status.st_dev)
 
     def _taken(self, source: File, target: File, spans: Iterable[Run]) -> int:
         """The bytes of ``spans`` that are copied from ``source`` into holes of ``target``."""
