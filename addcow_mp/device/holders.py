@@ -205,7 +205,9 @@ def _nodes() -> Iterator[Node]:
     for disk in _listed("/sys/block"):
         here = f"/sys/block/{disk}"
         if disk.startswith("loop") and os.path.exists(f"{here}/loop/backing_file"):
-            parts = [one for one in _listed(here) if _is_partition(f"{here}/{one}")]
+            # A partition has the name of its disk at the beginning: few of these are looked at.
+            names = (one for one in _listed(here) if one.startswith(disk))
+            parts = [one for one in names if _is_partition(f"{here}/{one}")]
             with suppress(OSError):
                 storage = _loop_storage(disk)
                 if storage is not None:

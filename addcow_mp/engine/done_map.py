@@ -91,6 +91,8 @@ class DoneMap:
     def totals(self) -> tuple[int, ...]:
         """The sum of each counter over all processes."""
         counters = self._counters[: self._end]
+        if self._end == COUNTERS:  # one process
+            return tuple(counters)
         return tuple(sum(counters[number::COUNTERS]) for number in range(COUNTERS))
 
     @property

@@ -163,6 +163,21 @@ class _Worker:
         return f"status {code}"
 
 
+def run_here(
+    work: Work,
+    tasks: Sequence[Task],
+    stopping: Callable[[], bool],
+    enough: Callable[[], bool],
+    rate: int = 0,
+) -> Iterator[Done | Failed]:
+    """Do the tasks one after the other in this process, as a pool without processes does."""
+    context = WorkerContext(0, Throttle(rate), StopFlag(), stopping)
+    for task in tasks:
+        if context.must_stop() or enough():
+            return
+        yield attempt(work, task, context)
+
+
 class Pool:
     """``jobs`` processes that do ``work``. A context manager: leaving it ends them.
 

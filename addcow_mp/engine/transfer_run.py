@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from addcow_mp.engine.checkpoints import Checkpoints
 from addcow_mp.engine.done_map import DoneMap
 from addcow_mp.engine.fd_passing import UnstartedError
-from addcow_mp.engine.pool import ParentRole, Pool
+from addcow_mp.engine.pool import ParentRole, Pool, run_here
 from addcow_mp.engine.publisher import Publisher
 from addcow_mp.engine.stop_flag import never
 from addcow_mp.engine.tasks import Task
@@ -53,6 +53,9 @@ class Processes:
         """Do ``tasks`` and yield results, as :meth:`Pool.run` does."""
         if self.shared is not None:
             yield from self.shared.run_lent(work, tasks, stopping, enough)
+            return
+        if self.jobs == 0:
+            yield from run_here(work, tasks, stopping, enough, self.rate)
             return
         role, rate = self.parent_role, self.rate
         with Pool(work, self.jobs, parent_role=role, rate=rate, stopping=stopping) as pool:
