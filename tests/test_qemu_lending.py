@@ -242,6 +242,9 @@ def test_copy_of_a_twin_with_an_absolute_name_is_a_finding_and_comes_back_only_w
         found = addcow(*words, cwd=copy)
         assert found.status == 2, words
         assert original in found.said, words
+    for place, is_marked in ((farm, False), (copy, True)):
+        drawn = succeed("farm", "graph", ".", cwd=place).stdout
+        assert ("other-data-file" in drawn) == is_marked
     succeed("qemu", "import", "--adopt", "top.add-cow", cwd=copy)
     assert view("top.add-cow", cwd=copy) == content
     succeed("check", "top.add-cow", cwd=copy)
@@ -337,6 +340,7 @@ def test_restored_add_cow_file_beside_an_enabled_twin_is_not_written(tmp_path: P
         found = addcow(*words, cwd=here)
         assert found.status == 2, words
         assert "CORRUPTION twin" in found.stdout, words
+    assert "[foreign-twin]" in succeed("farm", "graph", ".", cwd=here).stdout
 
 
 def test_import_asks_for_the_space_of_its_bits_first(tmp_path: Path) -> None:

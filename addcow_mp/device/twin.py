@@ -241,15 +241,17 @@ def lent_error(path: str, header: CowHeader, twin: str | None) -> LentError:
     return LentError(path=path, holder=holder_name(header, twin) + opened)
 
 
-def other_data_file(twin: Header, image: File) -> str | None:
+def other_data_file(twin: Header, image: tuple[int, int]) -> str | None:
     """The data file that a twin names, unless it is ``image`` or the name that cannot be opened.
+
+    ``image``: the identity of the image file.
 
     A program that is given nothing but the twin writes into that file.
     """
     mark, name = twin.mark, os.fsdecode(twin.data_file)
     if not name or (mark is not None and twin.data_file == data_file_name(mark.lent_id)):
         return None
-    is_image = os.path.isabs(name) and identity_at(name) == image.identity
+    is_image = os.path.isabs(name) and identity_at(name) == image
     return None if is_image else name
 
 

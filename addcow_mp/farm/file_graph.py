@@ -28,7 +28,7 @@ from addcow_mp.device.access import Access
 from addcow_mp.device.discovery import Identity, Named, is_gone, named_in
 from addcow_mp.device.files import identity_at, identity_of
 from addcow_mp.device.manifest_file import described_by
-from addcow_mp.device.twin import is_twin
+from addcow_mp.device.twin import other_data_file, twin_header
 from addcow_mp.errors import AddcowError
 from addcow_mp.farm.graph import Graph, Key
 from addcow_mp.farm.marks import Mark, Node, NodeKind, marks_of
@@ -36,6 +36,8 @@ from addcow_mp.farm.members import Member, members_of
 from addcow_mp.farm.places import Found, files_of, in_order
 from addcow_mp.format.geometry import raw_size
 from addcow_mp.format.header import ADD_COW, RAW
+from addcow_mp.format.qcow2 import Header
+from addcow_mp.format.qcow2 import Mark as TwinMark
 from addcow_mp.jobs.info import info
 
 #: Errors that say that there is no file, and not that access to it is refused.
@@ -181,14 +183,27 @@ class _Builder:
         problem = None if sees_all else _MAY_BE_NAMED
         for path in self.found.files:
             layer = described_by(path)
-            if (layer is not None and not is_gone(layer)) or is_twin(path):
-                continue  # a manifest belongs to its layer, and a twin to its overlay
+            if layer is not None and not is_gone(layer):
+                continue  # a manifest belongs to its layer
             status, _ = _status(path)
             if status is None or not stat.S_ISREG(status.st_mode):
                 continue
+            twin = twin_header(path)
+            if twin is not None and twin.mark is not None:
+                self._add_twin(twin, twin.mark, (status.st_dev, twin.mark.image_inode))
+                continue  # a twin belongs to its overlay
             key, size = identity_of(status), raw_size(status.st_size)
             if key not in self.nodes and key not in images:
                 self.nodes[key] = Node(path, kind, key, virtual_size=size, problem=problem)
+
+    def _add_twin(self, twin: Header, mark: TwinMark, image: Identity) -> None:
+        """Note at the overlays what QEMU may write through a twin."""
+        for key, node in self.nodes.items():
+            if node.lent_id == mark.lent_id and isinstance(node.image, tuple):
+                names_other = other_data_file(twin, node.image) is not None
+                self.nodes[key] = replace(node, names_other=names_other)
+            elif node.image == image and node.lent_id is None and not twin.disabled:
+                self.nodes[key] = replace(node, has_foreign_twin=True)
 
     def _add_backing(self, key: Key, named: Named, access: Access) -> None:
         """Add a backing file that is no overlay in the places."""

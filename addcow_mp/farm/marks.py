@@ -42,6 +42,8 @@ class Mark(StrEnum):
     MISSING_BACKING = "missing-backing"
     CYCLE = "cycle"
     SHARED_IMAGE = "shared-image"
+    FOREIGN_TWIN = "foreign-twin"
+    OTHER_DATA_FILE = "other-data-file"
     BASE_CHANGED = "base-changed"
     LENT = "lent"
     LENT_FOR_READING = "lent-for-reading"
@@ -55,7 +57,8 @@ class Node:
 
     ``image``, ``backing``: the files that its guest reads. ``written``: the modification time of
     the newest of its files, in nanoseconds. ``problem``: why it is not examined. ``is_hidden``: the
-    system refused access to it.
+    system refused access to it. ``has_foreign_twin``: it is not lent, and QEMU may write its image
+    file through a twin. ``names_other``: its twin names a data file that is not its image file.
     """
 
     path: str
@@ -69,7 +72,15 @@ class Node:
     written: int | None = None
     problem: str | None = None
     is_hidden: bool = False
+    has_foreign_twin: bool = False
+    names_other: bool = False
     marks: tuple[Mark, ...] = ()
+
+    @property
+    def lent_id(self) -> int | None:
+        """The id of the lending of an overlay that is lent."""
+        about = None if self.member is None else self.member.about
+        return None if about is None else about.header.lent_id
 
     @property
     def state(self) -> str | None:
@@ -88,6 +99,8 @@ def marks_of(node: Node, graph: Graph[Node], depths: Container[Key]) -> tuple[Ma
         Mark.MISSING_BACKING: NodeKind.MISSING in (node.kind, below and below.kind),
         Mark.CYCLE: in_cycle,
         Mark.SHARED_IMAGE: node.image is not None and len(graph.owners[node.image]) > 1,
+        Mark.FOREIGN_TWIN: node.has_foreign_twin,
+        Mark.OTHER_DATA_FILE: node.names_other,
         Mark.BASE_CHANGED: not in_cycle and below is not None and _base_changed(node, below),
         Mark.LENT: node.state == Mark.LENT,
         Mark.LENT_FOR_READING: node.state == Mark.LENT_FOR_READING,

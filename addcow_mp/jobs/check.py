@@ -261,7 +261,7 @@ class _Check:
         from addcow_mp.device.twin import other_data_file, twin_header
 
         twin = twin_header(path)
-        other = None if twin is None else other_data_file(twin, image)
+        other = None if twin is None else other_data_file(twin, image.identity)
         if other is not None:
             self.corrupt(
                 "twin",

@@ -185,7 +185,7 @@ def _refuse_other_data_file(overlay: Overlay, lending: Lending) -> None:
     """Raise when QEMU may have written into another file than the image file."""
     if lending.header is None:
         return
-    other = other_data_file(lending.header, overlay.image.file)
+    other = other_data_file(lending.header, overlay.image.file.identity)
     if other is not None and identity_at(other) is not None:
         raise ImageError(
             path=lending.twin or overlay.path,

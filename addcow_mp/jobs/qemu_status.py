@@ -62,7 +62,7 @@ def status(path: str, access: Access | None = None) -> LendingStatus:
             has_attribute(image.fd, SYNCHRONOUS),
             _is_streamed(overlay, lending),
             holder,
-            None if lending.header is None else other_data_file(lending.header, image),
+            None if lending.header is None else other_data_file(lending.header, image.identity),
         )
 
 

@@ -72,6 +72,8 @@ _COLOURS = {
     Mark.MISSING_BACKING: "#c00000",
     Mark.CYCLE: "#a000a0",
     Mark.SHARED_IMAGE: "#c00000",
+    Mark.FOREIGN_TWIN: "#b00020",
+    Mark.OTHER_DATA_FILE: "#b00020",
     Mark.BASE_CHANGED: "#c06000",
     Mark.LENT: "#0060c0",
     Mark.LENT_FOR_READING: "#0060c0",
