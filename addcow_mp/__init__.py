@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         info,
         open,  # noqa: A004 - the name that users expect
         resize,
+        snapshot,
     )
     from addcow_mp.device.access import Access
     from addcow_mp.device.extent import Extent
@@ -69,7 +70,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **dict.fromkeys(
-        ("check", "commit", "convert", "create", "extents", "flatten", "info", "open", "resize"),
+        (
+            "check",
+            "commit",
+            "convert",
+            "create",
+            "extents",
+            "flatten",
+            "info",
+            "open",
+            "resize",
+            "snapshot",
+        ),
         "api",
     ),
     "Access": "device.access",
@@ -79,7 +91,18 @@ _HOMES = {
 }
 
 __all__ = ["Access", "Extent", "Overlay"]
-__all__ += ["check", "commit", "convert", "create", "extents", "flatten", "info", "open", "resize"]
+__all__ += [
+    "check",
+    "commit",
+    "convert",
+    "create",
+    "extents",
+    "flatten",
+    "info",
+    "open",
+    "resize",
+    "snapshot",
+]
 __all__ += ["path_combine", "path_has_protocol", "read_string"]
 __all__ += ["AddcowError", "CleanupError", "CpuLimitJobError", "DependantsError", "FileError"]
 __all__ += ["FormatError", "HangupJobError", "HardLinksError", "HeldError", "ImageError"]

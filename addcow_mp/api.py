@@ -145,6 +145,19 @@ def flatten(
     )
 
 
+def snapshot(
+    path: Path, new: Path, *, backing_format: str = ADD_COW, access: Access | None = None
+) -> Created:
+    """Create the overlay ``new`` over the disk at ``path``, which stays as it is.
+
+    ``new`` has the same virtual size and cluster size. Its image file is new as well.
+    """
+    from addcow_mp.jobs.create import snapshot as job
+
+    path, new = _text(path, "path"), _text(new, "new")
+    return job(path, new, backing_format=backing_format, access=_allowed(access))
+
+
 def resize(
     path: Path, size: int | str, *, shrink: bool = False, access: Access | None = None
 ) -> Report:

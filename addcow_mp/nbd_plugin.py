@@ -134,12 +134,7 @@ def zero(disk: addcow_mp.Overlay, count: int, offset: int, flags: int) -> None:
 
 def trim(disk: addcow_mp.Overlay, count: int, offset: int, flags: int) -> None:
     """Free whole clusters of the range: they then read as zeros. Other bytes stay as they are."""
-    size = disk.cluster_size
-    start = -(-offset // size) * size
-    end = offset + count
-    stop = end if end == disk.size else end // size * size
-    if start < stop:
-        disk.write_zeroes(start, stop - start)
+    disk.discard(offset, count)
     _flush_if_asked(disk, flags)
 
 

@@ -36,6 +36,8 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "create, image": lambda path: addcow_mp.create("x", size=512, image=path),
     "commit": addcow_mp.commit,
     "flatten": addcow_mp.flatten,
+    "snapshot": lambda path: addcow_mp.snapshot(path, "x"),
+    "snapshot, new": lambda path: addcow_mp.snapshot("x", path),
     "resize": lambda path: addcow_mp.resize(path, 512),
     "convert, source": lambda path: addcow_mp.convert(path, "x"),
     "convert, destination": lambda path: addcow_mp.convert("x", path),
@@ -77,7 +79,9 @@ def test_object_that_is_no_path_is_refused_with_its_type(
     if wrong is None and name.startswith("create,"):
         pytest.skip("None leaves the option out")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(TypeError, match=r"^(path|backing|image|source|destination): give a str"):
+    with pytest.raises(
+        TypeError, match=r"^(path|new|backing|image|source|destination): give a str"
+    ):
         CALLS[name](wrong)
     assert not list(tmp_path.iterdir())
 

@@ -171,6 +171,35 @@ def test_info_backing_chain_human_shows_each(tmp_path: Path) -> None:
     assert "file format: raw" in lines
 
 
+def test_info_backing_chain_shows_who_else_stands_on_each_layer(tmp_path: Path) -> None:
+    draw_raw(tmp_path / "base.img", "ABCD")
+    draw(tmp_path / "mid.add-cow", "-XY-")
+    draw(tmp_path / "top.add-cow", "--Y-", "mid.add-cow", backing_format="add-cow")
+    draw(tmp_path / "b.add-cow", "----", "mid.add-cow", backing_format="add-cow")
+    draw(tmp_path / "a.add-cow", "----", "mid.add-cow", backing_format="add-cow")
+    draw(tmp_path / "raw.add-cow", "----")
+    (tmp_path / "top.add-cow.backup-1").write_bytes((tmp_path / "top.add-cow").read_bytes())
+    words = ("info", "--backing-chain", "top.add-cow")
+    chain = succeed(*words, "--output", "json", cwd=tmp_path).json
+    users = [["a.add-cow", "b.add-cow"], ["raw.add-cow"]]
+    assert [link["depth"] for link in chain] == [0, 1, 2]
+    assert [link["allocated-size"] for link in chain[:2]] == [CLUSTER, 2 * CLUSTER]
+    used = [[os.path.basename(one) for one in link["used-by"]] for link in chain]
+    assert used == [[], *users]
+    lines = succeed(*words, cwd=tmp_path).lines
+    where = os.path.realpath(tmp_path)
+    assert [line for line in lines if line.startswith("used by: ")] == [
+        "used by: no other overlay",
+        f"used by: {where}/a.add-cow, {where}/b.add-cow",
+        f"used by: {where}/raw.add-cow",
+    ]
+    depths = [line for line in lines if line.startswith("depth: ")]
+    assert depths == ["depth: 0", "depth: 1", "depth: 2"]
+    assert "allocated size: 128 KiB (131072 bytes)" in lines
+    few = succeed(*words, "--exclude", "a.*", cwd=tmp_path).stdout
+    assert f"used by: {where}/b.add-cow" in few
+
+
 @pytest.mark.long
 def test_info_describes_an_image_of_another_format(tmp_path: Path) -> None:
     put(pair(tmp_path, "AB", "-X"), 60, b"qcow2")

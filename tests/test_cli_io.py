@@ -414,3 +414,75 @@ def test_write_past_two_tebibytes_sets_its_bit(tmp_path: Path) -> None:
     io(TOP, *commands, cwd=tmp_path)
     assert local_clusters(tmp_path / TOP) == [at // CLUSTER]
     assert guest(tmp_path / TOP, at - 1, CLUSTER + 2) == b"\0" + b"\5" * CLUSTER + b"\0"
+
+
+# ---- discard, truncate ----
+
+
+def test_discard_frees_whole_clusters_which_read_as_zeros(here: Path) -> None:
+    result = io(TOP, "discard 1k 190k", "d -q 192k 64k", "discard -C 0 1k", cwd=here)
+    assert result.lines[0] == "discard 194560/194560 bytes at offset 1024"
+    assert re.fullmatch(rf"190 KiB, 1 ops; {RATE}", result.lines[1])
+    assert re.fullmatch(r"1024,1,[\d:.]+,[\d.]+,[\d.]+", result.lines[2])
+    assert len(result.lines) == 3
+    assert guest_picture(here / TOP) == "A0C0EFGHJKLMNOPQ"
+    assert bits(here / TOP) == ".1.1............"
+    assert (here / "top.raw").stat().st_blocks == 0
+
+
+def test_discard_to_the_end_takes_a_partial_last_cluster(here: Path) -> None:
+    io(TOP, "truncate 196096", "discard 128k 65024", "read -P 0 128k 65024", cwd=here)
+    assert bits(here / TOP) == ".11"
+
+
+def test_write_zeroes_may_unmap(here: Path) -> None:
+    io(TOP, "write -z -u 64k 64k", "aio_write -zu 128k 64k", "aio_flush", cwd=here)
+    assert guest_picture(here / TOP).startswith("A00D")
+    assert (here / "top.raw").stat().st_blocks == 0
+
+
+def test_truncate_changes_the_size_within_a_session(here: Path) -> None:
+    commands = ["write -P 7 960k 64k", "truncate 2M", "length", "read -P 7 960k 64k"]
+    commands += ["read -P 0 1M 1M", "write -P 8 1536k 4k", "t 100k", "length", "truncate 1M"]
+    result = io(TOP, *commands, "read -P 0 102400 946176", "write -P 9 512k 64k", cwd=here)
+    assert [line for line in result.lines if re.fullmatch("[0-9]+ .iB", line)] == [
+        "2 MiB",
+        "100 KiB",
+    ]
+    wanted = b"A" * CLUSTER + b"X" * (36 * KiB)
+    wanted = wanted.ljust(512 * KiB, b"\0") + b"\x09" * CLUSTER
+    assert guest(here / TOP, 0, MiB) == wanted.ljust(MiB, b"\0")
+    assert addcow("check", TOP, cwd=here).status == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("write -u 0 4k", "-u requires -z to be specified"),
+        ("discard 0", "bad argument count 1 to discard, expected at least 2 arguments"),
+        ("discard 0 1 2", "discard: one offset and one length; see 'help'"),
+        ("discard x 1", "non-numeric length argument -- x"),
+        ("discard 1M 512", "discard failed: Input/output error"),
+        ("truncate", "bad argument count 0 to truncate, expected 1 arguments"),
+        ("truncate 1000", "The new size must be a multiple of 512"),
+        ("truncate x", "non-numeric length argument -- x"),
+        ("truncate -1", "non-numeric length argument -- -1"),
+    ],
+)
+def test_wrong_change_is_refused_and_the_next_command_runs(
+    here: Path, command: str, says: str
+) -> None:
+    before = snapshot(here)
+    result = addcow("io", "-c", command, "-c", "length", TOP, cwd=here)
+    assert (result.status, result.said.count(says)) == (1, 1), result
+    assert "1 MiB" in result.stdout
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("command", ["truncate 2M", "truncate 512", "discard 64k 64k"])
+def test_change_of_a_disk_that_others_need_is_refused(here: Path, command: str) -> None:
+    draw(here / "above.add-cow", "-" * 16, TOP, backing_format="add-cow")
+    before = snapshot(here)
+    assert "above.add-cow" in refused("io", "-c", command, TOP, cwd=here)
+    assert addcow("io", "-r", "-c", command, TOP, cwd=here).status == 1
+    assert snapshot(here) == before

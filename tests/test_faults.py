@@ -636,6 +636,12 @@ CREATIONS = {
         "AXC0EF",
         frozenset(MAKING | OPENING | LOOKING),
     ),
+    "snapshot": Creation(
+        ("snapshot", "mid.add-cow", "new.add-cow"),
+        two_layers,
+        "AXC0EF",
+        frozenset(MAKING | OPENING | LOOKING),
+    ),
     "old image": Creation(
         ("create", "-b", "base.img", "-F", "raw", *ON_OLD),
         image_is_there,

@@ -195,7 +195,18 @@ def test_module_and_installed_command_print_the_same(here: Path, command: list[s
 
 def test_help_lists_every_command(here: Path) -> None:
     told = succeed("--help", cwd=here).stdout
-    for name in ("create", "info", "map", "check", "convert", "commit", "flatten", "resize", "io"):
+    for name in (
+        "create",
+        "info",
+        "map",
+        "check",
+        "convert",
+        "commit",
+        "flatten",
+        "resize",
+        "snapshot",
+        "io",
+    ):
         assert f"  {name} " in told
         text = succeed(name, "--help", cwd=here).stdout
         assert f"Usage: addcow {name} [OPTIONS]" in text

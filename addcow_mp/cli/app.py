@@ -26,7 +26,8 @@ _GROUPS = {
         "Create, inspect, change, commit and flatten add-cow disk images.",
         (
             *("create", "info", "map", "check", "verify", "convert", "compare"),
-            *("commit", "flatten", "reset", "resize", "io", "serve", "manifest", "farm", "qemu"),
+            *("commit", "flatten", "reset", "resize", "snapshot"),
+            *("io", "serve", "manifest", "farm", "qemu"),
         ),
     ),
     "qemu": _Group(

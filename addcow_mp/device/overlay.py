@@ -245,6 +245,14 @@ class Overlay:
         """Make ``length`` bytes at ``offset`` read as zeros, without space where possible."""
         self._change(offset, length, lambda: self.image.file.make_zero(offset, offset + length))
 
+    def discard(self, offset: int, length: int) -> None:
+        """Free the whole clusters of a range: they then read as zeros. Other bytes stay."""
+        self._check_range(offset, length)
+        size, stop = self.cluster_size, offset + length
+        start = -(-offset // size) * size
+        stop = stop if stop == self.size else stop // size * size
+        self.write_zeroes(min(start, stop), max(0, stop - start))
+
     def _change(self, offset: int, length: int, store: Callable[[], None]) -> None:
         self._check_range(offset, length)
         if not self._has_changed or self._failed is not None:

@@ -59,9 +59,7 @@ class Member:
     @property
     def allocated_size(self) -> int | None:
         """Bytes in allocated clusters; a partial last cluster counts as a whole one."""
-        if self.about is None or self.about.allocated_clusters is None:
-            return None
-        return self.about.allocated_clusters * self.about.header.cluster_size
+        return None if self.about is None else self.about.allocated_size
 
     @property
     def percent_allocated(self) -> float | None:

@@ -15,6 +15,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import depth_of, open_layer, readers_of_chain
@@ -33,6 +34,7 @@ from addcow_mp.device.headers import MAX_DEPTH, open_claimed
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
 from addcow_mp.device.manifest_file import invalidate
+from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.permissions import EVERYBODY, Readers
 from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
 from addcow_mp.format.geometry import Geometry, raw_size
@@ -57,10 +59,16 @@ DEFAULT_CLUSTER_SIZE = 64 * KiB
 
 @dataclass(frozen=True)
 class Created:
-    """A new overlay: its ``size`` in bytes, and warnings for the user."""
+    """A new overlay: its ``size`` in bytes, and warnings for the user.
+
+    ``image`` and ``backing``: the names that it stores.
+    """
 
     size: int
     warnings: list[str]
+    cluster_size: int
+    image: str
+    backing: str | None
 
 
 def create_raw(path: str, size: int) -> int:
@@ -92,22 +100,55 @@ def create(
     defaults to ``path`` with the suffix ``.raw``. Without a backing file ALL_ALLOCATED is set.
     Raises :class:`AddcowError`, with nothing left behind.
     """
-    access = access or Access()
     refuse_existing(path)
     _check_options(path, cluster_size, image_format, backing, backing_format)
     image_file = beside(path, default_image(path)) if image is None else locate(path, image)
     backing_file = None if backing is None else locate(path, backing)
-    image_path, backing_path = image_file.path, backing_file and backing_file.path
+    files = _Files(path, image_file, backing_file, backing_format)
+    return _create(files, size, cluster_size, access or Access())
+
+
+def snapshot(
+    path: str, new: str, *, backing_format: str = ADD_COW, access: Access | None = None
+) -> Created:
+    """Create the overlay ``new`` and its image file over the disk at ``path``.
+
+    The disk stays as it is. ``new`` has its virtual size and, if it is an overlay, its cluster
+    size. Raises :class:`AddcowError`, with nothing left behind.
+    """
+    refuse_existing(new)
+    refuse_existing(default_image(new))
+    _check_options(new, DEFAULT_CLUSTER_SIZE, RAW, path, backing_format)
+    below = Located(path, path) if path.startswith("/") else beside(new, path)
+    files = _Files(new, beside(new, default_image(new)), below, backing_format)
+    return _create(files, None, None, access or Access())
+
+
+class _Files(NamedTuple):
+    """The files of a new overlay: its own path, its image file, and its backing file."""
+
+    path: str
+    image: Located
+    backing: Located | None
+    backing_format: str | None
+
+
+def _create(files: _Files, size: int | None, cluster_size: int | None, access: Access) -> Created:
+    """Create an overlay; ``cluster_size`` None: that of the backing file, if it is an overlay."""
+    path, image, backing, backing_format = files
+    image_path, backing_path = image.path, backing and backing.path
     _refuse_same(path, image_path, backing_path)
-    backing_size, readers = _backing(backing_path, backing_format, image_path, access)
+    below = _backing(backing_path, backing_format, image_path, access)
     _refuse_used_image(path, image_path, access)
-    size = _chosen_size(path, size, image_path, backing_size)
-    head = _head(path, cluster_size, image_file, backing_file, backing_format)
-    with _Making(access, readers) as making:
+    size = _chosen_size(path, size, image_path, below.size)
+    cluster_size = cluster_size or below.cluster_size
+    head = _head(path, cluster_size, image, backing, backing_format)
+    with _Making(access, below.readers) as making:
         warnings = _make_image(image_path, size, making, hidden=backing_path is not None)
         _make_cow(path, head, Geometry(size, cluster_size), making)
         sync_directory(path)
-    return Created(size, warnings + _roots_needed(path, image_path, backing_path))
+    warnings += _roots_needed(path, image_path, backing_path)
+    return Created(size, warnings, cluster_size, image.name, backing and backing.name)
 
 
 def refuse_existing(path: str) -> None:
@@ -164,12 +205,21 @@ def _refuse_same(path: str, image: str, backing: str | None) -> None:
 # Sizes
 
 
-def _backing(
-    backing: str | None, format_: str | None, image: str, access: Access
-) -> tuple[int | None, Readers]:
-    """Return the backing file's virtual size, and who may read it: its data goes into the image."""
+class _Below(NamedTuple):
+    """What a new overlay takes over from its backing file, if it has one.
+
+    ``readers``: who may read it, as its data goes into the image file.
+    """
+
+    size: int | None = None
+    readers: Readers = EVERYBODY
+    cluster_size: int = DEFAULT_CLUSTER_SIZE
+
+
+def _backing(backing: str | None, format_: str | None, image: str, access: Access) -> _Below:
+    """Open the backing file, and return what the new overlay takes over."""
     if backing is None or format_ is None:
-        return None, EVERYBODY
+        return _Below()
     layer = open_layer(backing, format_, access=access)
     try:
         if depth_of(layer) >= MAX_DEPTH:
@@ -181,7 +231,8 @@ def _backing(
         if not access.force:
             for file in layer.files():
                 refuse_as_raw(file)
-        return layer.size, readers_of_chain(layer)
+        clusters = layer.cluster_size if isinstance(layer, Overlay) else DEFAULT_CLUSTER_SIZE
+        return _Below(layer.size, readers_of_chain(layer), clusters)
     finally:
         layer.close()
 

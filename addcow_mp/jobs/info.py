@@ -38,6 +38,12 @@ class RawInfo(NamedTuple):
     format: str
     virtual_size: int | None
     actual_size: int
+    identity: tuple[int, int]
+
+    @property
+    def allocated_size(self) -> int:
+        """Bytes of the disk that it uses."""
+        return self.actual_size
 
 
 class Info(NamedTuple):
@@ -58,6 +64,13 @@ class Info(NamedTuple):
     warnings: list[str]
     base: str
     lent_to: str | None = None
+
+    @property
+    def allocated_size(self) -> int | None:
+        """Bytes in allocated clusters; a partial last cluster counts as a whole one."""
+        if self.allocated_clusters is None:
+            return None
+        return self.allocated_clusters * self.header.cluster_size
 
     @property
     def full_image(self) -> str:
@@ -150,4 +163,33 @@ def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
         raise ImageError(path=path, problem=f"the chain is deeper than {MAX_DEPTH} overlays")
     with closing(open_claimed(access, here, READING, BACKING, named=False)) as file:
         size = raw_size(file.length) if format_ == RAW else None
-        return [*found, RawInfo(here, format_, size, file.allocated)]
+        return [*found, RawInfo(here, format_, size, file.allocated, file.identity)]
+
+
+class Users(NamedTuple):
+    """The overlays that stand on each layer of a chain, by depth, beside those of the chain."""
+
+    paths: list[list[str]]
+    warnings: list[str]
+
+
+def users_of_chain(chain: list[Info | RawInfo], access: Access) -> Users:
+    """Look for other users of each layer, beside its files and beneath the roots."""
+    from addcow_mp.device.discovery import BACKUP, overlays_near
+
+    members = {one.identity for one in chain}
+    images = [one.full_image for one in chain if isinstance(one, Info)]
+    near = overlays_near([*(one.filename for one in chain), *images], access)
+    others = [
+        one
+        for one in near.overlays
+        if one.identity not in members and identity_at(BACKUP.sub("", one.path)) not in members
+    ]
+    paths = []
+    for layer in chain:
+        own = {layer.identity}
+        if isinstance(layer, Info):
+            own.add(identity_at(layer.full_image) or layer.identity)
+        paths.append(sorted(one.path for one in others if own & {one.backing, one.image}))
+    hidden = "it cannot be examined, and may be a user of these files"
+    return Users(paths, [f"{one.path}: {hidden} ({one.reason})" for one in near.unread])

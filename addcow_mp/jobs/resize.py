@@ -97,6 +97,18 @@ def _refuse_without_space(file: File, needed: int) -> None:
         raise SpaceError(path=file.path, needed=needed, free=free)
 
 
+def truncate(overlay: Overlay, size: int) -> None:
+    """Give a guest's disk that is open for writing another size, after all that it has written.
+
+    It is refused where a write would be. Raises :class:`AddcowError`.
+    """
+    overlay.check_writable()
+    overlay.check_permission()
+    refuse_size(overlay, size)
+    overlay.flush()
+    set_size(overlay, size)
+
+
 def set_size(overlay: Overlay, size: int) -> None:
     """Change the virtual size of an overlay with no pending writes, durably."""
     if size == overlay.size and not _has_bits_beyond(overlay):

@@ -9,8 +9,9 @@ import typer
 
 from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.messages import one_line, warn
-from addcow_mp.cli.options import Opening, OverlayFile, Printing, Share
-from addcow_mp.jobs.info import Info, RawInfo, chain_info, info
+from addcow_mp.cli.options import Exclude, Opening, OverlayFile, Printing, Share
+from addcow_mp.device.access import Access
+from addcow_mp.jobs.info import Info, RawInfo, chain_info, info, users_of_chain
 from addcow_mp.units import human_size
 
 
@@ -22,18 +23,45 @@ def command(
         bool, typer.Option("--backing-chain", help="every file of the chain")
     ] = False,
     share: Share = False,
+    exclude: Exclude = None,
     opening: Opening,
 ) -> None:
     """Describe an overlay."""
-    access = opening.access(share=share)
-    found = chain_info(overlay.file, access) if backing_chain else [info(overlay.file, access)]
-    for one in found:
-        warn(one.warnings if isinstance(one, Info) else [])
+    access = opening.access(share=share, exclude=exclude)
+    if backing_chain:
+        _print_chain(chain_info(overlay.file, access), access, printing)
+        return
+    found = info(overlay.file, access)
+    warn(found.warnings)
     if printing.as_json:
-        described = [describe(one) for one in found]
-        print_document(described if backing_chain else described[0])
+        print_document(describe(found))
     else:
-        print("\n\n".join("\n".join(map(one_line, _lines(one))) for one in found))
+        print("\n".join(map(one_line, _lines(found))))
+
+
+def _print_chain(chain: list[Info | RawInfo], access: Access, printing: Printing) -> None:
+    """Print every layer, with its depth and who else stands on it."""
+    users = users_of_chain(chain, access)
+    for one in chain:
+        warn(one.warnings if isinstance(one, Info) else [])
+    warn(users.warnings)
+    layers = list(enumerate(zip(chain, users.paths, strict=True)))
+    if printing.as_json:
+        print_document([describe(one) | _place(depth, one, by) for depth, (one, by) in layers])
+        return
+    texts = ([*_lines(one), *_place_lines(depth, one, by)] for depth, (one, by) in layers)
+    print("\n\n".join("\n".join(map(one_line, text)) for text in texts))
+
+
+def _place(depth: int, one: Info | RawInfo, users: list[str]) -> dict[str, object]:
+    return {"depth": depth, "allocated-size": one.allocated_size, "used-by": users}
+
+
+def _place_lines(depth: int, one: Info | RawInfo, users: list[str]) -> Iterable[str]:
+    size = one.allocated_size
+    yield f"depth: {depth}"
+    yield "allocated size: " + ("unknown" if size is None else f"{human_size(size)} ({size} bytes)")
+    yield f"used by: {', '.join(users) or 'no other overlay'}"
 
 
 def describe(one: Info | RawInfo) -> dict[str, object]:

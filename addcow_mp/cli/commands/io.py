@@ -48,19 +48,31 @@ DEFAULT_PATTERN = 0xCD
 #: Options of the commands that read or write, as getopt takes them.
 _OPTIONS = {
     "read": "Cl:P:qs:v",
-    "write": "CP:qz",
+    "write": "CP:quz",
     "readv": "CP:qv",
     "writev": "CP:q",
     "aio_read": "CP:qv",
-    "aio_write": "CP:qz",
+    "aio_write": "CP:quz",
+    "discard": "Cq",
 }
 
-_SHORT = {"r": "read", "w": "write", "f": "flush", "l": "length", "a": "alloc", "?": "help"}
+_SHORT = {
+    "r": "read",
+    "w": "write",
+    "f": "flush",
+    "l": "length",
+    "a": "alloc",
+    "?": "help",
+    "d": "discard",
+    "t": "truncate",
+}
 
 _HELP = """\
 read [-Cqv] [-P pattern [-s off] [-l len]] off len
-write [-Cqz] [-P pattern] off len
-readv, writev, aio_read, aio_write [-Cqvz] [-P pattern] off len [len..]
+write [-Cqzu] [-P pattern] off len
+readv, writev, aio_read, aio_write [-Cqvzu] [-P pattern] off len [len..]
+discard [-Cq] off len
+truncate off
 aio_flush, flush, length, map, alloc off [sectors], quit"""
 
 
@@ -140,8 +152,8 @@ class _Request:
 
     @property
     def writes(self) -> bool:
-        """Whether this is a write."""
-        return "write" in self.word
+        """Whether this changes the disk."""
+        return "write" in self.word or self.word == "discard"
 
     def carry_out(self, disk: Overlay) -> None:
         """Read or write, and store the report, or the system's words for the failure."""
@@ -167,6 +179,9 @@ class _Request:
             except AddcowError as error:
                 self.refusal, self.failed = str(error), True
                 return
+        if self.word == "discard":
+            disk.discard(self.offset, self.length)
+            return
         if self.zeroes:
             disk.write_zeroes(self.offset, self.length)
             return
@@ -197,7 +212,7 @@ class _Request:
         rate, operations = self.length / seconds, 1 / seconds
         if self.terse:
             return [f"{self.length},1,{_clock(seconds)},{rate:.3f},{operations:.3f}"]
-        verb = "wrote" if self.writes else "read"
+        verb = {"discard": "discard"}.get(self.word, "wrote" if self.writes else "read")
         return [
             f"{verb} {self.length}/{self.length} bytes at offset {self.offset}",
             f"{_size(self.length)}, 1 ops; {_duration(seconds)} "
@@ -218,6 +233,7 @@ class _Session:
             "aio_flush": self._aio_flush,
             "flush": self._flush,
             "length": self._length,
+            "truncate": self._truncate,
             "map": self._map,
             "alloc": self._alloc,
             "help": lambda *_: print(_HELP),
@@ -291,6 +307,21 @@ class _Session:
         _check_count(word, arguments, 0, 0)
         print(_size(self.disk.size))
 
+    def _truncate(self, word: str, arguments: list[str]) -> None:
+        from addcow_mp.jobs.resize import truncate
+
+        _check_count(word, arguments, 1, 1)
+        size = _number(arguments[0], "length")
+        if size % SECTOR:
+            raise _RefusedError(f"The new size must be a multiple of {SECTOR}")
+        self.wait()
+        try:
+            truncate(self.disk, size)
+        except AddcowError as error:
+            self.status, self.was_refused = 1, True
+            sys.stdout.flush()
+            say(str(error))
+
     def _map(self, word: str, arguments: list[str]) -> None:
         _check_count(word, arguments, 0, 0)
         total = self.disk.size // SECTOR
@@ -321,7 +352,7 @@ class _Session:
 def _parse_request(word: str, arguments: list[str]) -> _Request:
     given, rest = getopt.gnu_getopt(arguments, _OPTIONS[word])
     _check_count(word, rest, 2, None)
-    if len(rest) > 2 and word in ("read", "write"):  # noqa: PLR2004 - an offset and a length
+    if len(rest) > 2 and word in ("read", "write", "discard"):  # noqa: PLR2004 - an offset and a length
         raise _RefusedError(f"{word}: one offset and one length; see 'help'")
     chosen = dict(given)
     request = _Request(
@@ -341,6 +372,8 @@ def _parse_request(word: str, arguments: list[str]) -> _Request:
     request.check_length = _number(chosen["-l"], "length") if "-l" in chosen else left
     if not 0 <= request.check_length <= left:
         raise _RefusedError("pattern verification range exceeds end of read data")
+    if "-u" in chosen and not request.zeroes:
+        raise _RefusedError("-u requires -z to be specified")
     if request.zeroes and request.pattern is not None:
         raise _RefusedError("-z and -P cannot be specified at the same time")
     return request
