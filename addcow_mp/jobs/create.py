@@ -117,11 +117,20 @@ def snapshot(
     size. Raises :class:`AddcowError`, with nothing left behind.
     """
     refuse_existing(new)
-    refuse_existing(default_image(new))
+    access = access or Access()
+    _refuse_data(default_image(new), access)
     _check_options(new, DEFAULT_CLUSTER_SIZE, RAW, path, backing_format)
     below = Located(path, path) if path.startswith("/") else beside(new, path)
     files = _Files(new, beside(new, default_image(new)), below, backing_format)
-    return _create(files, None, None, access or Access())
+    return _create(files, None, None, access)
+
+
+def _refuse_data(image: str, access: Access) -> None:
+    """Raise when the image file exists and holds data; one without may be left by a crash."""
+    if os.path.lexists(image):
+        with contextlib.closing(access.open_named(image)) as file:
+            if file.next_data(0) is not None:
+                raise it_exists(image)
 
 
 class _Files(NamedTuple):
@@ -134,14 +143,15 @@ class _Files(NamedTuple):
 
 
 def _create(files: _Files, size: int | None, cluster_size: int | None, access: Access) -> Created:
-    """Create an overlay; ``cluster_size`` None: that of the backing file, if it is an overlay."""
+    """Create an overlay; ``cluster_size`` None: it has the backing file's sizes."""
     path, image, backing, backing_format = files
     image_path, backing_path = image.path, backing and backing.path
     _refuse_same(path, image_path, backing_path)
     below = _backing(backing_path, backing_format, image_path, access)
     _refuse_used_image(path, image_path, access)
+    if cluster_size is None:
+        size, cluster_size = below.size, below.cluster_size
     size = _chosen_size(path, size, image_path, below.size)
-    cluster_size = cluster_size or below.cluster_size
     head = _head(path, cluster_size, image, backing, backing_format)
     with _Making(access, below.readers) as making:
         warnings = _make_image(image_path, size, making, hidden=backing_path is not None)
