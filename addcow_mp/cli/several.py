@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from addcow_mp.cli.jsontext import failure_json, print_document
 from addcow_mp.cli.messages import report_failure
-from addcow_mp.cli.options import Printing
+from addcow_mp.cli.options import JobChangeOptions, Printing, ProgressOptions, Workers
 from addcow_mp.errors import AddcowError, StoppedError, UsageError
 from addcow_mp.findings import worst
+
+if TYPE_CHECKING:
+    from addcow_mp.farm.shared_search import SharedSearch
+    from addcow_mp.jobs.options import RunOptions
 
 T = TypeVar("T")
 
@@ -41,6 +45,31 @@ def results_of(files: Sequence[str], work: Callable[[str], T]) -> Iterator[Resul
                 raise
             result = Result(None, error.without_traceback())
         yield result
+
+
+def change_each(
+    files: Sequence[str],
+    work: Callable[[str, RunOptions, SharedSearch], T],
+    changing: JobChangeOptions,
+    *,
+    quiet: bool,
+    writes: bool = True,
+) -> list[Result[T]]:
+    """The result of a quick job on each file, in this process; a signal stops it between two."""
+    from addcow_mp.farm.shared_search import SharedSearch
+
+    access = changing.access(force=changing.force, writes=writes, exclude=changing.exclude)
+    workers = Workers(jobs=0)
+    copy_options = workers.copy_options()
+    with workers.working(access, copy_options, ProgressOptions(), quiet=quiet) as (options, hooks):
+        search = SharedSearch(files, access)
+
+        def on_file(path: str) -> T:
+            if hooks.stopping():
+                raise StoppedError(path=path)
+            return work(path, options, search)
+
+        return list(results_of(files, on_file))
 
 
 def print_results(

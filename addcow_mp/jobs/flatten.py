@@ -28,7 +28,7 @@ from addcow_mp.errors import SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
-from addcow_mp.jobs.removal import changed_by_removal, refuse_unremovable, remove
+from addcow_mp.jobs.removal import refuse_removal, remove
 from addcow_mp.jobs.report import Estimate, Outcome, Report, ending, reporting
 from addcow_mp.jobs.transfer_job import estimated, move, refuse_unwritable
 
@@ -85,13 +85,12 @@ def estimate(
 
 
 def _refuse(overlay: Overlay, options: RunOptions, shared: Shared, *, discard: bool) -> None:
-    changed = [] if overlay.all_allocated else [overlay.image.file]
-    changed += changed_by_removal(overlay) if discard else []
-    refuse_dependants(overlay, changed, options.access, around=shared.nearby)
-    if changed:
-        refuse_linked([overlay.cow, overlay.image.file], force=options.access.force)
+    access, written = options.access, [] if overlay.all_allocated else [overlay.image.file]
     if discard:
-        refuse_unremovable(overlay)
+        refuse_removal(overlay, access, shared.nearby, written=written)
+    elif written:
+        refuse_dependants(overlay, written, access, around=shared.nearby)
+        refuse_linked([overlay.cow, overlay.image.file], force=access.force)
 
 
 def _plan(overlay: Overlay, prepare: Callable[[], object] = lambda: None) -> TransferPlan:

@@ -53,8 +53,8 @@ from addcow_mp.jobs.qemu_export import (
     refuse_writable_twin,
     remove_leftover,
 )
-from addcow_mp.jobs.removal import refuse_unremovable, remove
-from addcow_mp.jobs.report import Outcome, Report, reporting
+from addcow_mp.jobs.removal import refuse_partial, refuse_removal, remove
+from addcow_mp.jobs.report import Outcome, Report, ending, reporting
 
 #: Longer runs of clusters are written at once, and not held in memory.
 LONG_RUN = 64 * PAGE_BITS
@@ -130,7 +130,7 @@ def _by_state(overlay: Overlay, options: ImportOptions, access: Access, report: 
         if lending.state is State.LENT:
             overlay = _bring_back(overlay, twin, access, report)
         _finish(overlay, twin, report)
-    _discard(overlay, options, report)
+    _discard(overlay, options, access, report)
 
 
 @contextmanager
@@ -424,17 +424,14 @@ def _clear_mark(overlay: Overlay) -> None:
     overlay.write_header(header)
 
 
-def _discard(overlay: Overlay, options: ImportOptions, report: Report) -> None:
+def _discard(overlay: Overlay, options: ImportOptions, access: Access, report: Report) -> None:
     if not options.discard:
         return
-    if not overlay.all_allocated:
-        raise ImageError(
-            path=overlay.path,
-            problem="it was taken back, and is not removed: not every cluster is allocated; "
-            "'addcow flatten --discard' makes them so",
-        )
-    refuse_unremovable(overlay)
-    remove(overlay, report)
+    done = "taken back from QEMU"
+    with ending(overlay.path, done, "the .add-cow file was not removed"):
+        refuse_partial(overlay)
+        refuse_removal(overlay, access)
+    remove(overlay, report, done)
 
 
 # Layers below

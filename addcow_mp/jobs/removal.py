@@ -8,18 +8,23 @@ this, the disk is one of the two: the overlay, or the raw file without such byte
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from addcow_mp.device import faults
+from addcow_mp.device.access import Access
 from addcow_mp.device.changeable import why_not_removable
+from addcow_mp.device.discovery import NearbyOverlays
 from addcow_mp.device.files import File, identity_of, sync_directory
+from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.manifest_file import invalidate, invalidate_all, is_manifest, manifest_of
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import ImageError
+from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.report import Outcome, Report, ending
 
 
-def changed_by_removal(overlay: Overlay) -> list[File]:
-    """Return the files that :func:`remove` changes; other overlays may need them."""
+def _changed(overlay: Overlay) -> list[File]:
+    """The files that :func:`remove` changes; other overlays may need them."""
     return [overlay.cow, *([overlay.image.file] if _is_longer(overlay) else [])]
 
 
@@ -27,28 +32,56 @@ def _is_longer(overlay: Overlay) -> bool:
     return overlay.image.file.length > overlay.size
 
 
-def refuse_unremovable(overlay: Overlay) -> None:
-    """Raise where the ``.add-cow`` file or its manifest cannot be removed."""
+def refuse_removal(
+    overlay: Overlay,
+    access: Access,
+    around: NearbyOverlays | None = None,
+    *,
+    written: Sequence[File] = (),
+    remedy: str = "leave --discard out",
+) -> None:
+    """Raise where the ``.add-cow`` file is needed, or it or its manifest cannot be removed.
+
+    ``around``: the overlays around it; None = look for them. ``written``: files that the job writes
+    before. ``remedy``: what to do where the file cannot be removed.
+    """
+    changed = [*written, *_changed(overlay)]
+    refuse_dependants(overlay, changed, access, around=around)
+    refuse_linked([overlay.cow, overlay.image.file], force=access.force)
     for path in (overlay.cow.real, manifest_of(overlay.path)):
         is_there = path == overlay.cow.real or is_manifest(path)
         reason = why_not_removable(path) if is_there else None
         if reason is not None:
-            problem = f"it cannot be removed: {reason}; leave --discard out"
-            raise ImageError(path=path, problem=problem)
+            raise ImageError(path=path, problem=f"it cannot be removed: {reason}; {remedy}")
 
 
-def remove(overlay: Overlay, report: Report) -> None:
+def refuse_partial(overlay: Overlay) -> None:
+    """Raise unless the image file holds the whole disk: every cluster is allocated.
+
+    ALL_ALLOCATED says so, or every bit, all of which must be in the file.
+    """
+    clusters = overlay.geometry.clusters
+    is_whole = not overlay.bitmap.short and overlay.allocated_clusters == clusters
+    if not (overlay.all_allocated or is_whole):
+        raise ImageError(
+            path=overlay.path,
+            problem="not every cluster is allocated; 'addcow flatten --discard' makes them so",
+        )
+
+
+def remove(overlay: Overlay, report: Report, done: str = "flattened") -> None:
     """Remove the ``.add-cow`` file, also when a symbolic link named it.
 
-    All its clusters are allocated, and its image file is open for resizing. Raises
-    :class:`CleanupError`, which says what is done.
+    Its image file is open for resizing, and :func:`refuse_removal` has not refused it. ``done``:
+    what the job has done before. Raises :class:`CleanupError`, which says that.
     """
-    with ending(overlay.path, "flattened", "the .add-cow file was not removed"):
+    with ending(overlay.path, done, "the .add-cow file was not removed"):
+        refuse_partial(overlay)
         _remove(overlay, report)
     report.outcome = Outcome.DONE
     if overlay.cow.durable:
         left = "the .add-cow file is removed, and may be back after a power cut"
-        with ending(overlay.path, "flattened", left):
+        with ending(overlay.path, done, left):
             sync_directory(overlay.cow.real)
 
 

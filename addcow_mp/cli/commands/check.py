@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.findings import print_findings
-from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.messages import one_line, report_failure, warn
 from addcow_mp.cli.options import (
     Exclude,
     Force,
     Opening,
-    OverlayFile,
+    OverlayFiles,
     Printing,
     Share,
 )
 from addcow_mp.cli.results import job_is_done
+from addcow_mp.cli.several import print_results, results_of
 from addcow_mp.findings import CheckReport
 from addcow_mp.jobs.check import check
 from addcow_mp.jobs.repair import repair as job
@@ -33,7 +33,7 @@ class Repair(StrEnum):
 
 def command(
     *,
-    overlay: OverlayFile,
+    overlay: OverlayFiles,
     printing: Printing,
     repair: Annotated[
         Repair | None,
@@ -44,24 +44,41 @@ def command(
     exclude: Exclude = None,
     opening: Opening,
 ) -> None:
-    """Check an overlay against the format's rules.
+    """Check overlays against the format's rules.
 
-    Exit status: 0 clean, 1 could not check, 2 corruptions, 3 leaks only, 63 not add-cow.
+    Exit status: 0 clean, 1 could not check, 2 corruptions, 3 leaks only, 63 not add-cow; of several
+    files that of the worst.
     """
     access = opening.access(share=share, force=force, writes=repair is not None, exclude=exclude)
-    if repair is None:
-        report = check(overlay.file, access)
-    else:
-        report = job(overlay.file, access, everything=repair is Repair.all)
-        job_is_done()
-    warn(report.warnings)
-    if printing.as_json:
-        print_document(report.as_json())
-    elif not report.is_addcow:
+    is_list = len(overlay.files) > 1
+
+    def work(file: str) -> CheckReport:
+        if repair is None:
+            report = check(file, access)
+        else:
+            report = job(file, access, everything=repair is Repair.all)
+            job_is_done()
+        warn(report.warnings)
+        return report
+
+    status = print_results(
+        results_of(overlay.files, work),
+        printing,
+        is_list=is_list,
+        show=lambda report: _show(report, quiet=printing.quiet, is_named=is_list),
+        describe=CheckReport.as_json,
+        status=lambda report: report.exit_code,
+    )
+    raise typer.Exit(status)
+
+
+def _show(report: CheckReport, *, quiet: bool, is_named: bool) -> None:
+    if not report.is_addcow:
         report_failure(report.findings[0].message, report.exit_code)
-    else:
-        _print(report, quiet=printing.quiet)
-    raise typer.Exit(report.exit_code)
+        return
+    if is_named and not (quiet and report.exit_code == 0):
+        print(one_line(f"{report.filename}:"))
+    _print(report, quiet=quiet)
 
 
 def _print(report: CheckReport, *, quiet: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from functools import partial
+from typing import Annotated, NamedTuple
 
 import typer
 
-from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.messages import one_line, warn
-from addcow_mp.cli.options import Exclude, Opening, OverlayFile, Printing, Share
+from addcow_mp.cli.options import Exclude, Opening, OverlayFiles, Printing, Share
+from addcow_mp.cli.several import print_results, results_of
 from addcow_mp.device.access import Access
 from addcow_mp.jobs.info import Info, RawInfo, chain_info, info, users_of_chain
 from addcow_mp.units import human_size
@@ -17,7 +18,7 @@ from addcow_mp.units import human_size
 
 def command(
     *,
-    overlay: OverlayFile,
+    overlay: OverlayFiles,
     printing: Printing,
     backing_chain: Annotated[
         bool, typer.Option("--backing-chain", help="every file of the chain")
@@ -26,31 +27,50 @@ def command(
     exclude: Exclude = None,
     opening: Opening,
 ) -> None:
-    """Describe an overlay."""
+    """Describe overlays."""
     access = opening.access(share=share, exclude=exclude)
-    if backing_chain:
-        _print_chain(chain_info(overlay.file, access), access, printing)
-        return
-    found = info(overlay.file, access)
+    work = partial(_chain if backing_chain else _overlay, access=access)
+    files = overlay.files
+    following = iter([False] + [True] * len(files))
+
+    def show(one: Described) -> None:
+        separator = "\n" if next(following) else ""
+        print(separator + one.text)
+
+    status = print_results(
+        results_of(files, work),
+        printing,
+        is_list=len(files) > 1,
+        show=show,
+        describe=lambda one: one.document,
+    )
+    raise typer.Exit(status)
+
+
+class Described(NamedTuple):
+    """What is printed of an overlay or of its chain."""
+
+    document: object
+    text: str
+
+
+def _overlay(file: str, access: Access) -> Described:
+    found = info(file, access)
     warn(found.warnings)
-    if printing.as_json:
-        print_document(describe(found))
-    else:
-        print("\n".join(map(one_line, _lines(found))))
+    return Described(describe(found), "\n".join(map(one_line, _lines(found))))
 
 
-def _print_chain(chain: list[Info | RawInfo], access: Access, printing: Printing) -> None:
-    """Print every layer, with its depth and who else stands on it."""
+def _chain(file: str, access: Access) -> Described:
+    """Every layer, with its depth and who else stands on it."""
+    chain = chain_info(file, access)
     users = users_of_chain(chain, access)
     for one in chain:
         warn(one.warnings if isinstance(one, Info) else [])
     warn(users.warnings)
     layers = list(enumerate(zip(chain, users.paths, strict=True)))
-    if printing.as_json:
-        print_document([describe(one) | _place(depth, one, by) for depth, (one, by) in layers])
-        return
+    documents = [describe(one) | _place(depth, one, by) for depth, (one, by) in layers]
     texts = ([*_lines(one), *_place_lines(depth, one, by)] for depth, (one, by) in layers)
-    print("\n\n".join("\n".join(map(one_line, text)) for text in texts))
+    return Described(documents, "\n\n".join("\n".join(map(one_line, text)) for text in texts))
 
 
 def _place(depth: int, one: Info | RawInfo, users: list[str]) -> dict[str, object]:

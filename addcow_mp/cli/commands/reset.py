@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from addcow_mp.cli.messages import one_line
-from addcow_mp.cli.options import (
-    JobChangeOptions,
-    OverlayFiles,
-    Printing,
-    ProgressOptions,
-    Workers,
-)
-from addcow_mp.cli.several import print_results, results_of
-from addcow_mp.errors import StoppedError
+from addcow_mp.cli.options import JobChangeOptions, OverlayFiles, Printing
+from addcow_mp.cli.several import change_each, print_results
 from addcow_mp.units import human_size
 
 if TYPE_CHECKING:
+    from addcow_mp.farm.shared_search import SharedSearch
+    from addcow_mp.jobs.options import RunOptions
     from addcow_mp.jobs.report import Estimate, Report
 
 
@@ -48,24 +43,17 @@ def command(
     An overlay that another one stands on is refused, also with --force. A file that is refused is
     one line, and the others go on. Exit status: 0 all done, 1 some file was refused or failed.
     """
-    from addcow_mp.farm.shared_search import SharedSearch
     from addcow_mp.jobs.reset import estimate, reset
 
-    files = overlay.files
-    access = changing.access(force=changing.force, writes=not dry_run, exclude=changing.exclude)
-    workers = Workers(jobs=0)
-    copy_options, quiet = workers.copy_options(), printing.quiet
-    with workers.working(access, copy_options, ProgressOptions(), quiet=quiet) as (options, hooks):
-        search = SharedSearch(files, access)
+    files, quiet = overlay.files, printing.quiet
 
-        def work(path: str) -> Report | Planned:
-            if hooks.stopping():
-                raise StoppedError(path=path)
-            if dry_run:
-                return Planned(path, estimate(path, options, search.shared(path)))
-            return reset(path, options=options, shared=search.shared(path))
+    def work(path: str, options: RunOptions, search: SharedSearch) -> Report | Planned:
+        shared = search.shared(path)
+        if dry_run:
+            return Planned(path, estimate(path, options, shared))
+        return reset(path, options=options, shared=shared)
 
-        results = list(results_of(files, work))
+    results = change_each(files, work, changing, quiet=quiet, writes=not dry_run)
 
     def show(one: Report | Planned) -> None:
         _show(one, printing, is_alone=len(files) == 1)

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import (
-    AnyFile,
+    AnyFiles,
     FileFormat,
     ForceRaw,
     JobProgress,
@@ -19,6 +18,7 @@ from addcow_mp.cli.options import (
     Share,
     Workers,
 )
+from addcow_mp.cli.several import print_results, results_of
 
 if TYPE_CHECKING:
     from addcow_mp.jobs.manifest import Made
@@ -30,7 +30,7 @@ Replace = Annotated[
 
 def command(
     *,
-    file: AnyFile,
+    files: AnyFiles,
     replace: Replace = False,
     progress: JobProgress,
     workers: Workers,
@@ -40,20 +40,36 @@ def command(
     force: ForceRaw = False,
     opening: Opening,
 ) -> None:
-    """Write a manifest beside each layer of FILE that has none."""
+    """Write a manifest beside each layer of the images that has none."""
     from addcow_mp.jobs.manifest import create as job
 
     access = opening.access(share=share, force=force, writes=True)
     quiet, copy_options = printing.quiet, workers.copy_options()
     with workers.working(access, copy_options, progress, quiet=quiet) as (options, hooks):
-        made = job(file, options, hooks, format_=format, replaces=replace)
-    if printing.as_json:
-        top = {"filename": file, "guest-digest": made[-1].guest_digest}
-        print_document({**top, "manifests": manifests_json(made)})
-    elif not quiet:
-        for one in made:
-            done = "written" if one.written else "kept"
-            print(one_line(f"{one.path}: {done}, guest digest {one.guest_digest}"))
+
+        def work(file: str) -> tuple[str, Sequence[Made]]:
+            return file, job(file, options, hooks, format_=format, replaces=replace)
+
+        results = list(results_of(files, work))
+    status = print_results(
+        results,
+        printing,
+        is_list=len(files) > 1,
+        show=lambda made: None if quiet else _show(made[1]),
+        describe=lambda made: _describe(*made),
+    )
+    raise typer.Exit(status)
+
+
+def _show(made: Sequence[Made]) -> None:
+    for one in made:
+        done = "written" if one.written else "kept"
+        print(one_line(f"{one.path}: {done}, guest digest {one.guest_digest}"))
+
+
+def _describe(file: str, made: Sequence[Made]) -> dict[str, object]:
+    top = {"filename": file, "guest-digest": made[-1].guest_digest}
+    return {**top, "manifests": manifests_json(made)}
 
 
 def manifests_json(made: Sequence[Made]) -> list[dict[str, object]]:
