@@ -7,8 +7,8 @@ The order is such that at any moment, whatever interrupts it, the guest sees all
 or the backing file, and never a mixture:
 
 1. The manifests are removed, and the directory is synced.
-2. The bitmap is cut off and made anew, synced: one step, as a file that ends inside its bitmap
-   reads as 0. Clearing bits one by one would leave a mixture after a power cut.
+2. The bitmap is cut off and the file grows again, synced: one step, as a file that ends inside its
+   bitmap reads as 0. Clearing bits one by one would leave a mixture after a power cut.
 3. ALL_ALLOCATED is cleared where it was set, synced. Until then the bitmap is not consulted.
 4. The space of the image file is freed.
 """
