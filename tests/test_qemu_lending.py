@@ -18,7 +18,18 @@ from pathlib import Path
 import pytest
 
 from support import model
-from support.command import ADDCOW, PATIENCE, addcow, pair, patch, refused, snapshot, succeed, tool
+from support.command import (
+    ADDCOW,
+    PATIENCE,
+    addcow,
+    draw,
+    pair,
+    patch,
+    refused,
+    snapshot,
+    succeed,
+    tool,
+)
 from support.fault_rules import VARIABLE, Rules, rule
 from support.file_systems import fill, mounted
 from support.lending import (
@@ -170,7 +181,7 @@ def test_layer_below_is_lent_until_its_last_overlay_is_back(tmp_path: Path) -> N
         succeed("qemu", "export", name, cwd=tmp_path)
     assert features(tmp_path / "top-base.add-cow") & LENT_FOR_READING
     told = succeed("qemu", "import", "top.add-cow", cwd=tmp_path).stderr
-    assert "stays lent for reading" in told
+    assert "it was not taken back" in told
     assert features(tmp_path / "top-base.add-cow") & LENT_FOR_READING
     assert refuses("flatten", "top-base.add-cow", cwd=tmp_path)
     succeed("qemu", "import", "other.add-cow", cwd=tmp_path)
@@ -578,3 +589,111 @@ def _status(directory: Path) -> dict[str, str | None]:
     told = succeed("qemu", "status", "--output", "json", "top.add-cow", cwd=directory).stdout
     found: dict[str, str | None] = json.loads(told)
     return found
+
+
+# Layers below overlays in other directories
+
+
+def spread(directory: Path) -> tuple[Path, Path]:
+    """Two lent overlays in directories of their own over one layer; their paths."""
+    for name in ("base", "one", "two"):
+        (directory / name).mkdir()
+    pair(directory / "base", "ABCD", "-B--")
+    tops = (directory / "one" / "a.add-cow", directory / "two" / "b.add-cow")
+    layer = str(directory / "base" / "top.add-cow")
+    for top in tops:
+        draw(top, "A---", layer, backing_format="add-cow")
+        succeed("qemu", "export", "--root", "base", str(top), cwd=directory)
+    return tops
+
+
+def test_layer_stays_lent_while_overlays_elsewhere_may_need_it(tmp_path: Path) -> None:
+    one, two = spread(tmp_path)
+    layer = "base/top.add-cow"
+    told = succeed("qemu", "import", "--root", "base", str(one), cwd=tmp_path)
+    assert "in directories that are not searched" in told.stderr
+    assert refuses("io", "-c", "write 0 512", layer, cwd=tmp_path)
+    assert "--root DIR" in refused("qemu", "import", layer, cwd=tmp_path)
+    message = refused("qemu", "import", "--root", ".", layer, cwd=tmp_path)
+    assert f"{two.resolve()} above it need it" in message
+    succeed("qemu", "import", "--root", "base", str(two), cwd=tmp_path)
+    succeed("qemu", "import", "--root", ".", layer, cwd=tmp_path)
+    assert features(tmp_path / layer) == 0
+    succeed("io", "-c", "write 0 512", layer, cwd=tmp_path)
+
+
+def test_layer_that_was_written_through_its_twin_is_given_up_by_force_only(tmp_path: Path) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    twin = tmp_path / "top-base.qcow2"
+    twin.chmod(0o644)
+    words = ["qemu-io", "-c", "write -P 9 0 64k", writable_node(tmp_path, "top-base")]
+    subprocess.run(words, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    told = succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert "written through it" in told.stderr
+    refused("qemu", "import", "top-base.add-cow", cwd=tmp_path)
+    succeed("qemu", "import", "--abandon", "--force", "top-base.add-cow", cwd=tmp_path)
+    assert features(tmp_path / "top-base.add-cow") == 0
+
+
+def writable_node(directory: Path, name: str) -> str:
+    """A layer's twin as a disk that can be written, as nobody should give it to QEMU."""
+    file = {"driver": "file", "filename": str(directory / f"{name}.qcow2")}
+    data = {"driver": "file", "filename": str(directory / f"{name}.raw")}
+    return "json:" + json.dumps({"driver": "qcow2", "file": file, "data-file": data})
+
+
+def test_twin_whose_header_qemu_has_rewritten_is_named(tmp_path: Path) -> None:
+    pair(tmp_path, "BBBB", "A---")
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    described = node("top.add-cow", cwd=tmp_path)
+    tool("qemu-img", "amend", "-o", "refcount_bits=8", described, cwd=tmp_path)
+    message = refused("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert "top.qcow2: refcounts of order 3" in message
+    tool("qemu-img", "amend", "-o", "refcount_bits=16", described, cwd=tmp_path)
+    succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "status"), [("", 64), ("x" * 300, 1)], ids=["empty", "long"])
+def test_impossible_name_is_refused_before_layers_are_lent(
+    tmp_path: Path, name: str, status: int
+) -> None:
+    chain(tmp_path)
+    before = snapshot(tmp_path)
+    refused("qemu", "export", "top.add-cow", name, cwd=tmp_path, status=status)
+    assert snapshot(tmp_path) == before
+
+
+def test_import_does_not_write_through_hard_links(tmp_path: Path) -> None:
+    pair(tmp_path, "BBBB", "A---")
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    os.link(tmp_path / "top.raw", tmp_path / "second.raw")
+    before = snapshot(tmp_path)
+    assert "hard links" in refused("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert snapshot(tmp_path) == before
+    succeed("qemu", "import", "--force", "top.add-cow", cwd=tmp_path)
+
+
+def test_import_warns_of_a_copy_of_the_twin(tmp_path: Path) -> None:
+    pair(tmp_path, "BBBB", "A---")
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    shutil.copy2(tmp_path / "top.qcow2", tmp_path / "copy.qcow2")
+    told = succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert "copy.qcow2: QEMU may write the image file" in told.stderr
+
+
+def test_twin_is_no_more_readable_than_the_image(tmp_path: Path) -> None:
+    chain(tmp_path)
+    (tmp_path / "top-base.raw").chmod(0o600)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    assert (tmp_path / "top-base.qcow2").stat().st_mode & 0o777 == 0o400
+
+
+@pytest.mark.parametrize("words", [("commit", "-d"), ("commit",), ("flatten",)], ids=str)
+def test_job_below_a_layer_that_is_lent_names_that(tmp_path: Path, words: tuple[str, ...]) -> None:
+    chain(tmp_path)
+    succeed("qemu", "export", "top.add-cow", cwd=tmp_path)
+    message = refused(*words, "top-base.add-cow", cwd=tmp_path)
+    assert "it is lent to QEMU for reading" in message

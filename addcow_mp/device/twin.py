@@ -42,7 +42,13 @@ from addcow_mp.format.qcow2 import (
 from addcow_mp.format.qcow2_entries import Qcow2Error
 from addcow_mp.format.qcow2_read import Extent, extents
 from addcow_mp.format.qcow2_write import Image, chunks
-from addcow_mp.units import SECTOR
+from addcow_mp.units import KiB
+
+#: A layer that is lent for reading has a twin that QEMU cannot open for writing.
+READ_ONLY_MODE = 0o444
+
+#: Bytes in which the extensions of a header lie, unless a program has added many.
+HEADER_ROOM = 4 * KiB
 
 #: A security label, which libvirt and SELinux compare.
 _LABEL = "security.selinux"
@@ -187,7 +193,7 @@ def damaged_twin(directory: str, lent_id: int) -> tuple[str, str] | None:
     """The twin with this id whose header cannot be read, and the reason; None if there is none."""
     for path in _files_in(directory):
         with suppress(OSError), open(path, "rb") as file:
-            mark = damaged_mark(file.read(SECTOR))
+            mark = damaged_mark(file.read(HEADER_ROOM))
             if mark is not None and mark.lent_id == lent_id:
                 return path, _header_problem(file.fileno())
     return None
@@ -197,7 +203,7 @@ def _header_problem(fd: int) -> str:
     try:
         read_header(lambda at, count: os.pread(fd, count, at), os.fstat(fd).st_size)
     except Qcow2Error as error:
-        return str(error)
+        return f"{error}; undo what has changed it, or restore it from a backup"
     return "it is in use"
 
 
@@ -231,7 +237,8 @@ def holder_name(header: CowHeader, path: str | None) -> str:
     suffix = " for reading" if header.lent_for_reading else ""
     if path is None:
         return f"QEMU{suffix}, and the qcow2 file that it is used through is not beside it"
-    return f"QEMU{suffix} through '{path}'"
+    above = ", for overlays above it, which come back first" if suffix else ""
+    return f"QEMU{suffix} through '{path}'{above}"
 
 
 def lent_error(path: str, header: CowHeader, twin: str | None) -> LentError:
@@ -278,12 +285,42 @@ def twin_of(base: str, header: CowHeader) -> str | None:
 # Making
 
 
+def mark_used_elsewhere(path: str, header: Header) -> None:
+    """Note durably that an overlay in another directory uses the layer's twin at ``path``.
+
+    One write of 8 bytes, which QEMU does not look at: programs may have the twin open for reading.
+    """
+    if header.used_elsewhere:
+        return
+    make_writable(path)
+    offset, data = header.marking_elsewhere()
+    file = File(path, os.open(path, os.O_RDWR | os.O_CLOEXEC), writable=True)
+    file.role = TWIN
+    try:
+        file.write(data, offset)
+        file.sync()
+    finally:
+        file.close()
+    make_read_only(path)
+
+
+def make_writable(path: str) -> None:
+    """Let the owner write a twin."""
+    with suppress(OSError):  # opening it says what is wrong
+        os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IWUSR)
+
+
+def make_read_only(path: str) -> None:
+    """Let nobody write a twin."""
+    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) & READ_ONLY_MODE)
+
+
 def make_twin(
-    path: str, header: Header, runs: Callable[[], Iterator[Run]], *, like: File, mode: int | None
+    path: str, header: Header, runs: Callable[[], Iterator[Run]], *, like: File, mode: int = 0o7777
 ) -> Identity:
     """Write the twin of ``header`` and the allocated ``runs`` of bytes at ``path``, durably.
 
-    It gets owner, group, mode and label of ``like``; ``mode``: these permission bits instead. It
+    It gets owner, group, mode and label of ``like``; ``mode``: at most these permission bits. It
     never replaces a file. Returns its identity, which also stands in its mark.
     """
     file = File(path, _nameless(path), writable=True)
@@ -325,12 +362,12 @@ def _nameless(path: str) -> int:
         raise ImageError(path=path, problem=problem) from error
 
 
-def _make_like(file: File, like: File, mode: int | None) -> None:
+def _make_like(file: File, like: File, mode: int) -> None:
     status = like.status
     with file.doing("give it the owner of the image file"):
         if (status.st_uid, status.st_gid) != (file.status.st_uid, file.status.st_gid):
             os.fchown(file.fd, status.st_uid, status.st_gid)
-        os.fchmod(file.fd, stat.S_IMODE(status.st_mode) if mode is None else mode)
+        os.fchmod(file.fd, stat.S_IMODE(status.st_mode) & mode)
     with suppress(OSError):  # no labels here
         os.setxattr(file.fd, _LABEL, os.getxattr(like.fd, _LABEL))
 

@@ -44,6 +44,10 @@ VERSION = 3
 DIRTY, CORRUPT, DATA_FILE, EXTENDED_L2, DISABLED = 1 << 0, 1 << 1, 1 << 2, 1 << 4, 1 << 63
 _KNOWN = DIRTY | CORRUPT | DATA_FILE | EXTENDED_L2 | DISABLED
 
+#: A bit of the compatible features, which QEMU keeps: the layer was lent for an overlay in another
+#: directory.
+USED_ELSEWHERE = 1 << 63
+
 #: A bit of the autoclear features.
 DATA_FILE_RAW = 1 << 1
 
@@ -102,7 +106,7 @@ _SHORT_LENGTH = HEADER_LENGTH - 8
 _EXTENSION = struct.Struct(">II")
 
 #: Where the incompatible features lie: one write of 8 bytes changes who may open the file.
-FEATURES_OFFSET = 72
+FEATURES_OFFSET, COMPATIBLE_OFFSET = 72, 80
 
 
 class Fixed(NamedTuple):
@@ -197,6 +201,11 @@ class Header(NamedTuple):
         """Whether QEMU refuses the file."""
         return bool(self.fixed.incompatible & DISABLED)
 
+    @property
+    def used_elsewhere(self) -> bool:
+        """Whether a layer was lent for an overlay in another directory."""
+        return bool(self.fixed.compatible & USED_ELSEWHERE)
+
     def with_disabled(self, value: bool) -> Header:
         """The same header with that bit set or cleared."""
         kept = self.fixed.incompatible & ~DISABLED
@@ -239,6 +248,10 @@ class Header(NamedTuple):
             return FEATURES_OFFSET, struct.pack(">Q", fixed.incompatible)
         return 0, sector
 
+    def marking_elsewhere(self) -> tuple[int, bytes]:
+        """The offset and the bytes of the one write that sets ``used_elsewhere``."""
+        return COMPATIBLE_OFFSET, struct.pack(">Q", self.fixed.compatible | USED_ELSEWHERE)
+
     def enabling(self) -> tuple[int, bytes]:
         """The offset and the bytes of the one write that enables the file."""
         return FEATURES_OFFSET, struct.pack(">Q", self.with_disabled(False).fixed.incompatible)
@@ -276,11 +289,11 @@ def read_header(read: Read, length: int) -> Header:
 
 def damaged_mark(raw: bytes) -> Mark | None:
     """The mark in the first bytes of a twin whose header cannot be read; None when it has none."""
-    start = HEADER_LENGTH + _EXTENSION.size
-    if raw[HEADER_LENGTH:start] != _EXTENSION.pack(TWIN, _MARK.size):
-        return None
     with suppress(Qcow2Error, struct.error):
-        return Mark.unpack(raw[start : start + _MARK.size])
+        fixed = Fixed(*_LAYOUT.unpack_from(raw))
+        for kind, data in _extensions(fixed._replace(backing_offset=0), raw):
+            if kind == TWIN:
+                return Mark.unpack(data)
     return None
 
 

@@ -53,9 +53,7 @@ def refuse_dependants(
     if not changed:
         return
     members = {one.cow.identity: one for one in _members(overlay)}
-    for member in members.values():
-        if member.cow in changed or member.image.file in changed:
-            refuse_lent(member.cow, member.header, changes=True)
+    _refuse_lent(overlay, {file.identity for file in changed})
     if around is None:
         near = [file.path for file in (*overlay.files(), *(one.cow for one in members.values()))]
         around = overlays_near(near, access)
@@ -72,6 +70,15 @@ def refuse_dependants(
         own = overlay.image.file.identity
         only_image = all(file.identity == own for file in changed)
         refuse_unexamined(around.unread if only_image else (*around.unread, *around.hidden))
+
+
+def _refuse_lent(overlay: Overlay, changed: set[Identity]) -> None:
+    """Raise when QEMU reads a layer in or below which a file is ``changed``."""
+    for layer in _members(overlay):
+        below = {file.identity for file in layer.files()}
+        below |= {one.cow.identity for one in _members(layer)}
+        if below & changed:
+            refuse_lent(layer.cow, layer.header, changes=True)
 
 
 def refuse_unexamined(unread: Sequence[Unexamined]) -> None:

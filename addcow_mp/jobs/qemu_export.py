@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute, set_attribute
@@ -38,16 +39,18 @@ from addcow_mp.device.locks import READING, RESIZING, narrow
 from addcow_mp.device.manifest_file import invalidate_all
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.twin import (
+    READ_ONLY_MODE,
     Identity,
     Twin,
     data_file_name,
     default_twin,
     lent_error,
     make_twin,
+    mark_used_elsewhere,
     remove_twin,
     twin_of,
 )
-from addcow_mp.errors import ImageError
+from addcow_mp.errors import FileError, ImageError, UsageError
 from addcow_mp.format.bits import Run
 from addcow_mp.format.header import LENT, LENT_FOR_READING, RAW
 from addcow_mp.format.qcow2 import (
@@ -65,9 +68,6 @@ from addcow_mp.jobs.lending import Lending, State, foreign_twin, lending_of, ref
 
 #: Bits of a random id.
 ID_BITS = 62
-
-#: A layer that is lent for reading has a twin that QEMU cannot open for writing.
-READ_ONLY_MODE = 0o444
 
 QCOW2 = b"qcow2"
 
@@ -163,6 +163,8 @@ def _target(overlay: Overlay, twin: str | None) -> str:
     directory = os.path.dirname(overlay.cow.real)
     if twin is None:
         return default_twin(overlay.cow.base)
+    if not twin:
+        raise UsageError(message="QCOW2: the name is empty")
     if os.path.realpath(os.path.dirname(twin) or ".") != directory:
         raise ImageError(
             path=twin,
@@ -190,9 +192,29 @@ def _refuse(overlay: Overlay, target: str, access: Access) -> Lending:
     changed = [overlay.cow, overlay.image.file]
     refuse_dependants(overlay, changed, access)
     refuse_linked(changed, force=access.force)
-    if os.path.lexists(target) and lending.twin != target:
-        raise ImageError(path=target, problem="it exists already; name another file")
+    _refuse_name(target, lending)
+    for layer in (overlay, *layers_below(overlay)):
+        _refuse_directory(os.path.dirname(layer.cow.real))
     return lending
+
+
+def _refuse_name(target: str, lending: Lending) -> None:
+    """Raise unless a file can be made at ``target``."""
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise FileError.of(target, "make it", error) from error
+    if lending.twin != target:
+        raise ImageError(path=target, problem="it exists already; name another file")
+
+
+def _refuse_directory(directory: str) -> None:
+    """Raise where no twin can be made."""
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        problem = "the qcow2 file is made in this directory, and it cannot be written"
+        raise ImageError(path=directory, problem=problem)
 
 
 def _protection(overlay: Overlay, *, relaxed: bool) -> Protection:
@@ -276,10 +298,15 @@ def punch_unallocated(overlay: Overlay) -> None:
 
 def _lend_layers(overlay: Overlay, result: Exported) -> None:
     """Lend the layers below for reading, from the bottom up, and keep them locked as read."""
-    for layer in reversed(list(layers_below(overlay))):
+    chain = [overlay, *layers_below(overlay)]
+    for above, layer in reversed(list(pairwise(chain))):
         if not layer.header.lent_for_reading:
             _lend_for_reading(layer)
             narrow(layer.cow, READING)
+        if os.path.dirname(above.cow.real) != os.path.dirname(layer.cow.real):
+            lending = lending_of(layer.cow, layer.header, layer.image.file)
+            if lending.twin is not None and lending.header is not None:
+                mark_used_elsewhere(lending.twin, lending.header)
         result.layers.append(layer.path)
 
 
@@ -312,7 +339,7 @@ def _hand_over(overlay: Overlay, result: Exported, *, absolute: bool) -> None:
     """Steps 2 to 4."""
     lent_id = secrets.randbits(ID_BITS)
     header = _twin_header(overlay, result.kind, lent_id, absolute=absolute).with_disabled(True)
-    make_twin(result.twin, header, lambda: _runs(overlay), like=overlay.image.file, mode=None)
+    make_twin(result.twin, header, lambda: _runs(overlay), like=overlay.image.file)
     twin = Twin.open(Access().beside(result.twin), result.twin, RESIZING)
     try:
         overlay.write_header(overlay.header.with_lent(LENT, lent_id))

@@ -17,7 +17,6 @@ Layers below are taken back after their last overlay, if a complete search finds
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
@@ -28,11 +27,19 @@ from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute, set_attribut
 from addcow_mp.device.chain import LENDING, Use, open_chain
 from addcow_mp.device.discovery import overlays_near
 from addcow_mp.device.files import BUFFER_SIZE, File, identity_at, new_buffer
+from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.headers import load_names, resolve
 from addcow_mp.device.locks import READING, RESIZING
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.device.twin import Identity, Twin, damaged_twin, other_data_file
-from addcow_mp.errors import AddcowError, ImageError, LentError, LockedError, SpaceError, UsageError
+from addcow_mp.device.twin import (
+    Identity,
+    Twin,
+    damaged_twin,
+    make_writable,
+    other_data_file,
+    twins_in,
+)
+from addcow_mp.errors import AddcowError, ImageError, SpaceError, UsageError
 from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
 from addcow_mp.format.bits import BITS_PER_BYTE, Run, merged
 from addcow_mp.format.geometry import Geometry
@@ -119,7 +126,7 @@ def _by_state(overlay: Overlay, options: ImportOptions, access: Access, report: 
     if lending.state is State.FOREIGN_TWIN:
         raise foreign_twin(overlay.path, lending)
     if lending.state is State.LENT_FOR_READING:
-        _finish_layer(overlay, lending, access, report)
+        _finish_layer(overlay, lending, options, access, report)
         return
     if lending.state is State.TWIN_MISSING:
         _abandon(overlay, options, report)
@@ -307,6 +314,7 @@ def _bring_back(overlay: Overlay, twin: Twin | None, access: Access, report: Rep
     """Steps 1 to 3; the overlay as it is now, in the same open files."""
     assert twin is not None  # noqa: S101 - a lent overlay has one
     _refuse_twin(overlay, twin, access)
+    refuse_linked([overlay.cow, overlay.image.file], force=access.force)
     clusters = _Clusters(overlay, twin)
     _refuse_image(overlay, clusters)
     if twin.header.has_bitmaps:
@@ -410,11 +418,23 @@ def _finish(overlay: Overlay, twin: Twin | None, report: Report) -> None:
         _clear_mark(overlay)
     if twin is not None:
         twin.remove()
+        _warn_of_copies(twin, report)
     if not overlay.all_allocated:
         punch_unallocated(overlay)
     if has_attribute(overlay.image.file.fd, SYNCHRONOUS):
         set_attribute(overlay.image.file.fd, SYNCHRONOUS, False)
     report.outcome = Outcome.DONE
+
+
+def _warn_of_copies(twin: Twin, report: Report) -> None:
+    """Warn of other files through which QEMU could still write the image file."""
+    own = twin.header.mark
+    for path, other in twins_in(os.path.dirname(twin.path)):
+        if own is not None and other.mark is not None and other.mark.lent_id == own.lent_id:
+            report.warnings.append(
+                f"{path}: QEMU may write the image file through this copy of '{twin.path}'; "
+                "remove it"
+            )
 
 
 def _clear_mark(overlay: Overlay) -> None:
@@ -446,23 +466,31 @@ def _take_layer_back(path: str, access: Access, report: Report) -> None:
         with open_chain(path, {0: Use(RESIZING, READING)}, access.beside(path), lent=True) as layer:
             lending = lending_of(layer.cow, layer.header, layer.image.file)
             if lending.state is State.LENT_FOR_READING:
-                _finish_layer(layer, lending, access, report)
-            elif lending.twin is not None:
+                _finish_layer(layer, lending, None, access, report)
+            elif lending.state in (State.LEFTOVER, State.FOREIGN_TWIN) and lending.twin:
                 if lending.state is not State.LEFTOVER:
                     refuse_writable_twin(layer, lending)
                 remove_leftover(lending.twin)
-    except (LentError, LockedError) as error:
-        report.warnings.append(f"{path}: it stays lent for reading: {error}")
+    except AddcowError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        report.warnings.append(f"{path}: it was not taken back: {reason}")
 
 
-def _finish_layer(layer: Overlay, lending: Lending, access: Access, report: Report) -> None:
-    """Clear the mark of a layer. Raises :class:`LentError` while something may still need it."""
-    reason = _still_needed(layer, lending, access)
+def _finish_layer(
+    layer: Overlay, lending: Lending, options: ImportOptions | None, access: Access, report: Report
+) -> None:
+    """Clear the mark of a layer. Raises :class:`ImageError` while something may still need it.
+
+    ``options``: those of a command that names the layer; None where it comes back by itself.
+    """
+    reason = _still_needed(layer, lending, access, is_named=options is not None)
     if reason is not None:
-        raise LentError(path=layer.path, holder=f"QEMU for reading: {reason}")
+        raise ImageError(path=layer.path, problem=f"it is lent to QEMU for reading, and {reason}")
+    if lending.twin is not None and not _is_unchanged(layer, lending.twin, access):
+        _give_up_changes(lending.twin, options, report)
     report.begin_changes()
     if lending.twin is not None:
-        _make_writable(lending.twin)
+        make_writable(lending.twin)
         twin = Twin.open(access.beside(lending.twin), lending.twin, RESIZING)
         try:
             twin.disable()
@@ -473,24 +501,36 @@ def _finish_layer(layer: Overlay, lending: Lending, access: Access, report: Repo
     report.outcome = Outcome.DONE
 
 
-def _make_writable(twin: str) -> None:
-    with suppress(OSError):  # opening it says what is wrong
-        os.chmod(twin, stat.S_IMODE(os.stat(twin).st_mode) | stat.S_IWUSR)
+def _give_up_changes(twin: str, options: ImportOptions | None, report: Report) -> None:
+    """Raise where something has written through a layer's twin, unless that is to be given up."""
+    changed = "something has written through it, although it is for reading"
+    if options is None or not options.abandon:
+        raise ImageError(path=twin, problem=f"{changed}; --abandon --force gives that up")
+    report.warnings.append(f"{twin}: {changed}; that is given up, the layer may be a mixture")
 
 
-def _still_needed(layer: Overlay, lending: Lending, access: Access) -> str | None:
+def _still_needed(
+    layer: Overlay, lending: Lending, access: Access, *, is_named: bool
+) -> str | None:
     """Why a layer cannot be taken back yet; None when it can."""
     if lending.twin is None:
         return "the qcow2 file that it is read through is not beside it"
+    if lending.header and lending.header.used_elsewhere and not (is_named and access.roots):
+        return (
+            "overlays in directories that are not searched may need it; when all of them are back, "
+            f"'addcow qemu import --root DIR {layer.path}' takes it back, with each such DIR"
+        )
     twin = identity_at(lending.twin)
     near = overlays_near([layer.cow.real, lending.twin], access)
     users = [one for one in near.overlays if twin is not None and one.backing == twin]
     users += [one for one in near.overlays if one.backing == layer.cow.identity and one.is_lent]
     if users:
-        return "needed by " + ", ".join(sorted({one.path for one in users}))
+        above = [one for one in users if one.is_overlay] or users
+        names = ", ".join(sorted({one.path for one in above}))
+        return f"{names} above it need it: take these back first"
     if near.unread or near.hidden:
         return f"'{(*near.unread, *near.hidden)[0].path}' cannot be examined"
-    return None if _is_unchanged(layer, lending.twin, access) else "its qcow2 file was changed"
+    return None
 
 
 def _is_unchanged(layer: Overlay, path: str, access: Access) -> bool:
