@@ -61,6 +61,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "auto": (),
     "clone": ("--copy", "clone"),
     "range": ("--copy", "range"),
+    "map": ("--copy", "map"),
     "buffer": ("--copy", "buffer"),
     "direct": ("-t", "none"),
 }
@@ -129,7 +130,7 @@ class Shop:
         """Run a job; return the ways that were used and how many bytes went each way."""
         report = self.report(job, *options, file=file)
         ways: dict[str, int] = report["moved-by"]
-        assert set(ways) == {"clone", "range", "buffer", "direct"}
+        assert set(ways) == {"clone", "range", "buffer", "direct", "map"}
         assert sum(ways.values()) == report["bytes-moved"]
         return {way: count for way, count in ways.items() if count}
 
@@ -259,13 +260,13 @@ def test_long_runs_are_cloned_and_short_ones_copied(on_xfs: Shop) -> None:
     }
 
 
-@pytest.mark.parametrize("way", ["clone", "range", "buffer", "direct"])
+@pytest.mark.parametrize("way", ["clone", "range", "map", "buffer", "direct"])
 def test_pinned_copy_method_is_used_on_xfs(on_xfs: Shop, way: str) -> None:
     total = two_runs(on_xfs.here)
     assert on_xfs.moved("commit -d", *WAYS[way]) == {way: total}
 
 
-@pytest.mark.parametrize("way", ["range", "buffer", "direct"])
+@pytest.mark.parametrize("way", ["range", "map", "buffer", "direct"])
 def test_other_copy_methods_work_on_ext4(on_ext4: Shop, way: str) -> None:
     total = two_runs(on_ext4.here)
     assert on_ext4.moved("commit -d", *WAYS[way]) == {way: total}
@@ -288,7 +289,7 @@ def test_partial_block_is_copied_and_not_cloned(on_xfs: Shop, way: str) -> None:
     assert on_xfs.moved("commit -d", *WAYS[way]) == {way: total - tail, "buffer": tail}
 
 
-@pytest.mark.parametrize("way", ["range", "buffer"])
+@pytest.mark.parametrize("way", ["range", "map", "buffer"])
 def test_partial_block_uses_the_pinned_copy_method(shop: Shop, way: str) -> None:
     total = with_a_tail(shop.here)
     assert shop.moved("commit -d", *WAYS[way]) == {way: total}
@@ -321,7 +322,7 @@ def test_data_of_another_file_system_is_copied(
     moved = Shop(warm, near).moved(job, *WAYS[way], "--root", str(far))
     total = (10 if job == "commit" else 2) * CLUSTER
     # Old kernels copy from one file system to another by copy_file_range, new ones do not.
-    ways = {"direct"} if way == "direct" else {"buffer", "range"} if way == "range" else {"buffer"}
+    ways = {"range": {"range", "buffer"}, "direct": {"direct"}, "map": {"map"}}.get(way, {"buffer"})
     assert set(moved) <= ways
     assert sum(moved.values()) == total
     target = far / "base.img" if job == "commit" else near / "top.raw"
@@ -412,7 +413,7 @@ def islands(here: Path, job: str) -> Path:
 
 
 @pytest.mark.parametrize("job", ["commit -d", "flatten", "convert"])
-@pytest.mark.parametrize("way", ["range", "buffer"])
+@pytest.mark.parametrize("way", ["range", "map", "buffer"])
 def test_job_never_reads_a_hole(shop: Shop, job: str, way: str) -> None:
     source = islands(shop.here, job)
     uncache(source)

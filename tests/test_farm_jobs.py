@@ -522,7 +522,8 @@ def test_farm_job_starts_an_image_after_the_overlays_above_it(
 
 
 WAYS = [
-    *(("-t", "none"), ("-t", "unsafe"), ("--copy", "range"), ("--copy", "buffer")),
+    *(("-t", "none"), ("-t", "unsafe"), ("--copy", "range"), ("--copy", "map")),
+    ("--copy", "buffer"),
     *(("-S", "4k"), ("--idle",), ("-r", "1G")),
 ]
 

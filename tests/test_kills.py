@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from addcow_mp.device.mapped_source import WINDOW
 from support.command import addcow, draw, draw_raw, refused, tool
 from support.fault_rules import rule, rules_for, stopping_both
 from support.guests import opened_for_writing
@@ -202,6 +203,26 @@ def test_shrinking_source_is_named(here: Path, job: str) -> None:
     assert ended.stderr.endswith(": the file ends early; was it cut short meanwhile?\n")
     # The guest's view has lost what was cut off, and nothing else.
     assert wide.selected & set(range(2 * TASK_CLUSTERS)) <= wide.published()
+    assert place not in wide.published()
+
+
+@EACH
+@pytest.mark.parametrize("left", [0, 100])
+def test_source_that_shrinks_under_its_mapping_is_named(here: Path, job: str, left: int) -> None:
+    """The window is mapped for the cluster before; the rest of its last page shows zeros."""
+    wide = Wide.lay(here, job)
+    before, place = wide.moved(2)[4:6]
+    assert place * WIDE_CLUSTER // WINDOW == before * WIDE_CLUSTER // WINDOW
+    rules = rules_for(here, stopping(wide.reads, cluster=place))
+    with running(job, *JOBS, "--copy", "map", "top.add-cow", cwd=here, rules=rules) as command:
+        worker = command.stopped()
+        os.truncate(wide.source, place * WIDE_CLUSTER + left)
+        command.signal(signal.SIGCONT, *worker)
+        ended = command.end()
+        command.all_gone()
+    names_place(ended, task=2, file=wide.source.name)
+    assert ended.stderr.endswith(": the file ends early; was it cut short meanwhile?\n")
+    assert before in wide.published()
     assert place not in wide.published()
 
 

@@ -38,6 +38,7 @@ WAYS = {
     "auto": (),
     "clone": ("--copy", "clone"),
     "range": ("--copy", "range"),
+    "map": ("--copy", "map"),
     "buffer": ("--copy", "buffer"),
     "direct": ("-t", "none"),
     "sparse": ("-S", "4k"),

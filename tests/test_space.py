@@ -204,6 +204,7 @@ def plain_peak(steps: list[tuple[int, int, int]], lag: int) -> int:
     ("words", "event"),
     [
         (("flatten", "--jobs", "0", "top.add-cow"), "image_write"),
+        (("flatten", "--jobs", "0", "--copy", "map", "top.add-cow"), "image_write"),
         (("commit", "--jobs", "0", "top.add-cow"), "backing_write"),
         (("convert", "--jobs", "0", "-O", "raw", "top.add-cow", "new.raw"), "target_write"),
     ],

@@ -102,7 +102,7 @@ Output = Literal["human", "json"]
 Listing = Literal["human", "json", "jsonl"]
 ProgressForm = Literal["human", "json"]
 CacheMode = Literal["writeback", "none", "unsafe"]
-CopyChoice = Literal["auto", "clone", "range", "buffer"]
+CopyChoice = Literal["auto", "clone", "range", "buffer", "map"]
 Locking = Literal["on", "off"]
 OnError = Literal["skip", "stop"]
 
@@ -317,7 +317,13 @@ class CopyingOptions(OptionGroup):
             help="writeback; none: past the page cache, whatever --copy; unsafe: no syncs",
         ),
     ] = "writeback"
-    copy: Annotated[CopyChoice, typer.Option("--copy", help="pin one method of copying")] = "auto"
+    copy: Annotated[
+        CopyChoice,
+        typer.Option(
+            "--copy",
+            help="pin one method of copying; map: from a mapping of the source, seldom faster",
+        ),
+    ] = "auto"
     sparse: Annotated[
         str | None,
         typer.Option(

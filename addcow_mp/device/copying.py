@@ -5,6 +5,8 @@
 - *range*: copy_file_range, a copy inside the kernel.
 - *buffer*: read and write through a small buffer that stays in the processor's cache. It is the
   fastest method that moves bytes, and the only one that can look for zeros.
+- *map*: written from a mapping of the source, which saves the buffer. It is slower in most places,
+  and there to be compared.
 - *direct*: like *buffer*, but past the page cache (O_DIRECT), which stays as it was.
 
 :class:`Copier` chooses a method for each run, by the options, the length of the run and the earlier
@@ -29,8 +31,9 @@ from bitarray import bitarray
 from addcow_mp.device import faults, holes
 from addcow_mp.device.files import File, copy, new_buffer
 from addcow_mp.device.filesystem import likely_filesystem_of
+from addcow_mp.device.mapped_source import WINDOW, MappedSource
 from addcow_mp.errors import FileError
-from addcow_mp.format.bitmap import WRITE_STEP
+from addcow_mp.format.bitmap import WRITE_STEP, write_all
 from addcow_mp.format.bits import Run, between
 from addcow_mp.units import KiB, MiB, round_down, round_up
 
@@ -42,6 +45,7 @@ class CopyMethod(StrEnum):
     RANGE = "range"
     BUFFER = "buffer"
     DIRECT = "direct"
+    MAP = "map"
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Copier:
         self._block = target.block_size
         self._direct: dict[int, int] = {}
         self._views: dict[int, memoryview] = {}
+        self._mapped = MappedSource()
 
     @cached_property
     def _direct_buffer(self) -> memoryview:
@@ -145,7 +150,13 @@ class Copier:
         start = self.clone(source, start, stop)
         if self.copy_options.method is CopyMethod.RANGE and start < stop:
             start = self._copy_range(source, start, stop)
+        elif self.copy_options.method is CopyMethod.MAP and start < stop:
+            start = self._copy_mapped(source, start, stop)
         self._copy(source, start, stop)
+
+    def release(self) -> None:
+        """Keep nothing of the sources mapped: read-back wants them out of the page cache."""
+        self._mapped.close()
 
     def clone(self, source: File, start: int, stop: int) -> int:
         """Clone a part of ``[start, stop)`` and copy what lies before; returns where it ends."""
@@ -257,6 +268,44 @@ class Copier:
             position += done
         self._count(CopyMethod.RANGE, position - start)
         return position
+
+    # From a mapping
+
+    def _copy_mapped(self, source: File, start: int, stop: int) -> int:
+        """Copy to the end, or until the source cannot be mapped; returns where it has stopped.
+
+        What a mapping does not give, the plain copy reads, or reports why it cannot be read.
+        """
+        if (CopyMethod.MAP, source.fd) in self._cannot:
+            return start
+        self._pass_fault_points(source, start, stop)
+        position = start
+        while position < stop:
+            end = min(stop, round_down(position, WINDOW) + WINDOW)
+            if not self._write_mapped(source, position, end):
+                break
+            position = end
+        self._count(CopyMethod.MAP, position - start)
+        return position
+
+    def _write_mapped(self, source: File, start: int, stop: int) -> bool:
+        try:
+            view = self._mapped.view(source, start, stop)
+        except OSError:
+            self._cannot.add((CopyMethod.MAP, source.fd))
+            return False
+        if view is None:
+            return False
+        try:
+            with view:
+                write_all(self.target.fd, view, start)
+        except OSError as error:
+            if error.errno == errno.EFAULT:  # a page of the source is gone or cannot be read
+                return False
+            action = f"write {stop - start} bytes at {start}"
+            raise FileError.of(self.target.path, action, error) from error
+        # The last page of a file that has become shorter shows zeros behind its end.
+        return source.length >= stop
 
     # Through a buffer
 

@@ -25,9 +25,9 @@ from addcow_mp.units import MiB, round_up
 #: The layers of a map: the overlay whose clusters move, and a backing file that receives them.
 TOP, BELOW = 0, 1
 
-#: Counters of each process. They fill a processor cache line, so that processes do not slow each
+#: Counters of each process. They fill processor cache lines, so that processes do not slow each
 #: other down.
-COUNTERS = 8
+COUNTERS = 16
 _SLOT = 8 * COUNTERS
 
 #: The most bytes that are moved and not yet published: the work that a crash repeats.
@@ -128,7 +128,7 @@ class Totals:
     def on(cls, done_map: DoneMap) -> Totals:
         """Return what all processes have counted on ``done_map``, unfinished tasks included."""
         moved, clusters, zeroed, clusters_zeroed, *ways = done_map.totals
-        return cls(moved, clusters, zeroed, clusters_zeroed, tuple(ways))
+        return cls(moved, clusters, zeroed, clusters_zeroed, tuple(ways[: len(CopyMethod)]))
 
 
 def _page(length: int) -> int:

@@ -116,6 +116,7 @@ class Transfer:
             for run in self._move_short(list(self._unmarked(task)), worker):
                 self._move_run(run, worker)
         finally:
+            self._copier.release()
             ways = (self._copier.moved.get(way, 0) for way in CopyMethod)
             self.done_map.add(worker.slot, (0, 0, 0, 0, *ways))
 

@@ -551,6 +551,7 @@ MANNERS = (
     (),
     ("--copy", "buffer"),
     ("--copy", "range"),
+    ("--copy", "map"),
     ("--copy", "clone"),
     ("-t", "none"),
     ("-S", "4k"),
