@@ -138,6 +138,15 @@ class LockedError(ImageError):
     template = "{path}: in use: {holder} {verb} the permission '{permission}'; try again later"
 
 
+class GuestRunsError(LockedError):
+    """A program still uses an overlay that is to be taken back from QEMU."""
+
+    template = (
+        "{path}: in use: {holder} {verb} the permission '{permission}'; switch the guest off, or "
+        "wait until that program has ended, and try again"
+    )
+
+
 class HeldError(ImageError):
     """A mount, swap, a mapping or another program uses the storage of a file to be written."""
 

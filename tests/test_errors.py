@@ -40,6 +40,7 @@ from addcow_mp.engine.worker import Failed, Work, WorkerContext
 from addcow_mp.jobs.commit import commit as commit_job
 from addcow_mp.jobs.compare import compare as compare_job
 from addcow_mp.jobs.options import Hooks, RunOptions
+from addcow_mp.jobs.qemu_import import take_back
 from support.command import (
     CLUSTER,
     PATIENCE,
@@ -334,6 +335,12 @@ def locked_error(here: Path) -> None:
         addcow_mp.commit(top, jobs=0)
 
 
+def guest_runs_error(here: Path) -> None:
+    top = pair(here, "AB", "-X")
+    with addcow_mp.open(top, writable=True):
+        take_back(str(top))
+
+
 def held_error(here: Path) -> None:
     top = pair(here, "AB", "-X")
     with loops() as made:
@@ -441,6 +448,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "UnverifiedError": unverified_error,
     "OutsideError": outside_error,
     "LockedError": locked_error,
+    "GuestRunsError": guest_runs_error,
     "NoLocksError": no_locks_error,
     "HeldError": held_error,
     "DependantsError": dependants_error,

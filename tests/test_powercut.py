@@ -136,20 +136,27 @@ def test_power_cut_during_resize_leaves_the_old_disk_or_the_new_one(
 
 
 @pytest.mark.long
-def test_power_cuts_catch_a_resize_that_does_not_sync_its_copies(
-    disk: Disk, rng: random.Random, tmp_path: Path
+@pytest.mark.parametrize(
+    ("grows", "order"),
+    [
+        (True, "never:top.raw"),  # bits set before the data that was copied up is durable
+        (False, "late:top.raw"),  # bits cleared before the image has its new length
+    ],
+)
+def test_power_cuts_catch_a_wrong_order_of_resize(
+    disk: Disk, rng: random.Random, tmp_path: Path, grows: bool, order: str
 ) -> None:
-    """Bits are set before the data that was copied up is durable."""
     for _ in range(PATIENT_CUTS):
         with disk.directory() as place:
             files = to_be_resized(place, rng)
-            promise = Resize(files, new_size(rng, oracle.virtual_size(files.path), grows=True))
+            size = oracle.virtual_size(files.path)
+            promise = Resize(files, new_size(rng, size, grows=grows))
             moment = Moment.draw(rng, promise, by_event=True)
-            cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0, order="never:top.raw")
+            cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0, order=order)
             tell(cut.story)
             if promise.broken(done=cut.done):
                 return
-    pytest.fail(f"{PATIENT_CUTS} cuts did not notice")
+    pytest.fail(f"{PATIENT_CUTS} cuts did not notice {order}")
 
 
 @pytest.mark.long

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from addcow_mp.cli.background import Background
 
 #: Control characters, which a terminal obeys and does not show, and how they are shown.
-_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
+#: So are Unicode's own line breaks: programs that read lines split there.
+_CONTROL = {
+    code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+}
 
 
 class _State:
@@ -162,6 +165,7 @@ def discard(stream: TextIO) -> None:
 def one_line(text: str) -> str:
     """``text`` in one line, with control characters escaped.
 
-    A file name may contain any byte: it must neither forge a line nor control the terminal.
+    A file name may contain any byte: it must neither forge a line nor control the terminal. A line
+    break in it is escaped too: with a blank instead it would be the name of another file.
     """
-    return " ".join(text.splitlines()).translate(_CONTROL)
+    return text.translate(_CONTROL)

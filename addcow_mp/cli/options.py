@@ -118,8 +118,10 @@ OnlyRaw = Literal["raw"]
 
 
 def name_of_file(given: Names) -> Names:
-    """The name of a file, or several, as given. Raises :class:`UsageError` for ``-``."""
+    """The name of a file, or several, as given. Raises :class:`UsageError` for ``-`` and none."""
     for name in [given] if isinstance(given, str) else given or []:
+        if not name:
+            raise UsageError(message="'' is not a file name; name a file")
         if name == "-":
             raise UsageError(message="'-' is not a file name here; a file of that name is './-'")
     return given
@@ -128,12 +130,6 @@ def name_of_file(given: Names) -> Names:
 def _set_quiet(quiet: bool) -> bool:
     messages.set_quiet(quiet=quiet)
     return quiet
-
-
-def _name_of_state(given: str) -> str:
-    if not given:
-        raise UsageError(message="--state '': name a file")
-    return name_of_file(given)
 
 
 def file_argument(metavar: str, help_: str = "") -> Any:
@@ -193,7 +189,7 @@ Exclude = Annotated[
 StateFile = Annotated[
     str,
     typer.Option(
-        "--state", metavar="FILE", callback=_name_of_state, help="the results, an SQLite database"
+        "--state", metavar="FILE", callback=name_of_file, help="the results, an SQLite database"
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import struct
 
@@ -29,11 +30,16 @@ def has_attribute(fd: int, attribute: int) -> bool:
 
 def set_attribute(fd: int, attribute: int, value: bool) -> bool:
     """Set or clear ``attribute``; false where the file system or the permissions refuse it."""
+    return why_not_set(fd, attribute, value) is None
+
+
+def why_not_set(fd: int, attribute: int, value: bool) -> int | None:
+    """Set or clear ``attribute``; the error number when that is refused, None when it is done."""
     attributes = attributes_of(fd)
     wanted = attributes | attribute if value else attributes & ~attribute
     if wanted != attributes:
         try:
             fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("Q", wanted))
-        except OSError:
-            return False
-    return has_attribute(fd, attribute) == value
+        except OSError as error:
+            return error.errno
+    return None if has_attribute(fd, attribute) == value else errno.EOPNOTSUPP

@@ -362,11 +362,33 @@ def _nameless(path: str) -> int:
         raise ImageError(path=path, problem=problem) from error
 
 
+def refuse_other_owner(path: str, like: File) -> None:
+    """Raise unless this user can make a twin at ``path`` that has the owner of ``like``."""
+    file = File(path, _nameless(path), writable=True)
+    try:
+        _chown_like(file, like)
+    except OSError as error:
+        owner = f"{like.status.st_uid}:{like.status.st_gid}"
+        raise ImageError(
+            path=like.path,
+            problem=f"a new file beside it cannot get its owner and group ({owner}): "
+            f"{error.strerror}; only its owner can lend it (and set chattr +S), or root: run the "
+            "command as one of them",
+        ) from error
+    finally:
+        file.close()
+
+
+def _chown_like(file: File, like: File) -> None:
+    status = like.status
+    if (status.st_uid, status.st_gid) != (file.status.st_uid, file.status.st_gid):
+        os.fchown(file.fd, status.st_uid, status.st_gid)
+
+
 def _make_like(file: File, like: File, mode: int) -> None:
     status = like.status
     with file.doing("give it the owner of the image file"):
-        if (status.st_uid, status.st_gid) != (file.status.st_uid, file.status.st_gid):
-            os.fchown(file.fd, status.st_uid, status.st_gid)
+        _chown_like(file, like)
         os.fchmod(file.fd, stat.S_IMODE(status.st_mode) & mode)
     with suppress(OSError):  # no labels here
         os.setxattr(file.fd, _LABEL, os.getxattr(like.fd, _LABEL))

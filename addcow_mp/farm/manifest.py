@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from addcow_mp.device.chain import open_chain
 from addcow_mp.device.discovery import Named
+from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
 from addcow_mp.errors import AddcowError, ImageError, LentError, StoppedError
 from addcow_mp.farm.places import Found, files_of, overlays_of
+from addcow_mp.format.header import ADD_COW, RAW
 from addcow_mp.jobs.manifest import Made, create
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.units import MiB
@@ -86,6 +89,31 @@ class _Work:
 def _of_image(path: str, options: RunOptions, hooks: Hooks, replaces: bool) -> ImageManifests:
     try:
         return ImageManifests(path, tuple(create(path, options, hooks, replaces=replaces)))
+    except StoppedError:
+        raise
+    except LentError as error:
+        return _below_lent(path, options, hooks, replaces, error)
+    except AddcowError as error:
+        return ImageManifests(path, problem=error.without_traceback())
+
+
+def _below_lent(
+    path: str, options: RunOptions, hooks: Hooks, replaces: bool, lent: LentError
+) -> ImageManifests:
+    """The manifests of the layers below an overlay that is lent, which gets none itself."""
+    try:
+        with open_chain(path, access=options.access._replace(share=True), lent=True) as overlay:
+            below = overlay.backing
+            name = None if below is None else below.path
+            beneath = options.access.beside(overlay.cow.real)
+            format_ = ADD_COW if isinstance(below, Overlay) else RAW
+        if name is None:
+            return ImageManifests(path, problem=lent.without_traceback())
+        # What a base begins with was the question when the overlay was made, and is none here.
+        access = beneath._replace(force=True, files=frozenset())
+        options = replace(options, access=access)
+        made = create(name, options, hooks, format_=format_, replaces=replaces)
+        return ImageManifests(path, tuple(made), lent.without_traceback())
     except StoppedError:
         raise
     except AddcowError as error:

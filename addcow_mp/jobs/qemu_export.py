@@ -18,6 +18,7 @@ neither, and describes single sectors, so that nothing is lost that the guest di
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -28,7 +29,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute, set_attribute
+from addcow_mp.device.attributes import SYNCHRONOUS, has_attribute, set_attribute, why_not_set
 from addcow_mp.device.chain import Use, Uses, open_chain
 from addcow_mp.device.copying import Copier, CopyMethod, CopyOptions
 from addcow_mp.device.extent import ExtentKind
@@ -47,6 +48,7 @@ from addcow_mp.device.twin import (
     lent_error,
     make_twin,
     mark_used_elsewhere,
+    refuse_other_owner,
     remove_twin,
     twin_of,
 )
@@ -65,6 +67,7 @@ from addcow_mp.format.qcow2 import (
 from addcow_mp.format.qcow2_entries import MAX_L1_BYTES, Tables
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.lending import Lending, State, foreign_twin, lending_of, refuse_not_here
+from addcow_mp.jobs.qemu_args import refuse_no_text
 
 #: Bits of a random id.
 ID_BITS = 62
@@ -122,6 +125,7 @@ def export(
     with open_chain(path, _uses(path, access), access, lent=True) as overlay:
         target = _target(overlay, twin)
         lending = _refuse(overlay, target, access)
+        _refuse_twins(overlay, target)
         protection = _protection(overlay, relaxed=relaxed)
         result = Exported(path, target, _kind(relaxed), protection)
         _lend_layers(overlay, result)
@@ -217,6 +221,18 @@ def _refuse_directory(directory: str) -> None:
         raise ImageError(path=directory, problem=problem)
 
 
+def _refuse_twins(overlay: Overlay, target: str) -> None:
+    """Raise when the twins cannot be made, or QEMU could not be given their names."""
+    for file in overlay.files():
+        refuse_no_text(file.real)
+    places = [(overlay, os.path.join(os.path.dirname(overlay.cow.real), os.path.basename(target)))]
+    places += [(layer, default_twin(layer.cow.base)) for layer in layers_below(overlay)]
+    for layer, place in places:
+        refuse_no_text(place)
+        if not layer.header.lent_for_reading:
+            refuse_other_owner(place, layer.image.file)
+
+
 def _protection(overlay: Overlay, *, relaxed: bool) -> Protection:
     """How a power cut is made harmless. Raises :class:`ImageError` where nothing does it."""
     image, below = overlay.image.file, list(overlay.files())[1:]
@@ -228,9 +244,16 @@ def _protection(overlay: Overlay, *, relaxed: bool) -> Protection:
     if all(can_share(image, file) for file in below):
         return Protection.CLONED
     before = has_attribute(image.fd, SYNCHRONOUS)
-    if set_attribute(image.fd, SYNCHRONOUS, True):
+    refused = why_not_set(image.fd, SYNCHRONOUS, True)
+    if refused is None:
         set_attribute(image.fd, SYNCHRONOUS, before)
         return Protection.SYNCHRONOUS
+    if refused in (errno.EPERM, errno.EACCES):
+        raise ImageError(
+            path=image.path,
+            problem=f"chattr +S is refused ({os.strerror(refused)}), which only its owner and root "
+            "may set: run the command as one of them; --crash relaxed lends it without",
+        )
     raise ImageError(
         path=image.path,
         problem="its file system neither clones blocks of the backing file nor has synchronous "
@@ -356,7 +379,7 @@ def _runs(overlay: Overlay) -> Iterator[Run]:
 def _twin_header(overlay: Overlay, kind: Kind, lent_id: int, *, absolute: bool) -> Header:
     image, sector = overlay.image.file, kind is Kind.SECTOR
     mark = Mark(kind, lent_id, *Identity.of(overlay.cow), *Identity.of(image), 0, 0)
-    backing, format_ = _backing(overlay)
+    backing, format_ = backing_of_twin(overlay)
     return Header(
         Fixed(
             cluster_bits=SECTOR_CLUSTER_BITS if sector else overlay.header.cluster_bits,
@@ -370,7 +393,7 @@ def _twin_header(overlay: Overlay, kind: Kind, lent_id: int, *, absolute: bool) 
     )
 
 
-def _backing(overlay: Overlay) -> tuple[bytes | None, bytes | None]:
+def backing_of_twin(overlay: Overlay) -> tuple[bytes | None, bytes | None]:
     """Name and format of the twin's backing file: the raw base, or the twin of the layer below."""
     names = load_names(overlay.cow, overlay.header)
     if overlay.backing is None or names.backing is None:

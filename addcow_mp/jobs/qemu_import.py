@@ -39,7 +39,14 @@ from addcow_mp.device.twin import (
     other_data_file,
     twins_in,
 )
-from addcow_mp.errors import AddcowError, ImageError, SpaceError, UsageError
+from addcow_mp.errors import (
+    AddcowError,
+    GuestRunsError,
+    ImageError,
+    LockedError,
+    SpaceError,
+    UsageError,
+)
 from addcow_mp.format.bitmap import PAGE_BITS, CowBitmap, SparseBits
 from addcow_mp.format.bits import BITS_PER_BYTE, Run, merged
 from addcow_mp.format.geometry import Geometry
@@ -54,7 +61,9 @@ from addcow_mp.jobs.lending import (
     is_original_twin,
     lending_of,
 )
+from addcow_mp.jobs.qemu_args import commit_command, lent_layers, rebase_command
 from addcow_mp.jobs.qemu_export import (
+    backing_of_twin,
     layers_below,
     punch_unallocated,
     refuse_writable_twin,
@@ -96,12 +105,21 @@ def take_back(
     if options.abandon and not access.force:
         raise UsageError(message="--abandon gives up what the guest has written; it needs --force")
     with reporting("qemu import", path) as report:
-        with open_chain(path, LENDING, access, lent=True) as overlay:
+        with _guest_is_off(), open_chain(path, LENDING, access, lent=True) as overlay:
             layers = _layers(overlay, access)
             _by_state(overlay, options, access, report)
         for layer in layers:
             _take_layer_back(layer, access, report)
     return report
+
+
+@contextmanager
+def _guest_is_off() -> Iterator[None]:
+    """A block in which a file that is in use is probably used by a guest."""
+    try:
+        yield
+    except LockedError as error:
+        raise GuestRunsError(**error.fields) from error
 
 
 def _layers(overlay: Overlay, access: Access) -> list[str]:
@@ -123,6 +141,7 @@ def _layers(overlay: Overlay, access: Access) -> list[str]:
 
 def _by_state(overlay: Overlay, options: ImportOptions, access: Access, report: Report) -> None:
     lending = lending_of(overlay.cow, overlay.header, overlay.image.file)
+    report.state_before = lending.state
     if lending.state is State.FOREIGN_TWIN:
         raise foreign_twin(overlay.path, lending)
     if lending.state is State.LENT_FOR_READING:
@@ -210,8 +229,13 @@ def _refuse_twin(overlay: Overlay, twin: Twin, access: Access) -> None:
         raise ImageError(
             path=twin.path,
             problem=f"it is the backing file of {', '.join(sorted(others))}, a snapshot; commit "
-            "that with 'qemu-img commit' first",
+            f"that and remove it first: {_commit_command(overlay, sorted(others)[0])}",
         )
+
+
+def _commit_command(overlay: Overlay, snapshot: str) -> str:
+    lending = lending_of(overlay.cow, overlay.header, overlay.image.file)
+    return commit_command(snapshot, lent_layers(overlay, lending))
 
 
 def _refuse_other_backing(overlay: Overlay, twin: Twin) -> None:
@@ -222,16 +246,18 @@ def _refuse_other_backing(overlay: Overlay, twin: Twin) -> None:
     expected = _expected_backing(overlay)
     found = None if path_has_protocol(os.fsdecode(name)) else identity_at(path)
     if expected is None or found != identity_at(expected):
-        wanted = expected or ""
         raise ImageError(
             path=twin.path,
-            problem=f"its backing file is '{os.fsdecode(name)}' and was '{wanted}'; restore it "
-            f"with 'qemu-img rebase -u -b {wanted} -F {_format(overlay)} {twin.path}'",
+            problem=f"its backing file is '{os.fsdecode(name)}' and was '{expected or ''}'; "
+            f"restore it: {_rebase_command(overlay, twin)}",
         )
 
 
-def _format(overlay: Overlay) -> str:
-    return "qcow2" if isinstance(overlay.backing, Overlay) else "raw"
+def _rebase_command(overlay: Overlay, twin: Twin) -> str:
+    """The command that gives a twin the backing file that it was made with."""
+    name, format_ = backing_of_twin(overlay)
+    image = overlay.image.file.path
+    return rebase_command(twin.path, image, os.fsdecode(name or b""), (format_ or b"raw").decode())
 
 
 def _expected_backing(overlay: Overlay) -> str | None:
@@ -257,6 +283,7 @@ class _Clusters:
         below = 0 if overlay.backing is None else overlay.backing.size
         self._below = below
         self._was_streamed = twin.header.backing is None and overlay.backing is not None
+        self._restore = _rebase_command(overlay, twin) if self._was_streamed else ""
 
     def parts(self) -> Iterator[tuple[Run, list[Extent]]]:
         """Runs of clusters, with what they are made of: one extent, or several of one cluster."""
@@ -285,7 +312,7 @@ class _Clusters:
                 raise ImageError(
                     path=self.twin.path,
                     problem="its backing file was removed, and not all that it held was copied "
-                    f"(at {extent.start}); restore it with 'qemu-img rebase -u'",
+                    f"(at {extent.start}); restore it: {self._restore}",
                 )
             else:
                 yield Extent(extent.start, extent.stop, Entry.ZERO)

@@ -60,6 +60,8 @@ class Report:
     virtual_size: int | None = None
     #: Bytes of disk space that were freed, of a job that only frees.
     bytes_freed: int | None = None
+    #: The state in which a job found an overlay that it takes back from QEMU.
+    state_before: str | None = None
     outcome: Outcome = Outcome.REFUSED
 
     def begin_changes(self) -> None:
@@ -80,9 +82,11 @@ class Report:
         verified = {} if self.guest_digest is None else {"guest-digest": self.guest_digest}
         size = {} if self.virtual_size is None else {"virtual-size": self.virtual_size}
         freed = {} if self.bytes_freed is None else {"bytes-freed": self.bytes_freed}
+        state = {} if self.state_before is None else {"state-before": self.state_before}
         return {
             "operation": self.operation,
             "filename": self.filename,
+            **state,
             **size,
             "bytes-moved": self.totals.bytes_moved,
             "clusters-moved": self.totals.clusters_moved,

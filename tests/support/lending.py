@@ -52,6 +52,13 @@ def features(path: Path) -> int:
     return int(bits)
 
 
+def patch_features(path: Path, *, set_: int, clear: int) -> None:
+    """Set and clear feature bits in the header of an overlay."""
+    with path.open("r+b") as file:
+        file.seek(24)
+        file.write(struct.pack("<Q", features(path) & ~clear | set_))
+
+
 def is_enabled(twin: Path) -> bool:
     """Whether QEMU opens a qcow2 file: the highest of its incompatible features is clear."""
     return not twin.read_bytes()[72] & 0x80

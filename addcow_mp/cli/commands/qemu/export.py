@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.jsontext import print_document
-from addcow_mp.cli.messages import warn
+from addcow_mp.cli.messages import one_line, warn
 from addcow_mp.cli.options import File, JobChangeOptions, Printing, name_of_file
 
 
@@ -70,7 +70,7 @@ def command(
     if printing.as_json:
         print_document(result.as_json())
     elif not printing.quiet:
-        print(f"Lent to QEMU through '{result.twin}'.")
+        print(one_line(f"Lent to QEMU through '{result.twin}'."))
 
 
 RELAXED_COST = (

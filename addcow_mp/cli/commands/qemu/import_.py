@@ -33,4 +33,10 @@ def command(
     access = changing.access(force=changing.force, writes=True, exclude=changing.exclude)
     options = ImportOptions(discard=discard, adopt=adopt, abandon=abandon)
     report = take_back(file, options, access=access)
-    printing.report(report, "Taken back from QEMU.")
+    printing.report(report, _sentence(report.state_before, discard=discard))
+
+
+def _sentence(state: str | None, *, discard: bool) -> str:
+    if state != "here":
+        return "Taken back from QEMU."
+    return "It is not lent; its .add-cow file was removed." if discard else "It is not lent."

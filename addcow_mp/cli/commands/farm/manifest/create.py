@@ -72,7 +72,7 @@ def _print_lines(found: FarmManifests, *, quiet: bool) -> None:
     for one in found.all:
         if one.problem is not None:
             say(str(one.problem))
-        elif not quiet:
+        if not quiet and (one.made or one.problem is None):
             written = sum(made.written for made in one.made)
             print(one_line(f"{one.path}: {written} written, {len(one.made) - written} kept"))
     if not quiet:
