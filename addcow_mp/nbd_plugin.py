@@ -5,8 +5,9 @@ its locks, before the first one is accepted, and is closed after the last one. R
 connections run in threads of one process: the overlay is made for that. A flush makes durable what
 any connection has written before, so a client may use several connections for one disk.
 
-The options come as one JSON object in the parameter ``options``: ``file``, ``writable``, and the
-fields of :class:`addcow_mp.Access`. nbdkit calls the functions below by their names.
+The options come as one JSON object in the parameter ``options``: ``file``, ``writable``, the fields
+of :class:`addcow_mp.Access`, and the Unix socket on which nbdkit listens, if it is one: the plugin
+removes it at its end. nbdkit calls the functions below by their names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib import import_module
 from typing import Any
 
 import addcow_mp
+from addcow_mp.cli.listening import remove_socket
 
 API_VERSION = 2
 
@@ -44,7 +46,15 @@ def config(key: str, value: str) -> None:
 
 
 def get_ready() -> None:
-    """Open the overlay, before any client can connect."""
+    """Open the overlay, before a client is answered."""
+    try:
+        _open()
+    except BaseException:
+        _remove_socket()  # nbdkit ends, and does not call `cleanup`
+        raise
+
+
+def _open() -> None:
     access = addcow_mp.Access(**{key: _plain(value) for key, value in _options["access"].items()})
     file, writable = _options["file"], _options["writable"]
     _opened.append(addcow_mp.open(file, writable=writable, access=access))
@@ -54,10 +64,18 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def unload() -> None:
-    """Flush and close the overlay after the last connection."""
-    while _opened:
-        _opened.pop().close()
+def cleanup() -> None:
+    """Flush and close the overlay after the last connection, and remove the socket."""
+    try:
+        while _opened:
+            _opened.pop().close()
+    finally:
+        _remove_socket()
+
+
+def _remove_socket() -> None:
+    if _options.get("socket"):
+        remove_socket(**_options["socket"])
 
 
 def open(readonly: bool) -> addcow_mp.Overlay:  # noqa: A001 - the name that nbdkit calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def served(
         words, cwd=here, stderr=subprocess.PIPE, text=True, env=environment
     ) as server:
         deadline = time.monotonic() + PATIENCE
-        while not (here / "s.sock").exists():
+        while not _greets(here / "s.sock"):
             assert server.poll() is None, server.communicate()[1]
             assert time.monotonic() < deadline
         try:
@@ -50,7 +51,21 @@ def served(
         finally:
             server.send_signal(signal.SIGTERM)
             server.communicate(timeout=PATIENCE)
-            (here / "s.sock").unlink(missing_ok=True)
+
+
+def _greets(path: Path) -> bool:
+    """Whether the server at ``path`` has opened its overlay: it then greets its clients."""
+    with socket.socket(socket.AF_UNIX) as client:
+        # The path of a test's directory may be longer than a socket's address.
+        directory = os.open(path.parent, os.O_PATH)
+        try:
+            client.connect(f"/proc/self/fd/{directory}/{path.name}")
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        finally:
+            os.close(directory)
+        client.settimeout(PATIENCE)
+        return client.recv(8) == b"NBDMAGIC"
 
 
 def _spoilt(here: Path, order: str) -> Path:

@@ -13,6 +13,7 @@ import typer
 
 from addcow_mp.cli.options import ChangeOptions, File, Rate, rate_of
 from addcow_mp.errors import ImageError, UsageError
+from addcow_mp.units import MAX_SIZE
 
 if TYPE_CHECKING:
     from addcow_mp.device.access import Access
@@ -34,7 +35,9 @@ def command(
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option("--port", metavar="N", help="listen on a TCP port  [default: 10809]"),
+        typer.Option(
+            "--port", metavar="N", min=1, max=65535, help="listen on a TCP port  [default: 10809]"
+        ),
     ] = None,
     bind: Annotated[
         str | None,
@@ -50,20 +53,51 @@ def command(
 
     nbdkit and its Python plugin must be installed.
     """
-    if socket is not None and (port is not None or bind is not None):
-        raise UsageError(message="--socket: give either a socket or a port, not both")
+    _check_usage(socket, port, bind)
+    filters = _rate_filter(rate)
     writable = not read_only
     access = changing.access(force=changing.force, writes=writable, exclude=changing.exclude)
     _refuse_unusable(file, access, writable=writable)
     nbdkit = _nbdkit()
     options = {"file": os.path.abspath(file), "writable": writable, "access": _fields(access)}
-    listen = ["--unix", socket] if socket else ["--port", str(port or PORT), "--ipaddr"]
-    listen += [] if socket else [bind or LOOPBACK]
-    # The filter counts bits.
-    filters, limit = (["--filter=rate"], [f"rate={8 * rate_of(rate)}"]) if rate else ([], [])
+    options["socket"] = _listen(socket, port or PORT, bind or LOOPBACK)
     mode = [] if writable else ["--readonly"]
     plugin = ["python", _plugin(), f"options={json.dumps(options)}"]
-    _become([nbdkit, "--foreground", *listen, *filters, *mode, *plugin, *limit])
+    _become([nbdkit, "--foreground", *filters[:1], *mode, *plugin, *filters[1:]])
+
+
+def _check_usage(socket: str | None, port: int | None, bind: str | None) -> None:
+    from addcow_mp.cli.listening import check_path
+
+    if socket is not None:
+        if port is not None or bind is not None:
+            raise UsageError(message="--socket: give either a socket or a port, not both")
+        check_path(socket)
+    if bind == "":
+        raise UsageError(message="--bind '': it is empty; give an address, such as 127.0.0.1")
+
+
+def _rate_filter(rate: str | None) -> list[str]:
+    """The option and the parameter of nbdkit that limit the rate, if it is limited."""
+    if rate is None:
+        return []
+    limit = rate_of(rate)
+    if limit == 0:
+        problem = "nothing could be read; give 1 or more, or leave the option out"
+        raise UsageError(message=f"--limit-rate {rate}: {problem}")
+    # The filter counts bits, in a signed number of 64 bits.
+    return ["--filter=rate", f"rate={min(8 * limit, MAX_SIZE)}"]
+
+
+def _listen(path: str | None, port: int, address: str) -> dict[str, object] | None:
+    """Listen for nbdkit. Returns the Unix socket, which the plugin removes at its end."""
+    from addcow_mp.cli import listening
+
+    if path is None:
+        listening.pass_on(listening.listen_on_port(address, port))
+        return None
+    listening.pass_on([listening.listen_on_path(path)])
+    return {"path": os.path.abspath(path), "which": listening.identity(path)}
 
 
 def _refuse_unusable(file: str, access: Access, *, writable: bool) -> None:
