@@ -211,6 +211,7 @@ def test_socket_with_a_server_is_refused_and_the_server_goes_on(tmp_path: Path) 
         tool("nbdinfo", URI, cwd=tmp_path)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
 def test_path_that_is_no_socket_is_refused_and_kept(tmp_path: Path, kind: str) -> None:
     pair(tmp_path, "AB", "-B")
@@ -235,6 +236,7 @@ def test_port_in_use_is_named_in_one_line(tmp_path: Path) -> None:
     assert f"port {port} of 127.0.0.1: another program listens there" in message
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1"])
 def test_port_is_served_at_the_address(tmp_path: Path, address: str) -> None:
     pair(tmp_path, "ABCD", "A---")
@@ -260,6 +262,7 @@ def test_port_is_served_at_the_address(tmp_path: Path, address: str) -> None:
     assert (tmp_path / "copy.raw").read_bytes() == view("top.add-cow", cwd=tmp_path)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rate", ["1", "7.9E"])
 def test_extreme_rates_are_served(tmp_path: Path, rate: str) -> None:
     pair(tmp_path, "AB", "-B")
