@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from addcow_mp import nbd_plugin
 from support.availability import missing
 from support.command import ADDCOW, PATIENCE, addcow, pair, refused, succeed, tool
 from support.lending import view
@@ -209,6 +212,49 @@ def test_socket_with_a_server_is_refused_and_the_server_goes_on(tmp_path: Path) 
         message = refused(*words, cwd=tmp_path)
         assert "s.sock: another server listens there" in message
         tool("nbdinfo", URI, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["queue is full", "datagrams"])
+def test_socket_of_another_program_is_refused_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    pair(tmp_path, "AB", "-B")
+    monkeypatch.chdir(tmp_path)
+    full = kind == "queue is full"
+    other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if full else socket.SOCK_DGRAM)
+    with other, socket.socket(socket.AF_UNIX) as client:
+        other.bind("s")
+        if full:
+            other.listen(0)
+            client.connect("s")
+        message = refused("serve", "--socket", "s", "top.add-cow", cwd=tmp_path)
+        assert "s: another server listens there" in message
+        assert (tmp_path / "s").is_socket()
+
+
+def test_server_that_cannot_open_its_overlay_removes_the_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The overlay has gone after the command has looked at it.
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("s")
+        found = (tmp_path / "s").stat()
+        which = {"path": str(tmp_path / "s"), "which": [found.st_dev, found.st_ino]}
+        options = {"file": "gone.add-cow", "writable": True, "access": {}, "socket": which}
+        words = ["nbdkit", "-f", "--unix", "n", "python", nbd_plugin.__file__]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [*words, f"options={json.dumps(options)}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "gone.add-cow" in done.stderr
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.sample(1)
