@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -19,7 +20,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from bench_cases import STAGES
-from bench_report import Result, Timing, told_ratio
+from bench_report import Result, Timing, told_limit, told_ratio
 from bench_runs import Case, Measure
 from support.command import PATIENCE, ran, tool
 from support.golden import ROOT
@@ -150,3 +151,9 @@ def test_bench_compares_with_the_median_of_the_fastest_peer() -> None:
     assert one.ratio == 2.5
     assert one.reached
     assert told_ratio(one) == "2.50 times as fast"
+
+
+def test_bench_names_the_limit_of_a_missed_target_only() -> None:
+    for target, told in ((2.0, ": the disk"), (1.0, "")):
+        one = result([2.0], ([3.0], True), measure=Measure.SPEED, target=target)
+        assert told_limit(replace(one, case=replace(one.case, limit="the disk"))) == told

@@ -191,7 +191,7 @@ def _timings(case: Case, here: Path, setting: Setting) -> list[Timing]:
     warm_only(here, case.hot)
     for turn in range(1 + setting.runs * case.often):
         for number in _order(len(contenders), turn):
-            seconds = _run_once(contenders[number], check=turn == 0)
+            seconds = _run_once(contenders[number], check=turn == 0, synced=case.synced)
             if turn:
                 timings[number].seconds.append(seconds)
     return timings
@@ -202,12 +202,13 @@ def _order(count: int, turn: int) -> Iterator[int]:
     return ((turn + step) % count for step in range(count))
 
 
-def _run_once(contender: Contender, *, check: bool) -> float:
+def _run_once(contender: Contender, *, check: bool, synced: bool) -> float:
     around = contender.around
     around.before()
     try:
-        # Earlier runs leave nothing to write for this one, and clones find clean pages.
-        os.sync()
+        if synced:
+            # Earlier runs leave nothing to write for this one, and clones find clean pages.
+            os.sync()
         seconds = contender.run()
         if check:
             around.verify()

@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import addcow_mp
@@ -63,11 +64,15 @@ from bench_runs import (
 
 Build = Callable[[Path, int], None]
 Contenders = Callable[[Path, int], list[Contender]]
+AroundOf = Callable[[Path], Around]
 
 LONG, SHORT = 16 * MiB, 64 * KiB
 
 UNSAFE = ("-t", "unsafe")
 WRITEBACK = ("-t", "writeback")
+
+#: What a task moves, and preallocates at most, in one go.
+TASK = 64 * MiB
 
 #: How many more runs commands of some ten milliseconds get.
 OFTEN = 5
@@ -131,21 +136,67 @@ def _ceiling(run: int) -> Contenders:
     return contenders
 
 
-def _commit_cases(name: str, run: int, unsafe: float, durable: float) -> tuple[Case, ...]:
+def _ways(here: Path, _: int) -> list[Contender]:
+    """The method that is chosen by itself, and each that can be pinned."""
+    commit = ("commit", "-d", *UNSAFE)
+    pinned = (("--copy", "range"), ("--copy", "map"), ("--copy", "buffer"))
+    arrived = Around(verify=lambda: same(here / "top.raw", here / "base.raw"))
+    others = (
+        command(ADDCOW, *commit, *way, "top.add-cow", cwd=here, name=" ".join(way), around=arrived)
+        for way in pinned
+    )
+    return [addcow(*commit, "top.add-cow", cwd=here, around=arrived), *others]
+
+
+#: Why a commit cannot reach its target: the bare loop does nothing but move the bytes.
+_MEMORY = (
+    "memory bandwidth: the bare loop of the same calls (the ceiling row) takes nearly as long, to "
+    "which the start of two interpreters is added"
+)
+_DIRTY = "the limit of dirty memory, which two writers reach sooner than one; then the disk counts"
+
+
+@dataclass(frozen=True)
+class CommitTargets:
+    """How many times as fast as qemu-img a commit must be."""
+
+    unsafe: float
+    dirty: float
+    durable: float
+
+
+def _commit_cases(name: str, run: int, targets: CommitTargets) -> tuple[Case, ...]:
     return (
         Case(
             name=f"commit-{name}-unsafe",
             title=f"commit -d, no sync, {name} runs",
             contenders=_commit(UNSAFE, UNSAFE),
             hot=COMMIT_FILES,
-            target=unsafe,
+            target=targets.unsafe,
+            limit=_MEMORY,
+        ),
+        Case(
+            name=f"commit-{name}-dirty",
+            title=f"commit -d, no sync, {name} runs, over the dirty pages of the run before",
+            contenders=_commit(UNSAFE, UNSAFE),
+            hot=COMMIT_FILES,
+            target=targets.dirty,
+            synced=False,
+            limit=_DIRTY,
         ),
         Case(
             name=f"commit-{name}-durable",
             title=f"commit -d, durable, {name} runs",
             contenders=_commit((), WRITEBACK),
             hot=COMMIT_FILES,
-            target=durable,
+            target=targets.durable,
+        ),
+        Case(
+            name=f"ways-{name}",
+            title=f"the method that is chosen against each that can be pinned, {name} runs",
+            contenders=_ways,
+            hot=("top.add-cow", "top.raw", "base.raw"),
+            target=0.9,
         ),
         Case(
             name=f"ceiling-{name}",
@@ -279,6 +330,32 @@ def _qemu_convert(here: Path, source: str, expected: Path, *options: str) -> Con
         ),
         counted=not offloading,
     )
+
+
+def _ceiling_of_new(words: tuple[str, ...], source: str, around: AroundOf) -> Contenders:
+    """The moving part of a job that makes a new file, beside a bare loop that makes one."""
+
+    def contenders(here: Path, _: int) -> list[Contender]:
+        copied, size = here / "bare.raw", (here / source).stat().st_size
+        runs = [(at, min(at + TASK, size)) for at in range(0, size, TASK)]
+        made = Around(lambda: write_raw(copied, size, [], NEW), after=lambda: remove(copied))
+        shown = f"posix_fallocate, preadv and pwrite into a new file by {PROCESSES} processes"
+        return [
+            Contender(
+                "addcow, start-up excluded",
+                f"the seconds that {' '.join(('addcow', *words))} reports",
+                lambda: reported((ADDCOW, *words), here),
+                around(here),
+            ),
+            Contender(
+                "bare loop",
+                shown,
+                lambda: bare_loop(here / source, copied, runs, fresh=True),
+                made,
+            ),
+        ]
+
+    return contenders
 
 
 def _chain_files(here: Path, total: int) -> None:
@@ -453,6 +530,15 @@ FLATTEN = Case(
     contenders=_flatten(UNSAFE, UNSAFE),
     hot=("base.raw",),
     target=2.0,
+    limit="making pages of a new file: the ceiling row is a bare loop that does only that",
+)
+
+FLATTEN_CEILING = Case(
+    name="ceiling-flatten",
+    title="the moving part of flatten alone",
+    contenders=_ceiling_of_new(("flatten", *UNSAFE, "new.add-cow"), "base.raw", _around_flatten),
+    hot=("base.raw",),
+    target=0.9,
 )
 
 COMPARE = Case(
@@ -468,6 +554,20 @@ CONVERT = Case(
     title="convert a chain, no sync",
     contenders=_convert,
     hot=(*TWINS, "base.raw", "all.raw"),
+    target=1.3,
+    limit="making pages of a new file: the ceiling row is a bare loop that does only that",
+)
+
+CONVERT_CEILING = Case(
+    name="ceiling-convert",
+    title="the moving part of convert alone, with its look for zeros",
+    contenders=_ceiling_of_new(
+        ("convert", *UNSAFE, "-O", "raw", "top.add-cow", "ours.raw"),
+        "all.raw",
+        lambda here: _around_copy(here / "all.raw", here / "ours.raw"),
+    ),
+    hot=("top.add-cow", "top.raw", "base.raw", "all.raw"),
+    target=0.9,
 )
 
 XFS_COMMIT = Case(
@@ -519,15 +619,19 @@ STAGES = (
     ),
     *FARM_STAGES,
     Stage(build=_verified_files, cases=(FARM_VERIFY,), room=1.1),
-    Stage(build=_commit_files(LONG), cases=_commit_cases("16m", LONG, 1.15, 1.2), room=4),
     Stage(
-        build=_commit_files(SHORT),
-        cases=(*_commit_cases("64k", SHORT, 1.8, 1.4), CHECK, INFO),
+        build=_commit_files(LONG),
+        cases=_commit_cases("16m", LONG, CommitTargets(1.5, 1, 1.2)),
         room=4,
     ),
-    Stage(build=_base_file(0), cases=(FLATTEN,), room=2),
+    Stage(
+        build=_commit_files(SHORT),
+        cases=(*_commit_cases("64k", SHORT, CommitTargets(2.2, 1.8, 1.4)), CHECK, INFO),
+        room=4,
+    ),
+    Stage(build=_base_file(0), cases=(FLATTEN, FLATTEN_CEILING), room=2),
     Stage(build=_equal_files, cases=(COMPARE,), room=4),
-    Stage(build=_chain_files, cases=(CONVERT,), room=3.5),
+    Stage(build=_chain_files, cases=(CONVERT, CONVERT_CEILING), room=3.5),
     Stage(build=_clone_files, cases=(XFS_COMMIT,), room=5, disk=Disk.XFS),
     Stage(build=_base_file(LONG), cases=(XFS_FLATTEN,), room=2, disk=Disk.XFS),
     Stage(build=_spread_files, cases=(SPARSE,), room=1, disk=Disk.XFS),

@@ -92,6 +92,7 @@ class Result:
             **entry,
             "ratio": round(self.ratio, 4),
             "reached": self.reached,
+            "limit": self.case.limit or None,
             "file-system": self.filesystem,
             "peer": self.peer.name,
             "contenders": [_timing_json(one) for one in self.timings],
@@ -137,8 +138,9 @@ class Setting:
             "Whole processes, timed from outside, start-up included, output discarded; where "
             "start-up is excluded, the table says so.",
             "The page cache is hot: what a case reads has been read just before.",
-            "Everything is synced before each run, sources too: a source with dirty pages is "
-            "cloned at a small part of the speed, and a run would pay for the one before it.",
+            "Everything is synced before each run, unless the title says otherwise, sources too: a "
+            "source with dirty pages is cloned at a small part of the speed, and a run would pay "
+            "for the one before it.",
             *([SMALL] if Fraction(self.scale) < 1 else []),
         ]
 
@@ -251,7 +253,8 @@ def _table(results: Iterable[Result]) -> Iterator[str]:
     for one in results:
         cells = _figures(one) if one.timings else ["", "", told_reason(one), "", ""]
         case = f"**{one.case.name}**: {one.case.title}"
-        yield f"| {' | '.join([case, *cells, told_target(one), told_reached(one)])} |"
+        reached = told_reached(one) + told_limit(one)
+        yield f"| {' | '.join([case, *cells, told_target(one), reached])} |"
 
 
 def _figures(one: Result) -> list[str]:
@@ -293,6 +296,12 @@ def told_target(result: Result) -> str:
 def told_reached(result: Result) -> str:
     """Whether the target was reached, in a word; empty without a target."""
     return {True: "yes", False: "**no**", None: ""}[result.reached if result.timings else None]
+
+
+def told_limit(result: Result) -> str:
+    """What keeps a target that was missed from being reached, as far as it is known."""
+    missed = result.timings and result.reached is False
+    return f": {result.case.limit}" if missed and result.case.limit else ""
 
 
 def told_reason(result: Result) -> str:

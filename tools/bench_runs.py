@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from addcow_mp.units import MiB
+from addcow_mp.units import KiB, MiB
 from bench_files import BenchError, Run
 
 ADDCOW = str(Path(sys.executable).with_name("addcow"))
@@ -33,6 +33,9 @@ ADDCOW = str(Path(sys.executable).with_name("addcow"))
 #: The copy buffer of the bare loop, in whole pages, and its processes, as the fastest plain copy
 #: needs them.
 BUFFER, PROCESSES = 1 * MiB, 2
+
+#: One write into a new file: longer ones take memory in long ranges, which can be much slower.
+FRESH_STEP = 256 * KiB
 
 #: Seconds after which a copying process counts as dead.
 PATIENCE = 600.0
@@ -89,7 +92,9 @@ class Case:
     """A job, those who do it, and the ratio to be reached; None if there is none.
 
     ``contenders`` are made for a directory and the bytes of guest data; ``hot`` are the files
-    that they read. Short commands run ``often`` times as many times.
+    that they read. Short commands run ``often`` times as many times. ``synced``: whether everything
+    is synced before each run. ``limit``: what keeps the target from being reached, as measured; it
+    is printed where the target is missed.
     """
 
     name: str
@@ -99,6 +104,8 @@ class Case:
     target: float | None = None
     measure: Measure = Measure.SPEED
     often: int = 1
+    synced: bool = True
+    limit: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +168,18 @@ def _insist(done: subprocess.CompletedProcess[bytes]) -> None:
         raise BenchError(f"{words}: exit status {done.returncode}: {said}")
 
 
-def bare_loop(source: Path, target: Path, runs: list[Run]) -> float:
-    """The seconds that processes need to copy ``runs``, from the moment they are ready."""
+def bare_loop(source: Path, target: Path, runs: list[Run], *, fresh: bool = False) -> float:
+    """The seconds that processes need to copy ``runs``, from the moment they are ready.
+
+    Into a ``fresh`` file, each run is preallocated, and written in steps that are fast there.
+    """
     context = get_context("fork")
     gate = context.Barrier(PROCESSES + 1, timeout=PATIENCE)
     share = -(-len(runs) // PROCESSES)
     parts = [runs[number * share : (number + 1) * share] for number in range(PROCESSES)]
-    copiers = [context.Process(target=_copy, args=(source, target, part, gate)) for part in parts]
+    copiers = [
+        context.Process(target=_copy, args=(source, target, part, gate, fresh)) for part in parts
+    ]
     for copier in copiers:
         copier.start()
     gate.wait()
@@ -179,12 +191,17 @@ def bare_loop(source: Path, target: Path, runs: list[Run]) -> float:
     return seconds
 
 
-def _copy(source: Path, target: Path, runs: list[Run], gate: Barrier) -> None:
+def _copy(source: Path, target: Path, runs: list[Run], gate: Barrier, fresh: bool) -> None:
     here, there = os.open(source, os.O_RDONLY), os.open(target, os.O_WRONLY)
     buffer = memoryview(mmap.mmap(-1, BUFFER))
     gate.wait()
     for start, stop in runs:
+        if fresh:
+            os.posix_fallocate(there, start, stop - start)
         for at in range(start, stop, BUFFER):
             part = buffer[: stop - at]
-            os.pwrite(there, part[: os.preadv(here, [part], at)], at)
+            part = part[: os.preadv(here, [part], at)]
+            step = FRESH_STEP if fresh else BUFFER
+            for first in range(0, len(part), step):
+                os.pwrite(there, part[first : first + step], at + first)
     gate.wait()
