@@ -309,7 +309,7 @@ def test_port_is_served_at_the_address(tmp_path: Path, address: str) -> None:
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("rate", ["1", "7.9E"])
+@pytest.mark.parametrize("rate", ["0", "1", "7.9E"])
 def test_extreme_rates_are_served(tmp_path: Path, rate: str) -> None:
     pair(tmp_path, "AB", "-B")
     with served(tmp_path, "-r", rate) as server:
@@ -336,7 +336,6 @@ def test_extreme_rates_are_served(tmp_path: Path, rate: str) -> None:
         (["--bind", "2001:db8::1"], 1, "--bind 2001:db8::1: "),
         (["--bind", "no such name"], 1, "--bind no such name: no address of this machine"),
         (["--bind", "a..b"], 1, "--bind a..b: no address of this machine"),
-        (["-r", "0"], 64, "--limit-rate 0"),
         (["-r", "-1"], 64, "--limit-rate"),
     ],
 )

@@ -311,7 +311,7 @@ def make_writable(path: str) -> None:
 
 
 def make_read_only(path: str) -> None:
-    """Let nobody write a twin."""
+    """Take away the permission to write a twin."""
     os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) & READ_ONLY_MODE)
 
 
