@@ -318,3 +318,26 @@ def test_farm_manifest_covers_the_layers_below_a_lent_overlay(farm: Path) -> Non
     assert (farm / "mid.add-cow.manifest").exists()
     assert (farm / "base.img.manifest").exists()
     succeed("verify", "mid.add-cow", cwd=farm)
+
+
+# Image files of others as backing files
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_create_refuses_the_image_file_of_an_overlay_as_backing_file(
+    farm: Path, lent: bool
+) -> None:
+    if lent:
+        succeed("qemu", "export", "top.add-cow", cwd=farm)
+    before = snapshot(farm)
+    words = ("-F", "raw", "-b", "top.raw", "new.add-cow")
+    message = refused("create", *words, cwd=farm)
+    assert "top.raw: it is the image file of" in message
+    assert "-F add-cow" in message
+    assert snapshot(farm) == before
+    succeed("create", "--force", *words, cwd=farm)
+
+
+def test_create_accepts_the_image_file_of_a_flat_overlay(farm: Path) -> None:
+    succeed("flatten", "top.add-cow", cwd=farm)
+    succeed("create", "-F", "raw", "-b", "top.raw", "new.add-cow", cwd=farm)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import depth_of, open_layer, readers_of_chain
-from addcow_mp.device.discovery import overlays_near
+from addcow_mp.device.discovery import named_by, overlays_near
 from addcow_mp.device.files import (
     COW,
     IMAGE,
@@ -147,6 +147,7 @@ def _create(files: _Files, size: int | None, cluster_size: int | None, access: A
     path, image, backing, backing_format = files
     image_path, backing_path = image.path, backing and backing.path
     _refuse_same(path, image_path, backing_path)
+    _refuse_image_as_backing(backing_path, backing_format, access)
     below = _backing(backing_path, backing_format, image_path, access)
     _refuse_used_image(path, image_path, access)
     if cluster_size is None:
@@ -245,6 +246,25 @@ def _backing(backing: str | None, format_: str | None, image: str, access: Acces
         return _Below(layer.size, readers_of_chain(layer), clusters)
     finally:
         layer.close()
+
+
+def _refuse_image_as_backing(backing: str | None, format_: str | None, access: Access) -> None:
+    """Refuse a raw backing file that is the image file of an overlay, unless it is a whole disk.
+
+    Only the overlay is examined whose image file has this name by default. A search would read all
+    headers of a directory for each new overlay; ``farm check`` finds the others.
+    """
+    if backing is None or format_ != RAW or access.force:
+        return
+    owner = named_by(os.path.splitext(backing)[0] + ".add-cow")
+    if owner is None or owner.image is None or owner.image != identity_at(backing):
+        return
+    if owner.is_lent or not owner.all_allocated:
+        raise ImageError(
+            path=backing,
+            problem=f"it is the image file of {owner.path}, and not a whole disk; use "
+            f"-b {owner.path} -F add-cow, or --force",
+        )
 
 
 def _refuse_used_image(path: str, image: str, access: Access) -> None:

@@ -77,8 +77,8 @@ def command(
         bool,
         typer.Option(
             "--force",
-            help="accept a raw file that begins like another format, and an image file with "
-            "several hard links",
+            help="accept a raw file that begins like another format, an image file with "
+            "several hard links, and one of another overlay as backing file",
         ),
     ] = False,
     exclude: Exclude = None,
