@@ -561,4 +561,33 @@ MUTATIONS = (
         "        if dependants and not access.force:\n",
         _in("reset", "farm_reset_refuses_inner_layers_and_counts_them"),
     ),
+    # Farms
+    Mutation(
+        "farm: an image keeps its turn while it waits for the disk",
+        "addcow_mp/device/turns.py",
+        "        self._turn = _own.turn\n",
+        "        self._turn: Turn | None = None\n",
+        _in("farm_order", "images_of_a_farm_wait_for_the_disk_at_the_same_time"),
+    ),
+    Mutation(
+        "farm: a group whose process died fails as a whole",
+        "addcow_mp/engine/pool.py",
+        "        if len(parts) > 1:\n",
+        "        if len(parts) > 1000:\n",
+        _in("farm_kills", "image_that_kills_each_worker_fails_alone"),
+    ),
+    Mutation(
+        "quick estimate: files with several names count as plain",
+        "addcow_mp/farm/quick_estimate.py",
+        "status.st_nlink == 1 and ",
+        "",
+        _in("quick_estimate", "quick_estimate_leaves_unusual_images_to_the_job"),
+    ),
+    Mutation(
+        "quick estimate: locks of others are not looked at",
+        "addcow_mp/farm/plain.py",
+        "        require(not self._respects_locks or is_available(fd, READING))\n",
+        "",
+        _in("quick_estimate", "plan_refuses_a_file_that_a_guest_writes"),
+    ),
 )

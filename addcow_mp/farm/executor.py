@@ -46,6 +46,9 @@ LEAST = 256 * KiB
 #: The most images in a group: with more of them, syncs side by side gain no more.
 GROUP = 32
 
+#: With so many images, other processes pay: they are started before the first images are measured.
+MANY = 4 * GROUP
+
 #: Full groups in the pool for each process: one that it works on, others so that it never waits.
 AHEAD = 4
 
@@ -203,6 +206,8 @@ class PoolExecutor:
 
     def finished(self) -> list[Finished]:
         """The jobs that have ended since the last call; waits a moment for one."""
+        if len(self._small) >= MANY:
+            self._pool.start(self._processes)
         self._pool.add([_Group.of(images) for images in self._groups()])
         self._busy += len(self._small)
         self._small.clear()
