@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from support.another_user import as_nobody
 from support.command import PATIENCE, addcow, draw, draw_raw, refused, snapshot, succeed, tool
 from support.lending import node, patch_features, qemu_io, seen_by_qemu, twins, view
-from test_plan_checks import as_nobody
 
 KiB = 1024
 LENT = 1 << 63

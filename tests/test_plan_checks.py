@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from support.availability import missing
+from support.another_user import as_nobody
 from support.command import (
     CLUSTER,
     MiB,
@@ -25,15 +24,12 @@ from support.command import (
     draw,
     draw_raw,
     overlay_bytes,
-    ran,
     snapshot,
     succeed,
 )
 from support.loops import Loops, loops, run
 
 pytestmark = pytest.mark.sample(1)
-
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 @pytest.fixture
@@ -160,15 +156,6 @@ def test_plan_refuses_a_manifest_that_cannot_be_removed(farm: Path, made: Loops)
 
 
 # As another user
-
-
-def as_nobody(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    if os.geteuid() or not shutil.which("setpriv"):
-        missing("running as another user needs root and setpriv")
-    for here in (cwd, *cwd.parents):
-        if here.name.startswith("pytest") or "pytest-of" in str(here):
-            here.chmod(here.stat().st_mode | 0o055)
-    return ran([*NOBODY, sys.executable, "-m", "addcow_mp", *words], cwd=cwd)
 
 
 def a_farm(here: Path, count: int = 1) -> Path:
