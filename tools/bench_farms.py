@@ -18,11 +18,13 @@ from bench_files import (
     NEW,
     OLD,
     BenchError,
+    Run,
     noise,
     tool,
     write_overlay,
     write_qcow2,
     write_raw,
+    write_sparse,
 )
 from bench_runs import PROCESSES, Around, Case, Contender, Measure, Stage, addcow, command
 
@@ -58,8 +60,7 @@ def _commit_files(here: Path, total: int) -> None:
     (here / "farm").mkdir()
     for number in range(count_of(total)):
         write_raw(here / "farm" / _base(number), 2 * COMMITTED, [(0, 2 * COMMITTED)], OLD)
-        path = here / "farm" / f"vm-{number}.add-cow"
-        write_overlay(path, _base(number), 2 * COMMITTED, [(0, COMMITTED)])
+    _write_overlays(here, count_of(total), _base, 2 * COMMITTED, (0, COMMITTED))
     _write_peers(here, count_of(total), _base)
     _keep(here)
 
@@ -68,18 +69,35 @@ def _flatten_files(here: Path, total: int) -> None:
     """Overlays over one backing file, and qcow2 overlays over the same one."""
     (here / "farm").mkdir()
     write_raw(here / "farm" / _base(0), FLATTENED, [(0, FLATTENED)], OLD)
-    for number in range(count_of(total)):
-        path = here / "farm" / f"vm-{number}.add-cow"
-        write_overlay(path, _base(0), FLATTENED, [(0, CLUSTER)])
+    _write_overlays(here, count_of(total), lambda _: _base(0), FLATTENED, (0, CLUSTER))
     _write_peers(here, count_of(total), lambda _: _base(0))
     _keep(here)
+
+
+def _overlay(number: int) -> str:
+    """The name of an overlay, without its suffix; all have the same length."""
+    return f"vm-{number:05}"
+
+
+def _write_overlays(
+    here: Path, count: int, base: Callable[[int], str], size: int, run: Run
+) -> None:
+    """Make overlays that hold ``run``: the first one, and copies of it with other names."""
+    first = here / "farm" / f"{_overlay(0)}.add-cow"
+    write_overlay(first, base(0), size, [run])
+    content = first.read_bytes()
+    for number in range(1, count):
+        own = content.replace(_overlay(0).encode(), _overlay(number).encode())
+        own = own.replace(base(0).encode(), base(number).encode())
+        write_sparse(here / "farm" / f"{_overlay(number)}.add-cow", own)
+        write_raw(here / "farm" / f"{_overlay(number)}.raw", size, [run], NEW)
 
 
 def _write_peers(here: Path, count: int, base: Callable[[int], str]) -> None:
     """Make a qcow2 overlay for each of ours, and a list of their names."""
     (here / "peer").mkdir()
     first = here / "peer" / "vm-0.qcow2"
-    write_qcow2(first, f"../farm/{_base(0)}", here / "farm" / "vm-0.raw")
+    write_qcow2(first, f"../farm/{_base(0)}", here / "farm" / f"{_overlay(0)}.raw")
     content = first.read_bytes()
     for number in range(1, count):
         own = content.replace(_base(0).encode(), base(number).encode())
@@ -142,7 +160,7 @@ def _commit(ours: tuple[str, ...], theirs: tuple[str, ...]) -> Contenders:
 def _flatten(ours: tuple[str, ...], theirs: tuple[str, ...]) -> Contenders:
     def contenders(here: Path, total: int) -> list[Contender]:
         last = count_of(total) - 1
-        image, qcow2 = here / "farm" / f"vm-{last}.raw", here / "peer" / f"vm-{last}.qcow2"
+        image, qcow2 = here / "farm" / f"{_overlay(last)}.raw", here / "peer" / f"vm-{last}.qcow2"
         wanted = bytes(noise(0, CLUSTER, NEW)) + (here / "farm" / _base(0)).read_bytes()[CLUSTER:]
 
         def verify_own() -> None:
@@ -170,9 +188,8 @@ def _planned_files(here: Path, total: int) -> None:
     """Ten times as many overlays as are changed, which take little space."""
     (here / "farm").mkdir()
     write_raw(here / "farm" / _base(0), FLATTENED, [(0, CLUSTER)], OLD)
-    for number in range(10 * count_of(total)):
-        path = here / "farm" / f"vm-{number}.add-cow"
-        write_overlay(path, _base(0), FLATTENED, [(CLUSTER, 2 * CLUSTER)])
+    count, run = 10 * count_of(total), (CLUSTER, 2 * CLUSTER)
+    _write_overlays(here, count, lambda _: _base(0), FLATTENED, run)
 
 
 def _processor_seconds(words: Contender) -> float:

@@ -126,12 +126,12 @@ def write_many_qcow2(here: Path, backing: str, count: int) -> None:
     tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", f"../{backing}", first)
     content = first.read_bytes()
     for number in range(1, count):
-        _write_sparse(directory / f"vm-{number}.qcow2", content)
+        write_sparse(directory / f"vm-{number}.qcow2", content)
     names = [f"qcow2/vm-{number}.qcow2" for number in range(count)]
     (here / "images").write_text("\n".join(names))
 
 
-def _write_sparse(path: Path, content: bytes) -> None:
+def write_sparse(path: Path, content: bytes) -> None:
     """Write a file whose empty blocks are holes, as qemu-img leaves them."""
     with path.open("wb") as file:
         for start in range(0, len(content), BLOCK):
