@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         DependantsError,
         FileError,
         FormatError,
+        GuestRunsError,
         HangupJobError,
         HardLinksError,
         HeldError,
@@ -107,6 +108,7 @@ __all__ += ["path_combine", "path_has_protocol", "read_string"]
 __all__ += ["AddcowError", "CleanupError", "CpuLimitJobError", "DependantsError", "FileError"]
 __all__ += ["FormatError", "HangupJobError", "HardLinksError", "HeldError", "ImageError"]
 __all__ += [
+    "GuestRunsError",
     "InterruptedJobError",
     "LentError",
     "LockedError",

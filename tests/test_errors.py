@@ -967,12 +967,12 @@ def test_aborted_job_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_file_name_with_a_newline_is_reported_in_one_line(tmp_path: Path) -> None:
-    assert "two lines" in refused("info", "two\nlines", cwd=tmp_path)
+    assert r"two\nlines" in refused("info", "two\nlines", cwd=tmp_path)
 
 
 def test_backing_name_with_a_newline_is_reported_in_one_line(tmp_path: Path) -> None:
     draw(tmp_path / "top.add-cow", "-X", backing="two\nlines")
-    assert "two lines" in refused("map", "top.add-cow", cwd=tmp_path)
+    assert r"two\nlines" in refused("map", "top.add-cow", cwd=tmp_path)
 
 
 def test_finding_with_a_newline_in_a_name_is_one_line(tmp_path: Path) -> None:
