@@ -27,6 +27,7 @@ from addcow_mp.format.bits import Run, between, merged, runs
 from addcow_mp.format.header import without_reading_mark
 from addcow_mp.format.leaves import DIGEST, FAN, GROUP, LEAF, ZERO_BLOCK, Group, digest, no_leaves
 from addcow_mp.format.manifest import pack_group
+from addcow_mp.units import KiB
 
 
 def file_of(layer: Layer) -> File:
@@ -41,9 +42,12 @@ def is_fully_allocated(layer: Layer) -> bool:
 
 # Header and bitmap
 
+#: Bytes that are read sooner than mapped; a header alone can take 64 KiB.
+FEW = 128 * KiB
+
 
 def cow_digests(overlay: Overlay, buffer: memoryview | None = None) -> tuple[str, str]:
-    """The digests of header and bitmap, in hexadecimal; holes are not read."""
+    """The digests of header and bitmap, in hexadecimal; large holes are not read."""
     buffer = new_buffer() if buffer is None else buffer
     size, cow = overlay.header.header_size, overlay.cow
     stop = max(size, min(cow.length, size + overlay.geometry.bitmap_length))
@@ -59,8 +63,14 @@ def cow_digests(overlay: Overlay, buffer: memoryview | None = None) -> tuple[str
 
 
 def _read_mapped(file: File, view: memoryview, start: int) -> None:
-    """Fill ``view`` with the bytes from ``start`` on, through a mapping where that is possible."""
+    """Fill ``view`` with the bytes from ``start`` on, through a mapping where that is possible.
+
+    A few bytes, as of most overlays, are read: that is one call, and a mapping takes six.
+    """
     stop = start + len(view)
+    if len(view) <= FEW and stop <= file.length:
+        file.read_into(view, start)
+        return
     data = list(file.data_runs(start, stop))
     for first, last in between(data, start, stop):
         view[first - start : last - start] = bytes(last - first)
