@@ -551,7 +551,7 @@ def test_unreadable_file_is_named(tmp_path: Path, command: str) -> None:
         ("convert", "-O", "raw", "top.add-cow"),
         ("info", "--bogus", "top.add-cow"),
         ("info", "--output", "yaml", "top.add-cow"),
-        ("info", "top.add-cow", "surplus"),
+        ("map", "top.add-cow", "surplus"),
         ("commit", "--jobs", "-1", "top.add-cow"),
         ("commit", "--jobs", "two", "top.add-cow"),
         ("convert", "-O", "qcow2", "top.add-cow", "new.qcow2"),
