@@ -203,7 +203,7 @@ def test_file_name_cannot_forge_a_line_of_farm_ls(farm: Path) -> None:
     (farm / "one.add-cow").rename(farm / "o\nn\x1be.add-cow")
     lines = succeed("farm", "ls", ".", cwd=farm).stdout.splitlines()
     assert len(lines) == 4
-    assert any(line.endswith(r"  ./o n\x1be.add-cow over base.img") for line in lines)
+    assert any(line.endswith(r"  ./o\nn\x1be.add-cow over base.img") for line in lines)
 
 
 # ---- check ----

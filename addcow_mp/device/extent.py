@@ -97,6 +97,8 @@ class AscendingWalk:
 
     def extents(self, start: int, stop: int) -> Iterator[Extent]:
         """The extents of ``[start, stop)``, which does not begin before the last range ended."""
+        if start >= stop:
+            return
         current = self._current
         if not current.start <= start < current.stop:
             current = self._extent_at(start)

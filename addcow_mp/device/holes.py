@@ -44,11 +44,11 @@ def next_hole(fd: int, position: int) -> int:
 
 def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The parts of ``[start, stop)`` that are not in a hole, in order."""
-    position = start
+    position, found = start, 0
     for run in islice(_seek_runs(fd, start, stop), FEW):
         yield run
-        position = run[1]
-    if position < stop:
+        position, found = run[1], found + 1
+    if found == FEW and position < stop:
         yield from _further_runs(fd, position, stop)
 
 
