@@ -262,7 +262,7 @@ def test_machine_that_waits_for_a_migration_cannot_write_after_import(tmp_path: 
 CHANGING = (
     *("commit", "commit --force", "commit -d", "flatten", "flatten --force --discard"),
     *("check -r all", "check -r leaks --force", "io -c 'write 0 4k'", "io --force -c 'write 0 4k'"),
-    *("manifest create", "farm commit", "farm flatten --force", "farm manifest create"),
+    *("manifest create", "farm commit", "farm flatten --force"),
     *("qemu import", "qemu import --adopt", "qemu import --discard", "qemu export"),
     *("qemu import --abandon --force", "serve --socket s", "create x.add-cow -F add-cow -b"),
 )
@@ -273,7 +273,7 @@ CHANGING = (
     "words",
     [
         *(f"{words} top.add-cow" for words in CHANGING),
-        *("create x.add-cow -F raw -b top.raw", "convert -O raw top.add-cow x.raw"),
+        *("create --force x.add-cow -F raw -b top.raw", "convert -O raw top.add-cow x.raw"),
         # a layer below it, and the golden image
         *("flatten middle.add-cow", "commit middle.add-cow", "check -r all middle.add-cow"),
         *("io -c 'write 0 4k' middle.add-cow", "qemu import middle.add-cow"),
