@@ -432,7 +432,7 @@ def test_file_name_cannot_forge_a_line_of_the_graph(farm: Path) -> None:
     draw(farm / AWKWARD, "X---")
     lines = tree(".", cwd=farm)
     assert len(lines) == 5
-    assert r'├── ./q"u\n [\x1b]<&>\udcff .add-cow  256 KiB  25.0% local' in lines
+    assert r'├── ./q"u\n\n[\x1b]<&>\udcff\u2028.add-cow  256 KiB  25.0% local' in lines
 
 
 def test_file_name_cannot_break_out_of_dot_quotes(farm: Path) -> None:
@@ -464,7 +464,7 @@ def test_svg_is_xml_whatever_the_names(farm: Path) -> None:
     draw(farm / AWKWARD, "X---")
     (farm / "bad\x01\ufffe.img").write_text("x")
     rows = [text for _, text in picture(".", cwd=farm)]
-    assert './q"u\\n [\\x1b]<&>\ufffd .add-cow  256 KiB  25.0% local' in rows
+    assert './q"u\\n\\n[\\x1b]<&>\ufffd\\u2028.add-cow  256 KiB  25.0% local' in rows
     assert "./bad\\x01\ufffd.img  512 B [unnamed]" in rows
 
 

@@ -62,7 +62,7 @@ def chain(directory: Path) -> bytes:
     return bytes(model.view(top))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("number", range(60))
 def test_random_overlays_go_out_and_come_back(
     tmp_path: Path, rng: random.Random, number: int
@@ -436,7 +436,7 @@ EVENTS = (
 )
 
 
-@pytest.mark.sample(3)
+@pytest.mark.long
 @pytest.mark.parametrize("action", ["error", "kill"])
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("way", ["export", "import"])
@@ -534,7 +534,7 @@ def _run_with(rules: Rules, *arguments: str, cwd: Path) -> int:
 # Hostile twins
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("number", range(80))
 def test_damaged_twin_costs_one_line(tmp_path: Path, rng: random.Random, number: int) -> None:
     chain(tmp_path)

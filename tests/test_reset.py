@@ -161,7 +161,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
 }
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", REFUSALS)
 def test_reset_is_refused_and_changes_nothing(tmp_path: Path, name: str) -> None:
     pair(tmp_path, "AB", "X-")
@@ -323,7 +323,7 @@ def met(warm: Warm, tmp_path: Path, compatible: int) -> Iterator[str]:
 @pytest.mark.parametrize("action", ["error", "kill"])
 @pytest.mark.parametrize("event", WALKED)
 @pytest.mark.parametrize("compatible", [0, ALL_ALLOCATED], ids=["bits", "flag"])
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_interrupted_reset_shows_all_or_the_base_and_is_finished(
     warm: Warm, tmp_path: Path, compatible: int, event: str, action: str
 ) -> None:

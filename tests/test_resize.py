@@ -133,7 +133,7 @@ def test_shrinking_needs_its_option(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mark", ["-", "x", "X", "0"])
 @pytest.mark.parametrize("cut", [0, 1, SECTOR, 5 * KiB + 3])
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("new", [3 * CLUSTER - 4 * KiB, 3 * CLUSTER, 4 * CLUSTER + SECTOR])
 def test_new_part_reads_zeros_over_a_longer_backing(
     tmp_path: Path, mark: str, cut: int, new: int
