@@ -465,6 +465,8 @@ def test_overlay_and_twin_can_never_both_be_written(tmp_path: Path, way: str, ev
     rules = Rules.write(tmp_path / "rules", rule(event, "kill", once="on"))
     assert _run_with(rules, "qemu", way, "top.add-cow", cwd=tmp_path) != 0
     assert twins(tmp_path) == {"top.qcow2": False}, "a disabled twin"
+    succeed("qemu", "import", "top.add-cow", cwd=tmp_path)
+    assert (twins(tmp_path), features(tmp_path / "top.add-cow")) == ({}, 0)
 
 
 @pytest.mark.sample(1)
