@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import addcow_mp
@@ -256,9 +256,12 @@ def _small_files(here: Path, _: int) -> None:
     write_overlay(here / "top.add-cow", "base.raw", GiB, [])
 
 
-def _startup(here: Path, _: int) -> list[Contender]:
-    peer = command(sys.executable, "empty.py", cwd=here, name="typer, one empty command")
-    return [addcow("info", "top.add-cow", cwd=here), peer]
+def _startup(*arguments: str, name: str) -> Contenders:
+    def contenders(here: Path, _: int) -> list[Contender]:
+        peer = command(sys.executable, *arguments, cwd=here, name=name)
+        return [addcow("info", "top.add-cow", cwd=here), peer]
+
+    return contenders
 
 
 # ---- new files: flatten and convert ----
@@ -513,11 +516,19 @@ def _farm_verify(here: Path, _: int) -> list[Contender]:
 START = Case(
     name="startup",
     title="addcow info against an empty typer program",
-    contenders=_startup,
+    contenders=_startup("empty.py", name="typer, one empty command"),
     hot=("top.add-cow",),
     target=1.2,
     measure=Measure.COST,
     often=OFTEN,
+)
+
+IMPORT = replace(
+    START,
+    name="startup-import",
+    title="addcow info against the import of typer alone",
+    contenders=_startup("-c", "import typer", name="python, import typer"),
+    target=1.1,
 )
 
 CHECK = Case(name="check", title="check, 64k runs", contenders=_look("check"), hot=TWINS)
@@ -608,7 +619,7 @@ FARM_VERIFY = Case(
 
 #: Space: the files of the stage, and one result at a time.
 STAGES = (
-    Stage(build=_small_files, cases=(START,), room=0),
+    Stage(build=_small_files, cases=(START, IMPORT), room=0),
     Stage(
         build=_farm_files(IMAGES),
         cases=(_farm_case("farm-check", "farm check of 10,000 overlays", 30.0),),

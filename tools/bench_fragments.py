@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from addcow_mp.units import GiB, KiB
 from bench_files import CLUSTER, OLD, Run, write_overlay, write_raw
-from bench_runs import Case, Contender, Measure, Stage, addcow, command
+from bench_runs import Case, Contender, Measure, Stage, addcow
 
 #: Runs of data, in every other cluster, and the wanted multiples of the time of `info`.
 FEW, MANY = 8192, 65536
@@ -69,22 +68,7 @@ def _cases(runs: int) -> tuple[Case, ...]:
     )
 
 
-def _import(here: Path, _: int) -> list[Contender]:
-    peer = command(sys.executable, "-c", "import typer", cwd=here, name="python, import typer")
-    return [addcow("info", "top.add-cow", cwd=here), peer]
-
-
-IMPORT = Case(
-    name="startup-import",
-    title="addcow info against the import of typer alone",
-    contenders=_import,
-    hot=("top.add-cow",),
-    target=1.1,
-    measure=Measure.COST,
-    often=3,
-)
-
 FRAGMENT_STAGES = (
-    Stage(build=_files(FEW), cases=(IMPORT, *_cases(FEW)), room=0.1),
+    Stage(build=_files(FEW), cases=_cases(FEW), room=0.1),
     Stage(build=_files(MANY), cases=_cases(MANY), room=0.3),
 )

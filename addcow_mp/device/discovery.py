@@ -25,7 +25,7 @@ from typing import NamedTuple
 from addcow_mp.device.access import Access, pseudo_devices
 from addcow_mp.device.exclusions import Exclusions, exclusions
 from addcow_mp.device.files import identity_at, identity_of
-from addcow_mp.device.location import base_path, real_path
+from addcow_mp.device.location import base_path, real_path, regular_files_in
 from addcow_mp.errors import ImageError
 from addcow_mp.format.header import (
     BACKING_NAME_LIMIT,
@@ -222,12 +222,10 @@ def examined_user(path: str) -> Named | Unexamined | None:
 
 def twin_of_image(directory: str, image: Identity) -> str | None:
     """The twin in a directory through which QEMU may write this image file, if there is one."""
-    with suppress(OSError), os.scandir(directory or ".") as entries:
-        names = sorted(one.name for one in entries if one.is_file(follow_symlinks=False))
-        for path in (os.path.join(directory, name) for name in names):
-            user = examined_user(path) if _begins_as_qcow2(path) else None
-            if isinstance(user, Named) and user.image == image:
-                return path
+    for path in regular_files_in(directory):
+        user = examined_user(path) if _begins_as_qcow2(path) else None
+        if isinstance(user, Named) and user.image == image:
+            return path
     return None
 
 

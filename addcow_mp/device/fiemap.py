@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 
-from addcow_mp.device.syscalls import file_system_type
+from addcow_mp.device.mounts import filesystem_type
 from addcow_mp.format.bits import Run
 
 # _IOWR('f', 11, struct fiemap)
@@ -29,8 +29,6 @@ _REQUEST = struct.Struct("QQIIII")
 _EXTENT = struct.Struct("Q8xQ16xI12x")
 _UNWRITTEN = 0x800
 
-_EXT4 = 0xEF53
-
 #: Extents in one call: their list has 56 KiB.
 BATCH = 1024
 
@@ -40,7 +38,7 @@ SeekRuns = Callable[[int, int, int], Iterator[Run]]
 
 def is_reliable(fd: int) -> bool:
     """Whether the list of extents of an open file can replace SEEK."""
-    return file_system_type(fd) == _EXT4
+    return filesystem_type(os.fstat(fd).st_dev) == "ext4"
 
 
 def data_runs(fd: int, start: int, stop: int, seek_runs: SeekRuns) -> Iterator[Run]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import struct
-from contextlib import suppress
 from functools import lru_cache
 
 from addcow_mp.device.files import File
+from addcow_mp.device.mounts import filesystem_type
 
 #: File systems on which two files can always share blocks.
 _SHARING = ("btrfs", "bcachefs")
@@ -20,7 +19,7 @@ _GEOMETRY_SIZE, _FLAGS_AT, _REFLINK = 256, 92, 1 << 20
 
 def filesystem_of(file: File) -> str:
     """The type of the file system of an open file; empty if it is unknown."""
-    return _type_on(file.first_status.st_dev)
+    return filesystem_type(file.first_status.st_dev)
 
 
 def likely_filesystem_of(file: File) -> str:
@@ -31,22 +30,9 @@ def likely_filesystem_of(file: File) -> str:
     return _known_type_on(file.first_status.st_dev)
 
 
-def _type_on(device: int) -> str:
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with (
-        suppress(OSError),
-        open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as lines,
-    ):
-        for line in lines:
-            before, _, after = line.partition(" - ")
-            if before.split()[2] == wanted:
-                return after.split()[0]
-    return ""
-
-
 @lru_cache(maxsize=64)
 def _known_type_on(device: int) -> str:
-    return _type_on(device)
+    return filesystem_type(device)
 
 
 def can_share(one: File, other: File) -> bool:

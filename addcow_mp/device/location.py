@@ -48,3 +48,11 @@ def base_path(path: str, real: str) -> str:
     """
     plain = absolute(path) == real and not path_has_protocol(path)
     return path if plain else real
+
+
+def regular_files_in(directory: str) -> list[str]:
+    """The paths of the regular files in a directory, in order. Links are left out."""
+    with suppress(OSError), os.scandir(directory or ".") as entries:
+        names = sorted(one.name for one in entries if one.is_file(follow_symlinks=False))
+        return [os.path.join(directory, name) for name in names]
+    return []

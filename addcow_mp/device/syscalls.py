@@ -23,9 +23,6 @@ _AT_EMPTY_PATH, _STATX_BTIME = 0x1000, 0x800
 #: The size of struct statx, and the offsets of its mask and of the time of birth.
 _STATX_SIZE, _MASK_AT, _BIRTH_AT = 256, 0, 80
 
-#: At least the size of struct statfs, which begins with the type.
-_STATFS_SIZE = 256
-
 _OPENAT2 = 437  # the same number on every architecture
 _AT_FDCWD = -100
 _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
@@ -122,16 +119,6 @@ def read_mapped(fd: int, view: memoryview, offset: int) -> bool:
         return False
     view[:] = memoryview(window)[offset - base :]
     return True
-
-
-def file_system_type(fd: int) -> int:
-    """The magic number of the file system of an open file; 0 if it is not known."""
-    libc, ctypes = _libc()
-    answer = bytearray(_STATFS_SIZE)
-    if libc.fstatfs(fd, ctypes.byref(ctypes.c_char.from_buffer(answer))):
-        return 0
-    (kind,) = struct.unpack_from("l", answer)
-    return int(kind)
 
 
 def birth_time(fd: int) -> int:

@@ -23,8 +23,15 @@ from typing import NamedTuple
 
 from addcow_mp.device import faults
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import TWIN, File, identity_at, it_exists, sync_directory
+from addcow_mp.device.files import (
+    TWIN,
+    File,
+    identity_at,
+    it_exists,
+    sync_directory,
+)
 from addcow_mp.device.headers import open_claimed
+from addcow_mp.device.location import regular_files_in
 from addcow_mp.device.locks import RESIZING, Claim, holder_of_conflict
 from addcow_mp.device.syscalls import birth_time
 from addcow_mp.errors import FileError, ImageError, LentError
@@ -160,18 +167,10 @@ def _checked(path: str, read: Callable[[], Header]) -> Header:
 
 def twins_in(directory: str) -> Iterator[tuple[str, Header]]:
     """The twins in a directory: their paths and headers. What cannot be read is none."""
-    for path in _files_in(directory):
+    for path in regular_files_in(directory):
         header = twin_header(path)
         if header is not None and header.mark is not None:
             yield path, header
-
-
-def _files_in(directory: str) -> list[str]:
-    """The paths of the regular files in a directory. A link is no twin, wherever it leads."""
-    with suppress(OSError), os.scandir(directory or ".") as entries:
-        names = sorted(one.name for one in entries if one.is_file(follow_symlinks=False))
-        return [os.path.join(directory, name) for name in names]
-    return []
 
 
 def twin_header(path: str) -> Header | None:
@@ -191,7 +190,7 @@ def twin_header(path: str) -> Header | None:
 
 def damaged_twin(directory: str, lent_id: int) -> tuple[str, str] | None:
     """The twin with this id whose header cannot be read, and the reason; None if there is none."""
-    for path in _files_in(directory):
+    for path in regular_files_in(directory):
         with suppress(OSError), open(path, "rb") as file:
             mark = damaged_mark(file.read(HEADER_ROOM))
             if mark is not None and mark.lent_id == lent_id:

@@ -27,12 +27,11 @@ from addcow_mp.device.discovery import (
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import Task, equal_tasks
 from addcow_mp.engine.worker import Failed, WorkerContext
-from addcow_mp.errors import LentError
 from addcow_mp.farm.graph import Graph
 from addcow_mp.farm.places import Found, files_of, without_backups
 from addcow_mp.farm.plain import NotPlainError
 from addcow_mp.farm.quick_check import QuickCheck
-from addcow_mp.findings import CheckReport, Finding, Severity, worst
+from addcow_mp.findings import Finding, Severity, worst
 from addcow_mp.jobs.check import check, foreign_twin_finding
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 
@@ -136,19 +135,12 @@ def full_check(path: str, access: Access) -> Checked | None:
     if os.path.islink(path) and examined(path) is None:
         return None
     try:
-        report = _check(path, access)
+        report = check(path, access, alone=False)
     except OSError as error:
         return _unexamined(path, str(error))
     if not report.is_addcow or is_gone(path):
         return None
     return Checked(path, named_by(path), tuple(report.findings), report.is_lent)
-
-
-def _check(path: str, access: Access) -> CheckReport:
-    try:
-        return check(path, access, finds_twins=False)
-    except LentError:  # what QEMU uses is always checked as far as that is possible
-        return check(path, access._replace(share=False), finds_twins=False)
 
 
 def _qcow2_user(path: str) -> Checked | None:

@@ -59,17 +59,17 @@ def foreign_twin_finding(twin: str) -> Finding:
     return Finding("twin", Severity.CORRUPTION, message)
 
 
-def check(path: str, access: Access | None = None, *, finds_twins: bool = True) -> CheckReport:
+def check(path: str, access: Access | None = None, *, alone: bool = True) -> CheckReport:
     """Run every check on the overlay at ``path``. A damaged overlay raises no error.
 
-    ``finds_twins``: look in its directory for a twin that does not belong to it.
+    ``alone``: false within the check of a farm, which looks for foreign twins itself.
 
     Raises :class:`LentError` for an overlay that is lent where ``access`` shares it with a writer:
     QEMU's twin, and not the bitmap, says what is allocated.
     """
     report = CheckReport(path)
     with contextlib.ExitStack() as opened:
-        run = _Check(path, report, opened, access or Access(), finds_twins=finds_twins)
+        run = _Check(path, report, opened, access or Access(), alone=alone)
         try:
             for name, examine in run.checks():
                 run.guarded(name, examine)
@@ -89,13 +89,13 @@ class _Check:
         opened: contextlib.ExitStack,
         access: Access,
         *,
-        finds_twins: bool,
+        alone: bool,
     ) -> None:
         self.path = path
         self.access = access
         self.report = report
         self._opened = opened
-        self._finds_twins = finds_twins
+        self._alone = alone
         self.cow: File | None = None
         self.header: Header | None = None
         self.broken: list[Violation] = []
@@ -154,7 +154,7 @@ class _Check:
         except FormatError as error:
             self.corrupt("header", error.fields["problem"])
             return
-        if self.header.lent and self.access.share:
+        if self._alone and self.header.lent and self.access.share:
             refuse_lent(self.cow, self.header, changes=False)
         # A guest may be writing the image file of an overlay that is lent.
         self.access = self.access._replace(share=self.access.share or self.header.lent)
@@ -274,7 +274,7 @@ class _Check:
             return
         if self.header.lent_id is not None:
             self._note_lending(self.cow, self.header, image)
-        elif self._finds_twins:
+        elif self._alone:
             self._refuse_foreign_twin(self.cow, image)
         if self.header.lent:
             return  # QEMU's twin, and not the bitmap, says what is allocated
