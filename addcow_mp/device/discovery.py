@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import translate
+from functools import partial
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access, pseudo_devices
@@ -335,13 +336,20 @@ class NearbyOverlays:
     hidden: tuple[Unexamined, ...] = ()
 
 
-def overlays_near(paths: Iterable[str], access: Access) -> NearbyOverlays:
-    """The overlays in the directories of ``paths`` and beneath the roots."""
+def overlays_near(
+    paths: Iterable[str], access: Access, *, follows_links: bool = True
+) -> NearbyOverlays:
+    """The overlays in the directories of ``paths`` and beneath the roots.
+
+    ``follows_links``: also those that links in these directories lead to, wherever they lie. A job
+    that changes files has to find them; a command that only describes files opens nothing outside.
+    """
     found: dict[tuple[Identity | None, ...], Named] = {}
     directories = dict.fromkeys(os.path.dirname(os.path.realpath(path)) for path in paths)
     excluded = exclusions(access.exclude)
-    unread = _search(directories, excluded, found, deep=False)
-    hidden = _search(map(os.path.realpath, access.roots), excluded, found, deep=True)
+    search = partial(_search, excluded=excluded, found=found, follows_links=follows_links)
+    unread = search(directories, deep=False)
+    hidden = search(map(os.path.realpath, access.roots), deep=True)
     elsewhere = tuple(one for one in hidden if one not in unread)
     return NearbyOverlays(tuple(found.values()), 0, tuple(unread), elsewhere)
 
@@ -352,13 +360,15 @@ def _search(
     found: dict[tuple[Identity | None, ...], Named],
     *,
     deep: bool,
+    follows_links: bool,
 ) -> list[Unexamined]:
     """Add the overlays in ``directories`` to ``found``; returns what may hide further ones."""
     unexamined = []
     for directory in directories:
         for one in listings(directory, excluded, deep=deep):
             unexamined += one.unexamined
-            for overlay in map(examined_user, (*one.files, *one.linked)):
+            linked = one.linked if follows_links else []
+            for overlay in map(examined_user, (*one.files, *linked)):
                 if isinstance(overlay, Unexamined):
                     unexamined.append(overlay)
                 elif overlay is not None:

@@ -179,7 +179,8 @@ def users_of_chain(chain: list[Info | RawInfo], access: Access) -> Users:
 
     members = {one.identity for one in chain}
     images = [one.full_image for one in chain if isinstance(one, Info)]
-    near = overlays_near([*(one.filename for one in chain), *images], access)
+    places = [*(one.filename for one in chain), *images]
+    near = overlays_near(places, access, follows_links=False)
     others = [
         one
         for one in near.overlays

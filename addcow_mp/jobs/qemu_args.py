@@ -87,7 +87,7 @@ def _lent(layer: Overlay, lending: Lending, wanted: State) -> Lent:
 def _for_reading(layer: Overlay, lending: Lending, access: Access) -> ImageError:
     """The error for a layer that a guest must not write: overlays above it need it."""
     own = {layer.cow.identity, None if lending.twin is None else identity_at(lending.twin)} - {None}
-    near = overlays_near([layer.cow.real], access).overlays
+    near = overlays_near([layer.cow.real], access, follows_links=False).overlays
     above = sorted({one.path for one in near if one.is_lent and one.backing in own})
     named = f": {', '.join(above)}" if above else ""
     return ImageError(
