@@ -624,6 +624,22 @@ def test_layer_stays_lent_while_overlays_elsewhere_may_need_it(tmp_path: Path) -
     succeed("io", "-c", "write 0 512", layer, cwd=tmp_path)
 
 
+def test_layer_comes_back_with_the_last_overlay_of_the_one_other_directory(tmp_path: Path) -> None:
+    for name in ("base", "vms"):
+        (tmp_path / name).mkdir()
+    pair(tmp_path / "base", "ABCD", "-B--")
+    layer = tmp_path / "base" / "top.add-cow"
+    tops = [tmp_path / "vms" / f"{name}.add-cow" for name in "ab"]
+    for top in tops:
+        draw(top, "A---", str(layer), backing_format="add-cow")
+        succeed("qemu", "export", "--root", "base", str(top), cwd=tmp_path)
+    told = succeed("qemu", "import", "--root", "base", str(tops[0]), cwd=tmp_path)
+    assert f"{tops[1].resolve()} above it need it" in told.stderr
+    assert features(layer) & LENT_FOR_READING
+    succeed("qemu", "import", "--root", "base", str(tops[1]), cwd=tmp_path)
+    assert (features(layer), twins(layer.parent)) == (0, {})
+
+
 def test_layer_that_was_written_through_its_twin_is_given_up_by_force_only(tmp_path: Path) -> None:
     chain(tmp_path)
     succeed("qemu", "export", "top.add-cow", cwd=tmp_path)

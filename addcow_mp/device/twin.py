@@ -19,6 +19,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from hashlib import blake2b
 from typing import NamedTuple
 
 from addcow_mp.device import faults
@@ -284,15 +285,21 @@ def twin_of(base: str, header: CowHeader) -> str | None:
 # Making
 
 
-def mark_used_elsewhere(path: str, header: Header) -> None:
-    """Note durably that an overlay in another directory uses the layer's twin at ``path``.
+def directory_number(directory: str) -> int:
+    """A number by which a twin knows a directory again; a renamed one has another."""
+    return int.from_bytes(blake2b(os.fsencode(directory), digest_size=8).digest(), "big")
+
+
+def mark_used_in(directory: str, path: str, header: Header) -> None:
+    """Note durably that an overlay in ``directory`` uses the layer's twin at ``path``.
 
     One write of 8 bytes, which QEMU does not look at: programs may have the twin open for reading.
     """
-    if header.used_elsewhere:
+    number = directory_number(directory)
+    if header.used_elsewhere and header.used_only_in(number):
         return
     make_writable(path)
-    offset, data = header.marking_elsewhere()
+    offset, data = header.marking_used_in(number)
     file = File(path, os.open(path, os.O_RDWR | os.O_CLOEXEC), writable=True)
     file.role = TWIN
     try:

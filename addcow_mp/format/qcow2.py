@@ -44,9 +44,11 @@ VERSION = 3
 DIRTY, CORRUPT, DATA_FILE, EXTENDED_L2, DISABLED = 1 << 0, 1 << 1, 1 << 2, 1 << 4, 1 << 63
 _KNOWN = DIRTY | CORRUPT | DATA_FILE | EXTENDED_L2 | DISABLED
 
-#: A bit of the compatible features, which QEMU keeps: the layer was lent for an overlay in another
-#: directory.
-USED_ELSEWHERE = 1 << 63
+#: Bits of the compatible features, which QEMU keeps: a layer was lent for an overlay in another
+#: directory, and for overlays in several. Bits 8 to 61 are then a number of the first directory;
+#: the lower bits are QEMU's.
+USED_ELSEWHERE, USED_IN_SEVERAL = 1 << 63, 1 << 62
+DIRECTORY_MASK = USED_IN_SEVERAL - (1 << 8)
 
 #: A bit of the autoclear features.
 DATA_FILE_RAW = 1 << 1
@@ -206,6 +208,11 @@ class Header(NamedTuple):
         """Whether a layer was lent for an overlay in another directory."""
         return bool(self.fixed.compatible & USED_ELSEWHERE)
 
+    def used_only_in(self, directory: int) -> bool:
+        """Whether the directory with this number is the only other one."""
+        known = self.fixed.compatible & (USED_IN_SEVERAL | DIRECTORY_MASK)
+        return known == directory & DIRECTORY_MASK
+
     def with_disabled(self, value: bool) -> Header:
         """The same header with that bit set or cleared."""
         kept = self.fixed.incompatible & ~DISABLED
@@ -248,9 +255,11 @@ class Header(NamedTuple):
             return FEATURES_OFFSET, struct.pack(">Q", fixed.incompatible)
         return 0, sector
 
-    def marking_elsewhere(self) -> tuple[int, bytes]:
-        """The offset and the bytes of the one write that sets ``used_elsewhere``."""
-        return COMPATIBLE_OFFSET, struct.pack(">Q", self.fixed.compatible | USED_ELSEWHERE)
+    def marking_used_in(self, directory: int) -> tuple[int, bytes]:
+        """The offset and the bytes of the one write that notes another directory."""
+        bits = USED_IN_SEVERAL if self.used_elsewhere else directory & DIRECTORY_MASK
+        marked = self.fixed.compatible | USED_ELSEWHERE | bits
+        return COMPATIBLE_OFFSET, struct.pack(">Q", marked)
 
     def enabling(self) -> tuple[int, bytes]:
         """The offset and the bytes of the one write that enables the file."""

@@ -47,7 +47,7 @@ from addcow_mp.device.twin import (
     default_twin,
     lent_error,
     make_twin,
-    mark_used_elsewhere,
+    mark_used_in,
     refuse_other_owner,
     remove_twin,
     twin_of,
@@ -326,10 +326,11 @@ def _lend_layers(overlay: Overlay, result: Exported) -> None:
         if not layer.header.lent_for_reading:
             _lend_for_reading(layer)
             narrow(layer.cow, READING)
-        if os.path.dirname(above.cow.real) != os.path.dirname(layer.cow.real):
+        directory = os.path.dirname(above.cow.real)
+        if directory != os.path.dirname(layer.cow.real):
             lending = lending_of(layer.cow, layer.header, layer.image.file)
             if lending.twin is not None and lending.header is not None:
-                mark_used_elsewhere(lending.twin, lending.header)
+                mark_used_in(directory, lending.twin, lending.header)
         result.layers.append(layer.path)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
@@ -35,6 +35,7 @@ from addcow_mp.device.twin import (
     Identity,
     Twin,
     damaged_twin,
+    directory_number,
     make_writable,
     other_data_file,
     twins_in,
@@ -52,6 +53,7 @@ from addcow_mp.format.bits import BITS_PER_BYTE, Run, merged
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.format.names import path_combine, path_has_protocol
+from addcow_mp.format.qcow2 import Header as TwinHeader
 from addcow_mp.format.qcow2_read import Extent
 from addcow_mp.format.qcow2_read import State as Entry
 from addcow_mp.jobs.lending import (
@@ -108,8 +110,8 @@ def take_back(
         with _guest_is_off(), open_chain(path, LENDING, access, lent=True) as overlay:
             layers = _layers(overlay, access)
             _by_state(overlay, options, access, report)
-        for layer in layers:
-            _take_layer_back(layer, access, report)
+        for above, layer in pairwise([overlay.cow.real, *layers]):
+            _take_layer_back(layer, above, access, report)
     return report
 
 
@@ -145,7 +147,7 @@ def _by_state(overlay: Overlay, options: ImportOptions, access: Access, report: 
     if lending.state is State.FOREIGN_TWIN:
         raise foreign_twin(overlay.path, lending)
     if lending.state is State.LENT_FOR_READING:
-        _finish_layer(overlay, lending, options, access, report)
+        _finish_layer(overlay, lending, None, options, access, report)
         return
     if lending.state is State.TWIN_MISSING:
         _abandon(overlay, options, report)
@@ -484,7 +486,7 @@ def _discard(overlay: Overlay, options: ImportOptions, access: Access, report: R
 # Layers below
 
 
-def _take_layer_back(path: str, access: Access, report: Report) -> None:
+def _take_layer_back(path: str, above: str, access: Access, report: Report) -> None:
     """Take a layer back that is lent for reading, if nothing needs it any more.
 
     A twin that an interrupted export has left beside the layer is removed.
@@ -493,7 +495,7 @@ def _take_layer_back(path: str, access: Access, report: Report) -> None:
         with open_chain(path, {0: Use(RESIZING, READING)}, access.beside(path), lent=True) as layer:
             lending = lending_of(layer.cow, layer.header, layer.image.file)
             if lending.state is State.LENT_FOR_READING:
-                _finish_layer(layer, lending, None, access, report)
+                _finish_layer(layer, lending, above, DEFAULTS, access, report)
             elif lending.state in (State.LEFTOVER, State.FOREIGN_TWIN) and lending.twin:
                 if lending.state is not State.LEFTOVER:
                     refuse_writable_twin(layer, lending)
@@ -504,13 +506,18 @@ def _take_layer_back(path: str, access: Access, report: Report) -> None:
 
 
 def _finish_layer(
-    layer: Overlay, lending: Lending, options: ImportOptions | None, access: Access, report: Report
+    layer: Overlay,
+    lending: Lending,
+    above: str | None,
+    options: ImportOptions,
+    access: Access,
+    report: Report,
 ) -> None:
     """Clear the mark of a layer. Raises :class:`ImageError` while something may still need it.
 
-    ``options``: those of a command that names the layer; None where it comes back by itself.
+    ``above``: the overlay with which it comes back; None where the user names the layer.
     """
-    reason = _still_needed(layer, lending, access, is_named=options is not None)
+    reason = _still_needed(layer, lending, above, access)
     if reason is not None:
         raise ImageError(path=layer.path, problem=f"it is lent to QEMU for reading, and {reason}")
     if lending.twin is not None and not _is_unchanged(layer, lending.twin, access):
@@ -528,36 +535,45 @@ def _finish_layer(
     report.outcome = Outcome.DONE
 
 
-def _give_up_changes(twin: str, options: ImportOptions | None, report: Report) -> None:
+def _give_up_changes(twin: str, options: ImportOptions, report: Report) -> None:
     """Raise where something has written through a layer's twin, unless that is to be given up."""
     changed = "something has written through it, although it is for reading"
-    if options is None or not options.abandon:
+    if not options.abandon:
         raise ImageError(path=twin, problem=f"{changed}; --abandon --force gives that up")
     report.warnings.append(f"{twin}: {changed}; that is given up, the layer may be a mixture")
 
 
 def _still_needed(
-    layer: Overlay, lending: Lending, access: Access, *, is_named: bool
+    layer: Overlay, lending: Lending, above: str | None, access: Access
 ) -> str | None:
     """Why a layer cannot be taken back yet; None when it can."""
     if lending.twin is None:
         return "the qcow2 file that it is read through is not beside it"
-    if lending.header and lending.header.used_elsewhere and not (is_named and access.roots):
+    if lending.header and not _is_searched(lending.header, above, access):
         return (
             "overlays in directories that are not searched may need it; when all of them are back, "
             f"'addcow qemu import --root DIR {layer.path}' takes it back, with each such DIR"
         )
     twin = identity_at(lending.twin)
-    near = overlays_near([layer.cow.real, lending.twin], access)
+    near = overlays_near([layer.cow.real, lending.twin, above or layer.cow.real], access)
     users = [one for one in near.overlays if twin is not None and one.backing == twin]
     users += [one for one in near.overlays if one.backing == layer.cow.identity and one.is_lent]
     if users:
-        above = [one for one in users if one.is_overlay] or users
-        names = ", ".join(sorted({one.path for one in above}))
+        named = [one for one in users if one.is_overlay] or users
+        names = ", ".join(sorted({one.path for one in named}))
         return f"{names} above it need it: take these back first"
     if near.unread or near.hidden:
         return f"'{(*near.unread, *near.hidden)[0].path}' cannot be examined"
     return None
+
+
+def _is_searched(twin: TwinHeader, above: str | None, access: Access) -> bool:
+    """Whether the search covers all directories with overlays that a layer was lent for."""
+    if not twin.used_elsewhere:
+        return True
+    if above is None:
+        return bool(access.roots)
+    return twin.used_only_in(directory_number(os.path.dirname(os.path.realpath(above))))
 
 
 def _is_unchanged(layer: Overlay, path: str, access: Access) -> bool:
