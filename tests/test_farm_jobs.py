@@ -1265,13 +1265,16 @@ def test_on_error_stop_begins_nothing_after_a_failure(
 def test_stopped_farm_job_continues_with_the_same_command(
     here: Path, tmp_path: Path, jobs: str
 ) -> None:
-    names = many(here, 12)
-    rules = Rules.write(tmp_path / "rules", rule("backing_write", "stop", after=2, once="on"))
+    names = many(here, 80)  # more than the groups of images that are done side by side
+    processes = max(1, int(jobs))
+    # One rule for each process that works: none does more while this test looks.
+    each = [rule("backing_write", "stop", after=2, once="on") for _ in range(processes)]
+    rules = Rules.write(tmp_path / "rules", *each)
     words = ("farm", "commit", "--output", "json", "--jobs", jobs, ".")
     with running(*words, cwd=here, rules=rules) as job:
-        (stopped,) = job.stopped()
+        stopped = job.stopped(processes)
         job.signal(signal.SIGTERM)
-        job.signal(signal.SIGCONT, stopped)
+        job.signal(signal.SIGCONT, *stopped)
         ended = job.end()
     assert ended.status == TERMINATED
     assert len(ended.stderr.splitlines()) == 1

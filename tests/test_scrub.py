@@ -984,7 +984,8 @@ def test_scrub_identifies_a_farm_by_any_path(shop: Shop) -> None:
 def test_scrub_continues_from_another_working_directory(shop: Shop) -> None:
     shop.overlays(6)
     up = shop.here.parent
-    words = ("--jobs", "0", "--time-limit", "0.5s", "-r", "4M")
+    # Time for some of the layers of 1 MiB, not for all of them.
+    words = ("--jobs", "0", "--time-limit", "3s", "-r", "1M")
     first = shop.run(*words, status=75, place="here", cwd=up)
     assert first["layers"]
     second = shop.run(place=".", cwd=shop.here)
