@@ -463,7 +463,7 @@ def test_scrub_exits_with_2_for_damage_despite_the_time_limit(shop: Shop) -> Non
     shop.overlays(9)
     for path in [shop.here / "base.img", *shop.here.glob("*.raw")]:
         flip(path, 9)  # whichever comes first
-    told = shop.run("--jobs", "0", "--time-limit", "1s", "-r", "4M", status=2)
+    told = shop.run("--jobs", "0", "--time-limit", "3s", "-r", "1M", status=2)
     assert told["summary"]["left"] > 0
     assert told["summary"]["different"] == len(told["layers"]) > 0
 
@@ -1368,7 +1368,7 @@ def test_sample_does_not_count_as_verification(shop: Shop) -> None:
 @pytest.mark.long
 def test_sample_does_not_disturb_a_round(shop: Shop) -> None:
     shop.overlays(6)
-    first = shop.run("--jobs", "0", "--time-limit", "0.5s", "-r", "4M", status=75)
+    first = shop.run("--jobs", "0", "--time-limit", "3s", "-r", "1M", status=75)
     assert first["layers"]
     assert len(shop.run("--sample", "10%")["layers"]) == 7
     assert shop.status()["coverage"]["pass-left"] == first["summary"]["left"]
