@@ -56,6 +56,7 @@ lint: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python tools/errors_table.py --check
+	@$(BIN)/python tools/api_reference.py --check
 	@$(BIN)/python tools/words.py
 
 mutate: $(READY)

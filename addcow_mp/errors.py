@@ -230,6 +230,13 @@ class StoppedError(AddcowError):
 
     template = "{path}: stopped; finished work is kept, the same command continues from there"
 
+    def at_time_limit(self) -> TimeLimitError:
+        """This error, where a time limit has stopped the job."""
+        template = self.template.replace("stopped", "the time limit was reached", 1)
+        error = TimeLimitError(**{**self.fields, "message": template.format(**self.fields)})
+        error.report = self.report
+        return error
+
 
 class UnfinishedError(StoppedError):
     """A job that creates a new file was stopped; the file was removed."""

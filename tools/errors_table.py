@@ -17,7 +17,7 @@ from addcow_mp.farm.manifest import FarmManifests
 from addcow_mp.farm.members import Members
 from addcow_mp.farm.result import FarmResult
 from addcow_mp.farm.scrub import Scrubbed
-from addcow_mp.farm.scrub_state import Status
+from addcow_mp.farm.scrub_state import ScrubStatus
 from addcow_mp.farm.verify import FarmLayerReports
 from addcow_mp.findings import CheckReport
 from addcow_mp.jobs.compare import Compared, CompareError
@@ -69,7 +69,7 @@ RESULTS: dict[str, type[Result]] = {
     "farm flatten": FarmResult,
     "farm reset": FarmResult,
     "farm scrub run": Scrubbed,
-    "farm scrub status": Status,
+    "farm scrub status": ScrubStatus,
 }
 
 

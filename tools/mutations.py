@@ -274,8 +274,8 @@ MUTATIONS = (
     Mutation(
         "idle: the priority is not lowered",
         "addcow_mp/engine/throttle.py",
-        "    if number is not None:\n",
-        "    if False:\n",
+        "    if number is None or not wanted:\n",
+        "    if True:\n",
         _in("idle", "idle_option_applies_to_every_process"),
     ),
     Mutation(

@@ -336,24 +336,14 @@ class CopyingOptions(OptionGroup):
         """Whether syncs are carried out."""
         return self.cache != "unsafe"
 
-    def copy_options(self, *, usual: str = "0") -> CopyOptions:
+    def copy_options(self, *, usual: int = 0) -> CopyOptions:
         """How to copy; ``usual`` is the default of -S for *auto* and *buffer*."""
-        from addcow_mp.device.copying import CopyMethod, CopyOptions
-        from addcow_mp.units import SECTOR, parse_size
+        from addcow_mp.device.copying import CopyOptions
+        from addcow_mp.units import parse_size
 
-        copy = self.copy
-        if self.sparse is None:
-            block = parse_size(usual, "-S") if copy in ("auto", "buffer") else 0
-        else:
-            block = parse_size(self.sparse, "-S")
-            # Only the buffer sees the data: the other methods cannot find zeros.
-            copy = "buffer" if block and copy != "clone" else copy
-        if block % SECTOR:
-            raise UsageError(
-                message=f"invalid -S '{self.sparse}': give a multiple of {SECTOR}, or 0"
-            )
-        method = None if copy == "auto" else CopyMethod(copy)
-        return CopyOptions(method, self.cache == "none", block, rate_of(self.rate))
+        block = None if self.sparse is None else parse_size(self.sparse, "-S")
+        direct, rate = self.cache == "none", rate_of(self.rate)
+        return CopyOptions.chosen(self.copy, block, direct=direct, rate=rate, usual=usual)
 
 
 def rate_of(text: str | None) -> int:
@@ -365,14 +355,10 @@ def rate_of(text: str | None) -> int:
 
 def time_limit(text: str | None) -> Callable[[], bool]:
     """A function that says whether the time limit, which begins now, is over."""
-    from time import monotonic
-
+    from addcow_mp.jobs.options import late_after
     from addcow_mp.units import parse_duration
 
-    if text is None:
-        return lambda: False
-    end = monotonic() + parse_duration(text, "--time-limit")
-    return lambda: monotonic() >= end
+    return late_after(None if text is None else parse_duration(text, "--time-limit"))
 
 
 class ChangeOptions(Opening):

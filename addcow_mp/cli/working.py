@@ -10,7 +10,7 @@ from functools import partial
 from addcow_mp.cli import results, signals
 from addcow_mp.cli.messages import in_background, note, write_progress
 from addcow_mp.cli.progress import Show, bytes_line, shown
-from addcow_mp.engine.throttle import use_idle_priority
+from addcow_mp.engine.throttle import idle_priority
 from addcow_mp.errors import StoppedError
 from addcow_mp.farm.progress import Progress
 from addcow_mp.jobs.options import Hooks, ignore
@@ -30,9 +30,12 @@ def working(
     use it too. ``counts_images``: the job also counts images, after the bytes. ``quiet``: lines
     about what keeps the job waiting are dropped.
     """
-    if idle:
-        use_idle_priority()
-    with in_background(), signals.stop_requests() as received, shown(*progress) as show:
+    with (
+        idle_priority(wanted=idle),
+        in_background(),
+        signals.stop_requests() as received,
+        shown(*progress) as show,
+    ):
         display = _Display(show, counts_images=counts_images)
         old = signal.signal(signal.SIGUSR1, display.request_line)
         try:

@@ -32,10 +32,10 @@ from addcow_mp.device import faults, holes
 from addcow_mp.device.files import File, copy, new_buffer
 from addcow_mp.device.filesystem import likely_filesystem_of
 from addcow_mp.device.mapped_source import WINDOW, MappedSource
-from addcow_mp.errors import FileError
+from addcow_mp.errors import FileError, UsageError
 from addcow_mp.format.bitmap import WRITE_STEP, write_all
 from addcow_mp.format.bits import Run, between
-from addcow_mp.units import KiB, MiB, round_down, round_up
+from addcow_mp.units import SECTOR, KiB, MiB, round_down, round_up
 
 
 class CopyMethod(StrEnum):
@@ -46,6 +46,10 @@ class CopyMethod(StrEnum):
     BUFFER = "buffer"
     DIRECT = "direct"
     MAP = "map"
+
+
+#: In place of a method: the one that fits each run.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,30 @@ class CopyOptions:
     direct: bool = False
     sparse: int = 0
     rate: int = 0
+
+    @classmethod
+    def chosen(
+        cls,
+        copy: str = AUTO,
+        sparse: int | None = None,
+        *,
+        direct: bool = False,
+        rate: int = 0,
+        usual: int = 0,
+    ) -> CopyOptions:
+        """The options that a user chooses: ``copy`` is a method or AUTO.
+
+        ``sparse`` None: ``usual``, where the method can find zeros. Raises :class:`UsageError`.
+        """
+        if sparse is None:
+            sparse = usual if copy in (AUTO, CopyMethod.BUFFER) else 0
+        elif sparse and copy != CopyMethod.CLONE:
+            # Only the buffer sees the data: the other methods cannot find zeros.
+            copy = CopyMethod.BUFFER
+        if sparse % SECTOR or sparse < 0:
+            problem = f"give a multiple of {SECTOR}, or 0"
+            raise UsageError(message=f"invalid sparse size {sparse} (-S): {problem}")
+        return cls(None if copy == AUTO else CopyMethod(copy), direct, sparse, rate)
 
 
 #: A clone takes 50 us or more whatever the length: shorter runs are copied sooner.

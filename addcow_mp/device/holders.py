@@ -194,10 +194,14 @@ def forget_loops() -> None:
 
 def _look_up() -> _Found:
     now = time.monotonic()
-    if not _found or now - _found[0].time > REUSED:
-        swap_files = frozenset(one for one in _swap() if not is_device(one))
-        _found[:] = [_Found(now, tuple(_nodes()), swap_files)]
-    return _found[0]
+    # Another thread may clear the list at any time.
+    for one in _found[:]:
+        if now - one.time <= REUSED:
+            return one
+    swap_files = frozenset(one for one in _swap() if not is_device(one))
+    found = _Found(now, tuple(_nodes()), swap_files)
+    _found[:] = [found]
+    return found
 
 
 def _nodes() -> Iterator[Node]:

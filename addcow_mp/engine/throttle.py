@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from addcow_mp.units import KiB
 
@@ -17,6 +18,7 @@ SMALLEST_STEP = 64 * KiB
 #: The longest sleep in seconds: after it, a process checks whether it must end.
 LONGEST_PAUSE = 0.5
 
+#: The number of the system call ioprio_set; that of ioprio_get is the next one.
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "ppc64le": 273, "s390x": 282, "riscv64": 30}
 _WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
 
@@ -49,13 +51,24 @@ class Throttle:
             meanwhile()
 
 
-def use_idle_priority() -> None:
-    """Give this process the disk only when no other process wants it, where the system can.
+@contextmanager
+def idle_priority(*, wanted: bool = True) -> Iterator[None]:
+    """A block in which this thread uses the disk only when no other process does.
 
-    Threads and processes that it starts later inherit this.
+    Threads and processes that it starts in the block inherit this. Nothing changes where the system
+    has no such priority, or it is not ``wanted``.
     """
     number = _IOPRIO_SET.get(os.uname().machine)
-    if number is not None:
-        import ctypes
+    if number is None or not wanted:
+        yield
+        return
+    import ctypes
 
-        ctypes.CDLL(None).syscall(number, _WHO_PROCESS, 0, _CLASS_IDLE)
+    system_call = ctypes.CDLL(None).syscall
+    before = system_call(number + 1, _WHO_PROCESS, 0)
+    system_call(number, _WHO_PROCESS, 0, _CLASS_IDLE)
+    try:
+        yield
+    finally:
+        if before >= 0:
+            system_call(number, _WHO_PROCESS, 0, before)

@@ -17,6 +17,7 @@ import json
 import os
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,8 +25,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
 
-from addcow_mp.device.discovery import is_gone
-from addcow_mp.device.files import cannot_lock, cannot_open, claim_alone
+from addcow_mp.device.discovery import Identity, is_gone
+from addcow_mp.device.files import (
+    cannot_lock,
+    cannot_open,
+    claim_alone,
+    identity_at,
+    identity_of,
+)
 from addcow_mp.errors import FileError, ImageError
 from addcow_mp.findings import LayerReport, Range, Severity, worst
 from addcow_mp.format.bits import Run
@@ -39,6 +46,13 @@ EVERY = 1.0
 
 #: Seconds to wait for another process's transaction.
 PATIENCE = 30
+
+#: Files that scrubs of this process have open. SQLite's locks belong to the process: closing such
+#: a file once would drop them in the middle of a transaction.
+_in_use: set[Identity] = set()
+
+#: Held while a file is opened, or closed, that a scrub of another thread may have open.
+_opening = threading.Lock()
 
 _TABLES = (
     """CREATE TABLE layer (
@@ -177,7 +191,7 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Status:
+class ScrubStatus:
     """What a scrub state says of the layers that still exist, and of all runs."""
 
     exit_statuses: ClassVar = {
@@ -326,7 +340,7 @@ def opened(path: str, *, locking: bool = True) -> Iterator[ScrubState]:
         yield ScrubState(path, database)
 
 
-def read(path: str, *, locking: bool = True) -> Status:
+def read(path: str, *, locking: bool = True) -> ScrubStatus:
     """Read a scrub state, which may be in use. Raises like :func:`opened`."""
     try:
         status = os.stat(path)
@@ -340,7 +354,7 @@ def read(path: str, *, locking: bool = True) -> Status:
         state = ScrubState(path, database)
         entries, runs = state.entries().values(), state.runs()
     layers = [one for one in entries if not one.is_gone]
-    return Status(layers, len(entries) - len(layers), runs)
+    return ScrubStatus(layers, len(entries) - len(layers), runs)
 
 
 @contextmanager
@@ -349,6 +363,23 @@ def _alone(path: str, *, locking: bool) -> Iterator[None]:
 
     The descriptor stays open as long as the database: closing any drops SQLite's own locks.
     """
+    with _opening:
+        fd = None if identity_at(path) in _in_use else _claimed(path, locking=locking)
+        if fd is None:
+            problem = "another scrub is using it; wait until that has ended"
+            raise ImageError(path=path, problem=problem)
+        identity = identity_of(os.fstat(fd))
+        _in_use.add(identity)
+    try:
+        yield
+    finally:
+        with _opening:
+            os.close(fd)
+            _in_use.discard(identity)
+
+
+def _claimed(path: str, *, locking: bool) -> int | None:
+    """The file, locked against other processes; None if one has locked it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
         fd = os.open(path, flags, 0o644)
@@ -356,12 +387,15 @@ def _alone(path: str, *, locking: bool) -> Iterator[None]:
         raise cannot_open(path, "open it", error) from error
     try:
         _refuse_kind(path, os.fstat(fd))
-        if not claim_alone(path, fd, locking=locking):
-            problem = "another scrub is using it; wait until that has ended"
-            raise ImageError(path=path, problem=problem)
-        yield
-    finally:
+        if claim_alone(path, fd, locking=locking):
+            if locking:
+                _try_lock(path, fd)
+            return fd
+    except BaseException:
         os.close(fd)
+        raise
+    os.close(fd)
+    return None
 
 
 def _refuse_kind(path: str, status: os.stat_result) -> None:
@@ -386,9 +420,24 @@ def _connected(path: str, *, locking: bool) -> Iterator[sqlite3.Connection]:
 
 def _refuse_without_locks(path: str) -> None:
     """Raise where the file system has no locks: SQLite would wait as for another process."""
+    with _opening:
+        if identity_at(path) in _in_use:
+            return  # it was tried before, and closing the file would drop SQLite's locks
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise cannot_open(path, "open it", error) from error
+        try:
+            _try_lock(path, fd)
+        finally:
+            os.close(fd)
+
+
+def _try_lock(path: str, fd: int) -> None:
+    """Raise where the file system has no locks of the kind that SQLite uses."""
     try:
-        with open(path, "rb") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1)
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1)
+        fcntl.lockf(fd, fcntl.LOCK_UN, 1)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise cannot_lock(path, error) from error

@@ -31,10 +31,10 @@ UNIT = 64 * KiB
 
 @dataclass
 class Compared:
-    """The result. ``differing``: runs of bytes. ``complete``: all differences were looked for.
+    """The result. ``differing``: runs of bytes, as their start and their stop.
 
-    ``sizes``: both virtual sizes. ``allocation``: with ``strict``, the first place where only one
-    image holds data.
+    ``complete``: all differences were looked for. ``sizes``: both virtual sizes in bytes.
+    ``allocation``: with ``strict``, the offset of the first place where only one image holds data.
     """
 
     exit_statuses: ClassVar = {

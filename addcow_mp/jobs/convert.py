@@ -38,6 +38,10 @@ from addcow_mp.units import KiB
 #: A raw source has no clusters: its tasks and reports use this unit.
 RAW_UNIT = 64 * KiB
 
+#: Blocks of so many zeros become holes of the new file, unless the user chooses another size: the
+#: block of most file systems, and what qemu-img convert looks for.
+USUAL_SPARSE = 4 * KiB
+
 
 def convert(
     source: str,

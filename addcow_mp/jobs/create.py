@@ -59,9 +59,9 @@ DEFAULT_CLUSTER_SIZE = 64 * KiB
 
 @dataclass(frozen=True)
 class Created:
-    """A new overlay: its ``size`` in bytes, and warnings for the user.
+    """A new overlay: its virtual ``size`` in bytes, and warnings for the user.
 
-    ``image`` and ``backing``: the names that it stores.
+    ``cluster_size``: in bytes. ``image`` and ``backing``: the names that it stores.
     """
 
     size: int

@@ -32,7 +32,10 @@ from addcow_mp.format.names import path_combine
 
 
 class RawInfo(NamedTuple):
-    """A file at the end of a chain; ``virtual_size`` is None for formats that are not read here."""
+    """A file at the end of a chain. Sizes are in bytes; ``actual_size``: what it uses of the disk.
+
+    ``virtual_size`` is None for formats that are not read here.
+    """
 
     filename: str
     format: str
@@ -164,6 +167,39 @@ def chain_info(path: str, access: Access | None = None) -> list[Info | RawInfo]:
     with closing(open_claimed(access, here, READING, BACKING, named=False)) as file:
         size = raw_size(file.length) if format_ == RAW else None
         return [*found, RawInfo(here, format_, size, file.allocated, file.identity)]
+
+
+class ChainLayer(NamedTuple):
+    """A layer of a chain: 0 is the ``depth`` of its top.
+
+    ``used_by``: the paths of the overlays that stand on it, without those of the chain.
+    """
+
+    depth: int
+    about: Info | RawInfo
+    used_by: list[str]
+
+
+class ChainInfo(NamedTuple):
+    """The layers of a chain, from the top down, and warnings for the user."""
+
+    layers: list[ChainLayer]
+    warnings: list[str]
+
+
+def chain_with_users(path: str, access: Access | None = None) -> ChainInfo:
+    """Describe every layer of the chain of ``path``, and say which overlays stand on it.
+
+    Users are looked for beside the files of the chain and beneath the roots. Raises
+    :class:`AddcowError`.
+    """
+    access = access or Access()
+    chain = chain_info(path, access)
+    users = users_of_chain(chain, access)
+    pairs = zip(chain, users.paths, strict=True)
+    layers = [ChainLayer(depth, one, by) for depth, (one, by) in enumerate(pairs)]
+    warnings = [line for one in chain if isinstance(one, Info) for line in one.warnings]
+    return ChainInfo(layers, warnings + users.warnings)
 
 
 class Users(NamedTuple):

@@ -76,8 +76,10 @@ def create(
         _refuse_own(layers)
         made: list[Made] = []
         below: list[Manifest] = []
-        for layer in reversed(layers):
-            one = _Making(layer, below, options, hooks, replaces=replaces)
+        layers.reverse()
+        steps = hooks.in_steps([file_of(layer).allocated for layer in layers])
+        for layer, step in zip(layers, steps, strict=True):
+            one = _Making(layer, below, options, step, replaces=replaces)
             manifest = one.manifest()
             below.insert(0, manifest)
             made.append(Made(manifest.path, manifest.head.guest_digest, one.written))

@@ -7,8 +7,9 @@ what its jobs share (:class:`Shared`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from addcow_mp.device.copying import CopyOptions
 from addcow_mp.engine.scan import ScanOptions
 from addcow_mp.engine.stop_flag import never
 from addcow_mp.engine.transfer_run import OnProgress, no_progress
+from addcow_mp.errors import StoppedError, TimeLimitError
 
 if TYPE_CHECKING:
     from addcow_mp.device.discovery import NearbyOverlays
@@ -70,6 +72,52 @@ class Hooks:
             self.progress(before + done, before + total + after)
 
         return replace(self, progress=progress)
+
+    def in_steps(self, weights: Sequence[int]) -> Iterator[Hooks]:
+        """The hooks of each step of a job, which moves about so many bytes; some may move none.
+
+        Progress is complete when the last step has ended.
+        """
+        before, after = 0, sum(weights)
+        for weight in weights:
+            after -= weight
+            step = _Step(self.within(before, after).progress)
+            yield replace(self, progress=step)
+            before += step.total
+        self.progress(before, before)
+
+
+class _Step:
+    """The progress of one step, and how many bytes it had in all."""
+
+    def __init__(self, show: OnProgress) -> None:
+        self._show = show
+        self.total = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self.total = total
+        self._show(done, total)
+
+
+def late_after(seconds: float | None) -> Callable[[], bool]:
+    """A function that says whether so many seconds have passed since now; None = never."""
+    if seconds is None:
+        return never
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() >= end
+
+
+@contextmanager
+def limited(hooks: Hooks, is_late: Callable[[], bool]) -> Iterator[Hooks]:
+    """Hooks that also stop a job once ``is_late``; that stop is a :class:`TimeLimitError`."""
+    try:
+        yield replace(hooks, stopping=lambda: hooks.stopping() or is_late())
+    except TimeLimitError:
+        raise
+    except StoppedError as error:
+        if hooks.stopping() or not is_late():
+            raise
+        raise error.at_time_limit() from error
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,36 @@ class Lent:
     cache: int = 0
 
 
+@dataclass(frozen=True)
+class QemuArgs:
+    """What to give to QEMU or libvirt for an overlay that is lent, whose ``layers`` these are."""
+
+    layers: list[Lent]
+
+    @property
+    def blockdev(self) -> dict[str, Any]:
+        """The arguments of ``blockdev-add``, which opens the whole chain."""
+        return blockdev(self.layers)
+
+    @property
+    def options(self) -> list[str]:
+        """The options of ``qemu-system``, as words: the chain, and a virtio disk of it."""
+        # Zeros as data: a qcow2 file makes others in its tables, over the image file's old data,
+        # which a power cut can bring back when the guest writes there again.
+        device = f"virtio-blk-pci,drive={NODE},write-zeroes=off"
+        return ["-blockdev", json.dumps(self.blockdev), "-device", device]
+
+    @property
+    def libvirt(self) -> str:
+        """The ``<disk>`` element for libvirt 10.10 and later."""
+        return libvirt(self.layers)
+
+
+def qemu_args(path: str, access: Access | None = None) -> QemuArgs:
+    """What to give to QEMU for the lent overlay at ``path``. Raises :class:`AddcowError`."""
+    return QemuArgs(lent_chain(path, (access or Access())._replace(share=True)))
+
+
 def lent_chain(path: str, access: Access | None = None) -> list[Lent]:
     """The files of the lent overlay at ``path``, from the top down, as absolute paths."""
     access = access or Access()

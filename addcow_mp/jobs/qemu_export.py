@@ -86,7 +86,10 @@ class Protection(StrEnum):
 
 @dataclass
 class Exported:
-    """An overlay that was lent: its twin, and how it is protected."""
+    """An overlay that was lent within ``seconds``: its twin, and how it is protected.
+
+    ``layers``: the layers below, which were lent for reading.
+    """
 
     filename: str
     twin: str

@@ -34,7 +34,11 @@ FIRST_FOR_SECTORS = (10, 0)
 
 
 class Streamed(NamedTuple):
-    """How a stream has ended. ``before``: QEMU had finished it before this command."""
+    """How a stream has ended, after ``seconds``.
+
+    ``node``: the node of the twin in QEMU. ``size``: the virtual size in bytes. ``before``: QEMU
+    had finished it before this command.
+    """
 
     filename: str
     twin: str

@@ -43,8 +43,10 @@ class Outcome(Enum):
 
 @dataclass
 class Report:
-    """What a job on one file has moved, how long it took, and how it has ended.
+    """What a job on one file has moved, how many ``seconds`` it took, and how it has ended.
 
+    ``totals``: bytes and clusters. ``jobs``: the worker processes that it had. ``guest_digest``: of
+    what was read back. ``virtual_size`` and ``bytes_freed``: in bytes, of jobs that change them.
     The error of a job that fails carries the report of what was done before it.
     """
 

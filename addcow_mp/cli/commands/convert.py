@@ -42,10 +42,11 @@ def command(
     opening: Opening,
 ) -> None:
     """Write the guest's view of SRC into a new sparse raw file."""
+    from addcow_mp.jobs.convert import USUAL_SPARSE
     from addcow_mp.jobs.convert import convert as job
 
     access = opening.access(share=share, durable=copying.durable, force=force, writes=True)
-    copy_options = copying.copy_options(usual="4k")
+    copy_options = copying.copy_options(usual=USUAL_SPARSE)
     with workers.working(access, copy_options, progress, quiet=printing.quiet) as (options, hooks):
         report = job(
             files.source,

@@ -12,7 +12,7 @@ from addcow_mp.cli.messages import one_line, warn
 from addcow_mp.cli.options import Exclude, Opening, OverlayFiles, Printing, Share
 from addcow_mp.cli.several import print_results, results_of
 from addcow_mp.device.access import Access
-from addcow_mp.jobs.info import Info, RawInfo, chain_info, info, users_of_chain
+from addcow_mp.jobs.info import ChainLayer, Info, RawInfo, chain_with_users, info
 from addcow_mp.units import human_size
 
 
@@ -62,26 +62,23 @@ def _overlay(file: str, access: Access) -> Described:
 
 def _chain(file: str, access: Access) -> Described:
     """Every layer, with its depth and who else stands on it."""
-    chain = chain_info(file, access)
-    users = users_of_chain(chain, access)
-    for one in chain:
-        warn(one.warnings if isinstance(one, Info) else [])
-    warn(users.warnings)
-    layers = list(enumerate(zip(chain, users.paths, strict=True)))
-    documents = [describe(one) | _place(depth, one, by) for depth, (one, by) in layers]
-    texts = ([*_lines(one), *_place_lines(depth, one, by)] for depth, (one, by) in layers)
+    chain = chain_with_users(file, access)
+    warn(chain.warnings)
+    documents = [describe(one.about) | _place(one) for one in chain.layers]
+    texts = ([*_lines(one.about), *_place_lines(one)] for one in chain.layers)
     return Described(documents, "\n\n".join("\n".join(map(one_line, text)) for text in texts))
 
 
-def _place(depth: int, one: Info | RawInfo, users: list[str]) -> dict[str, object]:
-    return {"depth": depth, "allocated-size": one.allocated_size, "used-by": users}
+def _place(one: ChainLayer) -> dict[str, object]:
+    size = one.about.allocated_size
+    return {"depth": one.depth, "allocated-size": size, "used-by": one.used_by}
 
 
-def _place_lines(depth: int, one: Info | RawInfo, users: list[str]) -> Iterable[str]:
-    size = one.allocated_size
-    yield f"depth: {depth}"
+def _place_lines(one: ChainLayer) -> Iterable[str]:
+    size = one.about.allocated_size
+    yield f"depth: {one.depth}"
     yield "allocated size: " + ("unknown" if size is None else f"{human_size(size)} ({size} bytes)")
-    yield f"used by: {', '.join(users) or 'no other overlay'}"
+    yield f"used by: {', '.join(one.used_by) or 'no other overlay'}"
 
 
 def describe(one: Info | RawInfo) -> dict[str, object]:

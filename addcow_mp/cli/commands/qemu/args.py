@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from enum import StrEnum
 from typing import Annotated
@@ -34,15 +33,14 @@ def command(
     opening: Opening,
 ) -> None:
     """Print what to give to QEMU for an overlay that is lent to it."""
-    from addcow_mp.jobs.qemu_args import NODE, blockdev, lent_chain, libvirt
+    from addcow_mp.jobs.qemu_args import qemu_args
 
-    layers = lent_chain(file, opening.access(share=True))
+    found = qemu_args(file, opening.access())
     if output is Form.json:
-        print_document(blockdev(layers))
+        print_document(found.blockdev)
     elif output is Form.libvirt:
-        print(libvirt(layers))
+        print(found.libvirt)
     else:
-        print(f"-blockdev {shlex.quote(json.dumps(blockdev(layers)))}")
-        # Zeros as data: a qcow2 file makes others in its tables, over the image file's old data,
-        # which a power cut can bring back when the guest writes there again.
-        print(f"-device virtio-blk-pci,drive={NODE},write-zeroes=off")
+        words = iter(found.options)
+        for option, value in zip(words, words, strict=True):
+            print(f"{option} {shlex.quote(value)}")

@@ -11,7 +11,7 @@ from addcow_mp.cli.findings import print_layers
 from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.messages import one_line
 from addcow_mp.cli.options import LockingOption, Printing, StateFile
-from addcow_mp.farm.scrub_state import Entry, Record, Status, read
+from addcow_mp.farm.scrub_state import Entry, Record, ScrubStatus, read
 from addcow_mp.findings import DIFFERENT, UNVERIFIED
 from addcow_mp.units import human_size
 
@@ -37,7 +37,7 @@ def command(*, state: StateFile, printing: Printing, locking: LockingOption = "o
     raise typer.Exit(status.exit_code)
 
 
-def _coverage(status: Status) -> dict[str, object]:
+def _coverage(status: ScrubStatus) -> dict[str, object]:
     layers = status.layers
     verified = [one.verified for one in layers if one.verified is not None]
     pass_ = max((run.pass_ for run in status.runs), default=0)

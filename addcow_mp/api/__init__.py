@@ -1,0 +1,1 @@
+"""The public functions of ``addcow_mp``, which imports them when they are first used."""

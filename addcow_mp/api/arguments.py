@@ -1,0 +1,340 @@
+"""Arguments that the public functions share: paths, and the keywords of jobs.
+
+The keywords come in groups (:class:`Stoppable` and those that extend it). A function that takes
+``**keywords: Unpack[Copying]`` accepts each keyword of that group: a type checker knows them, and
+:func:`public` makes the function refuse all others and show these in its signature. What they are
+by default stands in :data:`DEFAULTS`. :func:`working` turns them into the settings and hooks of a
+job.
+
+What a function of the caller raises stops the job in the same way, and is raised in the end.
+
+The keywords are:
+
+``progress``
+    Called with the bytes done and all bytes, now and then.
+``counted``
+    Called with the images (or layers) done and all of them, after ``progress``.
+``stopping``
+    Asked again and again, perhaps by other threads of this process. Once it returns true, no more
+    work begins, finished work is published, and the call raises :class:`StoppedError`.
+``time_limit``
+    Seconds after which the same happens, with :class:`TimeLimitError`; None = no limit.
+``note``
+    Called with a line about what the job waits for.
+``log``
+    Called with each event: the plan, a step that begins, the result of an image, that of all.
+``on_error``
+    ``skip``: after an image was refused or failed, the others go on; ``stop``: no other begins.
+``jobs``
+    The number of worker processes: None = as many as there are usable processors, 0 = none, the
+    work is done in the calling process.
+``idle``
+    Use the disk only when no other program does, where the system can.
+``rate``
+    Bytes per second for all processes together; None or 0 = no limit.
+``copy``
+    The one method of copying: ``clone``, ``range``, ``buffer`` or ``map``; ``auto`` = choose.
+``direct``
+    Copy past the page cache.
+``sparse``
+    Aligned blocks of so many zero bytes become holes; 0 = do not look for zeros, None = as the
+    command does.
+``access``
+    Which files may be opened and how; None = only beneath the directory of the image itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, cast, get_args
+
+from addcow_mp.device.access import Access
+from addcow_mp.errors import StoppedError, UsageError
+from addcow_mp.format.header import ADD_COW, RAW
+
+if TYPE_CHECKING:
+    from addcow_mp.device.copying import CopyOptions
+    from addcow_mp.farm.farm_job import Event
+    from addcow_mp.jobs.options import Hooks, RunOptions
+
+AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+"""The name of a file, in every form that Python knows."""
+
+CopyChoice = Literal["auto", "clone", "range", "buffer", "map"]
+OnError = Literal["skip", "stop"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# Keywords
+
+
+class Stoppable(TypedDict, total=False):
+    """The keywords of every call that takes a while."""
+
+    access: Access | None
+    stopping: Callable[[], bool] | None
+    time_limit: float | None
+    note: Callable[[str], None] | None
+
+
+class Planning(Stoppable, total=False):
+    """Those of calls that other processes help with."""
+
+    jobs: int | None
+    idle: bool
+
+
+class Working(Planning, total=False):
+    """Those of calls with progress."""
+
+    progress: Callable[[int, int], None] | None
+
+
+class Reading(Working, total=False):
+    """Those of calls that read as fast as they may."""
+
+    rate: int | None
+
+
+class Copying(Reading, total=False):
+    """Those of calls that copy."""
+
+    copy: CopyChoice
+    direct: bool
+    sparse: int | None
+
+
+class _Counting(TypedDict, total=False):
+    counted: Callable[[int, int], None] | None
+
+
+class FarmReading(Reading, _Counting, total=False):
+    """Those of calls that read all images of a farm."""
+
+
+class _Changing(_Counting, total=False):
+    on_error: OnError
+    log: Callable[[Event], None] | None
+
+
+class FarmChanging(Working, _Changing, total=False):
+    """Those of calls that change all images of a farm."""
+
+
+class FarmCopying(Copying, _Changing, total=False):
+    """Those of calls that copy in all images of a farm."""
+
+
+#: What each keyword is by default, in the order in which signatures show them.
+DEFAULTS: FarmCopying = {
+    "progress": None,
+    "counted": None,
+    "stopping": None,
+    "time_limit": None,
+    "note": None,
+    "log": None,
+    "on_error": "skip",
+    "jobs": None,
+    "idle": False,
+    "rate": None,
+    "copy": "auto",
+    "direct": False,
+    "sparse": None,
+    "access": None,
+}
+
+
+def public(function: F) -> F:
+    """``function``, which refuses keywords that are not in its group, and shows those that are."""
+    group = globals()[function.__annotations__["keywords"].removeprefix("Unpack[")[:-1]]
+    hints = group.__annotations__
+    own = [one for name, one in signature(function).parameters.items() if name != "keywords"]
+    shared = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=_as_text(hints[name]))
+        for name, default in DEFAULTS.items()
+        if name in hints
+    ]
+    names = {one.name for one in (*own, *shared)}
+
+    @wraps(function)
+    def call(*values: object, **keywords: object) -> object:
+        for name in keywords.keys() - names:
+            problem = f"{function.__name__}() got an unexpected keyword argument '{name}'"
+            raise TypeError(problem)
+        return function(*values, **keywords)
+
+    described = signature(function).replace(parameters=[*own, *shared])
+    call.__signature__ = described  # type: ignore[attr-defined]
+    return cast("F", call)
+
+
+def _as_text(hint: Any) -> str:
+    text: str = hint.__forward_arg__
+    return text
+
+
+# What a call does with them
+
+
+class Run(NamedTuple):
+    """The settings and hooks of a call, whether its time limit is over, and the log of a farm."""
+
+    options: RunOptions
+    hooks: Hooks
+    is_late: Callable[[], bool]
+    log: Callable[[Event], None]
+
+
+@contextmanager
+def running(given: Mapping[str, object], *, usual: int = 0) -> Iterator[Run]:
+    """A block with the settings that the keywords ``given`` say. The time limit begins now.
+
+    ``usual``: what ``sparse`` is by default.
+    """
+    from addcow_mp.engine.throttle import idle_priority
+    from addcow_mp.jobs.options import RunOptions, late_after
+
+    found = cast("FarmCopying", {**DEFAULTS, **given})
+    limit = found["time_limit"]
+    check_number("time_limit", limit, (int, float))
+    is_late = late_after(limit)
+    check_number("jobs", found["jobs"])
+    options = RunOptions(found["jobs"], allowed(found["access"]), _copy_options(found, usual))
+    calls = _Calls(found)
+    run = Run(options, calls.hooks(), is_late, calls.function("log"))
+    with idle_priority(wanted=found["idle"]):
+        try:
+            yield run
+        except StoppedError:
+            if calls.error is None:
+                raise
+    if calls.error is not None:
+        raise calls.error
+
+
+@contextmanager
+def working(given: Mapping[str, object], *, usual: int = 0) -> Iterator[tuple[RunOptions, Hooks]]:
+    """The same, with hooks that also stop the job at its time limit."""
+    from addcow_mp.jobs.options import limited
+
+    with running(given, usual=usual) as run, limited(run.hooks, run.is_late) as hooks:
+        yield run.options, hooks
+
+
+class _Calls:
+    """The functions of the caller among the keywords ``found``.
+
+    What one of them raises is kept as ``error`` and stops the job: tasks would report it as a fault
+    of theirs, and finished work would not be published.
+    """
+
+    def __init__(self, found: FarmCopying) -> None:
+        self._found = cast("Mapping[str, Any]", found)
+        self._is_stopped = False
+        self.error: Exception | None = None
+
+    def hooks(self) -> Hooks:
+        """The hooks of a job."""
+        from addcow_mp.jobs.options import Hooks
+
+        progress, counted = self.function("progress"), self.function("counted")
+        return Hooks(progress, self._stopping(), counted, self.function("note"))
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The function given as ``name``, or one that does nothing."""
+        function = self._found[name]
+        if function is None:
+            return lambda *_: None
+        if not callable(function):
+            raise TypeError(f"{name}: give a function or None, not {type(function).__name__}")
+
+        def call(*values: object) -> object:
+            try:
+                return None if self.error is not None else function(*values)
+            except Exception as error:
+                self.error = error
+                return None
+
+        return call
+
+    def _stopping(self) -> Callable[[], bool]:
+        """Whether the job must stop; once it must, it always must."""
+        asked = self.function("stopping")
+
+        def stopping() -> bool:
+            self._is_stopped = self._is_stopped or bool(asked()) or self.error is not None
+            return self._is_stopped
+
+        return stopping
+
+
+def _copy_options(found: FarmCopying, usual: int) -> CopyOptions:
+    from addcow_mp.device.copying import CopyOptions
+
+    copy, sparse, rate = found["copy"], found["sparse"], found["rate"]
+    one_of("copy", copy, get_args(CopyChoice))
+    check_number("rate", rate)
+    check_number("sparse", sparse)
+    return CopyOptions.chosen(copy, sparse, direct=found["direct"], rate=rate or 0, usual=usual)
+
+
+# Single arguments
+
+
+def text(path: AnyPath, argument: str) -> str:
+    """Return the path as text. Raises :class:`TypeError`, which names the ``argument``."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        wanted = "give a str, bytes or os.PathLike"
+        raise TypeError(f"{argument}: {wanted}, not {type(path).__name__}") from None
+
+
+def texts(places: AnyPath | Iterable[AnyPath], argument: str) -> list[str]:
+    """Return one path, or several, as text. Raises :class:`UsageError` for none."""
+    if isinstance(places, str | bytes | os.PathLike) or not isinstance(places, Iterable):
+        return [text(places, argument)]
+    listed = [text(one, argument) for one in places]
+    if not listed:
+        raise UsageError(message=f"{argument}: name at least one directory or file")
+    return listed
+
+
+def allowed(access: Access | None) -> Access:
+    """Return ``access`` with its roots as text."""
+    access = Access() if access is None else access
+    if isinstance(access.roots, str | bytes | os.PathLike):
+        raise TypeError("roots: give a sequence of directories, not one name")
+    patterns: object = access.exclude
+    if isinstance(patterns, str | bytes):
+        raise TypeError("exclude: give a sequence of patterns, not one pattern")
+    return access._replace(roots=tuple(text(root, "roots") for root in access.roots))
+
+
+def one_of(argument: str, value: object, choices: Iterable[str]) -> None:
+    """Raise :class:`UsageError` unless ``value`` is one of the ``choices``."""
+    known = list(choices)
+    if value not in known:
+        raise UsageError(message=f"invalid {argument} {value!r}: give {' or '.join(known)}")
+
+
+def check_format(argument: str, value: object) -> None:
+    """Raise :class:`UsageError` unless ``value`` is a format that is opened here."""
+    one_of(argument, value, (ADD_COW, RAW))
+
+
+def check_number(
+    argument: str, value: object, kinds: tuple[type, ...] = (int,), least: int = 0
+) -> None:
+    """Raise unless ``value`` is None, or a number of one of the ``kinds``, not below ``least``."""
+    if value is None:
+        return
+    if not isinstance(value, kinds):
+        raise TypeError(f"{argument}: give a number or None, not {type(value).__name__}")
+    if not value >= least:  # type: ignore[operator]
+        raise UsageError(message=f"invalid {argument} {value}: give {least} or more, or None")
