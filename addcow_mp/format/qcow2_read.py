@@ -12,6 +12,9 @@ from enum import IntEnum
 from heapq import merge
 from typing import NamedTuple
 
+from bitarray import bitarray
+
+from addcow_mp.format.bits import BITS_PER_BYTE
 from addcow_mp.format.qcow2 import Header, Read
 from addcow_mp.format.qcow2_entries import (
     ALL_SUBCLUSTERS,
@@ -60,6 +63,8 @@ def extents(header: Header, read: Read, length: int) -> Iterator[Extent]:
     _refuse_overlaps(header, read, length)
     pending = Extent(0, 0, State.EMPTY)
     for start, stop, state in _table_extents(header, read):
+        if start >= stop:
+            continue
         if state == pending.state:
             pending = Extent(pending.start, stop, state)
         else:
@@ -131,7 +136,7 @@ def _sorted_offsets(header: Header, read: Read) -> Iterator[int]:
 
 
 def _table_extents(header: Header, read: Read) -> Iterator[tuple[int, int, State]]:
-    """The extents of all tables in order; ranges without a table are empty."""
+    """The extents of all tables in order; ranges without a table are empty. Some have no bytes."""
     tables = Tables(header.cluster_size, extended=header.extended)
     position, size = 0, header.fixed.size
     for number, offset in _l1_entries(header, read):
@@ -141,9 +146,24 @@ def _table_extents(header: Header, read: Read) -> Iterator[tuple[int, int, State
         position = min(start + tables.coverage, size)
         used = -(-(position - start) // tables.cluster_size) * tables.entry_size
         raw = _read_all(read, offset, used)
-        yield from _entry_extents(tables, start, raw)
+        first, stop = _used_entries(tables, raw)
+        used_start, used_stop = (start + one * tables.cluster_size for one in (first, stop))
+        yield start, used_start, State.EMPTY
+        entries = raw[first * tables.entry_size : stop * tables.entry_size]
+        yield from _entry_extents(tables, used_start, entries)
+        yield used_stop, position, State.EMPTY
     if position < size:
         yield position, size, State.EMPTY
+
+
+def _used_entries(tables: Tables, raw: bytes) -> tuple[int, int]:
+    """The first of the entries ``raw`` that is not empty, and the end of the last one.
+
+    A table of a sparse disk has few entries, and most of it is skipped so.
+    """
+    bits, size = bitarray(buffer=raw), BITS_PER_BYTE * tables.entry_size
+    first = bits.find(1)
+    return (0, 0) if first < 0 else (first // size, bits.find(1, right=True) // size + 1)
 
 
 def _entry_extents(tables: Tables, start: int, raw: bytes) -> Iterator[tuple[int, int, State]]:
