@@ -384,9 +384,10 @@ class Overlay:
         self.all_allocated = header.all_allocated
 
     def close(self) -> None:
-        """Flush and close all files, including those below."""
+        """Flush what a guest has written, and close all files, including those below."""
         try:
-            if self.cow.fd >= 0 and self._failed is None:
+            # A job has synced what must be durable: another sync would wait for the disk again.
+            if self._has_changed and self.cow.fd >= 0 and self._failed is None:
                 self.flush()
             if self.backing is not None:
                 self.backing.close()

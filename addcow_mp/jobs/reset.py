@@ -41,8 +41,6 @@ def reset(path: str, *, options: RunOptions = DEFAULTS, shared: Shared = ALONE) 
             _reset(overlay)
         report.bytes_freed = max(0, before - overlay.image.file.allocated)
         report.outcome = Outcome.DONE
-        # Nothing was written that a flush would have to make durable: a sync less for each image.
-        overlay.abandon()
     return report
 
 
