@@ -1,8 +1,9 @@
 """addcow-mp: a memory-mapped, multiprocess batch tool for add-cow disk images.
 
 This is the public interface: a function for each command of the command line, with the name of the
-command (``farm_check`` is ``addcow farm check``). Three have names of their own: ``extents`` is
-``addcow map``, ``chain_info`` is ``addcow info --backing-chain``, and ``open`` does what
+command (``farm_check`` is ``addcow farm check``). Some have names of their own: ``extents`` is
+``addcow map``, ``chain_info`` is ``addcow info --backing-chain``, ``repair`` is
+``addcow check -r``, ``create_raw`` is ``addcow create -f raw``, and ``open`` does what
 ``addcow io`` does.
 
 Paths are ``str``, ``bytes`` or path objects. Offsets, lengths and sizes are in bytes, times in

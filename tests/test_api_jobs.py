@@ -588,6 +588,16 @@ def test_stop_that_is_asked_for_once_is_a_stop(tmp_path: Path) -> None:
     path, watch = large(tmp_path), Watch()
     with pytest.raises(addcow_mp.StoppedError):
         addcow_mp.commit(path, jobs=0, progress=watch.progress, stopping=watch.stopping_once)
+    (tmp_path / "farm").mkdir()
+    shelf(tmp_path / "farm", 5)
+    with pytest.raises(addcow_mp.StoppedError):
+        addcow_mp.farm_commit(
+            tmp_path / "farm",
+            jobs=0,
+            rate=1 << 40,
+            counted=watch.progress,
+            stopping=watch.stopping_once,
+        )
 
 
 def test_time_limit_in_the_middle_of_a_job_is_an_error_of_its_own(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from typing import Any
 
 import pytest
 
+from addcow_mp.errors import AddcowError
+from addcow_mp.farm import scrub_state
 from support.command import (
     CLUSTER,
     KiB,
@@ -1642,3 +1645,41 @@ def test_scrub_remembers_damage_of_a_layer_that_is_absent(shop: Shop) -> None:
     (base,) = (one for one in shop.layers() if one["filename"].endswith("base.img"))
     assert base["exit"] == 2
     assert base["ranges"]
+
+
+# ---- threads ----
+
+
+def is_locked(state: Path) -> bool:
+    """Whether another process finds the database locked."""
+    words = (
+        "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN IMMEDIATE')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", words, str(state)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 or "locked" in done.stderr, done
+    return done.returncode != 0
+
+
+def test_state_is_locked_while_a_thread_of_the_same_process_reads_it(tmp_path: Path) -> None:
+    state = tmp_path / "state.db"
+    with scrub_state.opened(str(state)) as opened:
+        opened._database.execute("BEGIN IMMEDIATE")
+        assert is_locked(state)
+        for call in (scrub_state.read, lambda path: scrub_state.opened(path).__enter__()):
+            errors: list[AddcowError] = []
+
+            def run(call: Callable[[str], object] = call, errors: Any = errors) -> None:
+                try:
+                    call(str(state))
+                except AddcowError as error:
+                    errors.append(error)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            assert is_locked(state)
+        assert "another scrub is using it" in str(errors[0])
+        opened._database.execute("COMMIT")
+    assert not is_locked(state)

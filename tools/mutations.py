@@ -590,4 +590,33 @@ MUTATIONS = (
         "",
         _in("quick_estimate", "plan_refuses_a_file_that_a_guest_writes"),
     ),
+    # From Python
+    Mutation(
+        "api: the stop of a time limit is one like any other",
+        "addcow_mp/jobs/options.py",
+        "        raise error.at_time_limit() from error\n",
+        "        raise\n",
+        _in("api_jobs", "time_limit_in_the_middle_of_a_job_is_an_error_of_its_own"),
+    ),
+    Mutation(
+        "api: a stop is forgotten",
+        "addcow_mp/api/arguments.py",
+        "self._is_stopped = self._is_stopped or bool(asked())",
+        "self._is_stopped = bool(asked())",
+        _in("api_jobs", "stop_that_is_asked_for_once_is_a_stop"),
+    ),
+    Mutation(
+        "api: an error of the caller's function is one of the task",
+        "addcow_mp/api/arguments.py",
+        "                self.error = error\n                return None\n",
+        "                raise\n",
+        _in("api_jobs", "error_in_a_callers_function_stops_the_job_and_is_raised"),
+    ),
+    Mutation(
+        "scrub state: reading it drops the locks of a scrub in another thread",
+        "addcow_mp/farm/scrub_state.py",
+        "        if identity_at(path) in _in_use:\n            return",
+        "        if False:\n            return",
+        _in("scrub", "state_is_locked_while_a_thread_of_the_same_process_reads_it"),
+    ),
 )
