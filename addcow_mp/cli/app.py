@@ -26,7 +26,7 @@ _GROUPS = {
         "Create, inspect, change, commit and flatten add-cow disk images.",
         (
             *("create", "info", "map", "check", "verify", "convert", "compare"),
-            *("commit", "flatten", "reset", "drop", "resize", "snapshot"),
+            *("commit", "flatten", "rebase", "reset", "drop", "resize", "snapshot"),
             *("io", "serve", "manifest", "farm", "qemu"),
         ),
     ),

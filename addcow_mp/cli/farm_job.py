@@ -15,6 +15,7 @@ from addcow_mp.cli.messages import warn
 from addcow_mp.cli.options import (
     ChangeOptions,
     CopyingOptions,
+    DryRun,
     FarmProgress,
     ListPrinting,
     OnError,
@@ -39,7 +40,7 @@ class FarmRunOptions(OptionGroup):
     """The options of every job on a farm."""
 
     places: Places
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False
+    dry_run: DryRun = False
     on_error: Annotated[
         OnError,
         typer.Option("--on-error", help="skip: the others go on; stop: begin nothing more"),

@@ -1,4 +1,4 @@
-"""The options of the commands that change one overlay, and their one run."""
+"""The options of the commands that move the data of one overlay, and their one run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from addcow_mp.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from addcow_mp.jobs.report import Report
+    from addcow_mp.jobs.report import Estimate, Report
 
 
 class ImageJobOptions(OptionGroup):
-    """The options of ``commit`` and ``flatten``."""
+    """The options of ``commit``, ``flatten`` and ``rebase``."""
 
     overlay: OverlayFile
     verify: Verify = False
@@ -41,3 +41,21 @@ class ImageJobOptions(OptionGroup):
         ):
             report = job(self.overlay.file, verifies=self.verify, options=options, hooks=hooks)
         self.printing.report(report, sentence)
+
+    def plan(self, operation: str, estimate: Callable[..., Estimate | None]) -> None:
+        """Print what ``operation`` would do with the overlay, by ``estimate``."""
+        from addcow_mp.cli.jsontext import print_document
+        from addcow_mp.cli.planned import Planned
+
+        access = self.changing.access_for(self.copying, writes=False)
+        copy_options, quiet = self.copying.copy_options(), self.printing.quiet
+        with self.workers.working(access, copy_options, self.progress, quiet=quiet) as (
+            options,
+            hooks,
+        ):
+            found = estimate(self.overlay.file, options=options, hooks=hooks)
+        planned = Planned(self.overlay.file, operation, found)
+        if self.printing.as_json:
+            print_document(planned.as_json())
+        elif not quiet:
+            print(planned.line)

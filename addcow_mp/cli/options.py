@@ -177,6 +177,7 @@ TimeLimit = Annotated[
     str | None,
     typer.Option("--time-limit", metavar="TIME", help="stop after 90s, 30m, 2h; the rest is left"),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be done")]
 Discard = Annotated[bool, typer.Option("--discard", help="then remove the .add-cow file")]
 Exclude = Annotated[
     list[str] | None,

@@ -7,11 +7,20 @@ operation makes of it. Everything that can be refused is refused here, before an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.files import BACKING, COW, IMAGE, File, identity_at, is_device
+from addcow_mp.device.files import (
+    BACKING,
+    COW,
+    IMAGE,
+    File,
+    identity_at,
+    is_device,
+    sync_directory,
+)
 from addcow_mp.device.headers import (
     MAX_DEPTH,
     Names,
@@ -58,16 +67,23 @@ RESET: Uses = {0: Use(RESIZING, WRITING), 1: Use(READING, READING)}
 LENDING: Uses = {0: Use(RESIZING, RESIZING)}
 #: The overlay gets another virtual size.
 RESIZE: Uses = LENDING
+#: The overlay is written, and gets another backing file.
+REBASE: Uses = {0: Use(RESIZING, WRITING)}
 
 
 def open_chain(
-    path: str, uses: Uses = READ, access: Access | None = None, *, lent: bool = False
+    path: str,
+    uses: Uses = READ,
+    access: Access | None = None,
+    *,
+    lent: bool = False,
+    alone: bool = False,
 ) -> Overlay:
     """Open and lock the overlay at ``path`` and all files below it. Raises :class:`AddcowError`.
 
-    ``lent``: overlays that are lent to QEMU are accepted.
+    ``lent``: overlays that are lent to QEMU are accepted. ``alone``: nothing below is opened.
     """
-    overlay = _open(path, ADD_COW, _Opening(uses, access or Access(), lent=lent))
+    overlay = _open(path, ADD_COW, _Opening(uses, access or Access(), lent=lent, alone=alone))
     assert isinstance(overlay, Overlay)  # noqa: S101 - the class of that format
     return overlay
 
@@ -80,9 +96,20 @@ def open_layer(path: str, format_: str, uses: Uses = READ, access: Access | None
     return _open(path, format_, _Opening(uses, access or Access()))
 
 
-def _open(path: str, format_: str, opening: _Opening) -> Layer:
+def open_below(overlay: Overlay, path: str, format_: str, access: Access) -> Layer:
+    """Open ``path``, to be the backing file of ``overlay``, and all files below it, for reading.
+
+    Raises :class:`AddcowError`, also where the overlay would be in its own chain.
+    """
+    opening = _Opening(READ, access)
+    for file in (overlay.cow, overlay.image.file):
+        opening.note(file)
+    return _open(path, format_, opening, depth=1)
+
+
+def _open(path: str, format_: str, opening: _Opening, depth: int = 0) -> Layer:
     try:
-        return opening.layer(path, format_, 0)
+        return opening.layer(path, format_, depth)
     except BaseException:
         for file in opening.opened:
             file.close()
@@ -92,9 +119,12 @@ def _open(path: str, format_: str, opening: _Opening) -> Layer:
 class _Opening:
     """The state while a chain is opened: the use of its files, and the files that are open."""
 
-    def __init__(self, uses: Uses, access: Access, *, lent: bool = False) -> None:
+    def __init__(
+        self, uses: Uses, access: Access, *, lent: bool = False, alone: bool = False
+    ) -> None:
         self._uses = uses
         self._lent = lent
+        self._alone = alone
         self._access = access
         self._seen: dict[tuple[int, int], str] = {}
         self._has_device = False
@@ -127,7 +157,7 @@ class _Opening:
         if names.backing is None or names.backing_format is None:
             return None
         # With ALL_ALLOCATED the backing file may be missing: only a job that uses it needs it.
-        if header.all_allocated and depth + 1 not in self._uses:
+        if self._alone or (header.all_allocated and depth + 1 not in self._uses):
             return None
         with errors_naming(cow, names.backing, "backing file") as target:
             return self.layer(target, names.backing_format, depth + 1)
@@ -155,9 +185,13 @@ class _Opening:
                 "backing file must be different files",
             )
 
+    def note(self, file: File) -> None:
+        """Enter an open file of the chain."""
+        self._seen[file.identity] = file.path
+
     def _check(self, file: File) -> None:
         self._refuse_seen(file.path, file.identity)
-        self._seen[file.identity] = file.path
+        self.note(file)
         self._has_device = self._has_device or is_device(file.identity)
         if self._has_device:
             from addcow_mp.device.holders import refuse_same_storage
@@ -184,6 +218,15 @@ def depth_of(layer: Layer | None) -> int:
 def readers_of_chain(layer: Layer | None) -> Readers:
     """The users who may read every file of the chain."""
     return readers_of(file.fd for file in _files_of_chain(layer))
+
+
+def sync_chain(layer: Layer) -> None:
+    """Make every file of the chain and its name durable. Raises :class:`SyncError`."""
+    files = list(_files_of_chain(layer))
+    for file in files:
+        file.sync(attributes=True)
+    for path in {os.path.dirname(file.real): file.real for file in files if file.durable}.values():
+        sync_directory(path)
 
 
 def _files_of_chain(layer: Layer | None) -> Iterator[File]:

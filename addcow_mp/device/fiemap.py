@@ -1,4 +1,4 @@
-"""The data of a fragmented file, many extents with one system call (FIEMAP).
+"""The extents of a file, many with one system call (FIEMAP).
 
 ``SEEK_DATA`` and ``SEEK_HOLE`` cost two calls for each run of data. FIEMAP lists the extents of a
 file, and says more and less than they do:
@@ -17,6 +17,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from addcow_mp.device.mounts import filesystem_type
 from addcow_mp.format.bits import Run
@@ -25,9 +26,13 @@ from addcow_mp.format.bits import Run
 _FS_IOC_FIEMAP = 0xC020660B
 #: start, length, flags, extents that were listed, room for extents, nothing
 _REQUEST = struct.Struct("QQIIII")
-#: Of an extent: offset in the file, length, flags. Its place on the disk is skipped.
-_EXTENT = struct.Struct("Q8xQ16xI12x")
+#: Of an extent: offset in the file, place on the disk, length, flags.
+_EXTENT = struct.Struct("QQQ16xI12x")
 _UNWRITTEN = 0x800
+_LAST, _MERGED, _SHARED = 0x1, 0x1000, 0x2000
+
+#: Of a request: what is in memory is written first, so that the list is complete.
+_SYNC = 0x1
 
 #: Extents in one call: their list has 56 KiB.
 BATCH = 1024
@@ -49,7 +54,7 @@ def data_runs(fd: int, start: int, stop: int, seek_runs: SeekRuns) -> Iterator[R
     stop = min(stop, os.fstat(fd).st_size)
     first = last = start
     for listed in _lists(fd, start, stop):
-        for offset, length, flags in listed:
+        for offset, _, length, flags in listed:
             if flags & _UNWRITTEN:
                 parts = list(seek_runs(fd, max(offset, start), min(offset + length, stop)))
             else:
@@ -64,16 +69,41 @@ def data_runs(fd: int, start: int, stop: int, seek_runs: SeekRuns) -> Iterator[R
         yield first, min(last, stop)
 
 
-def _lists(fd: int, start: int, stop: int) -> Iterator[Iterator[tuple[int, int, int]]]:
-    """The extents that touch ``[start, stop)``, in lists: offset, length, flags."""
+class Place(NamedTuple):
+    """The bytes ``[start, stop)`` of a file in one piece of the disk; ``shift``: how far away.
+
+    ``is_shared``: other files may have the same piece, and its bytes are those of the file.
+    """
+
+    start: int
+    stop: int
+    shift: int
+    is_shared: bool
+
+
+def places(fd: int, start: int, stop: int) -> Iterator[Place]:
+    """Where the bytes ``[start, stop)`` lie on the disk, after all of them were written there.
+
+    Extents are not cut at the borders of the range. Raises :class:`OSError`.
+    """
+    for listed in _lists(fd, start, stop, _SYNC):
+        for offset, place, length, flags in listed:
+            is_shared = flags & ~(_LAST | _MERGED) == _SHARED
+            yield Place(offset, offset + length, place - offset, is_shared)
+
+
+def _lists(
+    fd: int, start: int, stop: int, wanted: int = 0
+) -> Iterator[Iterator[tuple[int, int, int, int]]]:
+    """The extents that touch ``[start, stop)``, in lists: offset, place, length, flags."""
     answer = bytearray(_REQUEST.size + BATCH * _EXTENT.size)
     while start < stop:
-        _REQUEST.pack_into(answer, 0, start, stop - start, 0, 0, BATCH, 0)
+        _REQUEST.pack_into(answer, 0, start, stop - start, wanted, 0, BATCH, 0)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, answer)
         count = _REQUEST.unpack_from(answer)[3]
         end = _REQUEST.size + count * _EXTENT.size
         yield _EXTENT.iter_unpack(memoryview(answer)[_REQUEST.size : end])
         if count < BATCH:
             return
-        offset, length, _ = _EXTENT.unpack_from(answer, end - _EXTENT.size)
+        offset, _, length, _ = _EXTENT.unpack_from(answer, end - _EXTENT.size)
         start = offset + length

@@ -121,6 +121,18 @@ def read_mapped(fd: int, view: memoryview, offset: int) -> bool:
     return True
 
 
+def populate(window: mmap.mmap) -> None:
+    """Read all pages of a mapping. Raises :class:`OSError` for one that cannot be read.
+
+    Older systems (before Linux 5.14) do nothing.
+    """
+    try:
+        window.madvise(_MADV_POPULATE_READ)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
 def birth_time(fd: int) -> int:
     """The time at which the file was created, in nanoseconds; 0 if it is not recorded."""
     libc, ctypes = _libc()

@@ -6,13 +6,13 @@ skipped in one step. Weights are estimates: only the spread of work and the prog
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from addcow_mp.device.files import File
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.tasks import TASK_BYTES, Stretch
-from addcow_mp.format.bits import BITS_PER_BYTE
+from addcow_mp.format.bits import BITS_PER_BYTE, Run
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.units import round_down, round_up
 
@@ -44,15 +44,37 @@ def allocated_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
         yield Stretch(first, first + step, count * geometry.cluster_size)
 
 
-def unallocated_stretches(overlay: Overlay, aligned: int) -> Iterator[Stretch]:
-    """Yield stretches that have data in the chain and clusters that are not allocated."""
+def unallocated_stretches(
+    overlay: Overlay, aligned: int, files: list[File] | None = None
+) -> Iterator[Stretch]:
+    """Yield stretches that have data in ``files`` and clusters that are not allocated.
+
+    ``files``: those of the chain by default.
+    """
     geometry = overlay.geometry
-    for stretch in data_stretches(list(overlay.files()), geometry, aligned):
+    files = list(overlay.files()) if files is None else files
+    for stretch in data_stretches(files, geometry, aligned):
         stop = min(stretch.stop, geometry.clusters)
         missing = stop - stretch.first - overlay.bitmap.count(stretch.first, stop)
         if missing:
             weight = min(stretch.weight, missing * geometry.cluster_size)
             yield Stretch(stretch.first, stretch.stop, weight)
+
+
+def stretches_of(runs: Iterable[Run], geometry: Geometry, aligned: int) -> Iterator[Stretch]:
+    """Yield stretches with the clusters of ``runs``, which are in order, weighed by their number."""
+    step = _step(geometry, aligned)
+    base, weight = -1, 0
+    for first, stop in runs:
+        while first < stop:
+            here = round_down(first, step)
+            end = min(stop, here + step)
+            if here != base and weight:
+                yield Stretch(base, base + step, weight)
+            base, weight = here, weight * (here == base) + (end - first) * geometry.cluster_size
+            first = end
+    if weight:
+        yield Stretch(base, base + step, weight)
 
 
 def data_stretches(files: list[File], geometry: Geometry, aligned: int) -> Iterator[Stretch]:

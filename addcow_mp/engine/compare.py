@@ -1,18 +1,19 @@
-"""One task of comparing: whether two guests' views show the same bytes.
+"""Compares two views: where their guests see different bytes.
 
 For each extent that both sides agree on, the cheapest way is taken. Nothing is read when both sides
-use the same bytes of the same file, or both are zeros. When one side is zeros, only the other is
-read. Else both are mapped, window by window, and compared at the speed of memory. Differences are
-narrowed down to sectors.
+use the same bytes of the same file, share their blocks on the disk, or are zeros. When one side is
+zeros, only the other is read. Else both are mapped, window by window, and compared at the speed of
+memory. Differences are narrowed down to what the caller distinguishes: sectors, or clusters.
 
-An unreadable sector ends a process that reads it through a mapping. So only workers map files; the
-parent reads, and an error has a name. A side that is shorter reads as zeros behind its end.
+A sector that cannot be read ends a process that meets it in a mapping. So only workers map files,
+and the pages are read before they are looked at: what fails then is read again without a mapping,
+and the error has a name. A side that is shorter reads as zeros behind its end.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,17 +22,22 @@ from bitarray import bitarray
 from addcow_mp.device.extent import Extent, ExtentKind, joined
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.shared_blocks import unshared_runs
+from addcow_mp.device.syscalls import populate
 from addcow_mp.engine.tasks import Task
 from addcow_mp.engine.worker import WorkerContext
 from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
-from addcow_mp.units import SECTOR, KiB, MiB, round_down
+from addcow_mp.units import SECTOR, KiB, MiB, round_down, round_up
 
 #: Bytes of each side that are mapped at a time: bounds the resident memory.
 WINDOW = 16 * MiB
 
 #: Bytes compared at once where a window differs, before single sectors are compared.
 FINE = 64 * KiB
+
+#: Where a window differs, parts of these sizes are compared, each within a differing larger one.
+SECTORS = (FINE, SECTOR)
 
 #: Differing extents that one task reports; after them it only reports that there are more.
 MOST = 1000
@@ -51,54 +57,91 @@ class Comparison:
     ``first_only``: one difference per task is enough.
     """
 
-    def __init__(self, one: Layer, other: Layer, geometry: Geometry, *, first_only: bool) -> None:
+    def __init__(
+        self,
+        one: Layer,
+        other: Layer,
+        geometry: Geometry,
+        *,
+        first_only: bool,
+        maps: bool = False,
+    ) -> None:
         self.sides = (one, other)
         self.geometry = geometry
         self.first_only = first_only
-        self._files = [list(side.files()) for side in self.sides]
-        self._window = reading
+        self._views = Views(one, other, maps=maps)
 
     def __reduce__(self) -> tuple[object, ...]:
-        parts = (*self.sides, self.geometry)
-        return (partial(Comparison, first_only=self.first_only), parts, {"_window": mapped})
+        in_worker = partial(Comparison, first_only=self.first_only, maps=True)
+        return (in_worker, (*self.sides, self.geometry))
 
     def __call__(self, task: Task, worker: WorkerContext) -> Differences:
         """The differences within ``task``, which is in units of the geometry's clusters."""
         start, stop = self.geometry.span(task.first, task.stop)
         found: list[Run] = []
-        for run in merged(self._differences(start, stop, worker)):
+        check = partial(worker.check, self.sides[0].path)
+        for run in merged(self._views.differing(start, stop, SECTORS, check)):
             if len(found) == (1 if self.first_only else MOST):
                 return Differences(tuple(found), complete=False)
             found.append(run)
         return Differences(tuple(found))
 
-    def _differences(self, start: int, stop: int, worker: WorkerContext) -> Iterator[Run]:
-        for one, other in overlapping(*(_padded(side, start, stop) for side in self.sides)):
-            worker.check(self.sides[0].path)
-            if not self._equal_unread(one, other):
-                for first in range(one.start, one.stop, WINDOW):
-                    yield from self._compared(one, other, first, min(first + WINDOW, one.stop))
 
-    def _equal_unread(self, one: Extent, other: Extent) -> bool:
-        """Whether both are zeros, or the same bytes of the same file."""
-        if not (one.data and other.data):
-            return not one.data and not other.data
-        here, there = self._files[0][one.depth], self._files[1][other.depth]
-        return here.identity == there.identity
+class Views:
+    """Two views of the same range; None shows zeros.
 
-    def _compared(self, one: Extent, other: Extent, start: int, stop: int) -> Iterator[Run]:
+    ``shares``: blocks that two files share on the disk count as equal. The caller holds locks on
+    both files, so that nothing is written to them. ``maps``: files are mapped, not read.
+    """
+
+    def __init__(
+        self, one: Layer | None, other: Layer | None, *, shares: bool = False, maps: bool = False
+    ) -> None:
+        self._sides = (one, other)
+        self._shares = shares
+        self._files = [[] if side is None else list(side.files()) for side in self._sides]
+        self._window = mapped if maps else reading
+
+    def differing(
+        self, start: int, stop: int, parts: tuple[int, ...], check: Callable[[], None]
+    ) -> Iterator[Run]:
+        """The bytes of ``[start, stop)`` that differ, in order, as whole parts of the last size.
+
+        ``parts``: sizes, each a multiple of the next. ``check`` is called between two extents.
+        """
+        for one, other in overlapping(*(_padded(side, start, stop) for side in self._sides)):
+            check()
+            for first, last in self._to_read(one, other):
+                for window in range(first, last, WINDOW):
+                    end = min(window + WINDOW, last)
+                    yield from self._compared(one, other, window, end, parts)
+
+    def _to_read(self, one: Extent, other: Extent) -> Iterator[Run]:
+        """What of two extents has to be read: they are neither zeros nor the same blocks."""
+        if one.data and other.data:
+            here, there = self._files[0][one.depth], self._files[1][other.depth]
+            if here.identity == there.identity:
+                return
+            if self._shares:
+                yield from unshared_runs(here, there, one.start, one.stop)
+                return
+        if one.data or other.data:
+            yield one.start, one.stop
+
+    def _compared(
+        self, one: Extent, other: Extent, start: int, stop: int, parts: tuple[int, ...]
+    ) -> Iterator[Run]:
         views = [
             self._window(files[extent.depth], start, stop) if extent.data else None
             for extent, files in zip((one, other), self._files, strict=True)
         ]
-        for first, last in _narrowed(views[0], views[1], stop - start):
-            yield start + first, start + last
+        yield from _Pair(views[0], views[1], start).differing(start, stop, parts)
 
 
-def _padded(side: Layer, start: int, stop: int) -> Iterator[Extent]:
+def _padded(side: Layer | None, start: int, stop: int) -> Iterator[Extent]:
     """The extents of ``[start, stop)``; behind the end of ``side`` they are absent."""
-    held = max(start, min(stop, side.size))
-    if start < held:
+    held = start if side is None else max(start, min(stop, side.size))
+    if side is not None and start < held:
         yield from joined(side.walk(start, held))
     if held < stop:
         yield Extent(held, stop, 0, ExtentKind.ABSENT)
@@ -123,11 +166,12 @@ def mapped(file: File, start: int, stop: int) -> memoryview:
         window = mmap.mmap(
             file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
         )
-    except (OSError, ValueError):
-        # A file system without mappings, or a file that was cut short: reading tells which.
-        return reading(file, start, stop)
-    with file.doing(f"map {stop - start} bytes at {start}"):
         window.madvise(mmap.MADV_SEQUENTIAL)
+        populate(window)
+    except (OSError, ValueError):
+        # A file system without mappings, a file that was cut short, or a bad sector: reading tells
+        # which.
+        return reading(file, start, stop)
     return memoryview(window)[start - base :]
 
 
@@ -138,22 +182,30 @@ def reading(file: File, start: int, stop: int) -> memoryview:
     return view
 
 
-def _narrowed(one: memoryview | None, other: memoryview | None, length: int) -> Iterator[Run]:
-    """The differing sectors of two views of ``length`` bytes; None stands for zeros."""
-    if _same(one, other, 0, length):
-        return
-    for start in range(0, length, FINE):
-        stop = min(start + FINE, length)
-        if not _same(one, other, start, stop):
-            for first in range(start, stop, SECTOR):
-                last = min(first + SECTOR, stop)
-                if not _same(one, other, first, last):
-                    yield first, last
+@dataclass(frozen=True)
+class _Pair:
+    """The bytes of two files from ``base`` on, in memory; None stands for zeros."""
 
+    one: memoryview | None
+    other: memoryview | None
+    base: int
 
-def _same(one: memoryview | None, other: memoryview | None, start: int, stop: int) -> bool:
-    """Whether two views are equal in ``[start, stop)``; compared at the speed of memcmp."""
-    if one is None or other is None:
-        view = other if one is None else one
-        return view is None or not bitarray(buffer=view[start:stop]).any()
-    return bool(bitarray(buffer=one[start:stop]) == bitarray(buffer=other[start:stop]))
+    def differing(self, start: int, stop: int, parts: tuple[int, ...]) -> Iterator[Run]:
+        """The parts of ``[start, stop)`` that differ; they begin at multiples of their size."""
+        if self._same(start - self.base, stop - self.base):
+            return
+        if not parts:
+            yield start, stop
+            return
+        while start < stop:
+            end = min(stop, round_up(start + 1, parts[0]))
+            yield from self.differing(start, end, parts[1:])
+            start = end
+
+    def _same(self, start: int, stop: int) -> bool:
+        """Whether both are equal there; compared at the speed of memcmp."""
+        if self.one is None or self.other is None:
+            view = self.other if self.one is None else self.one
+            return view is None or not bitarray(buffer=view[start:stop]).any()
+        here, there = bitarray(buffer=self.one[start:stop]), bitarray(buffer=self.other[start:stop])
+        return bool(here == there)

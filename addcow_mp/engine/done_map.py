@@ -30,6 +30,9 @@ TOP, BELOW = 0, 1
 COUNTERS = 16
 _SLOT = 8 * COUNTERS
 
+#: The number of the counter of bytes that stay where they are.
+_PASSED = COUNTERS - 1
+
 #: The most bytes that are moved and not yet published: the work that a crash repeats.
 MOST_UNPUBLISHED = 512 * MiB
 
@@ -81,6 +84,15 @@ class DoneMap:
         base = slot * COUNTERS
         for number, amount in enumerate(amounts):
             self._counters[base + number] += amount
+
+    def add_passed(self, slot: int, amount: int) -> None:
+        """Add bytes that a process has looked at and that stay where they are."""
+        self._counters[slot * COUNTERS + _PASSED] += amount
+
+    @property
+    def passed(self) -> int:
+        """The bytes that all processes have looked at and not moved."""
+        return sum(self._counters[_PASSED : self._end : COUNTERS])
 
     @property
     def total(self) -> int:

@@ -46,7 +46,8 @@ class Publisher:
 
     ``data``: the file that receives bytes. ``backing``: an add-cow backing file whose marked
     clusters become allocated first. ``overlay``: the bits of its finished clusters become
-    ``value`` then, and their space in its image is freed if ``frees``.
+    ``value`` then, and their space in its image is freed if ``frees``. ``by_cluster``: only marked
+    clusters are finished, also those of tasks that have ended.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Publisher:
         value: int = 0,
         backing: Overlay | None = None,
         frees: bool = False,
+        by_cluster: bool = False,
     ) -> None:
+        self._by_cluster = by_cluster
         self._data = data
         self._done_map = done_map
         self._overlay = overlay
@@ -73,6 +76,8 @@ class Publisher:
 
         The ``last`` checkpoint of a job also frees the published space of unfinished tasks.
         """
+        if self._by_cluster:
+            finished = Finished([], sorted((*finished.ended, *finished.under_way)))
         # The copies precede the sync, and the overlay's precedes the backing file's.
         parts = self._marked(TOP, finished.under_way) if self._overlay else SparseBits()
         below = self._marked_below(finished, source)

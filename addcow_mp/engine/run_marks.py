@@ -17,11 +17,22 @@ from addcow_mp.units import round_down, round_up
 
 
 class RunMarks:
-    """How much of one run of clusters is done. ``slot`` selects the counters of the process."""
+    """How much of one run of clusters is done. ``slot`` selects the counters of the process.
+
+    ``every``: the clusters of long holes are marked as well.
+    """
 
     def __init__(
-        self, run: Run, geometry: Geometry, target: Target, done_map: DoneMap, slot: int
+        self,
+        run: Run,
+        geometry: Geometry,
+        target: Target,
+        done_map: DoneMap,
+        slot: int,
+        *,
+        every: bool = False,
     ) -> None:
+        self._every = every
         self._geometry, self._done_map, self._slot = geometry, done_map, slot
         self._target = target
         first, self._stop = run
@@ -44,7 +55,7 @@ class RunMarks:
         if start == stop:
             return
         self._pending[2] += stop - start
-        if stop - start > 2 * TASK_BYTES:
+        if stop - start > 2 * TASK_BYTES and not self._every:
             self._finish(self._clusters_before(min(stop, round_up(start, self._unit))))
             self._finish(self._clusters_before(stop), marks=False)
         else:

@@ -1,25 +1,35 @@
 """Selects the clusters that a job moves, and says where their bytes are read from.
 
-Commit moves the allocated clusters, flatten the missing ones, convert the whole view. A job that
-moves others adds a class. A selection is picklable to a worker process.
+Commit moves the allocated clusters, flatten the missing ones, convert the whole view, rebase those
+in which two backing files differ. A job that moves others adds a class. A selection is picklable to
+a worker process.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from addcow_mp.device.extent import Extent
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.format.bits import Run
+from addcow_mp.engine.compare import Views
+from addcow_mp.engine.differences import KnownDifferences
+from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
 
 
 class Selection(ABC):
-    """Clusters of ``layer``, in units of ``geometry``. ``source``: the layer that is read."""
+    """Clusters of ``layer``, in units of ``geometry``. ``source``: the layer that is read.
+
+    ``leaves_some``: the bits of clusters that are not selected stay as they are, so what is moved
+    is marked cluster by cluster.
+    """
+
+    leaves_some = False
 
     def __init__(self, layer: Layer, geometry: Geometry, source: Layer | None) -> None:
         self.layer = layer
@@ -30,9 +40,17 @@ class Selection(ABC):
     def runs(self, first: int, stop: int) -> Iterator[Run]:
         """Yield the runs of selected clusters in ``[first, stop)``."""
 
+    def searched(self, first: int, stop: int, check: Callable[[], None]) -> Iterator[Run]:  # noqa: ARG002
+        """Yield the same runs; ``check`` is called while it takes time to find them."""
+        return self.runs(first, stop)
+
     @abstractmethod
     def extents(self, start: int, stop: int) -> Iterator[Extent]:
         """Yield the extents of the bytes ``[start, stop)`` of a run; depth 0 is ``layer``."""
+
+    def close(self) -> None:
+        """Close the files that a worker process received."""
+        self.layer.abandon()
 
     @property
     def nearest(self) -> File | None:
@@ -82,6 +100,65 @@ class MissingClusters(_ClustersByBit):
     def extents(self, start: int, stop: int) -> Iterator[Extent]:
         """Yield what the backing chain shows."""
         return self._overlay.walk_below(start, stop)
+
+
+class DifferingClusters(MissingClusters):
+    """The clusters that are not allocated and differ between the backing file and ``new``.
+
+    ``known``: where the two differ, if that was found before; else they are compared. ``new``: None
+    shows zeros. ``shares`` and ``maps``: as in :class:`~addcow_mp.engine.compare.Views`.
+    """
+
+    leaves_some = True
+
+    def __init__(
+        self,
+        overlay: Overlay,
+        new: Layer | None,
+        known: KnownDifferences | None = None,
+        *,
+        shares: bool = False,
+        maps: bool = False,
+    ) -> None:
+        super().__init__(overlay)
+        self._new = new
+        self._known = known
+        self._shares = shares
+        self._views = Views(overlay.backing, new, shares=shares, maps=maps)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        in_worker = partial(DifferingClusters, shares=self._shares, maps=True)
+        return (in_worker, (self._overlay, self._new, self._known))
+
+    def runs(self, first: int, stop: int) -> Iterator[Run]:
+        """Yield the runs of differing clusters in ``[first, stop)``."""
+        return self.searched(first, stop, lambda: None)
+
+    def searched(self, first: int, stop: int, check: Callable[[], None]) -> Iterator[Run]:
+        """Yield the same runs, calling ``check`` between two extents."""
+        if self._known is not None:
+            return self._known_to_differ(self._known, first, stop)
+        return merged(self._compared(first, stop, check))
+
+    def _known_to_differ(self, known: KnownDifferences, first: int, stop: int) -> Iterator[Run]:
+        geometry = self.geometry
+        for run in merged(
+            geometry.touched(*one) for one in known.runs(*geometry.span(first, stop))
+        ):
+            yield from super().runs(*run)
+
+    def _compared(self, first: int, stop: int, check: Callable[[], None]) -> Iterator[Run]:
+        geometry = self.geometry
+        for run in super().runs(first, stop):
+            parts = (geometry.cluster_size,)
+            for differing in self._views.differing(*geometry.span(*run), parts, check):
+                yield geometry.touched(*differing)
+
+    def close(self) -> None:
+        """Close the files of both backing files as well."""
+        super().close()
+        if self._new is not None:
+            self._new.abandon()
 
 
 class WholeView(Selection):

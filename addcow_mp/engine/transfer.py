@@ -13,7 +13,8 @@ before it died are not moved again: their old place may be freed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from addcow_mp.device.copying import CLONE_FROM, SHORT, Copier, CopyMethod, CopyOptions
 from addcow_mp.device.extent import Extent, ExtentKind
@@ -102,7 +103,7 @@ class Transfer:
 
     def close(self) -> None:
         """Close what this process received for the work."""
-        self.selection.layer.abandon()
+        self.selection.close()
         self.done_map.close()
 
     def __call__(self, task: Task, worker: WorkerContext) -> None:
@@ -113,16 +114,26 @@ class Transfer:
         self._copier.moved.clear()
         try:
             # All runs are listed first: later, the bitmap may be cut short.
-            for run in self._move_short(list(self._unmarked(task)), worker):
+            for run in self._move_short(self._searched(task, worker), worker):
                 self._move_run(run, worker)
         finally:
             self._copier.release()
             ways = (self._copier.moved.get(way, 0) for way in CopyMethod)
             self.done_map.add(worker.slot, (0, 0, 0, 0, *ways))
 
-    def _unmarked(self, task: Task) -> Iterator[Run]:
+    def _searched(self, task: Task, worker: WorkerContext) -> list[Run]:
+        """The runs of ``task`` to be moved. What else was looked at for them is counted."""
+        found = list(self._unmarked(task, partial(worker.check, self.selection.layer.path)))
+        if self.selection.leaves_some:
+            size = self.selection.geometry.cluster_size
+            left = sum(stop - first for first, stop in found) * size
+            self.done_map.add_passed(worker.slot, max(0, task.weight - left))
+        return found
+
+    def _unmarked(self, task: Task, check: Callable[[], None]) -> Iterator[Run]:
         """Yield the runs of ``task`` that no process has marked yet."""
-        runs, marks = self.selection.runs(task.first, task.stop), self.done_map.marks(TOP)
+        runs = self.selection.searched(task.first, task.stop, check)
+        marks = self.done_map.marks(TOP)
         if not marks.any(task.first, task.stop):
             return runs
         return (left for run in runs for left in between(marks.runs(*run), *run))
@@ -169,7 +180,8 @@ class Transfer:
 
     def _move_run(self, run: Run, worker: WorkerContext) -> None:
         geometry = self.selection.geometry
-        marks = RunMarks(run, geometry, self.target, self.done_map, worker.slot)
+        every = self.selection.leaves_some
+        marks = RunMarks(run, geometry, self.target, self.done_map, worker.slot, every=every)
         self.target.prepare(marks.start, marks.end, self._copier.buffer, self.done_map)
         for extent in self.selection.extents(marks.start, marks.end):
             self._check(worker)

@@ -114,7 +114,8 @@ class _Results:
         """
         if not self._unsynced:
             self.checkpoints.begin_if_due()
-        self._progress(min(self._done_map.total, self._weight), self._weight)
+        done = self._done_map.total + self._done_map.passed
+        self._progress(min(done, self._weight), self._weight)
         useless = self._unsynced or self.checkpoints.failed
         self._stopped = self._stopped or useless or self._stopping()
         return self._stopped

@@ -282,12 +282,13 @@ class SparseBits:
         for number, first, last in _pages_of(start, stop):
             self._page(number)[first:last] = 1
 
-    def runs(self) -> Iterator[Run]:
-        """The runs of set bits, in order."""
+    def runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
+        """The runs of set bits in ``[start, stop)``, in order; a run ends with its page."""
         for number in sorted(self._pages):
             base = number * PAGE_BITS
-            for first, stop in runs(self._pages[number], 1, 0, PAGE_BITS):
-                yield base + first, base + stop
+            last = PAGE_BITS if stop is None else min(PAGE_BITS, stop - base)
+            for run in runs(self._pages[number], 1, max(0, start - base), max(0, last)):
+                yield base + run[0], base + run[1]
 
     def copy(self) -> SparseBits:
         """An independent copy."""

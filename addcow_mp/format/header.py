@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from addcow_mp.format.bits import between, merged
 from addcow_mp.units import KiB
 
 MAGIC = b"ACOW"
@@ -128,12 +129,23 @@ class Header(NamedTuple):
         others = self.compatible_features & ~ALL_ALLOCATED
         return self._replace(compatible_features=others | (ALL_ALLOCATED * value))
 
+    def with_backing(self, offset: int, size: int, format_: str) -> Header:
+        """This header with another backing file, whose name lies at ``offset``."""
+        return self._replace(
+            backing_offset=offset, backing_size=size, backing_format=format_.encode()
+        )
+
     def name_ranges(self) -> list[tuple[int, int]]:
         """The bytes ``[start, stop)`` of each name."""
         ranges = [(self.image_offset, self.image_offset + self.image_size)]
         if self.has_backing:
             ranges.append((self.backing_offset, self.backing_offset + self.backing_size))
         return sorted(ranges)
+
+    def unused_ranges(self) -> list[tuple[int, int]]:
+        """The bytes ``[start, stop)`` of the header region that hold no field and no name."""
+        used = merged([(0, FIXED_SIZE), *self.name_ranges()])
+        return list(between(used, 0, self.header_size))
 
 
 def format_name(raw: bytes) -> str:

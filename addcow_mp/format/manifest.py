@@ -364,9 +364,26 @@ def guest_nodes(chain: list[Manifest], size: int) -> Iterator[tuple[int, bytes]]
     groups = -(-leaves_of(size) // FAN)
     numbers = sorted({number for one in chain for number in one.records if number < groups})
     for number in numbers:
-        block = ZERO_BLOCK
-        for manifest in reversed(chain):
-            within = covered_by(manifest.head.virtual_size, number)
-            block = replaced(ZERO_BLOCK, manifest.group(number).guest_block(block), within)
+        block = guest_block(chain, number)
         if block != ZERO_BLOCK:
             yield number, digest(block)
+
+
+def guest_block(chain: list[Manifest], number: int) -> bytes:
+    """The digests of the leaves of a group in the view over ``chain``, from the top down."""
+    block = ZERO_BLOCK
+    for manifest in reversed(chain):
+        within = covered_by(manifest.head.virtual_size, number)
+        block = replaced(ZERO_BLOCK, manifest.group(number).guest_block(block), within)
+    return block
+
+
+def differing_leaves(one: list[Manifest], other: list[Manifest]) -> Iterator[int]:
+    """The leaves that differ between the views over two chains, in order; an empty one is zeros."""
+    for number in sorted({number for manifest in (*one, *other) for number in manifest.records}):
+        here, there = guest_block(one, number), guest_block(other, number)
+        if here != there:
+            for leaf in range(FAN):
+                at = slice(leaf * DIGEST, (leaf + 1) * DIGEST)
+                if here[at] != there[at]:
+                    yield number * FAN + leaf

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import depth_of, open_layer, readers_of_chain
-from addcow_mp.device.discovery import named_by, overlays_near
+from addcow_mp.device.discovery import overlays_near
 from addcow_mp.device.files import (
     COW,
     IMAGE,
@@ -50,6 +50,7 @@ from addcow_mp.format.header import (
     Header,
     header_size,
 )
+from addcow_mp.jobs.backing import refuse_disguised, refuse_image_as_backing, roots_needed
 from addcow_mp.jobs.dependants import refuse_shared_image, refuse_unexamined
 from addcow_mp.jobs.naming import Located, beside, home_of, locate, plain
 from addcow_mp.units import MAX_SIZE, SECTOR, KiB, round_up
@@ -147,7 +148,8 @@ def _create(files: _Files, size: int | None, cluster_size: int | None, access: A
     path, image, backing, backing_format = files
     image_path, backing_path = image.path, backing and backing.path
     _refuse_same(path, image_path, backing_path)
-    _refuse_image_as_backing(backing_path, backing_format, access)
+    if backing_path is not None and backing_format == RAW and not access.force:
+        refuse_image_as_backing(backing_path)
     below = _backing(backing_path, backing_format, image_path, access)
     _refuse_used_image(path, image_path, access)
     if cluster_size is None:
@@ -158,7 +160,7 @@ def _create(files: _Files, size: int | None, cluster_size: int | None, access: A
         warnings = _make_image(image_path, size, making, hidden=backing_path is not None)
         _make_cow(path, head, Geometry(size, cluster_size), making)
         sync_directory(path)
-    warnings += _roots_needed(path, image_path, backing_path)
+    warnings += roots_needed(path, image_path, backing_path)
     return Created(size, warnings, cluster_size, image.name, backing and backing.name)
 
 
@@ -240,31 +242,11 @@ def _backing(backing: str | None, format_: str | None, image: str, access: Acces
             problem = "the backing chain uses this file; name another image"
             raise ImageError(path=image, problem=problem)
         if not access.force:
-            for file in layer.files():
-                refuse_as_raw(file)
+            refuse_disguised(layer)
         clusters = layer.cluster_size if isinstance(layer, Overlay) else DEFAULT_CLUSTER_SIZE
         return _Below(layer.size, readers_of_chain(layer), clusters)
     finally:
         layer.close()
-
-
-def _refuse_image_as_backing(backing: str | None, format_: str | None, access: Access) -> None:
-    """Refuse a raw backing file that is the image file of an overlay, unless it is a whole disk.
-
-    Only the overlay is examined whose image file has this name by default. A search would read all
-    headers of a directory for each new overlay; ``farm check`` finds the others.
-    """
-    if backing is None or format_ != RAW or access.force:
-        return
-    owner = named_by(os.path.splitext(backing)[0] + ".add-cow")
-    if owner is None or owner.image is None or owner.image != identity_at(backing):
-        return
-    if owner.is_lent or not owner.all_allocated:
-        raise ImageError(
-            path=backing,
-            problem=f"it is the image file of {owner.path}, and not a whole disk; use "
-            f"-b {owner.path} -F add-cow, or --force",
-        )
 
 
 def _refuse_used_image(path: str, image: str, access: Access) -> None:
@@ -279,17 +261,6 @@ def _refuse_used_image(path: str, image: str, access: Access) -> None:
             refuse_shared_image(file, others)
     if not access.force:
         refuse_unexamined(near.unread)
-
-
-def _roots_needed(path: str, image: str, backing: str | None) -> list[str]:
-    """Return a warning about directories that users of the new overlay must allow."""
-    own = home_of(path)
-    named = (os.path.realpath(one) for one in (image, backing) if one is not None)
-    outside = [os.path.dirname(one) for one in named if not one.startswith(own.rstrip("/") + "/")]
-    if not outside:
-        return []
-    roots = " ".join(f"--root {one}" for one in dict.fromkeys(outside))
-    return [f"{path}: it names files outside its directory; its users will need {roots}"]
 
 
 def _chosen_size(path: str, size: int | None, image: str, backing_size: int | None) -> int:

@@ -8,16 +8,12 @@ once the image is durable (:mod:`addcow_mp.jobs.removal`).
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 from collections.abc import Callable
 from functools import partial
 
-from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain, readers_of_chain
+from addcow_mp.device.chain import DISCARD, READ, WRITE, open_chain
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.overlay import Overlay, refuse_short
-from addcow_mp.device.permissions import narrow, narrowed_mode
 from addcow_mp.engine.allocation import alignment, unallocated_stretches
 from addcow_mp.engine.selection import MissingClusters
 from addcow_mp.engine.space import SpaceNeeded
@@ -26,6 +22,7 @@ from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.errors import SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
+from addcow_mp.jobs.narrowing import narrow_image, refuse_unnarrowable
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.removal import refuse_removal, remove
@@ -50,7 +47,11 @@ def flatten(
     uses = DISCARD if discard else WRITE
     with reporting("flatten", path) as report, open_chain(path, uses, options.access) as overlay:
         _refuse(overlay, options, shared, discard=discard)
-        plan = None if overlay.all_allocated else _plan(overlay, partial(_narrow, overlay, report))
+        plan = (
+            None
+            if overlay.all_allocated
+            else flatten_plan(overlay, partial(narrow_image, overlay, report))
+        )
         proof = Proof(overlay, overlay, (overlay,)) if verifies else None
         with reading_back(overlay, proof, options, hooks, report) as job_hooks:
             if plan is not None:
@@ -74,13 +75,13 @@ def estimate(
         if overlay.all_allocated and not discard:
             return None
         _refuse(overlay, options, shared, discard=discard)
-        plan = None if overlay.all_allocated else _plan(overlay)
+        plan = None if overlay.all_allocated else flatten_plan(overlay)
         for file in (overlay.cow, image):
             options.access.refuse_unwritable(file)
         if plan is None:
             return Estimate(0, SpaceNeeded(), image.path, image.first_status.st_dev)
         refuse_unwritable(plan, [], options.access)
-        _refuse_unnarrowable(overlay)
+        refuse_unnarrowable(overlay)
         return estimated(plan, options, bitmap_space=overlay.bitmap.hole_bytes())
 
 
@@ -93,42 +94,21 @@ def _refuse(overlay: Overlay, options: RunOptions, shared: Shared, *, discard: b
         refuse_linked([overlay.cow, overlay.image.file], force=access.force)
 
 
-def _plan(overlay: Overlay, prepare: Callable[[], object] = lambda: None) -> TransferPlan:
+def flatten_plan(overlay: Overlay, prepare: Callable[[], object] = lambda: None) -> TransferPlan:
     """Return what is moved. Raises where the bits that will be set do not fit."""
     refuse_short(overlay)
-    needed, free = overlay.bitmap.hole_bytes(), overlay.cow.free_space
-    if needed > free:
-        raise SpaceError(path=overlay.path, needed=needed, free=free)
+    refuse_no_room_for_bits(overlay)
     aligned = alignment(overlay.cluster_size)
     tasks = cut(unallocated_stretches(overlay, aligned), overlay.geometry.clusters)
     selection, target = MissingClusters(overlay), RawTarget(overlay.image.file)
     return TransferPlan(selection, target, tasks, bit=1, changed=(overlay,), prepare=prepare)
 
 
-_NARROWING = "let no more users read it than may read its backing file"
-
-
-def _refuse_unnarrowable(overlay: Overlay) -> None:
-    """Raise when :func:`_narrow` would have to change the mode of another user's file."""
-    image = overlay.image.file
-    with image.doing(_NARROWING):
-        wanted = narrowed_mode(image.fd, readers_of_chain(overlay.backing))
-        if wanted is not None and os.geteuid() not in (0, image.status.st_uid):
-            raise PermissionError(errno.EPERM, "it belongs to another user")
-
-
-def _narrow(overlay: Overlay, report: Report) -> None:
-    """Let no more users read the image file than may read what is copied into it."""
-    image = overlay.image.file
-    with image.doing(_NARROWING):
-        if not narrow(image.fd, readers_of_chain(overlay.backing)):
-            return
-        if image.durable:
-            os.fsync(image.fd)  # the mode as well, before any data
-    mode = stat.S_IMODE(image.status.st_mode)
-    report.warnings.append(
-        f"{image.path}: more users could read it than its backing file; its mode is now {mode:04o}"
-    )
+def refuse_no_room_for_bits(overlay: Overlay) -> None:
+    """Raise :class:`SpaceError` when the whole bitmap does not fit on its file system."""
+    needed, free = overlay.bitmap.hole_bytes(), overlay.cow.free_space
+    if needed > free:
+        raise SpaceError(path=overlay.path, needed=needed, free=free)
 
 
 def _set_flag(overlay: Overlay) -> None:

@@ -70,9 +70,7 @@ def create(
     try:
         if isinstance(top, RawLayer) and not options.access.force:
             refuse_as_raw(top.file)
-        layers = [top]
-        while isinstance(layers[-1], Overlay) and layers[-1].backing is not None:
-            layers.append(layers[-1].backing)
+        layers = _layers(top)
         _refuse_own(layers)
         made: list[Made] = []
         below: list[Manifest] = []
@@ -86,6 +84,29 @@ def create(
         return made
     finally:
         top.close()
+
+
+def existing(top: Layer, options: RunOptions) -> list[Manifest]:
+    """The manifests of all layers of a chain, from the top down.
+
+    Raises :class:`ManifestError` for a layer without one that describes it as it is now.
+    """
+    layers = _layers(top)
+    below: list[Manifest] = []
+    for layer in reversed(layers):
+        manifest = _Making(layer, below, options, NO_HOOKS, replaces=False).existing()
+        if manifest is None:
+            problem = f"{layer.path} has none; make one with 'addcow manifest create'"
+            raise ManifestError(path=manifest_of(layer.path), problem=problem)
+        below.insert(0, manifest)
+    return below
+
+
+def _layers(top: Layer) -> list[Layer]:
+    layers = [top]
+    while isinstance(layers[-1], Overlay) and layers[-1].backing is not None:
+        layers.append(layers[-1].backing)
+    return layers
 
 
 def _refuse_own(layers: list[Layer]) -> None:
@@ -150,7 +171,7 @@ class _Making:
 
     def manifest(self) -> Manifest:
         """The manifest: the existing one, or a new one."""
-        existing = self._existing()
+        existing = self.existing()
         if existing is not None:
             return existing
         draft = ManifestDraft(
@@ -162,7 +183,7 @@ class _Making:
         )
         with draft.opened() as fd:
             # Another process may have written it meanwhile: overlays share their base.
-            existing = self._existing()
+            existing = self.existing()
             if existing is not None:
                 return existing
             self._write(fd)
@@ -173,7 +194,7 @@ class _Making:
         self.written = True
         return Manifest.load(self._path)
 
-    def _existing(self) -> Manifest | None:
+    def existing(self) -> Manifest | None:
         """The existing manifest, unless it does not match and may be replaced."""
         try:
             return self._load() if os.path.exists(self._path) else None

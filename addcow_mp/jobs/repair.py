@@ -1,8 +1,8 @@
 """Repair: fix what a check has found and what can be fixed without guessing.
 
-*Leaks* are freed: data in clusters that are not allocated. With *everything*, bits past the last
-cluster are cleared, a file that ends inside its bitmap is extended with zeros, and header bytes
-that no name uses are zeroed. Header and bitmap are first copied to a new file beside the image.
+*Leaks* are freed: data in clusters that are not allocated, and header bytes that no name uses. With
+*everything*, bits past the last cluster are cleared, and a file that ends inside its bitmap is
+extended with zeros. Header and bitmap are first copied to a new file beside the image.
 A wrong name, format or size remains a finding. Data in clusters whose bits were missing is not
 freed in the same run: it may be the only copy.
 """
@@ -18,9 +18,9 @@ from addcow_mp.device.files import File, sync_directory
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.manifest_file import invalidate_all
 from addcow_mp.device.overlay import Overlay
+from addcow_mp.device.renaming import clear_unused
 from addcow_mp.findings import CheckReport
 from addcow_mp.format.bits import merged
-from addcow_mp.format.header import FIXED_SIZE
 from addcow_mp.jobs.check import check, leaked_clusters
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.units import MiB
@@ -56,22 +56,23 @@ def repair(path: str, access: Access | None = None, *, everything: bool) -> Chec
 def _is_repairable(report: CheckReport, *, everything: bool) -> bool:
     """Whether something can be repaired, and no other finding forbids opening the image."""
     names = {finding.name for finding in report.findings}
-    wanted = {"leaks", *_REPAIRS} if everything else {"leaks"}
+    wanted = {"leaks", *_REPAIRS} if everything else _LEAKS
     barred = {finding.name for finding in report.findings if finding.bars}
     return bool(names & wanted) and barred <= {"leaks", *_REPAIRS}
 
 
 def _repair(overlay: Overlay, before: CheckReport, *, everything: bool) -> CheckReport:
     done = CheckReport(overlay.path)
-    broken = [one.name for one in before.findings if one.name in _REPAIRS] if everything else []
-    if broken:
+    found = [one.name for one in before.findings if one.name in _REPAIRS]
+    broken = [name for name in found if everything or name in _LEAKS]
+    if set(broken) - _LEAKS:
         done.backup = _back_up(overlay)
         done.repairs.append(f"header and bitmap were copied to {done.backup} first")
     # Before the bitmap is extended: data behind its old end is no leak.
     _free_leaks(overlay, done)
     for name in broken:
         done.repairs.append(f"{name}: {_REPAIRS[name](overlay)}")
-        done.corruptions_fixed += 1
+        done.corruptions_fixed += name not in _LEAKS
     overlay.image.file.sync()
     overlay.cow.sync()
     return done
@@ -120,12 +121,7 @@ def _extend_bitmap(overlay: Overlay) -> str:
 
 
 def _zero_reserved(overlay: Overlay) -> str:
-    used = [(0, FIXED_SIZE), *overlay.header.name_ranges()]
-    position = 0
-    for start, stop in merged(sorted(used)):
-        overlay.cow.write(bytes(max(0, start - position)), position)
-        position = stop
-    overlay.cow.write(bytes(overlay.header.header_size - position), position)
+    clear_unused(overlay)
     return "header bytes that no name uses were zeroed"
 
 
@@ -135,3 +131,6 @@ _REPAIRS = {
     "bitmap-length": _extend_bitmap,
     "reserved-bytes": _zero_reserved,
 }
+
+#: The findings that are repaired without *everything*: no reader looks at what is lost.
+_LEAKS = {"leaks", "reserved-bytes"}

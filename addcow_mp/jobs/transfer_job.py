@@ -78,6 +78,7 @@ def _run(plan: TransferPlan, done_map: DoneMap, options: CopyOptions) -> Transfe
         value=plan.bit or 0,
         backing=plan.target.published,
         frees=plan.frees,
+        by_cluster=plan.selection.leaves_some,
     )
     selection = plan.selection
     work = Transfer(selection, plan.target, done_map, options)

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING
 
 import typer
 
 from addcow_mp.cli.messages import one_line
-from addcow_mp.cli.options import JobChangeOptions, OverlayFiles, Printing
+from addcow_mp.cli.options import DryRun, JobChangeOptions, OverlayFiles, Printing
+from addcow_mp.cli.planned import Planned
 from addcow_mp.cli.several import change_each, print_results
 from addcow_mp.units import human_size
 
 if TYPE_CHECKING:
     from addcow_mp.farm.shared_search import SharedSearch
     from addcow_mp.jobs.options import RunOptions
-    from addcow_mp.jobs.report import Estimate, Report
-
-
-class Planned(NamedTuple):
-    """What a reset of the overlay at ``path`` would do; None = nothing."""
-
-    path: str
-    estimate: Estimate | None
-
-    def as_json(self) -> dict[str, object]:
-        """The public keys of a plan."""
-        known = {"filename": self.path, "operation": "reset"}
-        if self.estimate is None:
-            return {**known, "state": "nothing-to-do"}
-        return {**known, "state": "ready", "space-freed": self.estimate.space.freed}
+    from addcow_mp.jobs.report import Report
 
 
 def command(
     *,
     overlay: OverlayFiles,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
+    dry_run: DryRun = False,
     printing: Printing,
     changing: JobChangeOptions,
 ) -> None:
@@ -50,7 +37,7 @@ def command(
     def work(path: str, options: RunOptions, search: SharedSearch) -> Report | Planned:
         shared = search.shared(path)
         if dry_run:
-            return Planned(path, estimate(path, options, shared))
+            return Planned(path, "reset", estimate(path, options, shared))
         return reset(path, options=options, shared=shared)
 
     results = change_each(files, work, changing, quiet=quiet, writes=not dry_run)
@@ -69,14 +56,8 @@ def _show(result: Report | Planned, printing: Printing, *, is_alone: bool) -> No
     if printing.quiet:
         return
     if isinstance(result, Planned):
-        print(one_line(f"{result.path}: {_plan(result.estimate)}"))
+        print(result.line)
     elif is_alone:
         print("Image reset.")
     else:
         print(one_line(f"{result.filename}: reset, {human_size(result.bytes_freed or 0)} freed"))
-
-
-def _plan(estimate: Estimate | None) -> str:
-    return (
-        "nothing to do" if estimate is None else f"reset; frees {human_size(estimate.space.freed)}"
-    )

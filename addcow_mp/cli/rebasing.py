@@ -1,0 +1,54 @@
+"""The options that name a new backing file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from addcow_mp.cli.options import Format, OptionGroup
+from addcow_mp.errors import UsageError
+
+if TYPE_CHECKING:
+    from addcow_mp.jobs.rebase import NewBacking
+
+
+class NewBackingOptions(OptionGroup):
+    """The options of ``rebase`` and ``farm rebase``."""
+
+    backing: Annotated[
+        str, typer.Option("-b", metavar="NEW", help='the new backing file; "" = none')
+    ]
+    backing_format: Annotated[
+        Format | None,
+        typer.Option("-F", metavar="FMT", help="format of NEW: raw or add-cow  [default: the old]"),
+    ] = None
+    unsafe: Annotated[
+        bool, typer.Option("-u", help="only change the name: the backing file was renamed or moved")
+    ] = False
+    trusts_manifests: Annotated[
+        bool,
+        typer.Option(
+            "--trust-manifests", help="manifests say where the backing files differ; none is read"
+        ),
+    ] = False
+
+    def new_backing(self, *, by_path: bool = False) -> NewBacking:
+        """The backing file that is asked for; ``by_path``: named from the working directory."""
+        from addcow_mp.jobs.rebase import NewBacking
+
+        if self.backing == "-":
+            raise UsageError(message="'-' is not a file name here; a file of that name is './-'")
+        if not self.backing and self.backing_format is not None:
+            raise UsageError(
+                message=f'-b "" names no backing file: leave -F {self.backing_format} out'
+            )
+        if self.unsafe and self.trusts_manifests:
+            raise UsageError(message="-u compares nothing: leave --trust-manifests out")
+        return NewBacking(
+            self.backing,
+            self.backing_format,
+            by_path=by_path,
+            unsafe=self.unsafe,
+            trusts_manifests=self.trusts_manifests,
+        )

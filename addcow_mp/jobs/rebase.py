@@ -1,0 +1,397 @@
+"""Rebase: an overlay gets another backing file, and its guest sees the same disk.
+
+Only clusters that are not allocated can look different over the new backing file. Those in which
+the old one and the new one differ are copied up from the old one; all others stay where they are.
+The order is such that the guest sees the same disk at any moment, whatever interrupts this, and
+that the same command continues:
+
+1. The new backing file and its chain are made durable, with their names: equal in memory is not on
+   the disk, and a cluster stays unallocated because the new file holds the same.
+2. Per checkpoint: differing clusters, sync, their bits, sync. The old backing file still counts.
+3. The header names the new backing file (:mod:`addcow_mp.device.renaming`).
+
+Without a new backing file, every cluster is allocated, as by flatten, and then one write of the
+header removes the name and sets ALL_ALLOCATED.
+
+*Unsafe*, only the name changes, and so the guest may see another disk. That is for a backing file
+that was renamed or moved: the old one need not exist.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NoReturn
+
+from addcow_mp.device.access import Access
+from addcow_mp.device.chain import READ, REBASE, open_below, open_chain, sync_chain
+from addcow_mp.device.files import File, identity_at
+from addcow_mp.device.hardlinks import refuse_linked
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.manifest_file import (
+    invalidate_all,
+    is_manifest,
+    manifest_of,
+    refuse_unremovable_manifests,
+)
+from addcow_mp.device.overlay import Overlay, refuse_short
+from addcow_mp.device.renaming import (
+    drop_backing,
+    has_leftovers,
+    name_backing,
+    name_of_backing,
+    refuse_no_room,
+)
+from addcow_mp.engine.allocation import alignment, stretches_of, unallocated_stretches
+from addcow_mp.engine.differences import KnownDifferences, cannot_compare, find_differences
+from addcow_mp.engine.scan import ScanHooks, ScanOptions
+from addcow_mp.engine.selection import DifferingClusters
+from addcow_mp.engine.space import SpaceNeeded
+from addcow_mp.engine.targets import RawTarget
+from addcow_mp.engine.tasks import cut
+from addcow_mp.engine.transfer_plan import TransferPlan
+from addcow_mp.engine.worker import Failed
+from addcow_mp.errors import FileError, ImageError, ManifestError, UsageError
+from addcow_mp.format.bitmap import SparseBits
+from addcow_mp.format.geometry import Geometry
+from addcow_mp.format.header import BACKING_NAME_LIMIT, RAW, format_name
+from addcow_mp.format.leaves import LEAF
+from addcow_mp.format.manifest import differing_leaves, read_head
+from addcow_mp.jobs import manifest
+from addcow_mp.jobs.backing import refuse_disguised, refuse_image_as_backing, roots_needed
+from addcow_mp.jobs.dependants import refuse_dependants
+from addcow_mp.jobs.flatten import flatten_plan, refuse_no_room_for_bits
+from addcow_mp.jobs.naming import Located, beside, locate
+from addcow_mp.jobs.narrowing import narrow_image, refuse_unnarrowable
+from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
+from addcow_mp.jobs.readback import Proof, reading_back
+from addcow_mp.jobs.report import Estimate, Outcome, Report, reporting
+from addcow_mp.jobs.transfer_job import estimated, move, refuse_unwritable
+
+
+@dataclass(frozen=True)
+class NewBacking:
+    """The backing file that overlays get.
+
+    ``name``: as typed; empty = none. ``format_``: None = that of the old one. ``by_path``: a
+    relative name is one of the working directory, and is stored relative to each overlay.
+    ``unsafe``: only the name changes. ``trusts_manifests``: manifests, and not bytes, say where the
+    backing files differ. ``known``: where they do, if that was found before. ``is_durable``: the
+    new backing file was made durable before.
+    """
+
+    name: str
+    format_: str | None = None
+    by_path: bool = False
+    unsafe: bool = False
+    trusts_manifests: bool = False
+    known: KnownDifferences | None = None
+    is_durable: bool = False
+
+    def located(self, overlay: str) -> Located | None:
+        """The file, and the name that the overlay at that path stores."""
+        if not self.name:
+            return None
+        if self.by_path and not self.name.startswith("/"):
+            return beside(overlay, os.path.abspath(self.name))
+        return locate(overlay, self.name)
+
+
+def rebase(
+    path: str,
+    backing: NewBacking,
+    *,
+    verifies: bool = False,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
+    shared: Shared = ALONE,
+) -> Report:
+    """Give the overlay at ``path`` another backing file.
+
+    If it ``verifies``, the guest's view is read back from the disk. Raises :class:`AddcowError`;
+    refusals come before the first byte.
+    """
+    with reporting("rebase", path) as report, _opened(path, backing, options.access) as change:
+        change.refuse(options, shared)
+        if not change.is_done:
+            plan = change.plan(options, partial(narrow_image, change.overlay, report))
+            proof = change.proof if verifies else None
+            again = change.reopening(options)
+            with reading_back(change.overlay, proof, again, hooks, report) as job_hooks:
+                change.make_durable()
+                if plan is None:
+                    report.warnings = change.overlay.warnings()
+                else:
+                    move(plan, report, options, job_hooks, shared.pool)
+                report.begin_changes()
+                change.carry_out()
+        report.warnings += change.warnings
+        report.outcome = Outcome.DONE
+    return report
+
+
+def estimate(
+    path: str, backing: NewBacking, options: RunOptions, shared: Shared = ALONE
+) -> Estimate | None:
+    """Return what a rebase of ``path`` would do; None when there is nothing to do.
+
+    Raises what the rebase would be refused for.
+    """
+    with _opened(path, backing, options.access, writes=False) as change:
+        overlay, access = change.overlay, options.access
+        change.refuse(options, shared)
+        if change.is_done:
+            return None
+        plan, image = change.plan(options), overlay.image.file
+        for file in (overlay.cow, image):
+            access.refuse_unwritable(file)
+        refuse_unremovable_manifests(overlay)
+        if plan is None:
+            return Estimate(0, SpaceNeeded(), image.path, image.first_status.st_dev)
+        refuse_unwritable(plan, [], access)
+        refuse_unnarrowable(overlay)
+        return estimated(plan, options, bitmap_space=overlay.bitmap.hole_bytes())
+
+
+def compared_estimate(
+    path: str, backing: NewBacking, options: RunOptions = DEFAULTS, hooks: Hooks = NO_HOOKS
+) -> Estimate | None:
+    """The same, with the backing files compared first, so that only what differs counts."""
+    return estimate(path, with_differences(path, backing, options, hooks), options)
+
+
+def with_differences(
+    path: str, backing: NewBacking, options: RunOptions, hooks: Hooks = NO_HOOKS
+) -> NewBacking:
+    """Return ``backing`` with where it differs from that of the overlay at ``path``.
+
+    Raises :class:`AddcowError`.
+    """
+    with _opened(path, backing, options.access, writes=False) as change:
+        return replace(backing, known=change.differences(options, hooks))
+
+
+@contextmanager
+def _opened(
+    path: str, backing: NewBacking, access: Access, *, writes: bool = True
+) -> Iterator[_Change]:
+    uses = REBASE if writes else READ
+    with open_chain(path, uses, access, alone=backing.unsafe) as overlay:
+        located = backing.located(path)
+        format_ = _format(overlay, backing)
+        if located is None or (backing.unsafe and identity_at(located.path) is None):
+            yield _Change(overlay, backing, located, format_, None)
+            return
+        if format_ == RAW and not access.force:
+            refuse_image_as_backing(located.path)
+        with closing(open_below(overlay, located.path, format_, access)) as new:
+            yield _Change(overlay, backing, located, format_, new)
+
+
+def _format(overlay: Overlay, backing: NewBacking) -> str:
+    """The format of the new backing file: as given, else as that of the old one."""
+    if backing.format_ is not None or not backing.name:
+        return backing.format_ or ""
+    if not overlay.header.has_backing:
+        needs = f"backing file '{backing.name}' needs its format, which is never guessed"
+        raise UsageError(message=f"{needs}: -F raw or -F add-cow")
+    return format_name(overlay.header.backing_format)
+
+
+class _Change:
+    """An open overlay, and the backing file that it gets: ``new``, None where there is none."""
+
+    def __init__(
+        self,
+        overlay: Overlay,
+        backing: NewBacking,
+        located: Located | None,
+        format_: str,
+        new: Layer | None,
+    ) -> None:
+        self.overlay = overlay
+        self._backing = backing
+        self._located = located
+        self._format = format_
+        self._new = new
+        self._name = (
+            b"" if located is None else located.stored(overlay.path, "backing", BACKING_NAME_LIMIT)
+        )
+
+    # Before
+
+    def refuse(self, options: RunOptions, shared: Shared) -> None:
+        """Raise what forbids the rebase."""
+        overlay, access = self.overlay, options.access
+        if self._name:
+            refuse_no_room(overlay, self._name)
+        if self._new is not None and not access.force:
+            refuse_disguised(self._new)
+        files = [overlay.cow, overlay.image.file]
+        if self._backing.unsafe:
+            if not access.force:
+                self._refuse_other_disk()
+            remedy = "their guests would see another disk; rebase without -u, or use --force"
+            refuse_dependants(overlay, files, access, remedy, shared.nearby)
+        elif not overlay.all_allocated:
+            refuse_short(overlay)
+            refuse_dependants(overlay, files[1:], access, around=shared.nearby)
+        refuse_linked(files, force=access.force)
+
+    def _refuse_other_disk(self) -> None:
+        """Raise when manifests say that the new backing file is another disk than the old one."""
+        expected = _digest_in(self.overlay.path, "backing_digest")
+        found = None if self._located is None else _digest_in(self._located.path, "guest_digest")
+        if expected is not None and found is not None and expected != found:
+            problem = "its manifest says that this is another disk than the present backing file"
+            remedy = "rebase without -u, or use --force to show the guest another disk"
+            raise ImageError(path=self._located.path, problem=f"{problem}; {remedy}")  # type: ignore[union-attr]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the header names the new backing file, and nothing else is left to do."""
+        header, overlay = self.overlay.header, self.overlay
+        if has_leftovers(overlay):
+            return False
+        if not self._name:
+            return not header.has_backing and (header.all_allocated or self._backing.unsafe)
+        is_named = name_of_backing(overlay) == self._name
+        return is_named and format_name(header.backing_format) == self._format
+
+    @property
+    def _is_same_file(self) -> bool:
+        """Whether the new backing file is the old one, under whatever name."""
+        old, new = self.overlay.backing, self._new
+        if old is None or new is None or isinstance(old, Overlay) != isinstance(new, Overlay):
+            return False
+        files = [one.cow if isinstance(one, Overlay) else next(one.files()) for one in (old, new)]
+        return files[0].identity == files[1].identity
+
+    # What is moved
+
+    def plan(
+        self, options: RunOptions, prepare: partial[None] | None = None
+    ) -> TransferPlan | None:
+        """Return what is copied up; None when nothing can differ."""
+        overlay = self.overlay
+        if self._backing.unsafe or overlay.all_allocated or self._is_same_file:
+            return None
+        narrowing = prepare or (lambda: None)
+        if not self._name:
+            return flatten_plan(overlay, narrowing)
+        refuse_no_room_for_bits(overlay)
+        known = self._known(options)
+        selection = DifferingClusters(overlay, self._new, known, shares=_shares(options.access))
+        aligned = alignment(overlay.cluster_size)
+        if known is not None:
+            runs = selection.runs(0, overlay.geometry.clusters)
+            stretches = stretches_of(runs, overlay.geometry, aligned)
+        else:
+            stretches = unallocated_stretches(overlay, aligned, self._files)
+        tasks, target = cut(stretches, overlay.geometry.clusters), RawTarget(overlay.image.file)
+        return TransferPlan(selection, target, tasks, bit=1, changed=(overlay,), prepare=narrowing)
+
+    @property
+    def _files(self) -> list[File]:
+        """The raw files that are compared."""
+        sides = (self.overlay.backing, self._new)
+        return [file for side in sides if side is not None for file in side.files()]
+
+    def _known(self, options: RunOptions) -> KnownDifferences | None:
+        if self._backing.known is None and self._backing.trusts_manifests:
+            return self._by_manifests(options)
+        return self._backing.known
+
+    def _by_manifests(self, options: RunOptions) -> KnownDifferences:
+        """Where the manifests of all layers say that the backing files differ."""
+        chains = [
+            [] if side is None else manifest.existing(side, options)
+            for side in (self.overlay.backing, self._new)
+        ]
+        known = KnownDifferences(LEAF, SparseBits())
+        for leaf in differing_leaves(*chains):
+            known.bits.set(leaf, leaf + 1)
+        return known
+
+    def differences(self, options: RunOptions, hooks: Hooks) -> KnownDifferences | None:
+        """Where the backing files differ; None when the job does not compare them."""
+        overlay, backing = self.overlay, self._backing
+        if backing.unsafe or not self._name or overlay.all_allocated or self._is_same_file:
+            return None
+        if backing.trusts_manifests:
+            return self._by_manifests(options)
+        size = max(side.size for side in (overlay.backing, self._new) if side is not None)
+        geometry = Geometry(max(size, overlay.size), overlay.cluster_size)
+        scan_hooks = ScanHooks(
+            overlay.path,
+            partial(_raise_failure, overlay.path),
+            hooks.stopping,
+            progress=hooks.progress,
+        )
+        scan_options = ScanOptions(options.jobs, maps=True)
+        shares = _shares(options.access)
+        return find_differences(
+            overlay.backing, self._new, geometry, scan_options, scan_hooks, shares=shares
+        )
+
+    # The change
+
+    def make_durable(self) -> None:
+        """Make what stays unallocated durable in the new backing file."""
+        if self._new is not None and self.overlay.cow.durable and not self._backing.is_durable:
+            sync_chain(self._new)
+
+    def carry_out(self) -> None:
+        """Let the header name the new backing file, once the bits are durable."""
+        invalidate_all(self.overlay, durable=self.overlay.cow.durable)
+        if not self._name:
+            drop_backing(self.overlay, whole=not self._backing.unsafe)
+        else:
+            name_backing(self.overlay, self._name, self._format)
+
+    @property
+    def proof(self) -> Proof:
+        """Where the guest's view is read back."""
+        return Proof(self.overlay, self.overlay, (self.overlay,))
+
+    def reopening(self, options: RunOptions) -> RunOptions:
+        """The options with which the chain can be opened again: the user has named the new file."""
+        if self._located is None:
+            return options
+        beneath = os.path.dirname(os.path.realpath(self._located.path))
+        access = options.access
+        return replace(options, access=access._replace(roots=(*access.roots, beneath)))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of the new backing file."""
+        if self._located is None:
+            return []
+        overlay, path = self.overlay, self._located.path
+        told = roots_needed(overlay.path, overlay.image.file.path, path)
+        if self._new is None:
+            told.append(f"{overlay.path}: its backing file '{path}' does not exist yet")
+        return told
+
+
+def _shares(access: Access) -> bool:
+    """Whether locks keep other programs from writing the files that are compared."""
+    return access.locking and not access.share
+
+
+def _raise_failure(path: str, failure: Failed) -> NoReturn:
+    raise cannot_compare(path, failure)
+
+
+def _digest_in(path: str, key: str) -> str | None:
+    """A digest in the manifest of the layer at ``path``; None where there is none."""
+    name = manifest_of(path)
+    try:
+        head = read_head(name) if is_manifest(name) else None
+    except (OSError, FileError, ManifestError):
+        return None
+    digest: str | None = getattr(head, key, None)
+    return digest
