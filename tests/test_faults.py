@@ -165,6 +165,28 @@ def shrinking_scene(here: Path) -> None:
     draw(here / "top.add-cow", "-X0gXXXXXXXY", cluster=CLUSTER)
 
 
+def rebasing_scene(here: Path) -> None:
+    """Garbage and holes, a new backing file that is shorter, and one of more data."""
+    draw_raw(here / "base.img", "ABC-EF--JKLM", cluster=CLUSTER)
+    draw_raw(here / "new.img", "ABZ-EGH-", cluster=CLUSTER)
+    draw(here / "top.add-cow", "-X0gg-gY--", cluster=CLUSTER)
+
+
+def unchanged(here: Path) -> dict[str, bytes | None]:
+    return {"top.add-cow": view(here / "top.add-cow")}
+
+
+def renamed(here: Path) -> dict[str, bytes | None]:
+    """Another disk below shows in what is not allocated."""
+    now = bytearray(view(here / "new.img").ljust(10 * CLUSTER, b"\0"))
+    old = view(here / "top.add-cow")
+    for cluster in (1, 2, 7):
+        now[cluster * CLUSTER : (cluster + 1) * CLUSTER] = old[
+            cluster * CLUSTER : (cluster + 1) * CLUSTER
+        ]
+    return {"top.add-cow": bytes(now)}
+
+
 def grown(here: Path) -> dict[str, bytes | None]:
     return {"top.add-cow": view(here / "top.add-cow").ljust(12 * CLUSTER, b"\0")}
 
@@ -267,6 +289,37 @@ OPERATIONS = {
             | {"header_write", "backing_read", "image_write", "punch", "image_cut", "discard"}
             | {"directory_sync"}
         ),
+    ),
+    "rebase": Operation(
+        ("rebase", "--jobs", "0", "-b", "new.img", "top.add-cow"),
+        rebasing_scene,
+        unchanged,
+        {"top.add-cow": ".11..11111"},
+        frozenset({"top.add-cow", "top.raw"}),
+        frozenset(
+            OPENING
+            | PUBLISHING
+            | {"header_write", "backing_read", "image_write", "punch", "directory_sync"}
+        ),
+        at_once=True,
+    ),
+    "rebase-none": Operation(
+        ("rebase", "--jobs", "0", "-b", "", "top.add-cow"),
+        rebasing_scene,
+        unchanged,
+        {"top.add-cow": "1" * 10},
+        frozenset({"top.add-cow", "top.raw"}),
+        frozenset(OPENING | PUBLISHING | {"header_write", "backing_read", "image_write", "punch"}),
+        at_once=True,
+    ),
+    "rebase-unsafe": Operation(
+        ("rebase", "-u", "-b", "new.img", "top.add-cow"),
+        rebasing_scene,
+        renamed,
+        {"top.add-cow": ".11....1.."},
+        frozenset({"top.add-cow"}),
+        frozenset(OPENING | {"header_write", "bitmap_sync", "backing_read", "data_sync"}),
+        at_once=True,
     ),
     "commit-verify": Operation(
         ("commit", "--verify", "--jobs", "0", "top.add-cow"),

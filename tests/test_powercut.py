@@ -29,7 +29,16 @@ from support.powercut import (
     lose_power,
     make_durable,
 )
-from support.promises import VIEW, Commit, Flatten, Promise, Reset, Resize, promise_of
+from support.promises import (
+    VIEW,
+    Commit,
+    Flatten,
+    Promise,
+    Rebase,
+    Reset,
+    Resize,
+    promise_of,
+)
 from support.victim import PATIENCE, Victim
 
 pytestmark = pytest.mark.sample(1)
@@ -133,6 +142,59 @@ def test_power_cut_during_resize_leaves_the_old_disk_or_the_new_one(
             tell(cut.story)
             assert promise.broken(done=cut.done) == [], cut.story
             finish(promise, place)
+
+
+def to_be_rebased(place: Path, rng: random.Random) -> Files:
+    """A durable chain, and a new backing file that was not synced."""
+    chain = even_chain(rng, SIZE, overlays=1)
+    files = build(chain, str(place))
+    make_durable(place)
+    assert files.backing is not None
+    new = bytearray(Path(files.backing.image).read_bytes())
+    for _ in range(60):
+        at = rng.randrange(len(new) // CLUSTER) * CLUSTER
+        new[at : at + CLUSTER] = rng.choice([b"N", b"\0"]) * CLUSTER
+    (place / "new.raw").write_bytes(new)
+    return files
+
+
+@pytest.mark.parametrize("by_event", [True, False], ids=["event", "clock"])
+def test_power_cut_during_rebase_leaves_the_same_disk(
+    disk: Disk, rng: random.Random, tmp_path: Path, by_event: bool
+) -> None:
+    for _ in range(2):
+        with disk.directory() as place:
+            promise = Rebase(to_be_rebased(place, rng))
+            moment = Moment.draw(rng, promise, by_event=by_event, scale=SCALE)
+            cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=rng.choice([0, 2]))
+            tell(cut.story)
+            assert promise.broken(done=cut.done) == [], cut.story
+            if not (place / "new.raw").exists():
+                continue  # the power failed before the job made its name durable
+            finish(promise, place)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "order",
+    [
+        "never:top.raw",  # bits set before the data that was copied up is durable
+        "late:top.raw",
+        "never:new.raw",  # clusters stay unallocated over bytes that are only in memory
+    ],
+)
+def test_power_cuts_catch_a_wrong_order_of_rebase(
+    disk: Disk, rng: random.Random, tmp_path: Path, order: str
+) -> None:
+    for number in range(PATIENT_CUTS):
+        with disk.directory() as place:
+            promise = Rebase(to_be_rebased(place, rng))
+            moment = Moment.draw(rng, promise, by_event=bool(number % 2), scale=SCALE)
+            cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0, order=order)
+            tell(cut.story)
+            if promise.broken(done=cut.done):
+                return
+    pytest.fail(f"{PATIENT_CUTS} cuts did not notice {order}")
 
 
 @pytest.mark.long

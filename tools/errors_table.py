@@ -67,6 +67,7 @@ RESULTS: dict[str, type[Result]] = {
     "farm manifest create": FarmManifests,
     "farm commit": FarmResult,
     "farm flatten": FarmResult,
+    "farm rebase": FarmResult,
     "farm reset": FarmResult,
     "farm scrub run": Scrubbed,
     "farm scrub status": ScrubStatus,

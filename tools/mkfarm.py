@@ -530,7 +530,7 @@ def reserved_bytes(plot: Plot) -> None:
     cow = plot.cow()
     behind = LAYOUT.size + len(cow.backing) + len(cow.image)
     at = (behind, cow.header_size - 1, 2000)[plot.number % 3]
-    plot.whole("reserved-bytes", marks=[(at, b"x")])
+    plot.whole("reserved-bytes", status=3, marks=[(at, b"x")])
 
 
 def formats_magic(plot: Plot) -> None:

@@ -27,6 +27,7 @@ def _in(module: str, *names: str) -> tuple[str, ...]:
 _PUBLISHER = "addcow_mp/engine/publisher.py"
 _OVERLAY = "addcow_mp/device/overlay.py"
 _LOCKS = "addcow_mp/device/locks.py"
+_REBASE = "addcow_mp/jobs/rebase.py"
 _RESET = "addcow_mp/jobs/reset.py"
 _DEPENDANTS = "addcow_mp/jobs/dependants.py"
 _RESIZE = "addcow_mp/jobs/resize.py"
@@ -515,6 +516,56 @@ MUTATIONS = (
         "                    raise ended_early()\n",
         "                    return\n",
         _in("kills", "shrinking_source_is_named", "shrunk_source_is_an_error_and_not_a_hole"),
+    ),
+    # Rebase
+    Mutation(
+        "rebase: the header changes before the differing clusters are copied",
+        _REBASE,
+        "                if plan is None:\n",
+        "                change.carry_out()\n                if plan is None:\n",
+        _in("rebase", "rebase_keeps_the_order", "rebase_keeps_the_view_of_overlays_above"),
+    ),
+    Mutation(
+        "rebase: the new backing file is not synced",
+        _REBASE,
+        "            sync_chain(self.new)\n",
+        "            pass\n",
+        _in("rebase", "rebase_keeps_the_order"),
+    ),
+    Mutation(
+        "rebase: whole tasks are published",
+        "addcow_mp/engine/publisher.py",
+        "        if self._by_cluster:\n",
+        "        if False:\n",
+        _in("rebase", "rebase_shows_the_same_disk_and_copies_only_what_differs"),
+    ),
+    Mutation(
+        "rebase: the new name is not synced before the header names it",
+        "addcow_mp/device/renaming.py",
+        "        overlay.cow.write(name, place)\n        overlay.cow.sync()\n",
+        "        overlay.cow.write(name, place)\n",
+        _in("rebase", "rebase_keeps_the_order"),
+    ),
+    Mutation(
+        "rebase: the old name stays",
+        "addcow_mp/device/renaming.py",
+        "    if clear_unused(overlay):\n",
+        "    if False:\n",
+        _in("rebase", "new_name_goes_where_the_old_one_is_not_and_the_old_one_is_cleared"),
+    ),
+    Mutation(
+        "rebase: blocks count as shared whatever the list says of them",
+        "addcow_mp/device/fiemap.py",
+        "            is_shared = flags & ~(_LAST | _MERGED) == _SHARED\n",
+        "            is_shared = True\n",
+        _in("rebase", "flags_of_extents_decide_whether_blocks_are_shared"),
+    ),
+    Mutation(
+        "farm rebase: the new base is rebased as well",
+        "addcow_mp/farm/rebasing.py",
+        " and one.identity not in new]",
+        "]",
+        _in("rebase", "farm_rebase_leaves_the_new_base_and_its_chain_out"),
     ),
     # Reset
     Mutation(

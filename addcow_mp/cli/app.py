@@ -39,7 +39,7 @@ _GROUPS = {
         "Inspect many images at once, and work on them.",
         (
             *("ls", "graph", "check", "verify", "manifest", "plan"),
-            *("commit", "flatten", "reset", "scrub"),
+            *("commit", "flatten", "rebase", "reset", "scrub"),
         ),
     ),
     "farm.manifest": _Group("Write the manifests of all images.", ("create",)),

@@ -34,6 +34,7 @@ from addcow_mp.farm.result import FarmResult
 
 if TYPE_CHECKING:
     from addcow_mp.device.copying import CopyOptions
+    from addcow_mp.jobs.rebase import NewBacking
 
 
 class FarmRunOptions(OptionGroup):
@@ -85,14 +86,22 @@ class FarmRunOptions(OptionGroup):
 
 
 class FarmJobOptions(FarmRunOptions):
-    """The options of ``farm commit`` and ``farm flatten``, which copy."""
+    """The options of ``farm commit``, ``farm flatten`` and ``farm rebase``, which copy."""
 
     verify: Verify = False
     copying: CopyingOptions
 
-    def run(self, operation: Operation, *, discard: bool = False) -> None:
+    def run(
+        self,
+        operation: Operation,
+        *,
+        discard: bool = False,
+        backing: NewBacking | None = None,
+        base: str | None = None,
+    ) -> None:
         """Run ``operation`` on all images, print the result and exit."""
-        spec = JobSpec(operation, discard, self.verify, self.on_error == "stop")
+        stops = self.on_error == "stop"
+        spec = JobSpec(operation, discard, self.verify, stops, backing, base)
         self.run_spec(spec, self.copying.copy_options(), durable=self.copying.durable)
 
 

@@ -32,6 +32,7 @@ _RESULTS = (
 _PAST = {
     Operation.COMMIT: "committed",
     Operation.FLATTEN: "flattened",
+    Operation.REBASE: "rebased",
     Operation.RESET: "reset",
 }
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -377,8 +378,16 @@ class Overlay:
         self.write_header(self.header.with_all_allocated(value))
 
     def write_header(self, header: Header) -> None:
-        """Write ``header`` in one write, and make it durable. Names are not written."""
-        self.cow.write(header.pack(), 0)
+        """Write ``header`` in one write, and make it durable. Names are not written.
+
+        A write that fails may have written a part: then the old header is written again.
+        """
+        try:
+            self.cow.write(header.pack(), 0)
+        except FileError:
+            with suppress(FileError):
+                self.cow.write(self.header.pack(), 0)
+            raise
         self.cow.sync()
         self.header = header
         self.all_allocated = header.all_allocated

@@ -6,7 +6,7 @@ are proof of equal bytes only under these conditions:
 
 - Both lists are made with FIEMAP_FLAG_SYNC. Bytes in memory that are to be written elsewhere would
   else be missing: one place and two contents.
-- Nobody writes either file: the caller holds locks on both.
+- No program writes either file: the caller holds locks on both.
 - Both files are on one file system, whose files can share blocks.
 - Both extents are said to be shared, and nothing else is said of them: not unwritten, not
   compressed, not inline, not without a place yet.

@@ -6,6 +6,7 @@ skipped in one step. Weights are estimates: only the spread of work and the prog
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -62,19 +63,14 @@ def unallocated_stretches(
 
 
 def stretches_of(runs: Iterable[Run], geometry: Geometry, aligned: int) -> Iterator[Stretch]:
-    """Yield stretches with the clusters of ``runs``, which are in order, weighed by their number."""
+    """Yield stretches with the clusters of ``runs``, in order, weighed by their number."""
     step = _step(geometry, aligned)
-    base, weight = -1, 0
+    counts: Counter[int] = Counter()
     for first, stop in runs:
-        while first < stop:
-            here = round_down(first, step)
-            end = min(stop, here + step)
-            if here != base and weight:
-                yield Stretch(base, base + step, weight)
-            base, weight = here, weight * (here == base) + (end - first) * geometry.cluster_size
-            first = end
-    if weight:
-        yield Stretch(base, base + step, weight)
+        for base in range(round_down(first, step), stop, step):
+            counts[base] += min(stop, base + step) - max(first, base)
+    for base, count in sorted(counts.items()):
+        yield Stretch(base, base + step, count * geometry.cluster_size)
 
 
 def data_stretches(files: list[File], geometry: Geometry, aligned: int) -> Iterator[Stretch]:

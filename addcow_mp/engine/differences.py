@@ -13,7 +13,7 @@ from functools import partial
 
 from addcow_mp.device.layer import Layer
 from addcow_mp.engine.allocation import data_stretches
-from addcow_mp.engine.compare import Views
+from addcow_mp.engine.compare import FINE, Views
 from addcow_mp.engine.scan import ScanHooks, ScanOptions, scan
 from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.engine.worker import Failed, WorkerContext
@@ -60,7 +60,9 @@ class _Search:
     def __call__(self, task: Task, worker: WorkerContext) -> list[Run]:
         """The runs of differing units within ``task``."""
         geometry, check = self._geometry, partial(worker.check, "")
-        span, parts = geometry.span(task.first, task.stop), (geometry.cluster_size,)
+        span, unit = geometry.span(task.first, task.stop), geometry.cluster_size
+        # Where a window differs, larger parts are compared first.
+        parts = (FINE, unit) if unit < FINE else (unit,)
         differing = self._views.differing(*span, parts, check)
         return list(merged(geometry.touched(*run) for run in differing))
 
@@ -74,7 +76,10 @@ def find_differences(
     *,
     shares: bool,
 ) -> KnownDifferences:
-    """Compare two views, in the clusters of ``geometry``. None shows zeros."""
+    """Compare two views, in the clusters of ``geometry``. None shows zeros.
+
+    Raises what ``hooks`` raise, and :class:`RestartsError` when they stop it.
+    """
     files = [file for side in (old, new) if side is not None for file in side.files()]
     tasks = cut(data_stretches(files, geometry, 1), geometry.clusters)
     known = KnownDifferences(geometry.cluster_size, SparseBits())

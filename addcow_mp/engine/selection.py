@@ -142,10 +142,10 @@ class DifferingClusters(MissingClusters):
 
     def _known_to_differ(self, known: KnownDifferences, first: int, stop: int) -> Iterator[Run]:
         geometry = self.geometry
-        for run in merged(
-            geometry.touched(*one) for one in known.runs(*geometry.span(first, stop))
-        ):
-            yield from super().runs(*run)
+        # A unit may be larger than a cluster, and reach behind the end.
+        units = (geometry.touched(*one) for one in known.runs(*geometry.span(first, stop)))
+        for start, end in merged((max(first, one[0]), min(stop, one[1])) for one in units):
+            yield from super().runs(start, end)
 
     def _compared(self, first: int, stop: int, check: Callable[[], None]) -> Iterator[Run]:
         geometry = self.geometry

@@ -1,4 +1,4 @@
-"""A farm job: commit, flatten or reset every overlay of a farm.
+"""A farm job: commit, flatten, rebase or reset every overlay of a farm.
 
 It makes a plan, asks the scheduler which steps may begin, gives these to the executor, and collects
 the results. An image that is refused or fails ends alone; the other images continue.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from addcow_mp.engine.fd_passing import UnstartedError
@@ -64,9 +65,23 @@ def run_farm_job(
     # The plan has no time limit: it says what is left.
     with hooks.looking():
         made = plan(places, job.spec, options, hooks)
+    with closing(made):
+        return _carried_out(made, job, options, hooks, log, engine)
+
+
+def _carried_out(
+    made: Plan,
+    job: FarmJob,
+    options: RunOptions,
+    hooks: Hooks,
+    log: Callable[[Event], None],
+    engine: Engine,
+) -> FarmResult:
     if job.is_dry_run:
         return FarmResult(made, tuple(map(ImageResult.planned, made.steps)), is_carried_out=False)
     log(made)
+    if made.rebasing is not None:
+        made.rebasing.make_durable()
     run = _Run(made, job, replace(options, access=made.access), hooks, log)
     problem: AddcowError | None = None
     try:

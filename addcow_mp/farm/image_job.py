@@ -1,8 +1,8 @@
 """An image job: one overlay of a farm, and what is done with it.
 
-It runs the image's own commit, flatten or reset, with its own locks, refusals and checkpoints. The
-farm only adds what it already knows: the overlays around the image. An image job is frozen and can
-be pickled to another process.
+It runs the image's own commit, flatten, rebase or reset, with its own locks, refusals and
+checkpoints. The farm only adds what it already knows: the overlays around the image. An image job
+is frozen and can be pickled to another process.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from addcow_mp.device.discovery import NearbyOverlays
 from addcow_mp.device.files import sync_directory
 from addcow_mp.engine.pool import Pool
 from addcow_mp.errors import AddcowError
-from addcow_mp.jobs import commit, flatten, reset
+from addcow_mp.jobs import commit, flatten, rebase, reset
 from addcow_mp.jobs.options import Hooks, RunOptions, Shared
+from addcow_mp.jobs.rebase import NewBacking
 from addcow_mp.jobs.report import Estimate, Report
 
 
@@ -27,6 +28,7 @@ class Operation(StrEnum):
 
     COMMIT = "commit"
     FLATTEN = "flatten"
+    REBASE = "rebase"
     RESET = "reset"
 
 
@@ -36,13 +38,22 @@ class JobSpec:
 
     ``discard``: a flatten then removes the ``.add-cow`` file. ``verifies``: what was written is
     read back from the disk, before anything is removed. ``stops_at_error``: no image begins after
-    one was refused or has failed.
+    one was refused or has failed. ``backing``: the backing file that a rebase gives to overlays
+    that stand on ``base``; None = on the only one that there is.
     """
 
     operation: Operation
     discard: bool = False
     verifies: bool = False
     stops_at_error: bool = False
+    backing: NewBacking | None = None
+    base: str | None = None
+
+    @property
+    def new_backing(self) -> NewBacking:
+        """The backing file of a rebase."""
+        assert self.backing is not None  # noqa: S101 - the spec of a rebase
+        return self.backing
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class ImageJob:
                 return flatten.estimate(self.path, options, shared, discard=self.spec.discard)
             if self.spec.operation is Operation.RESET:
                 return reset.estimate(self.path, options, shared)
+            if self.spec.operation is Operation.REBASE:
+                return rebase.estimate(self.path, self.spec.new_backing, options, shared)
             return commit.estimate(self.path, options, shared, receives=self.receives)
         except AddcowError as error:
             return error.without_traceback()
@@ -79,6 +92,8 @@ class ImageJob:
         job: Callable[..., Report] = commit.commit
         if self.spec.operation is Operation.FLATTEN:
             job = partial(flatten.flatten, discard=self.spec.discard)
+        elif self.spec.operation is Operation.REBASE:
+            job = partial(rebase.rebase, backing=self.spec.new_backing)
         shared, verifies = Shared(pool, self.nearby), self.spec.verifies
         return job(self.path, verifies=verifies, options=options, hooks=hooks, shared=shared)
 

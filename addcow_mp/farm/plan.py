@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -37,6 +37,7 @@ from addcow_mp.farm.image_job import ImageJob, JobSpec, Operation
 from addcow_mp.farm.places import Found, files_of, in_order
 from addcow_mp.farm.plain import NotPlainError
 from addcow_mp.farm.quick_estimate import QuickEstimates
+from addcow_mp.farm.rebasing import Rebasing
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
 from addcow_mp.jobs.report import Estimate
 
@@ -121,11 +122,17 @@ class Plan:
     dependency_index: DependencyIndex
     access: Access
     places: Found
+    rebasing: Rebasing | None = None
 
     @property
     def unexamined(self) -> list[Unexamined]:
         """What could not be examined."""
         return self.places.unexamined
+
+    def close(self) -> None:
+        """Close what the plan holds open."""
+        if self.rebasing is not None:
+            self.rebasing.close()
 
     @cached_property
     def weight(self) -> int:
@@ -136,7 +143,7 @@ class Plan:
 def plan(
     places: Iterable[str], spec: JobSpec, options: RunOptions = DEFAULTS, hooks: Hooks = NO_HOOKS
 ) -> Plan:
-    """The plan of ``spec`` for all overlays in ``places``.
+    """The plan of ``spec`` for all overlays in ``places``; that of a rebase holds both bases open.
 
     Raises :class:`ImageError` when none of the places exists, :class:`RestartsError` when
     ``hooks`` stop it.
@@ -145,21 +152,39 @@ def plan(
     options = replace(options, access=found.access)
     index = DependencyIndex(found.files, found.access)
     found.unexamined = in_order((*found.unexamined, *index.unexamined))
-    steps = sorted(_steps(spec, index), key=lambda step: (-len(step.chain), step.path))
+    rebasing = None
+    if spec.operation is Operation.REBASE:
+        rebasing = Rebasing(index.farm, spec, options, hooks)
+    steps = sorted(_steps(spec, index, rebasing), key=lambda step: (-len(step.chain), step.path))
     accounts = _Accounts(options)
     settled = tuple(map(accounts.settle, _estimated(steps, options, hooks)))
     filesystems = tuple(accounts.filesystems.values())
-    return Plan(spec, settled, filesystems, index, found.access, found)
+    return Plan(spec, settled, filesystems, index, found.access, found, rebasing)
 
 
-def _steps(spec: JobSpec, index: DependencyIndex) -> Iterator[Step]:
+def _steps(spec: JobSpec, index: DependencyIndex, rebasing: Rebasing | None) -> Iterator[Step]:
+    if rebasing is not None:
+        for named in rebasing.overlays:
+            yield _step(named, rebasing.spec_for(named), index)
+        return
     commits = spec.operation is Operation.COMMIT
     # A discarded overlay's own overlays are discarded before; the accounts refuse it otherwise.
     leaving = {one.identity for one in index.farm} if spec.discard else set()
     for named in index.farm:
-        nearby = index.around(named, as_backing=commits, leaving=leaving)
-        chain = tuple(_chain(named, index.graph))
-        yield Step(named, ImageJob(named.path, spec, nearby, layers=len(chain)), chain)
+        yield _step(named, spec, index, leaving, as_backing=commits)
+
+
+def _step(
+    named: Named,
+    spec: JobSpec,
+    index: DependencyIndex,
+    leaving: Collection[Identity] = (),
+    *,
+    as_backing: bool = False,
+) -> Step:
+    nearby = index.around(named, as_backing=as_backing, leaving=leaving)
+    chain = tuple(_chain(named, index.graph))
+    return Step(named, ImageJob(named.path, spec, nearby, layers=len(chain)), chain)
 
 
 def _chain(named: Named, graph: Graph[Named]) -> Iterator[Identity]:

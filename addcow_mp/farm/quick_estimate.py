@@ -103,6 +103,7 @@ class QuickEstimates:
         """
         nearby, spec = image_job.nearby, image_job.spec
         require(not (nearby.overlays or nearby.more or nearby.unread or nearby.hidden))
+        require(spec.operation in self._estimates)
         require(not (image_job.receives or spec.discard or self._access.share or faults.armed))
         opened: list[File] = []
         try:

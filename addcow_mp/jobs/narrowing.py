@@ -1,4 +1,4 @@
-"""Who may read the image file: nobody who may not read the backing files that it gets data of."""
+"""Who may read the image file: only users who may read the backing files that it gets data of."""
 
 from __future__ import annotations
 

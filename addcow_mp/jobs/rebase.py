@@ -19,6 +19,7 @@ that was renamed or moved: the old one need not exist.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -27,7 +28,7 @@ from functools import partial
 from typing import NoReturn
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import READ, REBASE, open_below, open_chain, sync_chain
+from addcow_mp.device.chain import READ, REBASE, Uses, open_below, open_chain, sync_chain
 from addcow_mp.device.files import File, identity_at
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.layer import Layer
@@ -160,18 +161,56 @@ def compared_estimate(
     path: str, backing: NewBacking, options: RunOptions = DEFAULTS, hooks: Hooks = NO_HOOKS
 ) -> Estimate | None:
     """The same, with the backing files compared first, so that only what differs counts."""
-    return estimate(path, with_differences(path, backing, options, hooks), options)
+    with open_bases(path, backing, options.access) as bases:
+        known = bases.differences(backing, options, hooks)
+    return estimate(path, replace(backing, known=known), options)
 
 
-def with_differences(
-    path: str, backing: NewBacking, options: RunOptions, hooks: Hooks = NO_HOOKS
-) -> NewBacking:
-    """Return ``backing`` with where it differs from that of the overlay at ``path``.
+@dataclass(frozen=True)
+class Bases:
+    """The old and the new backing file of overlays; None shows zeros.
+
+    ``unit``: bytes of a cluster; ``path``: an overlay, for errors.
+    """
+
+    old: Layer | None
+    new: Layer | None
+    unit: int
+    path: str
+
+    def differences(
+        self, backing: NewBacking, options: RunOptions, hooks: Hooks, unit: int | None = None
+    ) -> KnownDifferences | None:
+        """Where they differ, in units of ``unit`` bytes; None when a job compares nothing.
+
+        Raises :class:`AddcowError`.
+        """
+        if backing.unsafe or not backing.name or _is_same_file(self.old, self.new):
+            return None
+        if backing.trusts_manifests:
+            return _by_manifests(self.old, self.new, options)
+        size = max(side.size for side in (self.old, self.new) if side is not None)
+        geometry = Geometry(size, self.unit if unit is None else unit)
+        failed = partial(_raise_failure, self.path)
+        scan_hooks = ScanHooks(self.path, failed, hooks.stopping, progress=hooks.progress)
+        scan_options, shares = ScanOptions(options.jobs, maps=True), _shares(options.access)
+        return find_differences(
+            self.old, self.new, geometry, scan_options, scan_hooks, shares=shares
+        )
+
+
+@contextmanager
+def open_bases(path: str, backing: NewBacking, access: Access) -> Iterator[Bases]:
+    """Open the backing file of the overlay at ``path`` and its new one; the overlay is closed.
 
     Raises :class:`AddcowError`.
     """
-    with _opened(path, backing, options.access, writes=False) as change:
-        return replace(backing, known=change.differences(options, hooks))
+    with _opened(path, backing, access, writes=False) as change:
+        overlay = change.overlay
+        overlay.bitmap.unmap()
+        overlay.cow.close()
+        overlay.image.close()
+        yield Bases(overlay.backing, change.new, overlay.cluster_size, path)
 
 
 @contextmanager
@@ -179,7 +218,7 @@ def _opened(
     path: str, backing: NewBacking, access: Access, *, writes: bool = True
 ) -> Iterator[_Change]:
     uses = REBASE if writes else READ
-    with open_chain(path, uses, access, alone=backing.unsafe) as overlay:
+    with _opened_overlay(path, uses, access, backing) as overlay:
         located = backing.located(path)
         format_ = _format(overlay, backing)
         if located is None or (backing.unsafe and identity_at(located.path) is None):
@@ -189,6 +228,17 @@ def _opened(
             refuse_image_as_backing(located.path)
         with closing(open_below(overlay, located.path, format_, access)) as new:
             yield _Change(overlay, backing, located, format_, new)
+
+
+def _opened_overlay(path: str, uses: Uses, access: Access, backing: NewBacking) -> Overlay:
+    """Open the overlay; where a file of its chain is missing, say what helps."""
+    try:
+        return open_chain(path, uses, access, alone=backing.unsafe)
+    except FileError as error:
+        if error.fields.get("errno") != errno.ENOENT or ": backing file '" not in str(error):
+            raise
+        reason = f"{error.fields['reason']}; if it was renamed or moved, rebase with -u"
+        raise FileError(**(error.fields | {"reason": reason})) from error
 
 
 def _format(overlay: Overlay, backing: NewBacking) -> str:
@@ -216,7 +266,7 @@ class _Change:
         self._backing = backing
         self._located = located
         self._format = format_
-        self._new = new
+        self.new = new
         self._name = (
             b"" if located is None else located.stored(overlay.path, "backing", BACKING_NAME_LIMIT)
         )
@@ -228,8 +278,8 @@ class _Change:
         overlay, access = self.overlay, options.access
         if self._name:
             refuse_no_room(overlay, self._name)
-        if self._new is not None and not access.force:
-            refuse_disguised(self._new)
+        if self.new is not None and not access.force:
+            refuse_disguised(self.new)
         files = [overlay.cow, overlay.image.file]
         if self._backing.unsafe:
             if not access.force:
@@ -261,15 +311,6 @@ class _Change:
         is_named = name_of_backing(overlay) == self._name
         return is_named and format_name(header.backing_format) == self._format
 
-    @property
-    def _is_same_file(self) -> bool:
-        """Whether the new backing file is the old one, under whatever name."""
-        old, new = self.overlay.backing, self._new
-        if old is None or new is None or isinstance(old, Overlay) != isinstance(new, Overlay):
-            return False
-        files = [one.cow if isinstance(one, Overlay) else next(one.files()) for one in (old, new)]
-        return files[0].identity == files[1].identity
-
     # What is moved
 
     def plan(
@@ -277,14 +318,16 @@ class _Change:
     ) -> TransferPlan | None:
         """Return what is copied up; None when nothing can differ."""
         overlay = self.overlay
-        if self._backing.unsafe or overlay.all_allocated or self._is_same_file:
+        if self._backing.unsafe or overlay.all_allocated:
+            return None
+        if _is_same_file(overlay.backing, self.new):
             return None
         narrowing = prepare or (lambda: None)
         if not self._name:
             return flatten_plan(overlay, narrowing)
         refuse_no_room_for_bits(overlay)
         known = self._known(options)
-        selection = DifferingClusters(overlay, self._new, known, shares=_shares(options.access))
+        selection = DifferingClusters(overlay, self.new, known, shares=_shares(options.access))
         aligned = alignment(overlay.cluster_size)
         if known is not None:
             runs = selection.runs(0, overlay.geometry.clusters)
@@ -297,52 +340,21 @@ class _Change:
     @property
     def _files(self) -> list[File]:
         """The raw files that are compared."""
-        sides = (self.overlay.backing, self._new)
+        sides = (self.overlay.backing, self.new)
         return [file for side in sides if side is not None for file in side.files()]
 
     def _known(self, options: RunOptions) -> KnownDifferences | None:
         if self._backing.known is None and self._backing.trusts_manifests:
-            return self._by_manifests(options)
+            return _by_manifests(self.overlay.backing, self.new, options)
         return self._backing.known
-
-    def _by_manifests(self, options: RunOptions) -> KnownDifferences:
-        """Where the manifests of all layers say that the backing files differ."""
-        chains = [
-            [] if side is None else manifest.existing(side, options)
-            for side in (self.overlay.backing, self._new)
-        ]
-        known = KnownDifferences(LEAF, SparseBits())
-        for leaf in differing_leaves(*chains):
-            known.bits.set(leaf, leaf + 1)
-        return known
-
-    def differences(self, options: RunOptions, hooks: Hooks) -> KnownDifferences | None:
-        """Where the backing files differ; None when the job does not compare them."""
-        overlay, backing = self.overlay, self._backing
-        if backing.unsafe or not self._name or overlay.all_allocated or self._is_same_file:
-            return None
-        if backing.trusts_manifests:
-            return self._by_manifests(options)
-        size = max(side.size for side in (overlay.backing, self._new) if side is not None)
-        geometry = Geometry(max(size, overlay.size), overlay.cluster_size)
-        scan_hooks = ScanHooks(
-            overlay.path,
-            partial(_raise_failure, overlay.path),
-            hooks.stopping,
-            progress=hooks.progress,
-        )
-        scan_options = ScanOptions(options.jobs, maps=True)
-        shares = _shares(options.access)
-        return find_differences(
-            overlay.backing, self._new, geometry, scan_options, scan_hooks, shares=shares
-        )
 
     # The change
 
     def make_durable(self) -> None:
         """Make what stays unallocated durable in the new backing file."""
-        if self._new is not None and self.overlay.cow.durable and not self._backing.is_durable:
-            sync_chain(self._new)
+        backing = self._backing
+        if self.new is not None and not (backing.unsafe or backing.is_durable):
+            sync_chain(self.new)
 
     def carry_out(self) -> None:
         """Let the header name the new backing file, once the bits are durable."""
@@ -372,9 +384,28 @@ class _Change:
             return []
         overlay, path = self.overlay, self._located.path
         told = roots_needed(overlay.path, overlay.image.file.path, path)
-        if self._new is None:
+        if self.new is None:
             told.append(f"{overlay.path}: its backing file '{path}' does not exist yet")
         return told
+
+
+def _is_same_file(old: Layer | None, new: Layer | None) -> bool:
+    """Whether the new backing file is the old one, under whatever name."""
+    if old is None or new is None or isinstance(old, Overlay) != isinstance(new, Overlay):
+        return False
+    one, other = (
+        each.cow if isinstance(each, Overlay) else next(each.files()) for each in (old, new)
+    )
+    return one.identity == other.identity
+
+
+def _by_manifests(old: Layer | None, new: Layer | None, options: RunOptions) -> KnownDifferences:
+    """Where the manifests of all layers say that two backing files differ."""
+    chains = [[] if side is None else manifest.existing(side, options) for side in (old, new)]
+    known = KnownDifferences(LEAF, SparseBits())
+    for leaf in differing_leaves(*chains):
+        known.bits.set(leaf, leaf + 1)
+    return known
 
 
 def _shares(access: Access) -> bool:

@@ -65,7 +65,7 @@ def _repair(overlay: Overlay, before: CheckReport, *, everything: bool) -> Check
     done = CheckReport(overlay.path)
     found = [one.name for one in before.findings if one.name in _REPAIRS]
     broken = [name for name in found if everything or name in _LEAKS]
-    if set(broken) - _LEAKS:
+    if broken:
         done.backup = _back_up(overlay)
         done.repairs.append(f"header and bitmap were copied to {done.backup} first")
     # Before the bitmap is extended: data behind its old end is no leak.

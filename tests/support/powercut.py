@@ -80,6 +80,15 @@ EVENTS = {
         "bitmap_update": 12,
         "bitmap_sync": 6,
     },
+    "rebase": {
+        "image_write": 60,
+        "data_sync": 20,
+        "directory_sync": 1,
+        "publish": 20,
+        "bitmap_update": 20,
+        "bitmap_sync": 20,
+        "header_write": 3,
+    },
     # A resize has the same few steps whatever the size.
     "resize": {
         "image_cut": 1,

@@ -24,6 +24,9 @@ changes. Once it is done the view is the new one, and no bit past the last clust
 reset: the guest's view is all that it was or all of the backing file's, and no file below changes.
 Once it is done it is the backing file's, no cluster is allocated, and the image takes no space.
 
+rebase: the guest's view never changes, nor any file below. Bits are only ever set. The header names
+the old backing file or the new one; once it is done, the new one.
+
 convert: no file of the chain changes, and once it is done the new file is the guest's view.
 """
 
@@ -330,6 +333,34 @@ class Reset(Promise):
             yield from differs(VIEW, now, self.below)
         if done and oracle.allocated(self.files.path):
             yield "clusters are still local"
+
+
+class Rebase(Promise):
+    """Rebase to ``new``, a file beside the overlay."""
+
+    job = "rebase"
+    new = "new.raw"
+
+    def __init__(self, files: Files) -> None:
+        super().__init__(files)
+        self.old = oracle.read_header(files.path).backing
+
+    def command(self, jobs: int) -> list[str]:
+        return [*super().command(jobs), "-b", self.new, "-F", "raw"]
+
+    def synced_by_others(self) -> list[str]:
+        """The new backing file is synced by the job alone."""
+        return self.files.everything
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        yield from self._same_view()
+        yield from self._untouched(self.files.below)
+        lost = self.stored_bits - frozenset(oracle.allocated(self.files.path))
+        if lost:
+            yield f"clusters are no longer local: {sorted(lost)}"
+        name = os.path.basename(oracle.read_header(self.files.path).backing or "")
+        if name != self.new and (done or name != os.path.basename(self.old or "")):
+            yield f"the backing file is {name!r}"
 
 
 class Convert(Promise):

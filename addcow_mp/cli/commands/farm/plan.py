@@ -36,6 +36,8 @@ def command(
     Exit status: 0 something can be done, or nothing is to be done; 1 all is refused, or something
     could not be examined.
     """
+    if operation is Operation.REBASE:
+        raise UsageError(message="use 'addcow farm rebase --dry-run', which takes -b NEW")
     if discard and operation is not Operation.FLATTEN:
         raise UsageError(message="--discard is for flatten")
     job = FarmJob(JobSpec(operation, discard), is_dry_run=True)

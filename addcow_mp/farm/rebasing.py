@@ -1,0 +1,134 @@
+"""Which overlays of a farm get another backing file, and where it differs from the old one.
+
+A base's new version comes to all overlays of the old one. What differs is the same for all of them:
+both bases are compared once, in units as small as the smallest cluster. They stay open and locked
+until the last overlay is done, so that nothing that was compared changes meanwhile. The new base is
+made durable once.
+
+The new base and the files below it are no overlays of the old one, even if they stand on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+from addcow_mp.device.chain import sync_chain
+from addcow_mp.device.discovery import Identity, Named, named_by
+from addcow_mp.device.files import identity_at
+from addcow_mp.device.headers import MAX_DEPTH
+from addcow_mp.errors import AddcowError, StoppedError, UsageError
+from addcow_mp.farm.image_job import JobSpec
+from addcow_mp.format.header import MIN_CLUSTER_BITS
+from addcow_mp.jobs.naming import plain
+from addcow_mp.jobs.options import Hooks, RunOptions
+from addcow_mp.jobs.rebase import Bases, NewBacking, open_bases
+
+#: Bases that are named in a message.
+MOST_NAMED = 3
+
+Base = tuple[Identity | str, str | None]
+"""The backing file of an overlay, by inode or by resolved name, and its format."""
+
+
+class Rebasing:
+    """The overlays in ``farm`` that ``spec`` is about; :meth:`close` closes the bases."""
+
+    def __init__(self, farm: list[Named], spec: JobSpec, options: RunOptions, hooks: Hooks) -> None:
+        assert spec.backing is not None  # noqa: S101 - the spec of a rebase
+        self._spec = spec
+        self._backing = spec.backing
+        self._opened = ExitStack()
+        self._bases: Bases | None = None
+        #: The base that was compared: overlays of another one compare for themselves.
+        self._base: Base | None = None
+        self.overlays = _overlays_of(farm, spec.base, self._backing)
+        try:
+            self._compare(options, hooks)
+        except BaseException:
+            self.close()
+            raise
+
+    def spec_for(self, named: Named) -> JobSpec:
+        """What is done with an overlay."""
+        is_known = self._base is not None and _base_of(named) == self._base
+        return self._spec if is_known else replace(self._spec, backing=self._backing)
+
+    def make_durable(self) -> None:
+        """Make the new base durable, before the first overlay relies on it."""
+        if self._bases is not None and self._bases.new is not None:
+            sync_chain(self._bases.new)
+
+    def close(self) -> None:
+        """Close the bases."""
+        self._opened.close()
+
+    def _compare(self, options: RunOptions, hooks: Hooks) -> None:
+        backing = self._backing
+        if backing.unsafe or not backing.name:
+            return
+        new = identity_at(backing.name)
+        for named in self.overlays:
+            needs_old = not named.all_allocated and named.backing != new
+            bases = self._open(named, options) if needs_old else None
+            if bases is not None:
+                known = bases.differences(backing, options, hooks, 1 << MIN_CLUSTER_BITS)
+                self._bases, self._base = bases, _base_of(named)
+                known_backing = replace(backing, known=known, is_durable=True)
+                self._spec = replace(self._spec, backing=known_backing)
+                return
+
+    def _open(self, named: Named, options: RunOptions) -> Bases | None:
+        """The bases of an overlay; None when it cannot be opened: its own job says why."""
+        try:
+            return self._opened.enter_context(open_bases(named.path, self._backing, options.access))
+        except StoppedError:
+            raise
+        except AddcowError:
+            return None
+
+
+def _overlays_of(farm: list[Named], base: str | None, backing: NewBacking) -> list[Named]:
+    """The overlays that stand on ``base``, or on the one base that there is."""
+    new = _chain_of(backing.name) if backing.name else set()
+    found = [one for one in farm if one.backing_name is not None and one.identity not in new]
+    if base is not None:
+        identity = identity_at(base)
+        wanted: Identity | str = plain(os.path.abspath(base)) if identity is None else identity
+        return [one for one in found if _base_of(one)[0] == wanted]
+    target = identity_at(backing.name) if backing.name else None
+    bases = {key: one for one in found if (key := _base_of(one)[0]) != target}
+    if len(bases) > 1:
+        names = sorted(str(one.backing_path) for one in bases.values())
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        listed = ", ".join(names[:MOST_NAMED])
+        raise UsageError(
+            message=f"the overlays have {len(names)} backing files ({listed}{more}); "
+            "choose one with --from"
+        )
+    return found
+
+
+def _base_of(named: Named) -> Base:
+    if named.backing is not None:
+        return named.backing, named.backing_format
+    with suppress(OSError, ValueError):
+        return plain(named.backing_path or ""), named.backing_format
+    return named.backing_path or "", named.backing_format
+
+
+def _chain_of(path: str) -> set[Identity]:
+    """The files of the chain of ``path``, as far as they can be examined."""
+    return {identity for one in _files_below(path) if (identity := identity_at(one)) is not None}
+
+
+def _files_below(path: str) -> Iterator[str]:
+    below: str | None = path
+    for _ in range(MAX_DEPTH + 1):
+        if below is None:
+            return
+        yield below
+        named = named_by(below)
+        below = None if named is None else named.backing_path
