@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         farm_ls as farm_ls,
         farm_manifest_create as farm_manifest_create,
         farm_plan as farm_plan,
+        farm_rebase as farm_rebase,
         farm_reset as farm_reset,
         farm_scrub_run as farm_scrub_run,
         farm_scrub_status as farm_scrub_status,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         info as info,
         manifest_create as manifest_create,
         open as open,  # noqa: A004 - the name that users expect
+        rebase as rebase,
         repair as repair,
         reset as reset,
         resize as resize,
@@ -221,11 +223,11 @@ _NAMES = {
     "api.arguments": "AnyPath",
     "api.farm": (
         "farm_check farm_commit farm_flatten farm_graph farm_ls farm_manifest_create "
-        "farm_plan farm_reset farm_scrub_run farm_scrub_status farm_verify"
+        "farm_plan farm_rebase farm_reset farm_scrub_run farm_scrub_status farm_verify"
     ),
     "api.images": (
         "chain_info check commit compare convert create create_raw drop extents flatten info "
-        "manifest_create open repair reset resize snapshot verify"
+        "manifest_create open rebase repair reset resize snapshot verify"
     ),
     "api.qemu": "qemu_args qemu_export qemu_import qemu_status qemu_stream",
     "device.access": "Access",

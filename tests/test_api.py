@@ -53,6 +53,8 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "compare, other": lambda path: addcow_mp.compare("x", path),
     "verify": addcow_mp.verify,
     "manifest_create": addcow_mp.manifest_create,
+    "rebase": lambda path: addcow_mp.rebase(path, None),
+    "rebase, backing": lambda path: addcow_mp.rebase("x", path, unsafe=True),
     "reset": addcow_mp.reset,
     "drop": addcow_mp.drop,
     "qemu_export": addcow_mp.qemu_export,
@@ -99,7 +101,7 @@ def test_paths_are_accepted_as_str_bytes_and_path_objects(
 def test_object_that_is_no_path_is_refused_with_its_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: object
 ) -> None:
-    if wrong is None and name.startswith("create,"):
+    if wrong is None and name.startswith(("create,", "rebase,")):
         pytest.skip("None leaves the option out")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,28 @@ CHANGES = {
         lambda: addcow_mp.resize(LEAF, 70144, shrink=True),
         f"resize --shrink --output json {LEAF} 70144",
     ),
+    "rebase": Case(
+        lambda: addcow_mp.rebase(LEAF, "second.img", backing_format="raw", verify=True, jobs=0),
+        f"rebase -b second.img -F raw --verify --jobs 0 --output json {LEAF}",
+    ),
+    "rebase, none": Case(
+        lambda: addcow_mp.rebase(LEAF, None, jobs=0),
+        f'rebase -b "" --jobs 0 --output json {LEAF}',
+    ),
+    "rebase, unsafe": Case(
+        lambda: addcow_mp.rebase(LEAF, "unnamed.img", backing_format="raw", unsafe=True),
+        f"rebase -u -b unnamed.img -F raw --output json {LEAF}",
+    ),
+    "farm_rebase": Case(
+        lambda: addcow_mp.farm_rebase(".", "unnamed.img", base="second.img", jobs=0),
+        "farm rebase -b unnamed.img --from second.img --jobs 0 --output json .",
+    ),
+    "farm_rebase, dry run": Case(
+        lambda: addcow_mp.farm_rebase(
+            ["."], "unnamed.img", base="second.img", dry_run=True, jobs=0
+        ),
+        "farm rebase -b unnamed.img --from second.img --dry-run --jobs 0 --output json .",
+    ),
     "reset": Case(lambda: addcow_mp.reset(LEAF), f"reset --output json {LEAF}"),
     "drop": Case(lambda: addcow_mp.drop("full.add-cow"), "drop --output json full.add-cow"),
     "manifest_create": Case(
@@ -167,7 +190,7 @@ def test_function_does_what_the_command_does(
             patch(one / "bad.add-cow", 2000, b"x")
     monkeypatch.chdir(here)
     result = case.call()
-    ended = warm.run(*case.words.split(), cwd=there)
+    ended = warm.run(*shlex.split(case.words), cwd=there)
     assert files_of(here, case.loose) == files_of(there, case.loose)
     if isinstance(result, addcow_mp.FarmResult | addcow_mp.CheckReport):
         assert result.exit_code == ended.status
@@ -333,6 +356,7 @@ MISSING: dict[str, Callable[[], object]] = {
     "commit": lambda: addcow_mp.commit("none.add-cow"),
     "flatten": lambda: addcow_mp.flatten("none.add-cow"),
     "resize": lambda: addcow_mp.resize("none.add-cow", 512),
+    "rebase": lambda: addcow_mp.rebase("none.add-cow", None),
     "reset": lambda: addcow_mp.reset("none.add-cow"),
     "drop": lambda: addcow_mp.drop("none.add-cow"),
     "qemu_export": lambda: addcow_mp.qemu_export("none.add-cow"),
@@ -346,6 +370,7 @@ MISSING: dict[str, Callable[[], object]] = {
     "farm_plan": lambda: addcow_mp.farm_plan("none", "reset"),
     "farm_commit": lambda: addcow_mp.farm_commit("none"),
     "farm_flatten": lambda: addcow_mp.farm_flatten("none"),
+    "farm_rebase": lambda: addcow_mp.farm_rebase("none", None),
     "farm_reset": lambda: addcow_mp.farm_reset("none"),
     "farm_verify": lambda: addcow_mp.farm_verify("none"),
     "farm_manifest_create": lambda: addcow_mp.farm_manifest_create("none"),
@@ -366,6 +391,27 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception]]] = {
         addcow_mp.DependantsError,
     ),
     "resize, shrinks": (lambda: addcow_mp.resize(LEAF, "-1k"), addcow_mp.ImageError),
+    "rebase, missing backing": (
+        lambda: addcow_mp.rebase(LEAF, "none.img", backing_format="raw"),
+        addcow_mp.AddcowError,
+    ),
+    "rebase, format": (
+        lambda: addcow_mp.rebase(LEAF, "base.img", backing_format="qcow2"),
+        addcow_mp.UsageError,
+    ),
+    "rebase, empty name": (lambda: addcow_mp.rebase(LEAF, ""), addcow_mp.UsageError),
+    "rebase, format of none": (
+        lambda: addcow_mp.rebase(LEAF, None, backing_format="raw"),
+        addcow_mp.UsageError,
+    ),
+    "rebase, unsafe with manifests": (
+        lambda: addcow_mp.rebase(LEAF, "base.img", unsafe=True, trust_manifests=True),
+        addcow_mp.UsageError,
+    ),
+    "farm_rebase, several bases": (
+        lambda: addcow_mp.farm_rebase(".", "unnamed.img"),
+        addcow_mp.UsageError,
+    ),
     "drop, not whole": (lambda: addcow_mp.drop(LEAF), addcow_mp.ImageError),
     "create, exists": (lambda: addcow_mp.create(TOP, size=512), addcow_mp.ImageError),
     "create, cluster size": (
@@ -503,6 +549,7 @@ def test_file_of_any_kind_is_refused_by_an_error_of_the_package(
         "convert": lambda: addcow_mp.convert(name, "new.raw"),
         "compare": lambda: addcow_mp.compare(name, name),
         "resize": lambda: addcow_mp.resize(name, 512),
+        "rebase": lambda: addcow_mp.rebase(name, None),
         "qemu_stream": lambda: addcow_mp.qemu_stream(name, name),
         "extents": lambda: list(addcow_mp.extents(name)),
     }
@@ -562,12 +609,15 @@ class Watch:
         assert self.seen[-1][0] == self.seen[-1][1] > 0, self.seen
 
 
-@pytest.mark.parametrize("job", ["commit", "flatten"])
+@pytest.mark.parametrize("job", ["commit", "flatten", "rebase"])
 def test_stopped_job_keeps_finished_work_and_a_second_call_finishes(
     tmp_path: Path, job: str
 ) -> None:
     path, watch = large(tmp_path), Watch()
     function: Callable[..., addcow_mp.Report] = getattr(addcow_mp, job)
+    if job == "rebase":
+        draw_raw(tmp_path / "new.img", "B" * MANY)
+        function = partial(addcow_mp.rebase, backing=tmp_path / "new.img")
     view, before = guest_picture(path), bits(path).count("1")
     with pytest.raises(addcow_mp.StoppedError, match="the same command continues") as caught:
         function(path, jobs=0, progress=watch.progress, stopping=watch.stopping)
@@ -633,6 +683,8 @@ LIMITED: dict[str, Callable[[Path], object]] = {
     "farm_plan": lambda path: addcow_mp.farm_plan(path, "commit", jobs=0, time_limit=0),
     "farm_commit": lambda path: addcow_mp.farm_commit(path, jobs=0, time_limit=0),
     "farm_flatten": lambda path: addcow_mp.farm_flatten(path, jobs=0, time_limit=0),
+    "farm_rebase": lambda path: addcow_mp.farm_rebase(path, None, jobs=0, time_limit=0),
+    "rebase": lambda path: addcow_mp.rebase(path, None, jobs=0, time_limit=0),
     "farm_reset": lambda path: addcow_mp.farm_reset(path, jobs=0, time_limit=0),
     "farm_verify": lambda path: addcow_mp.farm_verify(path, jobs=0, time_limit=0),
     "farm_manifest_create": lambda path: addcow_mp.farm_manifest_create(path, jobs=0, time_limit=0),
@@ -701,6 +753,8 @@ WATCHED: dict[str, Callable[[Path, Watch], object]] = {
     "farm_check": lambda path, it: addcow_mp.farm_check(path, jobs=0, progress=it.progress),
     "farm_commit": lambda path, it: addcow_mp.farm_commit(path, jobs=0, progress=it.progress),
     "farm_flatten": lambda path, it: addcow_mp.farm_flatten(path, jobs=0, progress=it.progress),
+    "rebase": lambda path, it: addcow_mp.rebase(path, None, jobs=0, progress=it.progress),
+    "farm_rebase": lambda path, it: addcow_mp.farm_rebase(path, None, jobs=0, progress=it.progress),
     "farm_reset": lambda path, it: addcow_mp.farm_reset(path, jobs=0, counted=it.progress),
     "farm_manifest_create": lambda path, it: addcow_mp.farm_manifest_create(
         path, jobs=0, progress=it.progress

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from addcow_mp.device.copying import CopyOptions
     from addcow_mp.farm.farm_job import Event
     from addcow_mp.jobs.options import Hooks, RunOptions
+    from addcow_mp.jobs.rebase import NewBacking
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 """The name of a file, in every form that Python knows."""
@@ -326,6 +327,25 @@ def one_of(argument: str, value: object, choices: Iterable[str]) -> None:
 def check_format(argument: str, value: object) -> None:
     """Raise :class:`UsageError` unless ``value`` is a format that is opened here."""
     one_of(argument, value, (ADD_COW, RAW))
+
+
+def new_backing(
+    backing: AnyPath | None,
+    format_: str | None,
+    *,
+    unsafe: bool,
+    trust_manifests: bool,
+    by_path: bool = False,
+) -> NewBacking:
+    """The backing file of a rebase. ``by_path``: named from the working directory."""
+    from addcow_mp.jobs.rebase import NewBacking
+
+    name = "" if backing is None else text(backing, "backing")
+    if backing is not None and not name:
+        raise UsageError(message="backing: '' names no file; None is for no backing file")
+    if format_ is not None:
+        check_format("backing_format", format_)
+    return NewBacking(name, format_, by_path, unsafe, trust_manifests)
 
 
 def check_number(

@@ -25,6 +25,7 @@ from addcow_mp.api.arguments import (
     Working,
     allowed,
     check_number,
+    new_backing,
     one_of,
     public,
     running,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from addcow_mp.farm.scrub_state import ScrubStatus
     from addcow_mp.farm.verify import FarmLayerReports
     from addcow_mp.jobs.options import Hooks
+    from addcow_mp.jobs.rebase import NewBacking
 
 Places = AnyPath | Iterable[AnyPath]
 """The places of a farm, or one place."""
@@ -163,6 +165,35 @@ def farm_flatten(
 
 
 @public
+def farm_rebase(
+    places: Places,
+    backing: AnyPath | None,
+    *,
+    backing_format: str | None = None,
+    base: AnyPath | None = None,
+    unsafe: bool = False,
+    trust_manifests: bool = False,
+    verify: bool = False,
+    dry_run: bool = False,
+    **keywords: Unpack[FarmCopying],
+) -> FarmResult:
+    """Give every overlay of a base another backing file; their guests see the same disks.
+
+    ``base``: only overlays that stand on this file; None = on the one that all of them have.
+    ``backing`` is named from the working directory; it and the files below it are left out.
+    ``dry_run``: only say what would be done. The other arguments are those of ``rebase``.
+    ``progress`` counts bytes and ``counted`` images. The same call again does only what is left.
+    """
+    new = new_backing(
+        backing, backing_format, unsafe=unsafe, trust_manifests=trust_manifests, by_path=True
+    )
+    old = None if base is None else text(base, "base")
+    return _farm_job(
+        places, "rebase", keywords, verify=verify, backing=new, base=old, is_dry_run=dry_run
+    )
+
+
+@public
 def farm_reset(places: Places, **keywords: Unpack[FarmChanging]) -> FarmResult:
     """Let every overlay show its backing file again; what guests have written is given up.
 
@@ -174,11 +205,13 @@ def farm_reset(places: Places, **keywords: Unpack[FarmChanging]) -> FarmResult:
 
 def _farm_job(
     places: Places,
-    operation: Job,
+    operation: str,
     keywords: Mapping[str, object],
     *,
     discard: bool = False,
     verify: bool = False,
+    backing: NewBacking | None = None,
+    base: str | None = None,
     is_dry_run: bool = False,
 ) -> FarmResult:
     from addcow_mp.engine.stop_flag import never
@@ -189,7 +222,8 @@ def _farm_job(
     listed = texts(places, "places")
     on_error = keywords.get("on_error", DEFAULTS["on_error"])
     one_of("on_error", on_error, get_args(OnError))
-    spec = JobSpec(Operation(operation), discard, verify, on_error == "stop")
+    stops = on_error == "stop"
+    spec = JobSpec(Operation(operation), discard, verify, stops, backing, base)
     with running(keywords) as run:
         job = FarmJob(spec, is_dry_run, run.is_late)
         # A job finishes its plan, which says what is left; a plan alone ends at the time limit.

@@ -13,6 +13,7 @@ from addcow_mp.api.arguments import (
     allowed,
     check_format,
     check_number,
+    new_backing,
     one_of,
     public,
     text,
@@ -288,6 +289,33 @@ def flatten(
     path = text(path, "path")
     with working(keywords) as (options, hooks):
         return job(path, discard=discard, verifies=verify, options=options, hooks=hooks)
+
+
+@public
+def rebase(
+    path: AnyPath,
+    backing: AnyPath | None,
+    *,
+    backing_format: str | None = None,
+    unsafe: bool = False,
+    trust_manifests: bool = False,
+    verify: bool = False,
+    **keywords: Unpack[Copying],
+) -> Report:
+    """Give the overlay another backing file; its guest sees the same disk.
+
+    Clusters in which the old and the new backing file differ are copied first. ``backing`` None:
+    it has none any more, and stands alone. ``backing_format`` None: that of the old one.
+    ``unsafe``: only the name changes, and the guest sees what the new file holds.
+    ``trust_manifests``: manifests say where the files differ, and neither is read. ``verify`` reads
+    back from the disk what the guest sees. After a stop the same call continues.
+    """
+    from addcow_mp.jobs.rebase import rebase as job
+
+    path = text(path, "path")
+    new = new_backing(backing, backing_format, unsafe=unsafe, trust_manifests=trust_manifests)
+    with working(keywords) as (options, hooks):
+        return job(path, new, verifies=verify, options=options, hooks=hooks)
 
 
 def resize(

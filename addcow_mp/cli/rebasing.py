@@ -39,12 +39,6 @@ class NewBackingOptions(OptionGroup):
 
         if self.backing == "-":
             raise UsageError(message="'-' is not a file name here; a file of that name is './-'")
-        if not self.backing and self.backing_format is not None:
-            raise UsageError(
-                message=f'-b "" names no backing file: leave -F {self.backing_format} out'
-            )
-        if self.unsafe and self.trusts_manifests:
-            raise UsageError(message="-u compares nothing: leave --trust-manifests out")
         return NewBacking(
             self.backing,
             self.backing_format,

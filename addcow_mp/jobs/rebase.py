@@ -92,6 +92,14 @@ class NewBacking:
     known: KnownDifferences | None = None
     is_durable: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` for wishes that contradict each other."""
+        if not self.name and self.format_ is not None:
+            problem = f'-b "" names no backing file: leave -F {self.format_} out'
+            raise UsageError(message=problem)
+        if self.unsafe and self.trusts_manifests:
+            raise UsageError(message="-u compares nothing: leave --trust-manifests out")
+
     def located(self, overlay: str) -> Located | None:
         """The file, and the name that the overlay at that path stores."""
         if not self.name:
