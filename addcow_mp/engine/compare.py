@@ -20,7 +20,7 @@ from functools import partial
 from bitarray import bitarray
 
 from addcow_mp.device.extent import Extent, ExtentKind, joined
-from addcow_mp.device.files import File
+from addcow_mp.device.files import BUFFER_SIZE, File, new_buffer
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.shared_blocks import unshared_runs
 from addcow_mp.device.syscalls import populate
@@ -100,7 +100,7 @@ class Views:
         self._sides = (one, other)
         self._shares = shares
         self._files = [[] if side is None else list(side.files()) for side in self._sides]
-        self._window = mapped if maps else reading
+        self._windows: _Mapped | _Read = _Mapped() if maps else _Read()
 
     def differing(
         self, start: int, stop: int, parts: tuple[int, ...], check: Callable[[], None]
@@ -112,8 +112,8 @@ class Views:
         for one, other in overlapping(*(_padded(side, start, stop) for side in self._sides)):
             check()
             for first, last in self._to_read(one, other):
-                for window in range(first, last, WINDOW):
-                    end = min(window + WINDOW, last)
+                for window in range(first, last, self._windows.size):
+                    end = min(window + self._windows.size, last)
                     yield from self._compared(one, other, window, end, parts)
 
     def _to_read(self, one: Extent, other: Extent) -> Iterator[Run]:
@@ -132,8 +132,10 @@ class Views:
         self, one: Extent, other: Extent, start: int, stop: int, parts: tuple[int, ...]
     ) -> Iterator[Run]:
         views = [
-            self._window(files[extent.depth], start, stop) if extent.data else None
-            for extent, files in zip((one, other), self._files, strict=True)
+            self._windows.view(side, self._files[side][extent.depth], start, stop)
+            if extent.data
+            else None
+            for side, extent in enumerate((one, other))
         ]
         yield from _Pair(views[0], views[1], start).differing(start, stop, parts)
 
@@ -159,27 +161,45 @@ def overlapping(
         other = other._replace(start=stop) if stop < other.stop else next(others, None)
 
 
-def mapped(file: File, start: int, stop: int) -> memoryview:
-    """The bytes ``[start, stop)`` of ``file``, mapped, or read where they cannot be mapped."""
-    base = round_down(start, mmap.ALLOCATIONGRANULARITY)
-    try:
-        window = mmap.mmap(
-            file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
-        )
-        window.madvise(mmap.MADV_SEQUENTIAL)
-        populate(window)
-    except (OSError, ValueError):
-        # A file system without mappings, a file that was cut short, or a bad sector: reading tells
-        # which.
-        return reading(file, start, stop)
-    return memoryview(window)[start - base :]
+class _Mapped:
+    """Shows files through mappings, and reads what cannot be mapped."""
+
+    size = WINDOW
+
+    def __init__(self) -> None:
+        self._reading = _Read()
+
+    def view(self, side: int, file: File, start: int, stop: int) -> memoryview:
+        """The bytes ``[start, stop)`` of the file on a side."""
+        base = round_down(start, mmap.ALLOCATIONGRANULARITY)
+        try:
+            window = mmap.mmap(
+                file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
+            )
+            window.madvise(mmap.MADV_SEQUENTIAL)
+            populate(window)
+        except (OSError, ValueError):
+            # A file system without mappings, a file that was cut short, or a bad sector: reading
+            # tells which.
+            return self._reading.view(side, file, start, stop)
+        return memoryview(window)[start - base :]
 
 
-def reading(file: File, start: int, stop: int) -> memoryview:
-    """The bytes ``[start, stop)`` of ``file``, read into memory."""
-    view = memoryview(bytearray(stop - start))
-    file.read_into(view, start)
-    return view
+class _Read:
+    """Reads files into a buffer for each side, which the next bytes of that side overwrite."""
+
+    size = BUFFER_SIZE
+
+    def __init__(self) -> None:
+        self._buffers = [memoryview(b""), memoryview(b"")]
+
+    def view(self, side: int, file: File, start: int, stop: int) -> memoryview:
+        """The bytes ``[start, stop)`` of the file on a side."""
+        if len(self._buffers[side]) < stop - start:
+            self._buffers[side] = new_buffer(stop - start)
+        view = self._buffers[side][: stop - start]
+        file.read_into(view, start)
+        return view
 
 
 @dataclass(frozen=True)
