@@ -46,6 +46,7 @@ from bench_files import (
 )
 from bench_fragments import FRAGMENT_STAGES
 from bench_guests import GUEST_STAGES
+from bench_life import LIFE_STAGES
 from bench_runs import (
     ADDCOW,
     BUFFER,
@@ -648,6 +649,7 @@ STAGES = (
     Stage(build=_clone_files, cases=(XFS_COMMIT,), room=5, disk=Disk.XFS),
     Stage(build=_base_file(LONG), cases=(XFS_FLATTEN,), room=2, disk=Disk.XFS),
     Stage(build=_spread_files, cases=(SPARSE,), room=1, disk=Disk.XFS),
+    *LIFE_STAGES,
     *FRAGMENT_STAGES,
     *GUEST_STAGES,
 )

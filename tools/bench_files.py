@@ -165,7 +165,7 @@ def warm_only(directory: Path, hot: Iterable[str]) -> None:
     names = set(hot)
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name not in names:
-            _forget(path)
+            forget(path)
     for name in names:
         place = directory / name
         below = place.rglob("*") if place.is_dir() else [place]
@@ -174,7 +174,8 @@ def warm_only(directory: Path, hot: Iterable[str]) -> None:
                 warm(path)
 
 
-def _forget(path: Path) -> None:
+def forget(path: Path) -> None:
+    """Drop the file from the page cache."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

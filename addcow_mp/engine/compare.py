@@ -13,6 +13,7 @@ and the error has a name. A side that is shorter reads as zeros behind its end.
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -173,6 +174,8 @@ class _Mapped:
         """The bytes ``[start, stop)`` of the file on a side."""
         base = round_down(start, mmap.ALLOCATIONGRANULARITY)
         try:
+            # The disk reads the next window while this one is compared.
+            os.posix_fadvise(file.fd, start, 2 * WINDOW, os.POSIX_FADV_WILLNEED)
             window = mmap.mmap(
                 file.fd, stop - base, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=base
             )
