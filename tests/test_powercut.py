@@ -37,6 +37,7 @@ from support.promises import (
     Rebase,
     Reset,
     Resize,
+    new_version,
     promise_of,
 )
 from support.victim import PATIENCE, Victim
@@ -144,18 +145,11 @@ def test_power_cut_during_resize_leaves_the_old_disk_or_the_new_one(
             finish(promise, place)
 
 
-def to_be_rebased(place: Path, rng: random.Random) -> Files:
+def to_be_rebased(place: Path, rng: random.Random) -> Rebase:
     """A durable chain, and a new backing file that was not synced."""
-    chain = even_chain(rng, SIZE, overlays=1)
-    files = build(chain, str(place))
+    files = build(even_chain(rng, SIZE, overlays=1), str(place))
     make_durable(place)
-    assert files.backing is not None
-    new = bytearray(Path(files.backing.image).read_bytes())
-    for _ in range(60):
-        at = rng.randrange(len(new) // CLUSTER) * CLUSTER
-        new[at : at + CLUSTER] = rng.choice([b"N", b"\0"]) * CLUSTER
-    (place / "new.raw").write_bytes(new)
-    return files
+    return Rebase(files, new_version(rng, files))
 
 
 @pytest.mark.parametrize("by_event", [True, False], ids=["event", "clock"])
@@ -164,13 +158,12 @@ def test_power_cut_during_rebase_leaves_the_same_disk(
 ) -> None:
     for _ in range(2):
         with disk.directory() as place:
-            promise = Rebase(to_be_rebased(place, rng))
+            promise = to_be_rebased(place, rng)
             moment = Moment.draw(rng, promise, by_event=by_event, scale=SCALE)
             cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=rng.choice([0, 2]))
             tell(cut.story)
             assert promise.broken(done=cut.done) == [], cut.story
-            if not (place / "new.raw").exists():
-                continue  # the power failed before the job made its name durable
+            promise.make_way()  # the power may fail before the job makes it durable
             finish(promise, place)
 
 
@@ -188,7 +181,7 @@ def test_power_cuts_catch_a_wrong_order_of_rebase(
 ) -> None:
     for number in range(PATIENT_CUTS):
         with disk.directory() as place:
-            promise = Rebase(to_be_rebased(place, rng))
+            promise = to_be_rebased(place, rng)
             moment = Moment.draw(rng, promise, by_event=bool(number % 2), scale=SCALE)
             cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0, order=order)
             tell(cut.story)

@@ -70,6 +70,9 @@ JOBS = {
     "flatten --discard": 2,
     "io": 3,
     "convert": 1,
+    "rebase": 3,
+    "reset": 2,
+    "resize": 2,
     "export": 2,
     "import": 2,
 }
@@ -268,6 +271,8 @@ def _can(words: str, chain: Overlay) -> bool:
     """Whether a job is possible on this chain, on this machine."""
     if words in LENDING:
         return not chain.all_allocated and shutil.which("qemu-io") is not None
+    if words in ("rebase", "reset"):
+        return chain.backing is not None
     return can_commit(chain) or "commit" not in words
 
 

@@ -336,14 +336,27 @@ class Reset(Promise):
 
 
 class Rebase(Promise):
-    """Rebase to ``new``, a file beside the overlay."""
+    """Rebase to ``new``, a file beside the overlay that holds ``content`` and is not synced."""
 
     job = "rebase"
     new = "new.raw"
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, content: bytes) -> None:
         super().__init__(files)
         self.old = oracle.read_header(files.path).backing
+        self.content = content
+        self.make_way()
+
+    def make_way(self) -> None:
+        """Write the new backing file again that a power cut may have taken, unless it counts."""
+        if not self._has_new:
+            with open(os.path.join(os.path.dirname(self.files.path), self.new), "wb") as file:
+                file.write(self.content)
+
+    @property
+    def _has_new(self) -> bool:
+        name = oracle.read_header(self.files.path).backing
+        return os.path.basename(name or "") == self.new
 
     def command(self, jobs: int) -> list[str]:
         return [*super().command(jobs), "-b", self.new, "-F", "raw"]
@@ -358,8 +371,8 @@ class Rebase(Promise):
         lost = self.stored_bits - frozenset(oracle.allocated(self.files.path))
         if lost:
             yield f"clusters are no longer local: {sorted(lost)}"
-        name = os.path.basename(oracle.read_header(self.files.path).backing or "")
-        if name != self.new and (done or name != os.path.basename(self.old or "")):
+        name = oracle.read_header(self.files.path).backing
+        if not self._has_new and (done or name != self.old):
             yield f"the backing file is {name!r}"
 
 
@@ -575,6 +588,20 @@ KINDS: dict[str, type[Promise]] = {
     "reset": Reset,
 }
 
+
+def new_version(rng: random.Random, files: Files) -> bytes:
+    """What a new version of the backing file holds."""
+    assert files.backing is not None
+    is_raw = files.backing.path == files.backing.image
+    old = read_file(files.backing.path) if is_raw else oracle.guest_bytes(files.backing.path)
+    new = bytearray(old)
+    for _ in range(rng.randint(1, 60)):
+        at = rng.randrange(max(1, len(new)))
+        part = new[at : at + rng.choice([1, 512, 16 * KiB, 200 * KiB])]
+        new[at : at + len(part)] = rng.choice([b"N", b"\0"]) * len(part)
+    return bytes(new)
+
+
 #: Ways to do the same.
 MANNERS = (
     (),
@@ -598,7 +625,15 @@ def promise_of(words: str, files: Files, rng: random.Random) -> Promise:
     if words == "io":
         size = oracle.virtual_size(files.path)
         return Io(files, list(random_writes(rng, size, rng.randint(1, 40))))
-    promise = KINDS[words](files)
+    if words == "resize":
+        sectors = oracle.virtual_size(files.path) // SECTOR
+        return Resize(files, rng.randint(1, max(2, 2 * sectors)) * SECTOR)
+    if words == "rebase":
+        promise: Promise = Rebase(files, new_version(rng, files))
+    else:
+        promise = KINDS[words](files)
+    if not promise.has_jobs:
+        return promise
     promise.copy_options = rng.choice(MANNERS)
     if words != "convert" and rng.random() < READ_BACK:
         promise.copy_options += ("--verify",)
