@@ -13,7 +13,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from threading import Thread
@@ -21,6 +23,7 @@ from typing import Any
 
 import pytest
 
+import addcow_mp
 from addcow_mp.cli.main import run
 from addcow_mp.jobs import qemu_monitor
 from support import model
@@ -228,6 +231,30 @@ def test_progress_and_result_are_json(here: Path) -> None:
     assert (told["operation"], told["node"]) == ("qemu stream", "addcow0")
     assert (told["streamed-before"], again["streamed-before"]) == (False, True)
     assert told["left-to-do"] == ["addcow", "qemu", "import", "--discard", "top.add-cow"]
+
+
+def test_python_function_streams_in_any_thread_and_continues_after_a_stop(here: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def has_begun() -> bool:
+        return any(done for done, _ in seen)
+
+    def watch(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    content = large(here)
+    with storage_daemon(here, lend(), export=""), ThreadPoolExecutor() as threads:
+        slowly = partial(addcow_mp.qemu_stream, "top.add-cow", "q", rate=256 * KiB, progress=watch)
+        with pytest.raises(addcow_mp.StoppedError):
+            threads.submit(slowly, stopping=has_begun).result()
+        with pytest.raises(addcow_mp.TimeLimitError, match="the time limit was reached"):
+            slowly(time_limit=0)
+        done = threads.submit(addcow_mp.qemu_stream, "top.add-cow", "q", progress=watch).result()
+        assert (done.size, done.before) == (len(content), False)
+        assert seen[-1] == (len(content), len(content))
+        assert addcow_mp.qemu_stream("top.add-cow", "q").before
+    assert addcow_mp.qemu_import("top.add-cow", discard=True).state_before == "lent"
+    assert Path("top.raw").read_bytes() == content
 
 
 def test_second_stream_says_that_all_is_allocated_already(here: Path) -> None:

@@ -307,14 +307,17 @@ def texts(places: AnyPath | Iterable[AnyPath], argument: str) -> list[str]:
 
 
 def allowed(access: Access | None) -> Access:
-    """Return ``access`` with its roots as text."""
+    """Return ``access`` with its roots and patterns as text."""
     access = Access() if access is None else access
     if isinstance(access.roots, str | bytes | os.PathLike):
         raise TypeError("roots: give a sequence of directories, not one name")
     patterns: object = access.exclude
     if isinstance(patterns, str | bytes):
         raise TypeError("exclude: give a sequence of patterns, not one pattern")
-    return access._replace(roots=tuple(text(root, "roots") for root in access.roots))
+    return access._replace(
+        roots=tuple(text(root, "roots") for root in access.roots),
+        exclude=tuple(text(pattern, "exclude") for pattern in access.exclude),
+    )
 
 
 def one_of(argument: str, value: object, choices: Iterable[str]) -> None:

@@ -99,7 +99,8 @@ def qemu_stream(
 
     ``qmp``: the Unix socket of QEMU's monitor. ``rate``: bytes per second. ``progress``: called
     with the bytes done and all bytes. A stop loses nothing, and the same call continues. Needs the
-    package ``qemu.qmp``: ``pip install 'addcow-mp[qemu]'``.
+    package ``qemu.qmp``: ``pip install 'addcow-mp[qemu]'``. It runs an event loop of asyncio: a
+    coroutine calls it by ``asyncio.to_thread``.
     """
     from addcow_mp.jobs.qemu_stream import stream as job
 
