@@ -92,7 +92,7 @@ class CheckReport:
 
     ``warnings``: lines for the user that break no rule. ``notes``: facts that are no fault.
     ``is_lent``: QEMU uses it. ``repairs``: what was repaired; ``backup``: the file with the old
-    header and bitmap.
+    header and bitmap. ``manifests_removed``: the manifests of what a repair has changed.
     """
 
     exit_statuses: ClassVar = {
@@ -115,6 +115,7 @@ class CheckReport:
     corruptions_fixed: int = 0
     notes: list[str] = field(default_factory=list)
     is_lent: bool = False
+    manifests_removed: list[str] = field(default_factory=list)
 
     def _count(self, severity: Severity) -> int:
         return sum(one.count for one in self.findings if one.severity is severity)
@@ -152,6 +153,7 @@ class CheckReport:
             "findings": [finding.as_json() for finding in self.findings],
             **({"notes": self.notes} if self.notes else {}),
             **(self._repaired() if self.repairs else {}),
+            **({"manifests-removed": self.manifests_removed} if self.manifests_removed else {}),
         }
 
     def _repaired(self) -> dict[str, object]:

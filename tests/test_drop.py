@@ -40,7 +40,9 @@ def test_drop_leaves_the_raw_file_alone(tmp_path: Path, make: Callable[[Path], o
     make(tmp_path)
     succeed("manifest", "create", TOP, cwd=tmp_path)
     before = look(tmp_path / "top.raw")
-    assert succeed("drop", TOP, cwd=tmp_path).stdout == "Image dropped.\n"
+    dropped, removed = succeed("drop", TOP, cwd=tmp_path).stdout.splitlines()
+    assert dropped == "Image dropped."
+    assert removed == f"Removed the manifest '{TOP}.manifest', which no longer applies."
     assert (
         {"base.img", "top.raw"}
         <= set(os.listdir(tmp_path))

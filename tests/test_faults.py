@@ -573,8 +573,10 @@ def times(warm: Warm) -> Times:
 
 def test_every_fault_event_is_reached_by_some_command() -> None:
     walked = {event for _, event, _ in WALKS} | {event for _, event, _ in CREATE_WALKS}
-    # test_qemu_lending walks the events of twins, test_reset that of a bitmap that is cut.
+    # test_qemu_lending walks the events of twins, test_reset that of a bitmap that is cut, and
+    # test_manifest_follows those of manifests.
     elsewhere = {"twin_write", "twin_link", "twin_unlink", "bitmap_cut"}
+    elsewhere |= {"manifest_remove", "manifest_write", "manifest_rename"}
     assert walked | elsewhere == set(EVENTS)
 
 

@@ -440,9 +440,51 @@ MUTATIONS = (
     Mutation(
         "manifest: it outlives a change of its layer",
         "addcow_mp/jobs/transfer_job.py",
-        "            invalidate_all(",
+        "            follower.remove(",
         "            (lambda *a, **k: None)(",
         _in("manifest", "command_that_changes_a_layer_removes_its_manifest"),
+    ),
+    Mutation(
+        "manifests follow: one of another state is used",
+        "addcow_mp/jobs/manifest.py",
+        "    if _lasting(manifest.head) != _lasting(head):\n",
+        "    if False:\n",
+        _in("manifest_follows", "manifest_of_another_state_is_not_used"),
+    ),
+    Mutation(
+        "manifests follow: a leaf that is read is not compared",
+        "addcow_mp/engine/known_digest.py",
+        "        if found[at] != view.digests[at]:\n",
+        "        if False:\n",
+        _in("manifest_follows", "damage_is_never_hidden_and_good_data_never_accused"),
+    ),
+    Mutation(
+        "manifests follow: a mixed leaf that changes keeps its digest",
+        "addcow_mp/engine/known_leaves.py",
+        "        return group.held, group.mixed & ~changed\n",
+        "        return group.held, group.mixed\n",
+        _in("manifest_follows", "new_manifests_are_those_that_manifest_create_makes"),
+    ),
+    Mutation(
+        "manifests follow: the leaf in which an overlay ends is taken over",
+        "addcow_mp/jobs/following.py",
+        "        if not rest or backing.size <= overlay.size:\n",
+        "        if True:\n",
+        _in("manifest_follows", "new_manifests_are_those_that_manifest_create_makes"),
+    ),
+    Mutation(
+        "manifests follow: groups that became holes are forgotten",
+        "addcow_mp/engine/known_digest.py",
+        "        return iter(sorted({*found, *self.known.groups(first, min(stop, groups))}))\n",
+        "        return found\n",
+        _in("manifest_follows", "lost_data_is_found_where_a_hole_is"),
+    ),
+    Mutation(
+        "manifests follow: a full disk fails the job",
+        "addcow_mp/jobs/following.py",
+        "            self._report.warnings.append(warning)\n",
+        "            raise\n",
+        _in("manifest_follows", "full_disk_costs_the_manifest_and_not_the_job"),
     ),
     Mutation(
         "permissions: a new image file is readable by everybody",
@@ -504,10 +546,10 @@ MUTATIONS = (
     Mutation(
         "flatten: ALL_ALLOCATED is set before the bits",
         "addcow_mp/jobs/flatten.py",
-        "                move(plan, report, options, job_hooks, shared.pool)\n"
+        "                move(plan, report, options, job_hooks, shared.pool, follower)\n"
         "                _set_flag(overlay)\n",
         "                _set_flag(overlay)\n"
-        "                move(plan, report, options, job_hooks, shared.pool)\n",
+        "                move(plan, report, options, job_hooks, shared.pool, follower)\n",
         _in("write_order", "flatten_sets_the_flag_last"),
     ),
     Mutation(
@@ -585,7 +627,7 @@ MUTATIONS = (
     Mutation(
         "reset: the manifest stays",
         _RESET,
-        "    invalidate_all(overlay, durable=overlay.cow.durable)\n",
+        "            follower.remove([overlay], durable=overlay.cow.durable)\n",
         "",
         _in("reset", "reset_keeps_the_order", "reset_equals_the_base_for_qemu_and_frees_the_image"),
     ),

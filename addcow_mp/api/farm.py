@@ -138,14 +138,18 @@ def farm_plan(
 
 @public
 def farm_commit(
-    places: Places, *, verify: bool = False, **keywords: Unpack[FarmCopying]
+    places: Places,
+    *,
+    verify: bool = False,
+    manifest: bool = True,
+    **keywords: Unpack[FarmCopying],
 ) -> FarmResult:
     """Commit every overlay into its backing file, the deepest chains first.
 
     ``verify`` reads each image back. ``progress`` counts bytes and ``counted`` images. The same
     call again does only what is left.
     """
-    return _farm_job(places, "commit", keywords, verify=verify)
+    return _farm_job(places, "commit", keywords, verify=verify, manifest=manifest)
 
 
 @public
@@ -154,6 +158,7 @@ def farm_flatten(
     *,
     discard: bool = False,
     verify: bool = False,
+    manifest: bool = True,
     **keywords: Unpack[FarmCopying],
 ) -> FarmResult:
     """Copy the missing clusters of every overlay into its image file, the deepest chains first.
@@ -161,7 +166,7 @@ def farm_flatten(
     ``discard`` then removes the ``.add-cow`` files. ``verify`` reads each image back. ``progress``
     counts bytes and ``counted`` images. The same call again does only what is left.
     """
-    return _farm_job(places, "flatten", keywords, discard=discard, verify=verify)
+    return _farm_job(places, "flatten", keywords, discard=discard, verify=verify, manifest=manifest)
 
 
 @public
@@ -174,6 +179,7 @@ def farm_rebase(
     unsafe: bool = False,
     trust_manifests: bool = False,
     verify: bool = False,
+    manifest: bool = True,
     dry_run: bool = False,
     **keywords: Unpack[FarmCopying],
 ) -> FarmResult:
@@ -189,18 +195,27 @@ def farm_rebase(
     )
     old = None if base is None else text(base, "base")
     return _farm_job(
-        places, "rebase", keywords, verify=verify, backing=new, base=old, is_dry_run=dry_run
+        places,
+        "rebase",
+        keywords,
+        verify=verify,
+        backing=new,
+        base=old,
+        is_dry_run=dry_run,
+        manifest=manifest,
     )
 
 
 @public
-def farm_reset(places: Places, **keywords: Unpack[FarmChanging]) -> FarmResult:
+def farm_reset(
+    places: Places, *, manifest: bool = True, **keywords: Unpack[FarmChanging]
+) -> FarmResult:
     """Let every overlay show its backing file again; what guests have written is given up.
 
     An overlay that another one stands on is refused. ``counted`` counts images. The same call again
     does only what is left.
     """
-    return _farm_job(places, "reset", keywords)
+    return _farm_job(places, "reset", keywords, manifest=manifest)
 
 
 def _farm_job(
@@ -213,7 +228,9 @@ def _farm_job(
     backing: NewBacking | None = None,
     base: str | None = None,
     is_dry_run: bool = False,
+    manifest: bool = True,
 ) -> FarmResult:
+    """Run a job; ``manifest``: new manifests are made in place of those that it removes."""
     from addcow_mp.engine.stop_flag import never
     from addcow_mp.farm.farm_job import FarmJob, run_farm_job
     from addcow_mp.farm.image_job import JobSpec, Operation
@@ -228,7 +245,8 @@ def _farm_job(
         job = FarmJob(spec, is_dry_run, run.is_late)
         # A job finishes its plan, which says what is left; a plan alone ends at the time limit.
         with limited(run.hooks, run.is_late if is_dry_run else never) as hooks:
-            result = run_farm_job(listed, job, run.options, hooks, run.log)
+            options = replace(run.options, manifests=manifest)
+            result = run_farm_job(listed, job, options, hooks, run.log)
     _raise_problem(result.problem, result)
     return result
 

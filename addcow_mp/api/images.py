@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from addcow_mp.api.arguments import (
@@ -98,17 +99,23 @@ def create_raw(path: AnyPath, size: int) -> int:
 
 
 def snapshot(
-    path: AnyPath, new: AnyPath, *, backing_format: str = ADD_COW, access: Access | None = None
+    path: AnyPath,
+    new: AnyPath,
+    *,
+    backing_format: str = ADD_COW,
+    manifest: bool = True,
+    access: Access | None = None,
 ) -> Created:
     """Create the overlay ``new`` over the disk at ``path``, which stays as it is.
 
     ``new`` has the same virtual size and cluster size. Its image file is new as well.
-    ``backing_format``: what ``path`` is.
+    ``backing_format``: what ``path`` is. ``new`` gets a manifest if the disk has one, unless
+    ``manifest`` is false.
     """
     from addcow_mp.jobs.create import snapshot as job
 
     path, new = text(path, "path"), text(new, "new")
-    return job(path, new, backing_format=backing_format, access=allowed(access))
+    return job(path, new, backing_format=backing_format, access=allowed(access), manifest=manifest)
 
 
 @public
@@ -254,6 +261,7 @@ def commit(
     *,
     keep: bool = False,
     verify: bool = False,
+    manifest: bool = True,
     **keywords: Unpack[Copying],
 ) -> Report:
     """Move all allocated clusters into the backing file, clear their bits, free their space.
@@ -261,13 +269,15 @@ def commit(
     ``keep`` leaves overlay and image as they were. ``verify`` reads back from the disk what was
     written, and raises :class:`ReadBackError` if the guest would see anything else. Data is durable
     before bits are cleared, and cleared bits are durable before space is freed. After a stop the
-    same call continues; with ``keep`` it starts again.
+    same call continues; with ``keep`` it starts again. Where both have manifests, new ones are made
+    from these, unless ``manifest`` is false.
     """
     from addcow_mp.jobs.commit import commit as job
 
     path = text(path, "path")
     with working(keywords) as (options, hooks):
-        return job(path, keep=keep, verifies=verify, options=options, hooks=hooks)
+        chosen = replace(options, manifests=manifest)
+        return job(path, keep=keep, verifies=verify, options=chosen, hooks=hooks)
 
 
 @public
@@ -276,19 +286,21 @@ def flatten(
     *,
     discard: bool = False,
     verify: bool = False,
+    manifest: bool = True,
     **keywords: Unpack[Copying],
 ) -> Report:
     """Allocate every cluster, set ALL_ALLOCATED last; ``discard`` removes the overlay file.
 
     ``verify`` reads back from the disk what was written, before anything is removed, and raises
     :class:`ReadBackError` if the guest would see anything else. After a stop the same call
-    continues.
+    continues. Where there is a manifest, a new one is made from it, unless ``manifest`` is false.
     """
     from addcow_mp.jobs.flatten import flatten as job
 
     path = text(path, "path")
     with working(keywords) as (options, hooks):
-        return job(path, discard=discard, verifies=verify, options=options, hooks=hooks)
+        chosen = replace(options, manifests=manifest)
+        return job(path, discard=discard, verifies=verify, options=chosen, hooks=hooks)
 
 
 @public
@@ -300,6 +312,7 @@ def rebase(
     unsafe: bool = False,
     trust_manifests: bool = False,
     verify: bool = False,
+    manifest: bool = True,
     **keywords: Unpack[Copying],
 ) -> Report:
     """Give the overlay another backing file; its guest sees the same disk.
@@ -308,14 +321,16 @@ def rebase(
     it has none any more, and stands alone. ``backing_format`` None: that of the old one.
     ``unsafe``: only the name changes, and the guest sees what the new file holds.
     ``trust_manifests``: manifests say where the files differ, and neither is read. ``verify`` reads
-    back from the disk what the guest sees. After a stop the same call continues.
+    back from the disk what the guest sees. After a stop the same call continues. Where there is a
+    manifest, a new one is made from it, unless ``manifest`` is false.
     """
     from addcow_mp.jobs.rebase import rebase as job
 
     path = text(path, "path")
     new = new_backing(backing, backing_format, unsafe=unsafe, trust_manifests=trust_manifests)
     with working(keywords) as (options, hooks):
-        return job(path, new, verifies=verify, options=options, hooks=hooks)
+        chosen = replace(options, manifests=manifest)
+        return job(path, new, verifies=verify, options=chosen, hooks=hooks)
 
 
 def resize(
@@ -334,16 +349,17 @@ def resize(
     return job(text(path, "path"), change, shrink=shrink, access=allowed(access))
 
 
-def reset(path: AnyPath, *, access: Access | None = None) -> Report:
+def reset(path: AnyPath, *, manifest: bool = True, access: Access | None = None) -> Report:
     """Let the overlay show its backing file again; what its guest has written is given up.
 
     An overlay that another one stands on is refused. ``farm_plan(path, "reset")`` says before what
-    would be done.
+    would be done. Where there is a manifest, a new one is made, unless ``manifest`` is false.
     """
     from addcow_mp.jobs.options import RunOptions
     from addcow_mp.jobs.reset import reset as job
 
-    return job(text(path, "path"), options=RunOptions(0, allowed(access)))
+    options = RunOptions(0, allowed(access), manifests=manifest)
+    return job(text(path, "path"), options=options)
 
 
 def drop(path: AnyPath, *, access: Access | None = None) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,7 @@ from addcow_mp.cli.options import (
     DryRun,
     FarmProgress,
     ListPrinting,
+    NoManifest,
     OnError,
     OptionGroup,
     Places,
@@ -60,6 +62,7 @@ class FarmRunOptions(OptionGroup):
     workers: Workers
     printing: ListPrinting
     changing: ChangeOptions
+    no_manifest: NoManifest = False
 
     def run_spec(self, spec: JobSpec, copy_options: CopyOptions, *, durable: bool = True) -> None:
         """Run ``spec`` on all images, print the result and exit."""
@@ -79,7 +82,8 @@ class FarmRunOptions(OptionGroup):
                 hooks,
             ),
         ):
-            result = run_farm_job(listed, job, options, hooks, log)
+            all_options = replace(options, manifests=not self.no_manifest)
+            result = run_farm_job(listed, job, all_options, hooks, log)
             for image in result.images:
                 warn([] if image.report is None else image.report.warnings)
         finish(result, self.printing)

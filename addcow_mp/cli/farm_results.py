@@ -81,7 +81,7 @@ def _done(image: ImageResult) -> dict[str, object]:
         return {}
     report = image.report.as_json()
     keys = ("bytes-moved", "clusters-moved", "bytes-zeroed", "clusters-zeroed", "seconds")
-    optional = ("bytes-freed", "guest-digest")
+    optional = ("bytes-freed", "guest-digest", "manifests-made", "manifests-removed")
     return {key: report[key] for key in (*keys, *optional) if key in report}
 
 
@@ -145,7 +145,8 @@ def _line(image: ImageResult) -> str:
         needs = f"needs {human_size(step.space.peak)}, frees {human_size(step.space.freed)}"
         return f"{step.path}: {operation} {human_size(step.weight)}{into}; {needs}"
     if image.report is not None:
-        return f"{step.path}: {_PAST[operation]}, {_amount(image.report)}"
+        gone = "; its manifest was removed" if image.report.manifests_gone else ""
+        return f"{step.path}: {_PAST[operation]}, {_amount(image.report)}{gone}"
     return f"{step.path}: {image.state.replace('-', ' ')}"
 
 

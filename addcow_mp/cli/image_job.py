@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from addcow_mp.cli.options import (
     CopyingOptions,
     JobChangeOptions,
     JobProgress,
+    NoManifest,
     OptionGroup,
     OverlayFile,
     Printing,
@@ -30,6 +32,7 @@ class ImageJobOptions(OptionGroup):
     printing: Printing
     copying: CopyingOptions
     changing: JobChangeOptions
+    no_manifest: NoManifest = False
 
     def run(self, job: Callable[..., Report], sentence: str) -> None:
         """Run ``job`` on the overlay, and print ``sentence`` or the report."""
@@ -39,7 +42,8 @@ class ImageJobOptions(OptionGroup):
             options,
             hooks,
         ):
-            report = job(self.overlay.file, verifies=self.verify, options=options, hooks=hooks)
+            all_options = replace(options, manifests=not self.no_manifest)
+            report = job(self.overlay.file, verifies=self.verify, options=all_options, hooks=hooks)
         self.printing.report(report, sentence)
 
     def plan(self, operation: str, estimate: Callable[..., Estimate | None]) -> None:

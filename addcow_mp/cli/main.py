@@ -33,6 +33,7 @@ def _run(arguments: Sequence[str]) -> int:
             status = _dispatch(arguments)
         messages.write_early_warnings()
     except AddcowError as error:
+        messages.warn(_manifests_gone(error.report))
         return _failed(arguments, str(error), error.exit_code, error.fields.get("path"))
     except KeyboardInterrupt:
         message = f"{signals.description()}{results.abandon()}"
@@ -46,6 +47,12 @@ def _run(arguments: Sequence[str]) -> int:
         _flush_or_discard()
         return _failed(arguments, _describe(error), 1)
     return status
+
+
+def _manifests_gone(report: Any) -> list[str]:
+    """What a user of manifests must know of a job that ended early."""
+    gone = getattr(report, "manifests_gone", [])
+    return [f"{path}: it was removed, as it no longer applies" for path in gone]
 
 
 def _describe(error: OSError) -> str:

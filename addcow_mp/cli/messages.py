@@ -169,3 +169,9 @@ def one_line(text: str) -> str:
     break in it is escaped too: with a blank instead it would be the name of another file.
     """
     return text.translate(_CONTROL)
+
+
+def print_manifests_gone(paths: Sequence[str]) -> None:
+    """Print which manifests a job has removed without making new ones."""
+    for path in paths:
+        print(one_line(f"Removed the manifest '{path}', which no longer applies."))

@@ -179,6 +179,10 @@ TimeLimit = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only say what would be done")]
 Discard = Annotated[bool, typer.Option("--discard", help="then remove the .add-cow file")]
+NoManifest = Annotated[
+    bool,
+    typer.Option("--no-manifest", help="make no new manifests in place of those that are removed"),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
@@ -286,8 +290,10 @@ class Printing(OptionGroup):
         messages.warn(report.warnings)
         if self.as_json:
             print_document(report.as_json())
-        elif sentence and not self.quiet:
-            print(sentence)
+        elif not self.quiet:
+            if sentence:
+                print(sentence)
+            messages.print_manifests_gone(report.manifests_gone)
             if report.guest_digest is not None:
                 digest = report.guest_digest
                 print(f"Read back from the disk as it was before: guest digest {digest}")

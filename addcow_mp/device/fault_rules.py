@@ -20,6 +20,7 @@ EVENTS = (
     *("cow_read", "cow_write"),
     *("data_sync", "publish", "punch", "image_cut", "resize", "discard"),
     *("create", "directory_sync", "read_back"),
+    *("manifest_remove", "manifest_write", "manifest_rename"),
     *("twin_write", "twin_link", "twin_unlink"),
 )
 

@@ -12,9 +12,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
+from addcow_mp.device import faults
+from addcow_mp.device.access import Access
 from addcow_mp.device.files import claim_alone, identity_of, sync_entry
 from addcow_mp.device.manifest_file import SUFFIX, draft_of, manifest_of
 from addcow_mp.device.permissions import Readers, set_readers
+from addcow_mp.device.turns import waiting
 from addcow_mp.errors import FileError, ImageError, RestartsError
 from addcow_mp.format.manifest import DRAFT_MAGIC, MAGIC, FileState
 
@@ -37,7 +40,8 @@ def errors_naming(path: str, action: str) -> Iterator[None]:
 class ManifestDraft:
     """The draft of the manifest of the layer at ``layer_path``, held by this process alone.
 
-    ``readers``: who may read the manifest. ``note``: called when this process has to wait.
+    ``readers``: who may read the manifest. ``access``: whether it is locked and synced. ``note``:
+    called when this process has to wait.
     """
 
     def __init__(
@@ -45,14 +49,14 @@ class ManifestDraft:
         layer_path: str,
         readers: Readers,
         *,
-        locking: bool,
+        access: Access,
         stopping: Callable[[], bool],
         note: Callable[[str], None],
     ) -> None:
         self.path = manifest_of(layer_path)
         self._draft = draft_of(layer_path)
         self._readers = readers
-        self._locking = locking
+        self._access = access
         self._stopping = stopping
         self._note = note
 
@@ -76,10 +80,16 @@ class ManifestDraft:
 
     def publish(self, fd: int) -> None:
         """Make the draft durable, and give it the name of the manifest."""
+        durable = self._access.durable
         with errors_naming(self.path, "make it durable"):
-            os.fsync(fd)
+            if durable:
+                with waiting():
+                    os.fsync(fd)
+            if faults.armed:
+                faults.hit("manifest_rename")
             os.rename(self._draft, self.path)
-        sync_entry(self.path, "make its name durable", "it is there, and may be gone")
+        if durable:
+            sync_entry(self.path, "make its name durable", "it is there, and may be gone")
 
     def _claim_or_wait(self) -> int:
         fd = self._claim()
@@ -107,7 +117,7 @@ class ManifestDraft:
             fd = os.open(self._draft, flags, self._readers.mode)
         try:
             # The other process may have renamed the file before it was locked here.
-            if claim_alone(self.path, fd, locking=self._locking) and self._is_draft(fd):
+            if claim_alone(self.path, fd, locking=self._access.locking) and self._is_draft(fd):
                 return fd
         except BaseException:
             os.close(fd)

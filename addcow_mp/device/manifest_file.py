@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from addcow_mp.device import faults
 from addcow_mp.device.files import identity_at, sync_directory
 from addcow_mp.errors import FileError
 
@@ -68,23 +69,30 @@ def described_by(path: str) -> str | None:
     return name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else None
 
 
-def invalidate_all(layer: Layer, *, durable: bool = True) -> None:
-    """Remove the manifests of a layer and of its image file; call it before any write to them."""
-    for manifest in _manifests(layer):
-        _remove(manifest, durable=durable)
+def invalidate_all(layer: Layer, *, durable: bool = True) -> list[str]:
+    """Remove the manifests of a layer and of its image file; call it before any write to them.
+
+    Returns their paths.
+    """
+    return remove_manifests(manifests_of(layer), durable=durable)
+
+
+def remove_manifests(manifests: Iterable[str], *, durable: bool = True) -> list[str]:
+    """Remove these manifests; returns the paths of those that were there."""
+    return [one for one in manifests if _remove(one, durable=durable)]
 
 
 def refuse_unremovable_manifests(layer: Layer) -> None:
     """Raise when :func:`invalidate_all` could not remove a manifest of the layer."""
     from addcow_mp.device.changeable import why_not_removable
 
-    for manifest in _manifests(layer):
+    for manifest in manifests_of(layer):
         reason = why_not_removable(manifest)
         if reason is not None:
             raise FileError(path=manifest, action=_REMOVE, reason=reason)
 
 
-def _manifests(layer: Layer) -> Iterator[str]:
+def manifests_of(layer: Layer) -> Iterator[str]:
     """The manifests of a layer and of its image file that exist."""
     files = list(layer.files())
     for path in dict.fromkeys((layer.path, files[0].path)):
@@ -116,25 +124,27 @@ def _names(path: str) -> list[str]:
     return [os.path.join(directory, name) for name in names]
 
 
-def invalidate(path: str, *, durable: bool = True) -> None:
-    """Remove the manifest of the file at ``path``, if there is one.
+def invalidate(path: str, *, durable: bool = True) -> list[str]:
+    """Remove the manifest of the file at ``path``, if there is one; returns its path in a list.
 
     Another file with the name of a manifest stays.
     """
     manifest = manifest_of(path)
-    if is_manifest(manifest):
-        _remove(manifest, durable=durable)
+    return remove_manifests([manifest] if is_manifest(manifest) else [], durable=durable)
 
 
-def _remove(manifest: str, *, durable: bool) -> None:
+def _remove(manifest: str, *, durable: bool) -> bool:
     try:
+        if faults.armed:
+            faults.hit("manifest_remove")
         os.unlink(manifest)
     except FileNotFoundError:
-        return
+        return False
     except OSError as error:
         raise FileError.of(manifest, _REMOVE, error) from error
     if durable:
         sync_directory(manifest)
+    return True
 
 
 def is_manifest(path: str) -> bool:

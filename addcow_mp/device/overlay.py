@@ -74,6 +74,8 @@ class Overlay:
         self._flushing = threading.Lock()
         self._failed: BaseException | None = None
         self._has_changed = False
+        #: The paths of its manifests, which the first change has removed.
+        self.manifests_removed: list[str] = []
         #: Called before the first change; it raises if the overlay must not be changed.
         self.refuse_change: Callable[[], None] = lambda: None
 
@@ -276,7 +278,7 @@ class Overlay:
         with self._pending_lock:
             if not self._has_changed:
                 self.refuse_change()
-                invalidate_all(self, durable=self.cow.durable)
+                self.manifests_removed += invalidate_all(self, durable=self.cow.durable)
                 self._has_changed = True
 
     def check_permission(self) -> None:

@@ -199,6 +199,12 @@ class LeafHasher:
 
     def _group(self, number: int) -> Group:
         """What the layer holds in one group."""
+        group, spans = self._outline(number)
+        self._fill(number, group, spans)
+        return group
+
+    def _outline(self, number: int) -> tuple[Group, list[Run]]:
+        """A group without digests, and the bytes of it that belong to the layer."""
         layer, group = self.layer, Group()
         start, stop = number * GROUP, min((number + 1) * GROUP, layer.size)
         spans = [(start, stop)]
@@ -209,12 +215,19 @@ class LeafHasher:
             whole = _whole_leaves(spans, number, layer.size)
             group.mixed = group.covered & ~whole | self._cut(number, group.covered)
             group.covered |= group.mixed
+        return group, spans
+
+    def _fill(self, number: int, group: Group, spans: list[Run]) -> None:
+        """Put the digests into a group, of which ``spans`` belong to the layer."""
         group.held = self._hasher.held(number, spans, group.mixed)
         if group.mixed.any():
-            seen = bytearray(ZERO_BLOCK)
-            hash_leaves(seen, group.mixed, number, layer.size, layer.read_into, self._buffer)
-            group.seen = bytes(seen)
-        return group
+            group.seen = self._seen(number, group.mixed)
+
+    def _seen(self, number: int, bits: bitarray) -> bytes:
+        """The digests of what the guest sees in the leaves ``bits`` of a group."""
+        layer, seen = self.layer, bytearray(ZERO_BLOCK)
+        hash_leaves(seen, bits, number, layer.size, layer.read_into, self._buffer)
+        return bytes(seen)
 
     def _cut(self, number: int, covered: bitarray) -> bitarray:
         """The leaf in which the view ends, if a larger backing file continues it."""
@@ -224,6 +237,24 @@ class LeafHasher:
         if size % LEAF and below is not None and below.size > size and 0 <= leaf < FAN:
             bits[leaf] = not covered[leaf]
         return bits
+
+
+def bytes_of(leaves: bitarray, number: int) -> Iterator[Run]:
+    """The runs of some leaves of a group, in bytes."""
+    base = number * FAN
+    return (
+        ((base + first) * LEAF, (base + last) * LEAF) for first, last in runs(leaves, 1, 0, FAN)
+    )
+
+
+def within_leaves(spans: list[Run], leaves: bitarray, number: int) -> list[Run]:
+    """The parts of ``spans`` that lie in some ``leaves`` of a group."""
+    return [
+        (max(start, first), min(stop, last))
+        for first, last in bytes_of(leaves, number)
+        for start, stop in spans
+        if start < last and first < stop
+    ]
 
 
 def leaves_touched(spans: list[Run], number: int) -> bitarray:

@@ -17,10 +17,10 @@ from bitarray import bitarray
 
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
-from addcow_mp.engine.layer_digest import Hasher, file_of
+from addcow_mp.engine.layer_digest import Hasher, bytes_of, file_of, within_leaves
 from addcow_mp.errors import FileError
 from addcow_mp.findings import LayerReport, Range, Severity
-from addcow_mp.format.bits import Run, merged, runs
+from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.leaves import DIGEST, FAN, GROUP, LEAF, ZERO_BLOCK, Group, no_leaves
 from addcow_mp.format.manifest import Manifest
 
@@ -168,15 +168,10 @@ class LeafComparison:
 
     def _spans(self, number: int, own: bitarray, mixed: bitarray) -> list[Run]:
         """The bytes of a group that are to be read."""
-        spans = [(start, min(stop, self.layer.size)) for start, stop in _bytes_of(own, number)]
-        if mixed.any():
-            spans += [
-                (max(start, first), min(stop, last))
-                for first, last in _bytes_of(mixed, number)
-                for start, stop in self._allocated(number)
-                if start < last and first < stop
-            ]
-        return spans
+        spans = [(start, min(stop, self.layer.size)) for start, stop in bytes_of(own, number)]
+        return (
+            spans + within_leaves(self._allocated(number), mixed, number) if mixed.any() else spans
+        )
 
     def _allocated(self, number: int) -> list[Run]:
         """The bytes of a group that the bitmap calls allocated; ALL_ALLOCATED does not count."""
@@ -201,11 +196,3 @@ class LeafComparison:
         parts = merged((leaf, leaf + 1) for leaf in leaves)
         spans = ((first * LEAF, min(stop * LEAF, file.length)) for first, stop in parts)
         return [Range(file.path, start, stop - start) for start, stop in spans]
-
-
-def _bytes_of(leaves: bitarray, number: int) -> Iterator[Run]:
-    """The runs of some leaves of a group, in bytes."""
-    base = number * FAN
-    return (
-        ((base + first) * LEAF, (base + last) * LEAF) for first, last in runs(leaves, 1, 0, FAN)
-    )

@@ -10,9 +10,11 @@ import json
 import os
 import stat
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from bitarray import bitarray
@@ -240,6 +242,11 @@ class FileBytes:
     def __del__(self) -> None:
         os.close(self._fd)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        from multiprocessing.reduction import DupFd
+
+        return (_received, (DupFd(self._fd), self._length, self._path))
+
     def __len__(self) -> int:
         return self._length
 
@@ -256,15 +263,39 @@ class FileBytes:
         return found
 
 
+def _received(duplicate: Any, length: int, path: str) -> FileBytes:
+    fd = duplicate.detach()
+    try:
+        return FileBytes(fd, length, path)
+    finally:
+        os.close(fd)
+
+
 class Manifest:
-    """A manifest with this ``content``, whose records end at ``end``; :meth:`load` opens one."""
+    """A manifest with this ``content``, whose records end at ``end``; :meth:`load` opens one.
+
+    It can be used when its file is removed, and pickled for a process that is being started.
+    """
 
     def __init__(self, path: str, content: bytes | FileBytes, head: Head, end: int) -> None:
         self.path = path
         self.head = head
         self._content = content
+        self._end = end
         #: Where each record begins, by the number of its group, in order.
         self.records = dict(self._records(end))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Manifest, (self.path, self._content, self.head, self._end))
+
+    def groups(self, first: int, stop: int) -> list[int]:
+        """The groups in ``[first, stop)`` that have a record, in order."""
+        numbers = self._numbers
+        return numbers[bisect_left(numbers, first) : bisect_left(numbers, stop)]
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        return list(self.records)
 
     @classmethod
     def load(cls, path: str) -> Manifest:

@@ -30,6 +30,7 @@ from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.errors import ImageError, RestartsError, StoppedError
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
+from addcow_mp.jobs.following import CommitFollower
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
 from addcow_mp.jobs.report import Estimate, Outcome, Report, reporting
@@ -54,13 +55,16 @@ def commit(
     with reporting("commit", path) as report, open_chain(path, uses, options.access) as overlay:
         plan = _plan(overlay, options, shared, keep=keep)
         proof = _proof(overlay, keep=keep) if verifies else None
+        backing = _accepted_backing(overlay)
+        follower = CommitFollower(overlay, backing, report, options, hooks, keep=keep)
         with reading_back(overlay, proof, options, hooks, report) as job_hooks:
             with _restarts_if(path=overlay.path, keep=keep):
-                move(plan, report, options, job_hooks, shared.pool)
+                move(plan, report, options, job_hooks, shared.pool, follower)
             report.outcome = Outcome.DONE
-            if isinstance(overlay.backing, RawLayer):
+            if isinstance(backing, RawLayer):
                 # Overlays elsewhere may need a file with several names.
-                report.warnings += link_warnings([overlay.backing.file])
+                report.warnings += link_warnings([backing.file])
+        follower.renew()
     return report
 
 
@@ -101,6 +105,8 @@ def _plan(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) 
     refuse_linked([*own, *(below if isinstance(backing, Overlay) else [])], force=access.force)
     grows = isinstance(backing, RawLayer) and backing.held < overlay.size
     changes = grows or not overlay.is_empty
+    # The overlay's manifest also describes what lies below it, if that is visible.
+    stays = keep and overlay.all_allocated
     # Tasks cover every cluster, also those that an earlier commit cleared and was cut off before
     # it freed their space: it is freed with the others.
     return TransferPlan(
@@ -108,8 +114,7 @@ def _plan(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) 
         _target(backing),
         _tasks(overlay, backing),
         bit=None if keep else 0,
-        # With ``keep``, too: the overlay's manifest also describes what lies below it.
-        changed=(backing, overlay) if changes else (),
+        changed=(() if not changes else (backing,) if stays else (backing, overlay)),
         prepare=partial(_prepare, overlay, backing, keep=keep),
     )
 

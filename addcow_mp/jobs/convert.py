@@ -61,7 +61,7 @@ def convert(
         try:
             if isinstance(layer, RawLayer) and not access.force:
                 refuse_as_raw(layer.file)
-            with _new_file(destination, readers_of_chain(layer), access) as target:
+            with _new_file(destination, readers_of_chain(layer), report, access) as target:
                 move(_plan(layer, target), report, options, hooks)
         except StoppedError:
             raise UnfinishedError(path=destination) from None
@@ -71,11 +71,11 @@ def convert(
 
 
 @contextlib.contextmanager
-def _new_file(path: str, readers: Readers, access: Access) -> Iterator[File]:
+def _new_file(path: str, readers: Readers, report: Report, access: Access) -> Iterator[File]:
     file, durable = File.create(path, readers), access.durable
     try:
         file.role, file.durable = TARGET, durable
-        invalidate(path, durable=durable)
+        report.manifests_removed += invalidate(path, durable=durable)
         take_locks(file, RESIZING, access)
         yield file
         file.sync()

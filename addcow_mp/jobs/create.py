@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
 from addcow_mp.device.access import Access
-from addcow_mp.device.chain import depth_of, open_layer, readers_of_chain
+from addcow_mp.device.chain import READ, depth_of, open_chain, open_layer, readers_of_chain
 from addcow_mp.device.discovery import overlays_near
 from addcow_mp.device.files import (
     COW,
@@ -33,10 +33,10 @@ from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.headers import MAX_DEPTH, open_claimed
 from addcow_mp.device.locks import RESIZING
 from addcow_mp.device.magic import refuse_as_raw
-from addcow_mp.device.manifest_file import invalidate
+from addcow_mp.device.manifest_file import invalidate, is_manifest, manifest_of
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.permissions import EVERYBODY, Readers
-from addcow_mp.errors import FileError, ImageError, UnsupportedError, UsageError
+from addcow_mp.errors import AddcowError, FileError, ImageError, UnsupportedError, UsageError
 from addcow_mp.format.geometry import Geometry, raw_size
 from addcow_mp.format.header import (
     ADD_COW,
@@ -62,7 +62,8 @@ DEFAULT_CLUSTER_SIZE = 64 * KiB
 class Created:
     """A new overlay: its virtual ``size`` in bytes, and warnings for the user.
 
-    ``cluster_size``: in bytes. ``image`` and ``backing``: the names that it stores.
+    ``cluster_size``: in bytes. ``image`` and ``backing``: the names that it stores. ``manifest``:
+    the path of its manifest, if it got one.
     """
 
     size: int
@@ -70,6 +71,7 @@ class Created:
     cluster_size: int
     image: str
     backing: str | None
+    manifest: str | None = None
 
 
 def create_raw(path: str, size: int) -> int:
@@ -110,12 +112,18 @@ def create(
 
 
 def snapshot(
-    path: str, new: str, *, backing_format: str = ADD_COW, access: Access | None = None
+    path: str,
+    new: str,
+    *,
+    backing_format: str = ADD_COW,
+    access: Access | None = None,
+    manifest: bool = True,
 ) -> Created:
     """Create the overlay ``new`` and its image file over the disk at ``path``.
 
     The disk stays as it is. ``new`` has its virtual size and, if it is an overlay, its cluster
-    size. Raises :class:`AddcowError`, with nothing left behind.
+    size. It gets a ``manifest`` if the disk has one. Raises :class:`AddcowError`, with nothing left
+    behind.
     """
     refuse_existing(new)
     access = access or Access()
@@ -123,7 +131,30 @@ def snapshot(
     _check_options(new, DEFAULT_CLUSTER_SIZE, RAW, path, backing_format)
     below = Located(path, path) if path.startswith("/") else beside(new, path)
     files = _Files(new, beside(new, default_image(new)), below, backing_format)
-    return _create(files, None, None, access)
+    created = _create(files, None, None, access)
+    if manifest and is_manifest(manifest_of(path)):
+        return _with_manifest(created, path, new, access)
+    return created
+
+
+def _with_manifest(created: Created, path: str, new: str, access: Access) -> Created:
+    """Make the manifest of a new overlay over the disk at ``path``; an error is a warning."""
+    from addcow_mp.jobs.following import EmptyFollower
+    from addcow_mp.jobs.options import NO_HOOKS, RunOptions
+    from addcow_mp.jobs.report import Report
+
+    options = RunOptions(access=access._replace(roots=(*access.roots, home_of(path))))
+    report = Report("snapshot", new)
+    try:
+        with open_chain(new, READ, options.access) as overlay:
+            follower = EmptyFollower(overlay, report, options, NO_HOOKS)
+            follower.learn()
+            follower.renew()
+    except AddcowError as error:
+        report.warnings.append(f"{new}: no manifest is made: {error}")
+    warnings = [*created.warnings, *report.warnings]
+    made = next(iter(report.manifests_made), None)
+    return replace(created, warnings=warnings, manifest=made)
 
 
 def _refuse_data(image: str, access: Access) -> None:
@@ -160,6 +191,8 @@ def _create(files: _Files, size: int | None, cluster_size: int | None, access: A
         warnings = _make_image(image_path, size, making, hidden=backing_path is not None)
         _make_cow(path, head, Geometry(size, cluster_size), making)
         sync_directory(path)
+    removed = "it was removed, as it no longer applies"
+    warnings += [f"{manifest}: {removed}" for manifest in making.manifests_removed]
     warnings += roots_needed(path, image_path, backing_path)
     return Created(size, warnings, cluster_size, image.name, backing and backing.name)
 
@@ -334,6 +367,8 @@ class _Making:
         self._new: list[File] = []
         self._grown: list[tuple[File, int]] = []
         self._readers = readers
+        #: The paths of manifests of earlier files, or of a file that grows.
+        self.manifests_removed: list[str] = []
 
     def __enter__(self) -> _Making:
         return self
@@ -344,7 +379,7 @@ class _Making:
         file = File.create(path, self._readers if role == IMAGE else EVERYBODY)
         self._new.append(file)
         file.role = role
-        invalidate(path)
+        self.manifests_removed += invalidate(path)
         return file
 
     def grown(self, path: str) -> File:
@@ -380,7 +415,7 @@ def _make_image(path: str, size: int, making: _Making, *, hidden: bool) -> list[
         if hidden and image.next_data(0) is not None:
             warnings.append(f"{path}: the image file holds data that the new overlay hides")
         if image.length != size:
-            invalidate(path)
+            making.manifests_removed += invalidate(path)
     else:
         image = making.new(path)
     image.grow(size)

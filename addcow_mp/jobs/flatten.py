@@ -22,6 +22,7 @@ from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.errors import SpaceError
 from addcow_mp.jobs.dependants import refuse_dependants
+from addcow_mp.jobs.following import FlattenFollower
 from addcow_mp.jobs.narrowing import narrow_image, refuse_unnarrowable
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
 from addcow_mp.jobs.readback import Proof, reading_back
@@ -53,13 +54,17 @@ def flatten(
             else flatten_plan(overlay, partial(narrow_image, overlay, report))
         )
         proof = Proof(overlay, overlay, (overlay,)) if verifies else None
+        follower = FlattenFollower(overlay, report, options, hooks, discard=discard)
         with reading_back(overlay, proof, options, hooks, report) as job_hooks:
             if plan is not None:
-                move(plan, report, options, job_hooks, shared.pool)
+                move(plan, report, options, job_hooks, shared.pool, follower)
                 _set_flag(overlay)
                 report.outcome = Outcome.DONE
         if discard:
+            if plan is None:
+                follower.remove([overlay], durable=overlay.cow.durable)
             remove(overlay, report)
+        follower.renew()
     return report
 
 

@@ -10,9 +10,10 @@ by side: one process writes the manifest of the base, the others wait and use it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from addcow_mp.device import faults
 from addcow_mp.device.chain import open_layer, readers_of_chain
 from addcow_mp.device.files import identity_at
 from addcow_mp.device.layer import Layer
@@ -22,9 +23,11 @@ from addcow_mp.device.manifest_file import draft_of, is_manifest, manifest_of
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.allocation import data_stretches
+from addcow_mp.engine.known_digest import KnownLeafHasher
+from addcow_mp.engine.known_leaves import KnownLeaves
 from addcow_mp.engine.layer_digest import LeafHasher, cow_digests, file_of, is_fully_allocated
 from addcow_mp.engine.scan import ScanHooks, scan
-from addcow_mp.engine.tasks import cut
+from addcow_mp.engine.tasks import TASK_BYTES, Stretch, cut
 from addcow_mp.engine.worker import Failed
 from addcow_mp.errors import FileError, ImageError, ManifestError
 from addcow_mp.format.geometry import Geometry
@@ -42,6 +45,10 @@ from addcow_mp.format.manifest import (
     is_rounded_down,
 )
 from addcow_mp.jobs.options import DEFAULTS, NO_HOOKS, Hooks, RunOptions
+
+#: What a group with known digests weighs: its record takes 8 KiB of memory until it is written, and
+#: a task has at most 4096 of them.
+KNOWN_GROUP = TASK_BYTES // 4096
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def create(
         layers.reverse()
         steps = hooks.in_steps([file_of(layer).allocated for layer in layers])
         for layer, step in zip(layers, steps, strict=True):
-            one = _Making(layer, below, options, step, replaces=replaces)
+            one = Making(layer, below, options, step, replaces=replaces)
             manifest = one.manifest()
             below.insert(0, manifest)
             made.append(Made(manifest.path, manifest.head.guest_digest, one.written))
@@ -94,7 +101,7 @@ def existing(top: Layer, options: RunOptions) -> list[Manifest]:
     layers = _layers(top)
     below: list[Manifest] = []
     for layer in reversed(layers):
-        manifest = _Making(layer, below, options, NO_HOOKS, replaces=False).existing()
+        manifest = Making(layer, below, options, NO_HOOKS).existing()
         if manifest is None:
             problem = f"{layer.path} has none; make one with 'addcow manifest create'"
             raise ManifestError(path=manifest_of(layer.path), problem=problem)
@@ -120,7 +127,7 @@ def _refuse_own(layers: list[Layer]) -> None:
                 raise ImageError(path=path, problem=problem)
 
 
-def _head_of(layer: Layer, below: list[Manifest]) -> Head:
+def head_of(layer: Layer, below: list[Manifest]) -> Head:
     """The head of a manifest of ``layer`` as it is now, before any leaf is read."""
     files = {"image": FileState.of(file_of(layer).status)}
     if not isinstance(layer, Overlay):
@@ -147,8 +154,28 @@ def _lasting(head: Head) -> Head:
     return replace(head, guest_digest="", groups=0, files=files)
 
 
-class _Making:
-    """Makes the manifest of one ``layer``; ``below`` are those of the layers below it."""
+def load_matching(layer: Layer, head: Head) -> Manifest:
+    """The manifest of ``layer``. Raises :class:`ManifestError` unless it agrees with ``head``."""
+    path = manifest_of(layer.path)
+    with errors_naming(path, "read it"):
+        if os.path.getsize(path) and not is_manifest(path):
+            problem = "it exists and is no manifest; move it away"
+            raise ImageError(path=path, problem=problem)
+        manifest = Manifest.load(path)
+    if _lasting(manifest.head) != _lasting(head):
+        size = manifest.head.virtual_size
+        is_stale = isinstance(layer, RawLayer) and is_rounded_down(size, layer.held)
+        stale = f"it was made without the last, partial sector of {layer.path}"
+        other = f"it describes another state of {layer.path} or of its backing file"
+        raise ManifestError(path=path, problem=stale if is_stale else other)
+    return manifest
+
+
+class Making:
+    """Makes the manifest of one ``layer``; ``below`` are those of the layers below it.
+
+    ``known``: digests that are taken over; None = all that the layer holds is read.
+    """
 
     def __init__(
         self,
@@ -157,15 +184,17 @@ class _Making:
         options: RunOptions,
         hooks: Hooks,
         *,
-        replaces: bool,
+        replaces: bool = False,
+        known: KnownLeaves | None = None,
     ) -> None:
         self._layer = layer
         self._below = below
         self._options = options
         self._hooks = hooks
         self._replaces = replaces
+        self._known = known
         self._path = manifest_of(layer.path)
-        self._head = _head_of(layer, below)
+        self._head = head_of(layer, below)
         #: Whether the manifest had to be written.
         self.written = False
 
@@ -177,7 +206,7 @@ class _Making:
         draft = ManifestDraft(
             self._layer.path,
             readers_of_chain(self._layer),
-            locking=self._options.access.locking,
+            access=self._options.access,
             stopping=self._hooks.stopping,
             note=self._hooks.note,
         )
@@ -187,7 +216,7 @@ class _Making:
             if existing is not None:
                 return existing
             self._write(fd)
-            if _head_of(self._layer, self._below) != self._head:
+            if head_of(self._layer, self._below) != self._head:
                 problem = "it was changed meanwhile; try again"
                 raise ImageError(path=self._layer.path, problem=problem)
             draft.publish(fd)
@@ -197,37 +226,25 @@ class _Making:
     def existing(self) -> Manifest | None:
         """The existing manifest, unless it does not match and may be replaced."""
         try:
-            return self._load() if os.path.exists(self._path) else None
+            is_there = os.path.exists(self._path)
+            return load_matching(self._layer, self._head) if is_there else None
         except ManifestError:
             if not self._replaces:
                 raise
             return None
-
-    def _load(self) -> Manifest:
-        with errors_naming(self._path, "read it"):
-            if os.path.getsize(self._path) and not is_manifest(self._path):
-                problem = "it exists and is no manifest; move it away"
-                raise ImageError(path=self._path, problem=problem)
-            manifest = Manifest.load(self._path)
-        if _lasting(manifest.head) != _lasting(self._head):
-            layer, size = self._layer, manifest.head.virtual_size
-            is_stale = isinstance(layer, RawLayer) and is_rounded_down(size, layer.held)
-            stale = f"it was made without the last, partial sector of {layer.path}"
-            other = f"it describes another state of {layer.path} or of its backing file"
-            raise ManifestError(path=self._path, problem=stale if is_stale else other)
-        return manifest
 
     def _write(self, fd: int) -> None:
         layer = self._layer
         with errors_naming(self._path, "write it"), os.fdopen(os.dup(fd), "r+b") as file:
             file.write(DRAFT_MAGIC.ljust(HEAD, b"\0"))
             for records in self._records():
+                if faults.armed:
+                    faults.hit("manifest_write")
                 file.write(records)
             file.flush()
             end = file.tell()
             draft = Manifest(layer.path, FileBytes(fd, end, layer.path), self._head, end)
-            chain = [draft] if is_fully_allocated(layer) else [draft, *self._below]
-            guest_digest = view_digest(layer.size, dict(guest_nodes(chain, layer.size)))
+            guest_digest = self._guest_digest(draft)
             groups = len(draft.records)
             file.seek(0)
             file.write(replace(self._head, guest_digest=guest_digest, groups=groups).pack())
@@ -237,23 +254,45 @@ class _Making:
             file.flush()
         assert os.fstat(fd).st_size == end + DIGEST  # noqa: S101 - nothing else was written
 
+    def _guest_digest(self, draft: Manifest) -> str:
+        layer, below = self._layer, self._below
+        if is_fully_allocated(layer):
+            below = []
+        elif below and not draft.records and below[0].head.virtual_size == layer.size:
+            return below[0].head.guest_digest  # the layer shows its backing file, and no more
+        return view_digest(layer.size, dict(guest_nodes([draft, *below], layer.size)))
+
     def _records(self) -> Iterator[bytes]:
         """The records of all groups, in order."""
         layer, hooks = self._layer, self._hooks
 
         def failed(result: Failed) -> bytes:
+            if self._known is not None:
+                raise result.error
             start, stop = (at * GROUP for at in (result.task.first, result.task.stop))
             action = f"hash the bytes from {start} to {min(stop, layer.size)}"
             raise FileError(path=layer.path, action=action, reason=str(result.error))
 
         scan_hooks = ScanHooks(layer.path, failed, hooks.stopping, progress=hooks.progress)
-        # All groups, cut by the data that there is to read.
         geometry, options = Geometry(layer.size, GROUP), self._options.scan_options
-        tasks = cut(data_stretches([file_of(layer)], geometry, 1), geometry.clusters)
+        tasks = cut(self._stretches(geometry), geometry.clusters)
         waiting: dict[int, bytes] = {}
         due = 0
-        for task, records in scan(LeafHasher(layer), tasks, options, scan_hooks):
+        for task, records in scan(self._hasher, tasks, options, scan_hooks):
             waiting[task.number] = records
             while due in waiting:
                 yield waiting.pop(due)
                 due += 1
+
+    @property
+    def _hasher(self) -> LeafHasher:
+        layer, known = self._layer, self._known
+        return LeafHasher(layer) if known is None else KnownLeafHasher(layer, known)
+
+    def _stretches(self, geometry: Geometry) -> Iterable[Stretch]:
+        """All groups with anything to do, weighed by the data that there is to read."""
+        known = self._known
+        if known is None or not known.is_complete:
+            return data_stretches([file_of(self._layer)], geometry, 1)
+        numbers = known.groups(0, geometry.clusters)
+        return (Stretch(number, number + 1, KNOWN_GROUP) for number in numbers)

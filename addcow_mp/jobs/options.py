@@ -35,13 +35,15 @@ class RunOptions:
 
     ``jobs``: worker processes; 0 = work in this process, None = the usable processors.
     ``access``: which files may be opened and how. ``copy_options``: how bytes are copied.
-    ``idle``: the command line gives its processes idle input/output priority.
+    ``idle``: the command line gives its processes idle input/output priority. ``manifests``: a job
+    that removes manifests and knows what its layers hold then makes new ones.
     """
 
     jobs: int | None = None
     access: Access = Access()  # noqa: RUF009 - frozen
     copy_options: CopyOptions = CopyOptions()  # noqa: RUF009 - frozen
     idle: bool = False
+    manifests: bool = True
 
     @property
     def scan_options(self) -> ScanOptions:

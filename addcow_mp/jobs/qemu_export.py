@@ -98,6 +98,7 @@ class Exported:
     layers: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    manifests_removed: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, object]:
         """The public keys."""
@@ -109,6 +110,7 @@ class Exported:
             "protection": self.protection,
             "layers-lent-for-reading": self.layers,
             "seconds": round(self.seconds, 6),
+            **({"manifests-removed": self.manifests_removed} if self.manifests_removed else {}),
         }
 
 
@@ -286,7 +288,7 @@ def remove_leftover(twin: str) -> None:
 def _prepare_image(overlay: Overlay, result: Exported) -> None:
     """Step 1: cut the image to the virtual size, and make what is not allocated harmless."""
     image = overlay.image.file
-    invalidate_all(overlay, durable=image.durable)
+    result.manifests_removed = invalidate_all(overlay, durable=image.durable)
     if image.length > overlay.size:
         behind = image.length - overlay.size
         result.warnings.append(f"{image.path}: {behind} bytes behind its last sector were cut off")

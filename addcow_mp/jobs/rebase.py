@@ -33,7 +33,6 @@ from addcow_mp.device.files import File, identity_at
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.manifest_file import (
-    invalidate_all,
     is_manifest,
     manifest_of,
     refuse_unremovable_manifests,
@@ -65,6 +64,7 @@ from addcow_mp.jobs import manifest
 from addcow_mp.jobs.backing import refuse_disguised, refuse_image_as_backing, roots_needed
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.flatten import flatten_plan, refuse_no_room_for_bits
+from addcow_mp.jobs.following import Follower, RebaseFollower
 from addcow_mp.jobs.naming import Located, beside, locate
 from addcow_mp.jobs.narrowing import narrow_image, refuse_unnarrowable
 from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
@@ -129,14 +129,16 @@ def rebase(
             plan = change.plan(options, partial(narrow_image, change.overlay, report))
             proof = change.proof if verifies else None
             again = change.reopening(options)
+            follower = change.follower(report, options, hooks)
             with reading_back(change.overlay, proof, again, hooks, report) as job_hooks:
                 change.make_durable()
                 if plan is None:
                     report.warnings = change.overlay.warnings()
                 else:
-                    move(plan, report, options, job_hooks, shared.pool)
+                    move(plan, report, options, job_hooks, shared.pool, follower)
                 report.begin_changes()
-                change.carry_out()
+                change.carry_out(follower)
+            follower.renew()
         report.warnings += change.warnings
         report.outcome = Outcome.DONE
     return report
@@ -364,9 +366,16 @@ class _Change:
         if self.new is not None and not (backing.unsafe or backing.is_durable):
             sync_chain(self.new)
 
-    def carry_out(self) -> None:
+    def follower(self, report: Report, options: RunOptions, hooks: Hooks) -> Follower:
+        """What becomes of the manifest; nothing is known of a backing file that is missing."""
+        if self.new is None and self._name:
+            return Follower(report, options, hooks)
+        unsafe = self._backing.unsafe
+        return RebaseFollower(self.overlay, self.new, report, options, hooks, unsafe=unsafe)
+
+    def carry_out(self, follower: Follower) -> None:
         """Let the header name the new backing file, once the bits are durable."""
-        invalidate_all(self.overlay, durable=self.overlay.cow.durable)
+        follower.remove([self.overlay], durable=self.overlay.cow.durable)
         if not self._name:
             drop_backing(self.overlay, whole=not self._backing.unsafe)
         else:

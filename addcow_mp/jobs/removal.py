@@ -90,10 +90,11 @@ def _remove(overlay: Overlay, report: Report) -> None:
     overlay.image.file.sync()
     _refuse_replaced(overlay, path)
     report.begin_changes()
-    _cut_image(overlay)
+    _cut_image(overlay, report)
     _refuse_replaced(overlay, path)
     with overlay.cow.doing("remove it"):
-        invalidate(overlay.path, durable=overlay.cow.durable)
+        removed = invalidate(overlay.path, durable=overlay.cow.durable)
+        report.manifests_removed += removed
         if faults.armed:
             faults.hit("discard")
         os.unlink(path)
@@ -105,11 +106,11 @@ def _refuse_replaced(overlay: Overlay, path: str) -> None:
             raise ImageError(path=path, problem="it was replaced meanwhile, and is not removed")
 
 
-def _cut_image(overlay: Overlay) -> None:
+def _cut_image(overlay: Overlay, report: Report) -> None:
     """Cut the image file to the virtual size; this invalidates its manifest as a raw disk."""
     if not _is_longer(overlay):
         return
     image = overlay.image.file
-    invalidate_all(overlay, durable=image.durable)
+    report.manifests_removed += invalidate_all(overlay, durable=image.durable)
     image.cut(overlay.size)
     image.sync()

@@ -45,9 +45,10 @@ def repair(path: str, access: Access | None = None, *, everything: bool) -> Chec
         remedy = "commit or flatten them first, or use --force"
         refuse_dependants(overlay, [overlay.image.file], access, remedy)
         refuse_linked([overlay.cow, overlay.image.file], force=access.force)
-        invalidate_all(overlay)
+        removed = invalidate_all(overlay)
         done = _repair(overlay, before, everything=everything)
     after = check(path, access)
+    after.manifests_removed = removed
     after.repairs, after.backup = done.repairs, done.backup
     after.leaks_fixed, after.corruptions_fixed = done.leaks_fixed, done.corruptions_fixed
     return after

@@ -64,7 +64,16 @@ class Report:
     bytes_freed: int | None = None
     #: The state in which a job found an overlay that it takes back from QEMU.
     state_before: str | None = None
+    #: Paths of manifests that were removed because what they describe was to change, and of those
+    #: that were made.
+    manifests_removed: list[str] = field(default_factory=list)
+    manifests_made: list[str] = field(default_factory=list)
     outcome: Outcome = Outcome.REFUSED
+
+    @property
+    def manifests_gone(self) -> list[str]:
+        """The manifests that were removed, and for which no new ones were made."""
+        return [one for one in self.manifests_removed if one not in self.manifests_made]
 
     def begin_changes(self) -> None:
         """Enter that something is about to be changed."""
@@ -99,7 +108,14 @@ class Report:
             "jobs": self.jobs,
             **freed,
             **verified,
+            **manifest_keys(self),
         }
+
+
+def manifest_keys(report: Report) -> dict[str, object]:
+    """The public keys about manifests, where there is something to say."""
+    keys = {"manifests-made": report.manifests_made, "manifests-removed": report.manifests_gone}
+    return {key: paths for key, paths in keys.items() if paths}
 
 
 @contextmanager

@@ -11,18 +11,20 @@ or the backing file, and never a mixture:
    bitmap reads as 0. Clearing bits one by one would leave a mixture after a power cut.
 3. ALL_ALLOCATED is cleared where it was set, synced. Until then the bitmap is not consulted.
 4. The space of the image file is freed.
+5. A manifest of the empty overlay is made where there was one and the backing file has one.
 """
 
 from __future__ import annotations
 
 from addcow_mp.device.chain import ESTIMATING, RESET, open_chain
 from addcow_mp.device.hardlinks import refuse_linked
-from addcow_mp.device.manifest_file import invalidate_all, refuse_unremovable_manifests
+from addcow_mp.device.manifest_file import refuse_unremovable_manifests
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.engine.space import SpaceNeeded
 from addcow_mp.errors import ImageError
 from addcow_mp.jobs.dependants import refuse_dependants
-from addcow_mp.jobs.options import ALONE, DEFAULTS, RunOptions, Shared
+from addcow_mp.jobs.following import EmptyFollower
+from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, RunOptions, Shared
 from addcow_mp.jobs.report import Estimate, Outcome, Report, ending, reporting
 
 _REMEDY = "only an overlay that no other one needs is reset; flatten or remove them first"
@@ -36,11 +38,14 @@ def reset(path: str, *, options: RunOptions = DEFAULTS, shared: Shared = ALONE) 
     with reporting("reset", path) as report, open_chain(path, RESET, options.access) as overlay:
         _refuse(overlay, options, shared)
         before = overlay.image.file.allocated
+        follower = EmptyFollower(overlay, report, options, NO_HOOKS)
         if not _is_done(overlay):
             report.begin_changes()
+            follower.remove([overlay], durable=overlay.cow.durable)
             _reset(overlay)
         report.bytes_freed = max(0, before - overlay.image.file.allocated)
         report.outcome = Outcome.DONE
+        follower.renew()
     return report
 
 
@@ -82,7 +87,6 @@ def _is_done(overlay: Overlay) -> bool:
 
 
 def _reset(overlay: Overlay) -> None:
-    invalidate_all(overlay, durable=overlay.cow.durable)
     overlay.clear_bitmap()
     if overlay.all_allocated:
         overlay.set_all_allocated(False)

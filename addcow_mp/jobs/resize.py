@@ -57,7 +57,7 @@ def resize(
         _refuse(overlay, size, access)
         report.warnings = overlay.warnings()
         report.begin_changes()
-        set_size(overlay, size)
+        report.manifests_removed = set_size(overlay, size)
         report.virtual_size, report.outcome = size, Outcome.DONE
     return report
 
@@ -106,20 +106,24 @@ def truncate(overlay: Overlay, size: int) -> None:
     overlay.check_permission()
     refuse_size(overlay, size)
     overlay.flush()
-    set_size(overlay, size)
+    overlay.manifests_removed += set_size(overlay, size)
 
 
-def set_size(overlay: Overlay, size: int) -> None:
-    """Change the virtual size of an overlay with no pending writes, durably."""
+def set_size(overlay: Overlay, size: int) -> list[str]:
+    """Change the virtual size of an overlay with no pending writes, durably.
+
+    Returns the paths of the manifests that it had, which are removed.
+    """
     if size == overlay.size and not _has_bits_beyond(overlay):
         # An earlier command may have been interrupted before its last sync.
         overlay.image.file.sync()
-        return
-    invalidate_all(overlay, durable=overlay.cow.durable)
+        return []
+    removed = invalidate_all(overlay, durable=overlay.cow.durable)
     if size > overlay.size:
         _grow(overlay, size)
     else:
         _shrink(overlay, size)
+    return removed
 
 
 # Growing

@@ -6,7 +6,7 @@ from addcow_mp.device import faults
 from addcow_mp.device.access import Access
 from addcow_mp.device.copying import CopyOptions
 from addcow_mp.device.files import File
-from addcow_mp.device.manifest_file import invalidate_all, refuse_unremovable_manifests
+from addcow_mp.device.manifest_file import refuse_unremovable_manifests
 from addcow_mp.engine.done_map import DoneMap, Totals
 from addcow_mp.engine.pool import ParentRole, Pool, workers_for
 from addcow_mp.engine.publisher import Publisher
@@ -14,6 +14,7 @@ from addcow_mp.engine.space import SpaceNeeded, refuse_without_space, space_for
 from addcow_mp.engine.transfer import Transfer
 from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.engine.transfer_run import Processes, TransferRun, run_transfer
+from addcow_mp.jobs.following import Follower
 from addcow_mp.jobs.options import Hooks, RunOptions
 from addcow_mp.jobs.report import Estimate, Report
 from addcow_mp.units import GiB
@@ -46,10 +47,12 @@ def move(
     options: RunOptions,
     hooks: Hooks,
     pool: Pool | None = None,
+    follower: Follower | None = None,
 ) -> None:
     """Move the clusters and publish them. Refusals come before the first byte.
 
-    ``pool``: processes that work for several jobs; None = the job starts its own.
+    ``pool``: processes that work for several jobs; None = the job starts its own. ``follower``:
+    removes manifests, and can make new ones afterwards; None = they are only removed.
     """
     selection, target = plan.selection, plan.target
     report.warnings = selection.layer.warnings()
@@ -59,8 +62,9 @@ def move(
     try:
         refuse_without_space(plan, options.copy_options, report.jobs)
         report.begin_changes()
-        for layer in plan.changed:
-            invalidate_all(layer, durable=target.file.durable)
+        if plan.changed:
+            follower = follower or Follower(report, options, hooks)
+            follower.remove(plan.changed, durable=target.file.durable)
         plan.prepare()
         processes = _processes(plan, options, report.jobs, pool)
         run = _run(plan, done_map, options.copy_options)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.findings import print_findings
-from addcow_mp.cli.messages import one_line, report_failure, warn
+from addcow_mp.cli.messages import one_line, print_manifests_gone, report_failure, warn
 from addcow_mp.cli.options import (
     Exclude,
     Force,
@@ -84,6 +84,8 @@ def _show(report: CheckReport, *, quiet: bool, is_named: bool) -> None:
 def _print(report: CheckReport, *, quiet: bool) -> None:
     for line in [] if quiet else report.repairs:
         print(f"REPAIRED {one_line(line)}")
+    if not quiet:
+        print_manifests_gone(report.manifests_removed)
     print_findings(report.findings)
     if not quiet:
         for note in report.notes:

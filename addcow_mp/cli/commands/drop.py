@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from addcow_mp.cli.messages import one_line
+from addcow_mp.cli.messages import one_line, print_manifests_gone
 from addcow_mp.cli.options import JobChangeOptions, OverlayFiles, Printing
 from addcow_mp.cli.several import change_each, print_results
 
@@ -37,6 +37,7 @@ def command(*, overlay: OverlayFiles, printing: Printing, changing: JobChangeOpt
         if not printing.quiet:
             alone = len(files) == 1
             print("Image dropped." if alone else one_line(f"{report.filename}: dropped"))
+            print_manifests_gone(report.manifests_gone)
 
     def describe(report: Report) -> object:
         return report.as_json()

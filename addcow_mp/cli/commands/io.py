@@ -109,6 +109,8 @@ def _run(path: str, commands: list[str] | None, access: Access, *, read_only: bo
                 break
         session.wait()
         warn([] if session.was_refused else later)
+        removed = "it was removed, as it no longer applies"
+        warn([f"{path}: {removed}" for path in disk.manifests_removed])
     job_is_done()
     return session.status
 

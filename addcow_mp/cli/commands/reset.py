@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
 
-from addcow_mp.cli.messages import one_line
-from addcow_mp.cli.options import DryRun, JobChangeOptions, OverlayFiles, Printing
+from addcow_mp.cli.messages import one_line, print_manifests_gone, warn
+from addcow_mp.cli.options import DryRun, JobChangeOptions, NoManifest, OverlayFiles, Printing
 from addcow_mp.cli.planned import Planned
 from addcow_mp.cli.several import change_each, print_results
 from addcow_mp.units import human_size
@@ -24,6 +25,7 @@ def command(
     dry_run: DryRun = False,
     printing: Printing,
     changing: JobChangeOptions,
+    no_manifest: NoManifest = False,
 ) -> None:
     """Let overlays show their backing files again; what their guests have written is given up.
 
@@ -38,7 +40,9 @@ def command(
         shared = search.shared(path)
         if dry_run:
             return Planned(path, "reset", estimate(path, options, shared))
-        return reset(path, options=options, shared=shared)
+        report = reset(path, options=replace(options, manifests=not no_manifest), shared=shared)
+        warn(report.warnings)
+        return report
 
     results = change_each(files, work, changing, quiet=quiet, writes=not dry_run)
 
@@ -57,7 +61,7 @@ def _show(result: Report | Planned, printing: Printing, *, is_alone: bool) -> No
         return
     if isinstance(result, Planned):
         print(result.line)
-    elif is_alone:
-        print("Image reset.")
-    else:
-        print(one_line(f"{result.filename}: reset, {human_size(result.bytes_freed or 0)} freed"))
+        return
+    freed = human_size(result.bytes_freed or 0)
+    print("Image reset." if is_alone else one_line(f"{result.filename}: reset, {freed} freed"))
+    print_manifests_gone(result.manifests_gone)

@@ -8,7 +8,15 @@ import typer
 
 from addcow_mp.cli.jsontext import print_document
 from addcow_mp.cli.messages import one_line, warn
-from addcow_mp.cli.options import Exclude, ForceRaw, Format, Opening, Printing, file_argument
+from addcow_mp.cli.options import (
+    Exclude,
+    ForceRaw,
+    Format,
+    NoManifest,
+    Opening,
+    Printing,
+    file_argument,
+)
 from addcow_mp.cli.results import job_is_done
 from addcow_mp.jobs.create import Created
 from addcow_mp.jobs.create import snapshot as job
@@ -24,11 +32,12 @@ def command(
     printing: Printing,
     force: ForceRaw = False,
     exclude: Exclude = None,
+    no_manifest: NoManifest = False,
     opening: Opening,
 ) -> None:
     """Make a new overlay over a disk: what is written from now on goes there."""
     access = opening.access(force=force, writes=True, exclude=exclude)
-    made = job(file, new, backing_format=backing_format, access=access)
+    made = job(file, new, backing_format=backing_format, access=access, manifest=not no_manifest)
     job_is_done()
     warn(made.warnings)
     if printing.as_json:
@@ -48,4 +57,5 @@ def _described(new: str, made: Created, backing_format: str) -> dict[str, object
         "backing-filename": made.backing,
         "backing-filename-format": backing_format,
         "image-filename": made.image,
+        **({} if made.manifest is None else {"manifests-made": [made.manifest]}),
     }

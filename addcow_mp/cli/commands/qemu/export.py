@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.jsontext import print_document
-from addcow_mp.cli.messages import one_line, warn
+from addcow_mp.cli.messages import one_line, print_manifests_gone, warn
 from addcow_mp.cli.options import File, JobChangeOptions, Printing, name_of_file
 
 
@@ -71,6 +71,7 @@ def command(
         print_document(result.as_json())
     elif not printing.quiet:
         print(one_line(f"Lent to QEMU through '{result.twin}'."))
+        print_manifests_gone(result.manifests_removed)
 
 
 RELAXED_COST = (
