@@ -338,7 +338,7 @@ def test_shared_keywords_are_described_in_the_order_of_signatures() -> None:
     assert described == list(arguments.DEFAULTS)
     assert set(described) == set(arguments.FarmCopying.__annotations__)
     shown = list(inspect.signature(addcow_mp.farm_flatten).parameters)
-    assert shown == ["places", "discard", "verify", *described]
+    assert shown == ["places", "discard", "verify", "manifest", *described]
 
 
 def test_the_settings_of_a_run_reach_a_worker_process_unchanged() -> None:
