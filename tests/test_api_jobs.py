@@ -733,6 +733,14 @@ WATCHED: dict[str, Callable[[Path, Watch], object]] = {
     "commit, verify": lambda path, it: addcow_mp.commit(
         path, verify=True, jobs=0, progress=it.progress
     ),
+    "commit, manifests": lambda path, it: (
+        addcow_mp.manifest_create(path, jobs=0),
+        addcow_mp.commit(path, jobs=0, progress=it.progress),
+    ),
+    "flatten, manifests": lambda path, it: (
+        addcow_mp.manifest_create(path, jobs=0),
+        addcow_mp.flatten(path, jobs=0, progress=it.progress),
+    ),
     "flatten": lambda path, it: addcow_mp.flatten(path, jobs=0, progress=it.progress),
     "flatten, verify": lambda path, it: addcow_mp.flatten(
         path, verify=True, jobs=0, progress=it.progress
@@ -817,6 +825,38 @@ def test_error_in_a_function_of_a_farm_job_leaves_the_remaining_images(
     assert any(bits(path) == ".1" for path in paths), "some image is left"
     assert addcow_mp.farm_commit(tmp_path, jobs=0).exit_code == 0
     assert {bits(path) for path in paths} == {".."}
+
+
+FOLLOWED: dict[str, Callable[[Path, bool], object]] = {
+    "commit": lambda path, wanted: addcow_mp.commit(path, manifest=wanted, jobs=0),
+    "flatten": lambda path, wanted: addcow_mp.flatten(path, manifest=wanted, jobs=0),
+    "rebase": lambda path, wanted: addcow_mp.rebase(path, None, manifest=wanted, jobs=0),
+    "reset": lambda path, wanted: addcow_mp.reset(path, manifest=wanted),
+    "farm_commit": lambda path, wanted: addcow_mp.farm_commit(path, manifest=wanted, jobs=0),
+    "farm_flatten": lambda path, wanted: addcow_mp.farm_flatten(path, manifest=wanted, jobs=0),
+    "farm_rebase": lambda path, wanted: addcow_mp.farm_rebase(path, None, manifest=wanted, jobs=0),
+    "farm_reset": lambda path, wanted: addcow_mp.farm_reset(path, manifest=wanted, jobs=0),
+}
+
+
+@pytest.mark.sample(8)
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_manifest_follows_unless_it_is_not_wanted(tmp_path: Path, name: str, wanted: bool) -> None:
+    path = pair(tmp_path, "AB", "-X")
+    manifest = tmp_path / f"{TOP}.manifest"
+    addcow_mp.manifest_create(path, jobs=0)
+    FOLLOWED[name](path, wanted)
+    assert manifest.exists() is wanted
+    assert addcow_mp.verify(path, jobs=0).exit_code == int(not wanted)
+
+
+def test_snapshot_gets_a_manifest_unless_it_is_not_wanted(tmp_path: Path) -> None:
+    path = pair(tmp_path, "AB", "-X")
+    addcow_mp.manifest_create(path, jobs=0)
+    for name, wanted in (("one", True), ("two", False)):
+        addcow_mp.snapshot(path, tmp_path / f"{name}.add-cow", manifest=wanted)
+        assert (tmp_path / f"{name}.add-cow.manifest").exists() is wanted
 
 
 def test_error_after_the_work_is_raised_too(tmp_path: Path) -> None:
