@@ -131,6 +131,36 @@ def below_scene(here: Path) -> None:
     )
 
 
+def tower_scene(here: Path) -> None:
+    """Three overlays over a raw file with an odd end; a commit goes into the file."""
+    draw_raw(here / "base.img", "ABC-EF", cluster=CLUSTER)
+    with (here / "base.img").open("ab") as file:
+        file.write(b"odd")
+    draw(here / "low.add-cow", "-l-L---l", cluster=CLUSTER)
+    low, mid = ("low.add-cow", "mid.add-cow")
+    draw(here / mid, "M---0m--", low, backing_format="add-cow", cluster=CLUSTER)
+    draw(here / "top.add-cow", "X---tX-X", mid, backing_format="add-cow", cluster=CLUSTER)
+
+
+def tower_below_scene(here: Path) -> None:
+    """Over a base with larger clusters, which are copied up in part."""
+    below_scene(here)
+    draw(
+        here / "over.add-cow",
+        "o-O-----O-o-",
+        "mid.add-cow",
+        backing_format="add-cow",
+        cluster=CLUSTER,
+    )
+    draw(
+        here / "top.add-cow",
+        "--W--X---0--",
+        "over.add-cow",
+        backing_format="add-cow",
+        cluster=CLUSTER,
+    )
+
+
 def flatten_scene(here: Path) -> None:
     draw_raw(here / "base.img", "ABC-EF--JKLM", cluster=CLUSTER)
     draw(here / "top.add-cow", "-X0gg-gY--", cluster=CLUSTER)
@@ -254,6 +284,38 @@ OPERATIONS = {
             OPENING
             | PUBLISHING
             | {"image_read", "backing_read", "backing_write", "cow_read", "cow_write", "punch"}
+        ),
+    ),
+    "commit-into": Operation(
+        ("commit", "-b", "base.img", "--jobs", "0", "top.add-cow"),
+        tower_scene,
+        committed,
+        {"top.add-cow": "1....1.1", "mid.add-cow": "1...1...", "low.add-cow": "1..111.1"},
+        frozenset({"base.img", "low.add-cow", "low.raw"}),
+        frozenset(OPENING | PUBLISHING | {"image_read", "backing_read", "backing_write", "punch"}),
+    ),
+    "commit-into-below": Operation(
+        ("commit", "-b", "mid.add-cow", "--jobs", "0", "top.add-cow"),
+        tower_below_scene,
+        committed_below,
+        {"over.add-cow": "..1..1..11..", "mid.add-cow": "111."},
+        frozenset({"mid.add-cow", "mid.raw", "over.add-cow", "over.raw"}),
+        frozenset(
+            OPENING
+            | PUBLISHING
+            | {"image_read", "backing_read", "backing_write", "cow_read", "cow_write"}
+        ),
+    ),
+    "commit-into-verify": Operation(
+        ("commit", "-b", "base.img", "--verify", "--jobs", "0", "top.add-cow"),
+        tower_scene,
+        committed,
+        {"top.add-cow": "1....1.1", "mid.add-cow": "1...1...", "low.add-cow": "1..111.1"},
+        frozenset({"base.img", "low.add-cow", "low.raw"}),
+        frozenset(
+            OPENING
+            | PUBLISHING
+            | {"image_read", "backing_read", "backing_write", "punch", "read_back"}
         ),
     ),
     "flatten": Operation(

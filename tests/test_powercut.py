@@ -32,6 +32,7 @@ from support.powercut import (
 from support.promises import (
     VIEW,
     Commit,
+    CommitInto,
     Flatten,
     Promise,
     Rebase,
@@ -55,7 +56,7 @@ PATIENT_CUTS = 60
 
 MANY_CUTS = int(os.environ.get("ADDCOW_CUTS", "300"))
 RANDOM_JOBS = ["commit", "commit", "commit -d", "flatten", "flatten", "flatten --discard", "io"]
-RANDOM_JOBS += ["reset"]
+RANDOM_JOBS += ["reset", "commit -b"]
 
 
 @pytest.fixture(scope="module", params=["ext4", "xfs"])
@@ -107,12 +108,39 @@ def cut_and_finish(
 @pytest.mark.parametrize("by_event", [True, False], ids=["event", "clock"])
 @pytest.mark.parametrize(
     ("words", "overlays"),
-    [("commit", 1), ("commit", 2), ("flatten", 2), ("io", 1), ("reset", 1), ("reset", 2)],
+    [
+        *(("commit", 1), ("commit", 2), ("commit -b", 2), ("commit -b", 3)),
+        *(("flatten", 2), ("io", 1), ("reset", 1), ("reset", 2)),
+    ],
 )
 def test_power_cut_loses_nothing(
     disk: Disk, rng: random.Random, tmp_path: Path, words: str, overlays: int, by_event: bool
 ) -> None:
     cut_and_finish(disk, rng, tmp_path, words, overlays=overlays, by_event=by_event)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "order",
+    [
+        "late:top-base.raw",  # bits of the layer above the base before their data is durable
+        "never:top-base.raw",
+        "never:top-base.add-cow",  # the base changes before those bits are durable
+    ],
+)
+def test_power_cuts_catch_a_wrong_order_of_commit_b(
+    disk: Disk, rng: random.Random, tmp_path: Path, order: str
+) -> None:
+    for number in range(PATIENT_CUTS):
+        with disk.directory() as place:
+            promise = CommitInto(chain_on(place, rng, 2), 2)
+            moment = Moment.draw(rng, promise, by_event=bool(number % 2), scale=SCALE)
+            cut = lose_power(disk, promise, moment, rng, tmp_path, jobs=0, order=order)
+            tell(cut.story)
+            broken = promise.broken(done=cut.done)
+        if any(line.startswith(VIEW) for line in broken):
+            return
+    pytest.fail(f"{PATIENT_CUTS} cuts did not notice {order}")
 
 
 def to_be_resized(place: Path, rng: random.Random) -> Files:

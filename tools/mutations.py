@@ -30,6 +30,7 @@ _LOCKS = "addcow_mp/device/locks.py"
 _REBASE = "addcow_mp/jobs/rebase.py"
 _RESET = "addcow_mp/jobs/reset.py"
 _DEPENDANTS = "addcow_mp/jobs/dependants.py"
+_INTO, _COVERED = "addcow_mp/jobs/commit_base.py", "addcow_mp/engine/covered.py"
 _RESIZE = "addcow_mp/jobs/resize.py"
 _EXPORT, _IMPORT = "addcow_mp/jobs/qemu_export.py", "addcow_mp/jobs/qemu_import.py"
 
@@ -608,6 +609,70 @@ MUTATIONS = (
         " and one.identity not in new]",
         "]",
         _in("rebase", "farm_rebase_leaves_the_new_base_and_its_chain_out"),
+    ),
+    # Commit -b
+    Mutation(
+        "commit -b: nothing is copied up",
+        _INTO,
+        "    return [down] if up is None else [up, down]\n",
+        "    return [down]\n",
+        _in("commit_base", "base_shows_what_the_guest_sees_and_every_other_view_stays"),
+    ),
+    Mutation(
+        "commit -b: the base changes before what it held is above it",
+        _INTO,
+        "    return [down] if up is None else [up, down]\n",
+        "    return [down] if up is None else [down, up]\n",
+        _in("commit_base", "base_changes_only_after_what_it_held_is_durable_above_it"),
+    ),
+    Mutation(
+        "commit -b: bits that a killed run left in memory count as durable",
+        _INTO,
+        "    levels.over.image.file.sync()\n    levels.over.cow.sync()\n",
+        "",
+        _in("commit_base", "bits_that_an_interrupted_run_left_in_memory_are_made_durable"),
+    ),
+    Mutation(
+        "commit -b: other overlays of the base change",
+        _INTO,
+        "    changed = [*own_files(base), over.image.file]\n",
+        "    changed = [over.image.file]\n",
+        _in("commit_base", "commit_b_is_refused_and_changes_nothing"),
+    ),
+    Mutation(
+        "commit -b: --force overrides lent overlays",
+        _INTO,
+        ", can_force_lent=False",
+        "",
+        _in("commit_base", "commit_b_is_refused_and_changes_nothing"),
+    ),
+    Mutation(
+        "commit -b: manifests of changed layers stay",
+        _INTO,
+        "        changed=(base, over) if changes else (),\n",
+        "        changed=(),\n",
+        _in("commit_base", "manifests_of_changed_layers_are_removed_and_others_stay_true"),
+    ),
+    Mutation(
+        "commit -b: the bits of clusters that were not copied up are set",
+        _COVERED,
+        "    leaves_some = True\n",
+        "    leaves_some = False\n",
+        _in("commit_base", "base_shows_what_the_guest_sees_and_every_other_view_stays"),
+    ),
+    Mutation(
+        "commit -b: zeros behind the end of a layer do not count",
+        _COVERED,
+        "            if held < last:\n                yield held, last\n",
+        "",
+        _in("commit_base", "zeros_behind_a_short_middle_layer_reach_the_base"),
+    ),
+    Mutation(
+        "commit -b: clusters are larger than what is covered",
+        _COVERED,
+        "    return min(*(overlay.cluster_size for overlay in overlays), *units)\n",
+        "    return max(*(overlay.cluster_size for overlay in overlays), *units)\n",
+        _in("commit_base", "random_chains_keep_every_view_but_that_of_the_base"),
     ),
     # Reset
     Mutation(

@@ -41,7 +41,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import oracle
-from support.chains import can_commit, wild_chain
+from support.chains import can_commit, can_commit_into_some, wild_chain
 from support.lending_promises import lending_of
 from support.model import Files, MiB, Overlay, build, contents, view
 from support.powercut import (
@@ -66,6 +66,7 @@ LARGEST = 6 * MiB
 JOBS = {
     "commit": 5,
     "commit -d": 2,
+    "commit -b": 3,
     "flatten": 3,
     "flatten --discard": 2,
     "io": 3,
@@ -273,6 +274,8 @@ def _can(words: str, chain: Overlay) -> bool:
         return not chain.all_allocated and shutil.which("qemu-io") is not None
     if words in ("rebase", "reset"):
         return chain.backing is not None
+    if words == "commit -b":
+        return can_commit_into_some(chain)
     return can_commit(chain) or "commit" not in words
 
 

@@ -260,23 +260,31 @@ def commit(
     path: AnyPath,
     *,
     keep: bool = False,
+    base: AnyPath | None = None,
     verify: bool = False,
     manifest: bool = True,
     **keywords: Unpack[Copying],
 ) -> Report:
     """Move all allocated clusters into the backing file, clear their bits, free their space.
 
-    ``keep`` leaves overlay and image as they were. ``verify`` reads back from the disk what was
-    written, and raises :class:`ReadBackError` if the guest would see anything else. Data is durable
-    before bits are cleared, and cleared bits are durable before space is freed. After a stop the
-    same call continues; with ``keep`` it starts again. Where both have manifests, new ones are made
-    from these, unless ``manifest`` is false.
+    ``keep`` leaves overlay and image as they were. ``base`` is a layer further down the chain, by
+    its path or as the chain names it: it gets what the guest sees. Then overlay and image stay too,
+    and so does what every other overlay above ``base`` shows. ``verify`` reads back from the disk
+    what was written, and raises :class:`ReadBackError` if the guest would see anything else. Data
+    is durable before bits are cleared, and cleared bits are durable before space is freed. After a
+    stop the same call continues; with ``keep`` or ``base`` it starts again. Where both have
+    manifests, new ones are made from these, unless ``manifest`` is false or ``base`` is given.
     """
-    from addcow_mp.jobs.commit import commit as job
-
     path = text(path, "path")
+    into = None if base is None else text(base, "base")
     with working(keywords) as (options, hooks):
         chosen = replace(options, manifests=manifest)
+        if into is not None:
+            from addcow_mp.jobs.commit_base import commit_into
+
+            return commit_into(path, into, verifies=verify, options=chosen, hooks=hooks)
+        from addcow_mp.jobs.commit import commit as job
+
         return job(path, keep=keep, verifies=verify, options=chosen, hooks=hooks)
 
 

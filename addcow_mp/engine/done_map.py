@@ -136,6 +136,16 @@ class Totals:
     clusters_zeroed: int = 0
     ways: tuple[int, ...] = (0,) * len(CopyMethod)
 
+    def __add__(self, other: Totals) -> Totals:
+        ways = tuple(map(sum, zip(self.ways, other.ways, strict=True)))
+        return Totals(
+            self.bytes_moved + other.bytes_moved,
+            self.clusters_moved + other.clusters_moved,
+            self.bytes_zeroed + other.bytes_zeroed,
+            self.clusters_zeroed + other.clusters_zeroed,
+            ways,
+        )
+
     @classmethod
     def on(cls, done_map: DoneMap) -> Totals:
         """Return what all processes have counted on ``done_map``, unfinished tasks included."""

@@ -26,10 +26,12 @@ class Selection(ABC):
     """Clusters of ``layer``, in units of ``geometry``. ``source``: the layer that is read.
 
     ``leaves_some``: the bits of clusters that are not selected stay as they are, so what is moved
-    is marked cluster by cluster.
+    is marked cluster by cluster. ``depths``: how many layers the bytes of a selected cluster may
+    come from, ``layer`` included.
     """
 
     leaves_some = False
+    depths = 1
 
     def __init__(self, layer: Layer, geometry: Geometry, source: Layer | None) -> None:
         self.layer = layer

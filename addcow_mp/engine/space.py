@@ -9,7 +9,7 @@ extents share their blocks: they take no space and give none back.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,15 +39,21 @@ class SpaceNeeded:
     freed: int = 0
 
 
-def refuse_without_space(plan: TransferPlan, options: CopyOptions, jobs: int) -> None:
-    """Raise :class:`SpaceError` when the target's file system has too little space."""
-    file = plan.target.file
-    free = file.free_space
-    if plan.weight * _copy_up_factor(plan) <= free:
-        return
-    needed = space_for(plan, options, jobs).peak
-    if needed > free:
-        raise SpaceError(path=file.path, needed=needed, free=free)
+def refuse_without_space(plans: Sequence[TransferPlan], options: CopyOptions, jobs: int) -> None:
+    """Raise :class:`SpaceError` when the file systems of the targets have too little space.
+
+    The plans are carried out one after the other.
+    """
+    devices = dict.fromkeys(plan.target.file.first_status.st_dev for plan in plans)
+    for device in devices:
+        here = [plan for plan in plans if plan.target.file.first_status.st_dev == device]
+        file = here[0].target.file
+        free = file.free_space
+        if sum(plan.weight * _copy_up_factor(plan) for plan in here) <= free:
+            continue
+        needed = sum(space_for(plan, options, jobs).peak for plan in here)
+        if needed > free:
+            raise SpaceError(path=file.path, needed=needed, free=free)
 
 
 def _copy_up_factor(plan: TransferPlan) -> int:
@@ -131,7 +137,8 @@ class _Counting:
 
     def _copied(self, extent: Extent) -> Iterator[Run]:
         """Yield the parts of ``extent`` that are not cloned; copied up bytes never are."""
-        moved = extent.depth == 0 or not isinstance(self._plan.target, OverlayTarget)
+        depths = self._plan.selection.depths
+        moved = extent.depth < depths or not isinstance(self._plan.target, OverlayTarget)
         block = self._target.block_size if moved and self._can_share(extent.depth) else None
         return copied_parts(extent.start, extent.stop, self._options, block)
 

@@ -31,6 +31,7 @@ class TransferPlan:
     ``bit``: the value that the overlay's bits get for what was moved, None = they stay; the bits of
     an add-cow target are published before them. ``changed``: the layers whose manifests become
     invalid. ``prepare``: called when nothing can be refused any more, before the first byte.
+    ``restarts``: nothing records what has been moved, so a job that was stopped starts again.
     """
 
     selection: Selection
@@ -39,6 +40,7 @@ class TransferPlan:
     bit: int | None = None
     changed: tuple[Layer, ...] = ()
     prepare: Callable[[], object] = _do_nothing
+    restarts: bool = False
 
     @property
     def published(self) -> Overlay | None:

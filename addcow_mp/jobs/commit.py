@@ -11,14 +11,13 @@ and only then the commit begins: at each of these instants every cluster is allo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 from addcow_mp.device.chain import COMMIT, COMMIT_KEEPING, ESTIMATING, open_chain
 from addcow_mp.device.files import File, is_device
 from addcow_mp.device.hardlinks import link_warnings, refuse_linked
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.layers import own_files
 from addcow_mp.device.magic import resembles
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
@@ -27,7 +26,7 @@ from addcow_mp.engine.selection import AllocatedClusters
 from addcow_mp.engine.targets import OverlayTarget, RawTarget, Target
 from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.engine.transfer_plan import TransferPlan
-from addcow_mp.errors import ImageError, RestartsError, StoppedError
+from addcow_mp.errors import ImageError
 from addcow_mp.format.header import ADD_COW
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.following import CommitFollower
@@ -55,11 +54,10 @@ def commit(
     with reporting("commit", path) as report, open_chain(path, uses, options.access) as overlay:
         plan = _plan(overlay, options, shared, keep=keep)
         proof = _proof(overlay, keep=keep) if verifies else None
-        backing = _accepted_backing(overlay)
+        backing = accepted_backing(overlay)
         follower = CommitFollower(overlay, backing, report, options, hooks, keep=keep)
         with reading_back(overlay, proof, options, hooks, report) as job_hooks:
-            with _restarts_if(path=overlay.path, keep=keep):
-                move(plan, report, options, job_hooks, shared.pool, follower)
+            move([plan], report, options, job_hooks, shared.pool, follower)
             report.outcome = Outcome.DONE
             if isinstance(backing, RawLayer):
                 # Overlays elsewhere may need a file with several names.
@@ -70,14 +68,19 @@ def commit(
 
 def _proof(overlay: Overlay, *, keep: bool) -> Proof:
     """Return where to read what was committed: through the overlay, once it is empty."""
-    backing = _accepted_backing(overlay)
+    backing = accepted_backing(overlay)
     if keep:
         return Proof(backing, backing, (backing,))
     return Proof(overlay, backing, (overlay, backing))
 
 
 def estimate(
-    path: str, options: RunOptions, shared: Shared = ALONE, *, receives: bool = False
+    path: str,
+    options: RunOptions,
+    shared: Shared = ALONE,
+    *,
+    keep: bool = False,
+    receives: bool = False,
 ) -> Estimate | None:
     """Return what a commit of ``path`` would do; None when there is nothing to do.
 
@@ -87,18 +90,18 @@ def estimate(
     with open_chain(path, ESTIMATING, options.access) as overlay:
         if overlay.backing is None or (overlay.is_empty and not receives):
             return None
-        plan = _plan(overlay, options, shared, keep=False)
-        written = [*_own_files(overlay, keep=False), *_backing_files(overlay.backing)]
+        plan = _plan(overlay, options, shared, keep=keep)
+        written = [*_own_files(overlay, keep=keep), *own_files(overlay.backing)]
         refuse_unwritable(plan, written, options.access)
         return estimated(plan, options)
 
 
 def _plan(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) -> TransferPlan:
     """Return what is moved. Raises what forbids it."""
-    backing, access = _accepted_backing(overlay), options.access
+    backing, access = accepted_backing(overlay), options.access
     if not access.force:
-        _refuse_overlay_as_raw(backing)
-    own, below = _own_files(overlay, keep=keep), _backing_files(backing)
+        refuse_overlay_as_raw(backing)
+    own, below = _own_files(overlay, keep=keep), own_files(backing)
     # No overlay needs the .add-cow file at the top.
     refuse_dependants(overlay, [*below, *own[1:]], access, around=shared.nearby)
     # The names of a raw backing file have no meaning.
@@ -111,11 +114,13 @@ def _plan(overlay: Overlay, options: RunOptions, shared: Shared, *, keep: bool) 
     # it freed their space: it is freed with the others.
     return TransferPlan(
         AllocatedClusters(overlay),
-        _target(backing),
+        target_in(backing),
         _tasks(overlay, backing),
         bit=None if keep else 0,
         changed=(() if not changes else (backing,) if stays else (backing, overlay)),
         prepare=partial(_prepare, overlay, backing, keep=keep),
+        # With ``keep`` no bit says which clusters have been copied.
+        restarts=keep,
     )
 
 
@@ -123,26 +128,17 @@ def _own_files(overlay: Overlay, *, keep: bool) -> list[File]:
     return [] if keep else [overlay.cow, overlay.image.file]
 
 
-def _backing_files(backing: Layer) -> list[File]:
-    cow = [backing.cow] if isinstance(backing, Overlay) else []
-    return [*cow, next(backing.files())]
-
-
-@contextmanager
-def _restarts_if(*, keep: bool, path: str) -> Iterator[None]:
-    """With ``keep`` no bit says which clusters have been copied: the next run copies them all."""
-    try:
-        yield
-    except StoppedError as error:
-        raise (RestartsError(path=path) if keep else error) from None
-
-
-def _accepted_backing(overlay: Overlay) -> Layer:
+def accepted_backing(overlay: Overlay) -> Layer:
     """Return the backing file. Raises where it cannot receive what the overlay shows."""
     backing = overlay.backing
     if backing is None:
         problem = "it has no backing file, there is nothing to commit into"
         raise ImageError(path=overlay.path, problem=problem)
+    return accepted_base(overlay, backing)
+
+
+def accepted_base(overlay: Overlay, backing: Layer) -> Layer:
+    """Return ``backing``. Raises where it cannot receive what the overlay above it shows."""
     refuse_short(overlay)
     if isinstance(backing, Overlay):
         refuse_short(backing)
@@ -159,7 +155,7 @@ def _accepted_backing(overlay: Overlay) -> Layer:
     return backing
 
 
-def _refuse_overlay_as_raw(backing: Layer) -> None:
+def refuse_overlay_as_raw(backing: Layer) -> None:
     """Refuse to write raw data into an ``.add-cow`` file, which would destroy that overlay."""
     if isinstance(backing, RawLayer) and resembles(backing.file) == ADD_COW:
         raise ImageError(
@@ -169,7 +165,8 @@ def _refuse_overlay_as_raw(backing: Layer) -> None:
         )
 
 
-def _target(backing: Layer) -> Target:
+def target_in(backing: Layer) -> Target:
+    """Return where a commit into ``backing`` writes."""
     if isinstance(backing, Overlay):
         return OverlayTarget(backing)
     return RawTarget(next(backing.files()))

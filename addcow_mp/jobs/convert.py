@@ -62,7 +62,7 @@ def convert(
             if isinstance(layer, RawLayer) and not access.force:
                 refuse_as_raw(layer.file)
             with _new_file(destination, readers_of_chain(layer), report, access) as target:
-                move(_plan(layer, target), report, options, hooks)
+                move([_plan(layer, target)], report, options, hooks)
         except StoppedError:
             raise UnfinishedError(path=destination) from None
         finally:

@@ -32,6 +32,7 @@ from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.errors import DependantsError, ImageError
 
+_LENT_REMEDY = "they are lent to QEMU, and 'addcow qemu import' takes them back"
 _REMEDY = "commit or flatten them first, or use --force to change it under them"
 
 
@@ -43,12 +44,13 @@ def refuse_dependants(
     around: NearbyOverlays | None = None,
     *,
     can_force: bool = True,
+    can_force_lent: bool = True,
 ) -> None:
     """Raise :class:`DependantsError` when other overlays need a file of ``changed``.
 
     ``overlay`` is the top of the job's own chain. With ``access.force`` only a shared image file
-    is refused, and unless ``can_force`` other dependants too. ``around``: the overlays around it;
-    None = look for them.
+    is refused, unless ``can_force`` other dependants too, and unless ``can_force_lent`` those that
+    are lent to QEMU. ``around``: the overlays around it; None = look for them.
     """
     if not changed:
         return
@@ -63,6 +65,9 @@ def refuse_dependants(
         if file.identity in images:
             refuse_shared_image(file, [one for one in others if one.image == file.identity])
         dependants = [one for one in others if file.identity in (one.backing, one.image)]
+        lent = [one for one in dependants if one.is_lent]
+        if lent and access.force and not can_force_lent:
+            raise DependantsError(path=file.path, dependants=_listed(lent), remedy=_LENT_REMEDY)
         if dependants and not (access.force and can_force):
             listed = _listed(dependants, around.more)
             raise DependantsError(path=file.path, dependants=listed, remedy=remedy)

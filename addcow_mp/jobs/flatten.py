@@ -57,7 +57,7 @@ def flatten(
         follower = FlattenFollower(overlay, report, options, hooks, discard=discard)
         with reading_back(overlay, proof, options, hooks, report) as job_hooks:
             if plan is not None:
-                move(plan, report, options, job_hooks, shared.pool, follower)
+                move([plan], report, options, job_hooks, shared.pool, follower)
                 _set_flag(overlay)
                 report.outcome = Outcome.DONE
         if discard:

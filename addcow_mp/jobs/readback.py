@@ -18,8 +18,8 @@ from functools import cached_property
 
 from addcow_mp.device import faults
 from addcow_mp.device.chain import open_layer
-from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
+from addcow_mp.device.layers import own_files
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.page_cache import drop_cached, refuse_unknowable
 from addcow_mp.engine.allocation import data_stretches
@@ -120,7 +120,7 @@ def reading_back(
         yield hooks
         return
     for one in proof.changed:
-        for file in _own_files(one):
+        for file in own_files(one):
             refuse_unknowable(file)
     before = digest_view(overlay, overlay.size, options, hooks.within(0, 0))
     weight = before.weight
@@ -151,7 +151,7 @@ def _drop_from_memory(proof: Proof) -> None:
     for one in proof.changed:
         if isinstance(one, Overlay):
             one.bitmap.unmap()
-        for file in _own_files(one):
+        for file in own_files(one):
             drop_cached(file)
     if faults.armed:
         with next(proof.written.files()).doing("read it back"):
@@ -165,9 +165,3 @@ def _digest_again(proof: Proof, size: int, options: RunOptions, hooks: Hooks) ->
             problem = f"it is {layer.size} bytes large, and was {proof.layer.size}"
             raise ImageError(path=next(layer.files()).path, problem=problem)
         return digest_view(layer, size, options, hooks)
-
-
-def _own_files(layer: Layer) -> list[File]:
-    """Return the files of this layer alone."""
-    own = [next(layer.files())]
-    return [*own, layer.cow] if isinstance(layer, Overlay) else own

@@ -135,7 +135,7 @@ def rebase(
                 if plan is None:
                     report.warnings = change.overlay.warnings()
                 else:
-                    move(plan, report, options, job_hooks, shared.pool, follower)
+                    move([plan], report, options, job_hooks, shared.pool, follower)
                 report.begin_changes()
                 change.carry_out(follower)
             follower.renew()

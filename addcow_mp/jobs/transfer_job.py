@@ -1,6 +1,9 @@
-"""What commit, flatten and convert share: carrying out a transfer plan."""
+"""What commit, flatten and convert share: carrying out transfer plans."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from addcow_mp.device import faults
 from addcow_mp.device.access import Access
@@ -14,6 +17,7 @@ from addcow_mp.engine.space import SpaceNeeded, refuse_without_space, space_for
 from addcow_mp.engine.transfer import Transfer
 from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.engine.transfer_run import Processes, TransferRun, run_transfer
+from addcow_mp.errors import RestartsError, StoppedError
 from addcow_mp.jobs.following import Follower
 from addcow_mp.jobs.options import Hooks, RunOptions
 from addcow_mp.jobs.report import Estimate, Report
@@ -42,36 +46,63 @@ def estimated(plan: TransferPlan, options: RunOptions, bitmap_space: int = 0) ->
 
 
 def move(
-    plan: TransferPlan,
+    plans: Sequence[TransferPlan],
     report: Report,
     options: RunOptions,
     hooks: Hooks,
     pool: Pool | None = None,
     follower: Follower | None = None,
 ) -> None:
-    """Move the clusters and publish them. Refusals come before the first byte.
+    """Carry out ``plans``, one after the other. Refusals come before the first byte of all.
 
-    ``pool``: processes that work for several jobs; None = the job starts its own. ``follower``:
-    removes manifests, and can make new ones afterwards; None = they are only removed.
+    All that the first plan publishes is durable before the second one begins. ``pool``: processes
+    that work for several jobs; None = the job starts its own. ``follower``: removes manifests, and
+    can make new ones afterwards; None = they are only removed.
     """
-    selection, target = plan.selection, plan.target
-    report.warnings = selection.layer.warnings()
-    report.jobs = workers_for(options.jobs, plan.tasks) if pool is None else pool.jobs
-    received = target.published.geometry.clusters if target.published is not None else 0
-    done_map = DoneMap.create((selection.geometry.clusters, received), report.jobs)
-    try:
-        refuse_without_space(plan, options.copy_options, report.jobs)
+    report.warnings = plans[-1].selection.layer.warnings()
+    jobs = [workers_for(options.jobs, one.tasks) if pool is None else pool.jobs for one in plans]
+    report.jobs = max(jobs)
+    with _done_maps(plans, jobs, report) as done_maps:
+        refuse_without_space(plans, options.copy_options, report.jobs)
         report.begin_changes()
-        if plan.changed:
-            follower = follower or Follower(report, options, hooks)
-            follower.remove(plan.changed, durable=target.file.durable)
-        plan.prepare()
-        processes = _processes(plan, options, report.jobs, pool)
-        run = _run(plan, done_map, options.copy_options)
-        run_transfer(run, processes, hooks.progress, hooks.stopping)
+        for plan in plans:
+            if plan.changed:
+                follower = follower or Follower(report, options, hooks)
+                follower.remove(plan.changed, durable=plan.target.file.durable)
+        done, weight = 0, sum(plan.weight for plan in plans)
+        for plan, done_map, count in zip(plans, done_maps, jobs, strict=True):
+            done += plan.weight
+            step_hooks = hooks.within(done - plan.weight, weight - done)
+            _carry_out(plan, done_map, options, step_hooks, _processes(plan, options, count, pool))
+
+
+@contextmanager
+def _done_maps(
+    plans: Sequence[TransferPlan], jobs: list[int], report: Report
+) -> Iterator[list[DoneMap]]:
+    """A done map for each of ``plans``; the report gets what they count."""
+    made = list[DoneMap]()
+    try:
+        for plan, workers in zip(plans, jobs, strict=True):
+            published = plan.target.published
+            received = 0 if published is None else published.geometry.clusters
+            made.append(DoneMap.create((plan.selection.geometry.clusters, received), workers))
+        yield made
     finally:
-        report.totals = Totals.on(done_map)
-        done_map.close()
+        report.totals = sum(map(Totals.on, made), Totals())
+        for done_map in made:
+            done_map.close()
+
+
+def _carry_out(
+    plan: TransferPlan, done_map: DoneMap, options: RunOptions, hooks: Hooks, processes: Processes
+) -> None:
+    plan.prepare()
+    run = _run(plan, done_map, options.copy_options)
+    try:
+        run_transfer(run, processes, hooks.progress, hooks.stopping)
+    except StoppedError as error:
+        raise (RestartsError(path=run.path) if plan.restarts else error) from None
 
 
 def _run(plan: TransferPlan, done_map: DoneMap, options: CopyOptions) -> TransferRun:

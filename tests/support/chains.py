@@ -16,7 +16,7 @@ from support.model import SECTOR, KiB, MiB, Overlay, Raw, overlay, raw
 CLUSTER_SIZES = [4 * KiB, 8 * KiB, 16 * KiB, 32 * KiB, 64 * KiB, 128 * KiB, 512 * KiB, 2 * MiB]
 
 #: What a cluster of an overlay is: data, not allocated, garbage, zeros, a allocated hole.
-LOCAL, GARBAGE, RAW_DATA = "AMP", "amp", "Z"
+LOCAL, GARBAGE, RAW_DATA = "AMPQR", "ampqr", "Z"
 WEIGHTS = (5, 4, 2, 1, 1)
 
 
@@ -48,12 +48,12 @@ def even_chain(rng: random.Random, size: int, *, overlays: int) -> Overlay:
     return below
 
 
-def wild_chain(rng: random.Random, most: int) -> Overlay:
+def wild_chain(rng: random.Random, most: int, overlays: tuple[int, int] = (1, 3)) -> Overlay:
     """Return one to three overlays of up to ``most`` bytes that differ in everything."""
     length = rng.randrange(8 * KiB, most)
     below = None if rng.random() < 0.1 else random_raw(rng, _near(rng, length), cut=_odd_base(rng))
     chain: Overlay | Raw | None = below
-    for depth in reversed(range(rng.randint(1, 3))):
+    for depth in reversed(range(rng.randint(*overlays))):
         chain = _wild_overlay(rng, depth, _near(rng, length), chain)
     assert isinstance(chain, Overlay)
     return chain
@@ -82,6 +82,16 @@ def _odd(rng: random.Random) -> int:
 def _odd_base(rng: random.Random) -> int:
     """What a base lacks of its last cell: often its length is no multiple of anything."""
     return rng.choice([0, rng.randrange(4 * KiB), rng.randrange(SECTOR), _odd(rng)])
+
+
+def can_commit_into_some(chain: Overlay) -> bool:
+    """Whether some layer below can take all that the guest sees."""
+    layer = chain.backing
+    while isinstance(layer, Overlay):
+        if layer.size >= chain.size:
+            return True
+        layer = layer.backing
+    return layer is not None
 
 
 def can_commit(chain: Overlay) -> bool:

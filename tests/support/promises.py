@@ -9,6 +9,11 @@ layers beneath it not at all. Bits are only ever cleared. Once it has said that 
 backing shows what the guest saw and no cluster is allocated. With -d the overlay and its image
 stay as they are.
 
+commit -b: no view of a layer above the base ever changes. Only the layer directly above the base
+gets clusters, and only those that the base is about to change under it. Each sector of the base is
+old or what the guest sees, and nothing below it changes. Once it is done the base shows what the
+guest sees.
+
 flatten: the guest's view never changes, nor any file below. Bits are only ever set. Once it is
 done ALL_ALLOCATED is set, and the image alone is the disk; with --discard the overlay is gone,
 which may never be so while the image is not the disk.
@@ -223,6 +228,112 @@ class CommitKeeping(Commit):
 
     def _emptied(self) -> Iterator[str]:
         yield from ()
+
+
+def layers_of(files: Files) -> list[Files]:
+    """Return the layers of a chain, from the top down."""
+    return [files, *(layers_of(files.backing) if files.backing else [])]
+
+
+def falls_through(files: Files, depth: int, sectors: int | None = None) -> list[bool]:
+    """Return for each sector of a view whether it comes from the layer at ``depth`` or below."""
+    if depth == 0 and sectors is not None:
+        return [True] * sectors  # behind its end it shows zeros, as they do who look at it
+    own = oracle.virtual_size(files.path) // SECTOR
+    count = own if sectors is None else sectors
+    if depth == 0:
+        return [True] * count
+    assert files.backing is not None
+    below = falls_through(files.backing, depth - 1, count)
+    local = frozenset(oracle.allocated(files.path))
+    each = oracle.read_header(files.path).cluster_size // SECTOR
+    return [at < own and at // each not in local and below[at] for at in range(count)]
+
+
+def bases_of(files: Files) -> list[int]:
+    """Return the depths of the layers that can receive all that the guest sees."""
+    size = oracle.virtual_size(files.path)
+    return [
+        depth
+        for depth, layer in enumerate(layers_of(files))
+        if depth and (layer.path == layer.image or oracle.virtual_size(layer.path) >= size)
+    ]
+
+
+class CommitInto(Promise):
+    """Commit -b into the layer at ``depth``."""
+
+    job = "commit"
+    options = ("-b",)
+
+    def __init__(self, files: Files, depth: int) -> None:
+        super().__init__(files)
+        layers = layers_of(files)
+        self.above, self.base, self.over = layers[:depth], layers[depth], layers[depth - 1]
+        self.views = {one.path: oracle.guest_bytes(one.path) for one in self.above}
+        self.old = self._base_view()
+        self.new = self.view + self.old[self.size :]
+        self.over_bits = frozenset(oracle.allocated(self.over.path))
+        self.lacking = self._lacking(falls_through(files, depth - 1))
+
+    def _lacking(self, falls: list[bool]) -> frozenset[int]:
+        """The clusters that the layer above the base does not have, and that the base changes."""
+        each = oracle.read_header(self.over.path).cluster_size // SECTOR
+        own = oracle.virtual_size(self.over.path) // SECTOR
+        changed = {at // each for at, falling in enumerate(falls[:own]) if not falling}
+        return frozenset(changed) - self.over_bits
+
+    def command(self, jobs: int) -> list[str]:
+        job, option, *words = super().command(jobs)
+        return [job, option, self.base.path, *words]
+
+    def part_changed(self) -> float:
+        new = frozenset(oracle.allocated(self.over.path)) - self.over_bits
+        return len(new) / len(self.lacking) if self.lacking else 1.0
+
+    def _base_view(self) -> bytes:
+        path = self.base.path
+        return read_file(path) if path == self.base.image else oracle.guest_bytes(path)
+
+    def _broken(self, done: bool) -> Iterator[str]:
+        for path, then in self.views.items():
+            yield from differs(
+                f"{VIEW} of {os.path.basename(path)}", oracle.guest_bytes(path), then
+            )
+        between = [path for one in self.above[:-1] for path in one.own]
+        yield from self._untouched([*between, *self.base.below])
+        yield from self._headers()
+        yield from self._over(done)
+        now = self._base_view()
+        if done:
+            yield from differs("the base", now, self.new)
+        else:
+            yield from self._old_or_new(now)
+
+    def _headers(self) -> Iterator[str]:
+        for layer in (self.over, self.base):
+            if layer.path != layer.image:
+                end = oracle.read_header(layer.path).header_size
+                now, then = read_file(layer.path)[:end], self.before[layer.path][:end]
+                yield from differs(f"the header of {os.path.basename(layer.path)}", now, then)
+
+    def _over(self, done: bool) -> Iterator[str]:
+        local = frozenset(oracle.allocated(self.over.path))
+        if self.over_bits - local:
+            yield f"clusters are no longer local: {sorted(self.over_bits - local)}"
+        new = local - self.over_bits
+        if new - self.lacking or (done and new != self.lacking):
+            yield f"clusters became local: {sorted(new)}, to be: {sorted(self.lacking)}"
+
+    def _old_or_new(self, now: bytes) -> Iterator[str]:
+        if len(now) not in (len(self.old), len(self.new)):
+            yield f"the base is {len(now)} bytes long"
+        old, new = self.old.ljust(len(self.new), b"\0"), self.new
+        for at in range(0, len(now), SECTOR):
+            sector = slice(at, min(at + SECTOR, len(now)))
+            if now[sector] not in (old[sector], new[sector]):
+                yield f"the base at {at} is {now[at : at + 8]!r}, neither old nor new"
+                return
 
 
 class Flatten(Promise):
@@ -630,6 +741,8 @@ def promise_of(words: str, files: Files, rng: random.Random) -> Promise:
         return Resize(files, rng.randint(1, max(2, 2 * sectors)) * SECTOR)
     if words == "rebase":
         promise: Promise = Rebase(files, new_version(rng, files))
+    elif words == "commit -b":
+        promise = CommitInto(files, rng.choice(bases_of(files)))
     else:
         promise = KINDS[words](files)
     if not promise.has_jobs:

@@ -1,0 +1,285 @@
+"""Commit into a layer further down: it shows what the overlay shows, and every other view stays.
+
+::
+
+    FILE -> layers between -> OVER -> BASE -> layers below
+
+FILE, the layers between and the layers below stay as they are, as with ``commit -d``. Only OVER,
+which stands directly on BASE, gets clusters. If OVER is FILE, this is ``commit -d``.
+
+*Covered* are the bytes of FILE's view that do not come from BASE: those of a cluster that is
+allocated in a layer above BASE, and zeros where a layer above BASE has ended
+(:mod:`addcow_mp.engine.covered`). The commit changes BASE in these bytes alone. OVER shows them
+where it has no cluster of its own, and all layers above look at OVER, not at BASE. So OVER first
+gets what BASE holds there. The order is:
+
+1. The manifests of BASE and OVER are removed, and their directories are synced.
+2. Each missing cluster of OVER with a covered byte is copied up as a whole. Per checkpoint: data,
+   sync, bits, sync. BASE is not changed before all of them are allocated.
+3. OVER's image file and its ``.add-cow`` file are synced once more. A run that was killed may have
+   left bits that are in memory and not on the disk, and step 2 takes these clusters as done.
+4. A shorter raw BASE grows. The covered bytes go into BASE. Per checkpoint: data, sync; then the
+   bits of an add-cow BASE, sync.
+
+So no view but that of BASE depends on a byte that step 4 writes, and step 4 reads nothing from
+BASE. The same command finishes what was interrupted. Step 2 goes on where it was. Step 4 starts
+again, since nothing records what it has copied. Where layers differ in cluster size, the second
+run also covers the rest of OVER's new clusters, and writes there what BASE holds already.
+
+No space is given back. OVER takes up to the size of what is covered, in its own clusters.
+
+Other overlays that stand on BASE would change, so they are refused. Those that stand on OVER or on
+a layer between keep what they show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from addcow_mp.device.access import Access
+from addcow_mp.device.chain import Use, Uses, open_chain
+from addcow_mp.device.files import identity_at
+from addcow_mp.device.hardlinks import link_warnings, refuse_linked
+from addcow_mp.device.layer import Layer
+from addcow_mp.device.layers import Below, layer_at, layers_below, overlays_above, own_files
+from addcow_mp.device.locks import READING, RESIZING, WRITING
+from addcow_mp.device.overlay import Overlay, refuse_short
+from addcow_mp.device.raw import RawLayer
+from addcow_mp.engine.allocation import alignment
+from addcow_mp.engine.covered import CoveredClusters, ViewAbove
+from addcow_mp.engine.space import SpaceNeeded, refuse_without_space
+from addcow_mp.engine.targets import RawTarget
+from addcow_mp.engine.tasks import Task, cut
+from addcow_mp.engine.transfer_plan import TransferPlan
+from addcow_mp.errors import AddcowError, ImageError
+from addcow_mp.jobs import commit as commit_job
+from addcow_mp.jobs.dependants import refuse_dependants
+from addcow_mp.jobs.flatten import refuse_no_room_for_bits
+from addcow_mp.jobs.narrowing import narrow_image, refuse_unnarrowable
+from addcow_mp.jobs.options import ALONE, DEFAULTS, NO_HOOKS, Hooks, RunOptions, Shared
+from addcow_mp.jobs.readback import Proof, reading_back
+from addcow_mp.jobs.report import Estimate, Outcome, Report, reporting
+from addcow_mp.jobs.transfer_job import estimated, move, refuse_unwritable
+
+
+class _Levels(NamedTuple):
+    """The layers of an open chain that matter; ``base`` lies at ``depth``, ``over`` above it."""
+
+    top: Overlay
+    over: Overlay
+    base: Layer
+    depth: int
+
+
+def commit_into(
+    path: str,
+    base: str,
+    *,
+    verifies: bool = False,
+    options: RunOptions = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
+    shared: Shared = ALONE,
+) -> Report:
+    """Commit the overlay at ``path`` into ``base``, a layer of its chain; the overlay stays.
+
+    ``base`` is a path, or a name as the chain stores it. If it ``verifies``, ``base`` and the layer
+    above it are read back from the disk. Raises :class:`AddcowError`; refusals come before the
+    first byte.
+    """
+    with reporting("commit", path) as report:
+        found = _find(path, base, options.access)
+        if found.depth > 1:
+            with open_chain(path, _uses(found.depth), options.access) as top:
+                _commit(_levels(top, found), report, options, hooks, shared, verifies=verifies)
+            return report
+    return commit_job.commit(
+        path, keep=True, verifies=verifies, options=options, hooks=hooks, shared=shared
+    )
+
+
+def estimate(path: str, base: str, options: RunOptions, shared: Shared = ALONE) -> Estimate | None:
+    """Return what a commit into ``base`` would do; None when there is nothing to do.
+
+    Raises what the commit would be refused for.
+    """
+    found = _find(path, base, options.access)
+    if found.depth == 1:
+        return commit_job.estimate(path, options, shared, keep=True)
+    uses = {depth: Use(READING, READING) for depth in range(1, found.depth + 1)}
+    with open_chain(path, uses, options.access) as top:
+        levels = _levels(top, found)
+        plans = _plans(levels, options, shared, Report("commit", path))
+        written = [levels.over.cow, levels.over.image.file, *own_files(levels.base)]
+        for plan in plans:
+            refuse_unwritable(plan, written, options.access)
+        refuse_unnarrowable(levels.over)
+        refuse_without_space(plans, options.copy_options, 1)
+        changes = bool(plans[-1].changed)
+        return _sum([estimated(plan, options) for plan in plans]) if changes else None
+
+
+def _sum(estimates: list[Estimate]) -> Estimate:
+    """Return the estimate of all steps, which are carried out one after the other."""
+    spaces = [one.space for one in estimates]
+    space = SpaceNeeded(sum(one.peak for one in spaces), sum(one.kept for one in spaces))
+    return replace(estimates[-1], weight=sum(one.weight for one in estimates), space=space)
+
+
+# The layers
+
+
+def _find(path: str, base: str, access: Access) -> Below:
+    """Find the layer that ``base`` names, by its file or by its name in the chain."""
+    wanted = identity_at(base)
+    if wanted is not None and wanted == identity_at(path):
+        problem = f"it is the overlay '{path}' itself; name a layer below it"
+        raise ImageError(path=base, problem=problem)
+    found: list[Below] = []
+    try:
+        for layer in layers_below(path, access):
+            if layer.name == base or (wanted is not None and layer.identity == wanted):
+                found.append(layer)  # noqa: PERF401 - the first counts, whatever fails below it
+    except AddcowError:
+        # What lies below the layer that was found may be missing, and is not needed then.
+        if not found:
+            raise
+    if not found:
+        problem = f"it is no layer below '{path}'; 'addcow info --backing-chain' lists them"
+        raise ImageError(path=base, problem=problem)
+    if len(found) > 1:
+        names = " and ".join(f"'{one.path}'" for one in found)
+        problem = f"it names several layers below '{path}': {names}; give the whole path of one"
+        raise ImageError(path=base, problem=problem)
+    return found[0]
+
+
+def _uses(depth: int) -> Uses:
+    """The uses of the layers: the one at ``depth`` and the one above it are written."""
+    reading = {number: Use(READING, READING) for number in range(1, depth - 1)}
+    return {**reading, depth - 1: Use(WRITING, WRITING), depth: Use(RESIZING, RESIZING)}
+
+
+def _levels(top: Overlay, found: Below) -> _Levels:
+    over, base = layer_at(top, found.depth - 1), layer_at(top, found.depth)
+    # The chain was not locked while its headers were read.
+    if (
+        not isinstance(over, Overlay)
+        or base is None
+        or own_files(base)[0].identity != found.identity
+    ):
+        problem = "its chain was changed while it was opened; run the command again"
+        raise ImageError(path=top.path, problem=problem)
+    return _Levels(top, over, base, found.depth)
+
+
+# The plan
+
+
+def _plans(
+    levels: _Levels, options: RunOptions, shared: Shared, report: Report
+) -> list[TransferPlan]:
+    """Return what is moved: up into ``over`` first, then down into ``base``.
+
+    Raises what forbids it.
+    """
+    _refuse(levels, options.access, shared)
+    top, over, base, depth = levels
+    view = ViewAbove(top, depth)
+    grows = isinstance(base, RawLayer) and base.held < top.size
+    changes = grows or next(view.runs(0, view.geometry.clusters), None) is not None
+    down = TransferPlan(
+        view,
+        commit_job.target_in(base),
+        _tasks(view, base.cluster_size if isinstance(base, Overlay) else 0),
+        # The manifest of ``over`` also describes what lies below it. Both go before the first byte.
+        changed=(base, over) if changes else (),
+        prepare=partial(_prepare, levels),
+        restarts=True,
+    )
+    up = _copying_up(levels, report)
+    return [down] if up is None else [up, down]
+
+
+def _copying_up(levels: _Levels, report: Report) -> TransferPlan | None:
+    """Return what ``over`` gets, if it lacks anything. Raises where the bits do not fit."""
+    top, over, _, depth = levels
+    clusters = CoveredClusters(top, depth - 1)
+    if next(clusters.runs(0, over.geometry.clusters), None) is None:
+        return None
+    refuse_no_room_for_bits(over)
+    return TransferPlan(
+        clusters,
+        RawTarget(over.image.file),
+        _tasks(clusters),
+        bit=1,
+        prepare=partial(narrow_image, over, report),
+    )
+
+
+def _tasks(selection: CoveredClusters | ViewAbove, other_cluster_size: int = 0) -> list[Task]:
+    geometry = selection.geometry
+    aligned = alignment(geometry.cluster_size, other_cluster_size)
+    return cut(selection.stretches(aligned), geometry.clusters)
+
+
+def _refuse(levels: _Levels, access: Access, shared: Shared) -> None:
+    top, over, base, depth = levels
+    for overlay in overlays_above(top, depth):
+        refuse_short(overlay)
+    commit_job.accepted_base(top, base)
+    if not access.force:
+        commit_job.refuse_overlay_as_raw(base)
+    # What stands on ``over`` keeps its view: only its image file is changed for others.
+    changed = [*own_files(base), over.image.file]
+    refuse_dependants(top, changed, access, around=shared.nearby, can_force_lent=False)
+    # The names of a raw backing file have no meaning.
+    written = [over.cow, over.image.file, *(own_files(base) if isinstance(base, Overlay) else [])]
+    refuse_linked(written, force=access.force)
+
+
+# The work
+
+
+def _commit(
+    levels: _Levels,
+    report: Report,
+    options: RunOptions,
+    hooks: Hooks,
+    shared: Shared,
+    *,
+    verifies: bool,
+) -> None:
+    plans = _plans(levels, options, shared, report)
+    with _reading_back(levels, options, hooks, report, verifies=verifies) as job_hooks:
+        move(plans, report, options, job_hooks, shared.pool)
+        report.outcome = Outcome.DONE
+        if isinstance(levels.base, RawLayer):
+            # Overlays elsewhere may need a file with several names.
+            report.warnings += link_warnings([levels.base.file])
+
+
+@contextmanager
+def _reading_back(
+    levels: _Levels, options: RunOptions, hooks: Hooks, report: Report, *, verifies: bool
+) -> Iterator[Hooks]:
+    """Around the work: ``base`` must show what the overlay shows, and ``over`` what it showed."""
+    top, over, base, _ = levels
+    committed = Proof(base, base, (base,)) if verifies else None
+    kept = Proof(over, over, (over,)) if verifies else None
+    with (
+        reading_back(top, committed, options, hooks, report) as outer,
+        reading_back(over, kept, options, outer, report) as inner,
+    ):
+        yield inner
+
+
+def _prepare(levels: _Levels) -> None:
+    """Make what ``over`` has durable, and let ``base`` grow, before its first byte changes."""
+    levels.over.image.file.sync()
+    levels.over.cow.sync()
+    if isinstance(levels.base, RawLayer):
+        levels.base.grow(levels.top.size)
