@@ -13,6 +13,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,20 +24,15 @@ import addcow_mp
 import oracle
 from addcow_mp.jobs.commit_base import commit_into
 from addcow_mp.jobs.options import RunOptions
-from support import model
+from support import command, model
 from support.availability import missing
 from support.call_trace import Call, Trace, judge
 from support.chains import can_commit_into_some, wild_chain
 from support.command import (
     ALL_ALLOCATED,
-    CLUSTER,
     KiB,
     addcow,
     bits,
-    draw,
-    draw_raw,
-    guest_picture,
-    look,
     overlay_bytes,
     patch,
     refused,
@@ -55,6 +51,14 @@ from support.warm import Warm
 
 pytestmark = pytest.mark.sample(1)
 
+#: Small ones: bitmaps are read byte by byte.
+CLUSTER = 4 * KiB
+BIG = command.CLUSTER
+draw = partial(command.draw, cluster=CLUSTER)
+draw_raw = partial(command.draw_raw, cluster=CLUSTER)
+look = partial(command.look, cluster=CLUSTER)
+guest_picture = partial(command.guest_picture, cluster=CLUSTER)
+
 BASE, LOW, MID, TOP = "base.img", "low.add-cow", "mid.add-cow", "top.add-cow"
 INTO = ("commit", "-b", BASE)
 
@@ -66,7 +70,12 @@ def here(tmp_path: Path) -> Path:
     return laid(tmp_path / "here")
 
 
-def laid(here: Path, low: str = "-l-M----", mid: str = "--N---n-", top: str = "T--t-U--") -> Path:
+PICTURES = ("-l-M----", "--N---n-", "T--t-U--")
+
+
+def laid(
+    here: Path, low: str = PICTURES[0], mid: str = PICTURES[1], top: str = PICTURES[2]
+) -> Path:
     draw_raw(here / BASE, "ABCDEFGH")
     draw(here / LOW, low)
     draw(here / MID, mid, LOW, backing_format="add-cow")
@@ -130,13 +139,13 @@ EXAMPLES = st.tuples(st.integers(0, 2**32), st.sampled_from([*[0] * 18, 1, 4]))
 def random_chain(seed: int) -> tuple[model.Overlay, random.Random]:
     rng = random.Random(seed)
     while True:
-        chain = wild_chain(rng, 256 * KiB, (2, 5))
+        chain = wild_chain(rng, 128 * KiB, (2, 5))
         if can_commit_into_some(chain):
             return chain, rng
 
 
 @given(EXAMPLES)
-@tried(300)
+@tried(150)
 def test_random_chains_keep_every_view_but_that_of_the_base(
     warm: Warm, example: tuple[int, int]
 ) -> None:
@@ -166,7 +175,7 @@ def as_qcow2(here: Path, base: str, overlays: list[str]) -> None:
     below, kind = "base-q.img", "raw"
     for name, picture in zip(OVERLAYS, overlays, strict=True):
         size = str(len(picture) * CLUSTER)
-        words = ("-b", below, "-F", kind, f"{name}.qcow2", size)
+        words = ("-o", f"cluster_size={CLUSTER}", "-b", below, "-F", kind, f"{name}.qcow2", size)
         tool("qemu-img", "create", "-q", "-f", "qcow2", *words, cwd=here)
         for at, mark in enumerate(picture):
             if mark.isupper() or mark == "0":
@@ -179,7 +188,7 @@ def as_qcow2(here: Path, base: str, overlays: list[str]) -> None:
 @pytest.mark.parametrize(
     "overlays",
     [
-        ["-l-M----", "--N---n-", "T--t-U--"],
+        [*PICTURES],
         ["-L------", "--M-", "T------U--0-"],  # a short layer in the middle, a long one at the top
         ["LL--------0-", "-M0-----", "T-T-"],  # layers above are shorter than the base
     ],
@@ -236,24 +245,23 @@ def test_zeros_behind_a_short_middle_layer_reach_the_base(here: Path, mid: str) 
 
 
 def test_clusters_of_several_sizes_are_copied_up_as_a_whole(tmp_path: Path) -> None:
-    draw_raw(tmp_path / BASE, "AB-D")
-    draw(tmp_path / LOW, "--lL")  # 64 KiB
-    small = 4 * KiB
+    command.draw_raw(tmp_path / BASE, "AB-D")
+    command.draw(tmp_path / LOW, "--lL")
     cow = overlay_bytes(
         image="top.raw",
-        size=4 * CLUSTER,
+        size=4 * BIG,
         backing=LOW,
         backing_format="add-cow",
-        cluster=small,
+        cluster=CLUSTER,
         local=[1, 40],
     )
     (tmp_path / TOP).write_bytes(cow)
-    draw_raw(tmp_path / "top.raw", "t" * 64, cluster=small)
+    draw_raw(tmp_path / "top.raw", "t" * 64, cluster=CLUSTER)
     before = oracle.guest_bytes(str(tmp_path / TOP))
-    assert guest_picture(tmp_path / LOW) == "AB0L"
+    assert command.guest_picture(tmp_path / LOW) == "AB0L"
     succeed(*INTO, TOP, cwd=tmp_path)
     assert bits(tmp_path / LOW) == "1.11"
-    assert guest_picture(tmp_path / LOW) == "AB0L"
+    assert command.guest_picture(tmp_path / LOW) == "AB0L"
     assert oracle.guest_bytes(str(tmp_path / TOP)) == before
     assert (tmp_path / BASE).read_bytes() == before
 
@@ -370,8 +378,7 @@ def lent_sibling(here: Path) -> None:
 
 
 def short_bitmap(here: Path) -> None:
-    draw(here / MID, "--N---n-", LOW, backing_format="add-cow", cluster=4 * KiB)
-    os.truncate(here / MID, 4 * KiB)
+    os.truncate(here / MID, CLUSTER)  # the end of its header
 
 
 def disguised(here: Path) -> None:
@@ -405,7 +412,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str, str, bool]] = {
     "shorter base": (
         lambda here: os.truncate(here / "low.raw", 7 * CLUSTER),
         LOW,
-        "low.add-cow: it is shorter (458752 bytes) than the overlay (524288 bytes); resize it",
+        "low.add-cow: it is shorter (28672 bytes) than the overlay (32768 bytes); resize it",
         False,
     ),
     "layer gone": (lambda here: (here / "mid.raw").unlink(), BASE, "mid.raw", False),
@@ -448,9 +455,13 @@ def test_empty_name_of_a_base_is_an_invalid_command_line(here: Path, base: str) 
 def test_dry_run_says_what_it_moves_and_changes_nothing(here: Path) -> None:
     before = snapshot(here)
     told = succeed(*INTO, "--dry-run", TOP, cwd=here).stdout
-    assert told == "top.add-cow: commit; copies 448 KiB, takes 192 KiB\n"
+    assert told == "top.add-cow: commit; copies 28 KiB, takes 12 KiB\n"
     told = succeed(*INTO, "--dry-run", "--output", "json", TOP, cwd=here).json
-    assert (told["state"], told["bytes"], told["space-needed"]) == ("ready", 7 << 16, 3 << 16)
+    assert (told["state"], told["bytes"], told["space-needed"]) == (
+        "ready",
+        7 * CLUSTER,
+        3 * CLUSTER,
+    )
     assert snapshot(here) == before
 
 
@@ -499,27 +510,41 @@ def test_copied_up_data_is_readable_by_no_more_users(here: Path) -> None:
 # ---- space ----
 
 
+def spread(here: Path, *pictures: str) -> None:
+    """The same chain in clusters that are large beside what a file system takes for itself."""
+    command.draw_raw(here / BASE, "ABCDEFGH")
+    below, kind = BASE, "raw"
+    for name, picture in zip((LOW, MID, TOP), pictures or PICTURES, strict=True):
+        command.draw(here / name, picture, below, backing_format=kind)
+        below, kind = name, "add-cow"
+
+
+def big_views(here: Path) -> list[str]:
+    """What guests see of the three overlays."""
+    return [command.guest_picture(here / name) for name in (LOW, MID, TOP)]
+
+
 @pytest.mark.parametrize("leave", [2, 8])
 def test_space_of_what_is_copied_up_is_counted_before(disk: Path, leave: int) -> None:
-    laid(disk)
-    filler = fill(disk, leave=leave * CLUSTER + 32 * KiB)
+    spread(disk)
+    filler = fill(disk, leave=leave * BIG + 32 * KiB)
     before = snapshot(disk)
     if leave < 3:
         line = refused(*INTO, TOP, cwd=disk)
-        assert f"{3 * CLUSTER} bytes of free space are needed and {free(disk)} are free" in line
+        assert f"{3 * BIG} bytes of free space are needed and {free(disk)} are free" in line
         assert snapshot(disk) == before
         filler.unlink()
     succeed(*INTO, TOP, cwd=disk)
-    assert (look(disk / BASE), views(disk)) == (COMMITTED, VIEWS)
+    assert (command.look(disk / BASE), big_views(disk)) == (COMMITTED, VIEWS)
 
 
 def test_space_of_both_layers_is_counted_together(disk: Path) -> None:
     """The base lacks as much as the layer above it: neither alone is too much."""
-    laid(disk, low="-" * 8, mid="-" * 8, top="TT------UUUU")
-    fill(disk, leave=5 * CLUSTER)
+    spread(disk, "-" * 8, "-" * 8, "TT------UUUU")
+    fill(disk, leave=5 * BIG)
     before = snapshot(disk)
     line = refused(*INTO, TOP, cwd=disk)
-    assert f"{6 * CLUSTER} bytes of free space are needed" in line
+    assert f"{6 * BIG} bytes of free space are needed" in line
     assert snapshot(disk) == before
 
 
@@ -528,21 +553,20 @@ def test_space_of_both_layers_is_counted_together(disk: Path) -> None:
 def test_disk_that_fills_up_changes_no_view(
     warm: Warm, tmp_path: Path, disk: Path, after: int
 ) -> None:
-    laid(disk)
-    os.truncate(disk / BASE, 0)
-    draw_raw(disk / BASE, "ABC-E-GH")
-    before = views(disk)
+    spread(disk)
+    command.draw_raw(disk / BASE, "ABC-E-GH")
+    before = big_views(disk)
     rules = Rules.write(tmp_path / "rules", rule("backing_write", "stop", once="on", after=after))
-    command = warm.start(*INTO, "--jobs", "0", TOP, cwd=disk, rules=rules)
-    assert command.wait() is None, "it did not stop"
+    run = warm.start(*INTO, "--jobs", "0", TOP, cwd=disk, rules=rules)
+    assert run.wait() is None, "it did not stop"
     filler = fill(disk)
-    os.kill(command.pid, signal.SIGCONT)
-    ended = command.end()
-    assert views(disk) == before
+    os.kill(run.pid, signal.SIGCONT)
+    ended = run.end()
+    assert big_views(disk) == before
     assert ended.status == 0 or "No space left on device" in ended.stderr
     filler.unlink()
     succeed(*INTO, TOP, cwd=disk)
-    assert (look(disk / BASE), views(disk)) == (before[-1], before)
+    assert (command.look(disk / BASE), big_views(disk)) == (before[-1], before)
 
 
 # ---- order ----
@@ -603,7 +627,7 @@ def seen(here: Path) -> list[bytes]:
 
 def large(here: Path) -> list[bytes]:
     """The same chain over and over: several steps for each of several processes."""
-    laid(here, *(30 * part for part in ("-l-M----", "--N---n-", "T--t-U--")))
+    laid(here, *(30 * part for part in PICTURES))
     draw_raw(here / BASE, 30 * "ABCDEFGH")
     return seen(here)
 
