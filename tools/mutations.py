@@ -649,7 +649,7 @@ MUTATIONS = (
     Mutation(
         "commit -b: manifests of changed layers stay",
         _INTO,
-        "        changed=(base, over) if changes else (),\n",
+        "        changed=_changed(levels) if changes else (),\n",
         "        changed=(),\n",
         _in("commit_base", "manifests_of_changed_layers_are_removed_and_others_stay_true"),
     ),

@@ -187,7 +187,7 @@ def _plans(
     Raises what forbids it.
     """
     _refuse(levels, options.access, shared)
-    top, over, base, depth = levels
+    top, _, base, depth = levels
     view = ViewAbove(top, depth)
     grows = isinstance(base, RawLayer) and base.held < top.size
     changes = grows or next(view.runs(0, view.geometry.clusters), None) is not None
@@ -195,13 +195,18 @@ def _plans(
         view,
         commit_job.target_in(base),
         _tasks(view, base.cluster_size if isinstance(base, Overlay) else 0),
-        # The manifest of ``over`` also describes what lies below it. Both go before the first byte.
-        changed=(base, over) if changes else (),
+        changed=_changed(levels) if changes else (),
         prepare=partial(_prepare, levels),
         restarts=True,
     )
     up = _copying_up(levels, report)
     return [down] if up is None else [up, down]
+
+
+def _changed(levels: _Levels) -> tuple[Layer, ...]:
+    """Return the layers whose manifests become invalid."""
+    # That of ``over`` also describes what lies below it, unless nothing of it is visible.
+    return (levels.base,) if levels.over.all_allocated else (levels.base, levels.over)
 
 
 def _copying_up(levels: _Levels, report: Report) -> TransferPlan | None:
