@@ -542,7 +542,8 @@ FLATTEN = Case(
     contenders=_flatten(UNSAFE, UNSAFE),
     hot=("base.raw",),
     target=2.0,
-    limit="making pages of a new file: the ceiling row is a bare loop that does only that",
+    limit="making pages of a new file: the ceiling row is a bare loop that does only that, and "
+    "copy_file_range (--copy range) takes as long",
 )
 
 FLATTEN_CEILING = Case(
