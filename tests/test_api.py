@@ -42,6 +42,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "create, backing": lambda path: addcow_mp.create("x", backing=path, backing_format="raw"),
     "create, image": lambda path: addcow_mp.create("x", size=512, image=path),
     "commit": addcow_mp.commit,
+    "commit, base": lambda path: addcow_mp.commit("x", base=path),
     "flatten": addcow_mp.flatten,
     "snapshot": lambda path: addcow_mp.snapshot(path, "x"),
     "snapshot, new": lambda path: addcow_mp.snapshot("x", path),
@@ -101,12 +102,12 @@ def test_paths_are_accepted_as_str_bytes_and_path_objects(
 def test_object_that_is_no_path_is_refused_with_its_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: object
 ) -> None:
-    if wrong is None and name.startswith(("create,", "rebase,")):
+    if wrong is None and name.startswith(("create,", "rebase,", "commit,")):
         pytest.skip("None leaves the option out")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         TypeError,
-        match=r"^(path|new|backing|image|source|destination|one|other|qmp|state): give a str",
+        match=r"^(path|new|backing|image|source|destination|one|other|qmp|state|base): give a str",
     ):
         CALLS[name](wrong)
     assert not list(tmp_path.iterdir())
@@ -338,7 +339,7 @@ def test_shared_keywords_are_described_in_the_order_of_signatures() -> None:
     assert described == list(arguments.DEFAULTS)
     assert set(described) == set(arguments.FarmCopying.__annotations__)
     shown = list(inspect.signature(addcow_mp.farm_flatten).parameters)
-    assert shown == ["places", "discard", "verify", "manifest", *described]
+    assert shown == ["places", "discard", "verify", *described]
 
 
 def test_the_settings_of_a_run_reach_a_worker_process_unchanged() -> None:

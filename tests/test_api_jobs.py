@@ -101,6 +101,10 @@ CHANGES = {
         lambda: addcow_mp.commit(LEAF, keep=True, verify=True, jobs=0),
         f"commit -d --verify --jobs 0 --output json {LEAF}",
     ),
+    "commit, base": Case(
+        lambda: addcow_mp.commit(LEAF, base="base.img", verify=True, jobs=0),
+        f"commit -b base.img --verify --jobs 0 --output json {LEAF}",
+    ),
     "commit, force": Case(
         lambda: addcow_mp.commit(TOP, jobs=0, copy="buffer", access=FORCE),
         f"commit --force --copy buffer --jobs 0 --output json {TOP}",
@@ -385,6 +389,14 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception]]] = {
     "farm_commit, missing": (MISSING["farm_commit"], addcow_mp.ImageError),
     "info, no overlay": (lambda: addcow_mp.info("base.img"), addcow_mp.NotAddcowError),
     "commit, dependants": (lambda: addcow_mp.commit("other.add-cow"), addcow_mp.DependantsError),
+    "commit, base that is no layer": (
+        lambda: addcow_mp.commit(LEAF, base="second.img"),
+        addcow_mp.AddcowError,
+    ),
+    "manifest of a function that changes nothing": (
+        lambda: addcow_mp.convert(LEAF, "new.raw", manifest=False),  # type: ignore[call-arg]
+        TypeError,
+    ),
     "reset, dependants": (lambda: addcow_mp.reset(TOP), addcow_mp.DependantsError),
     "resize, dependants": (
         lambda: addcow_mp.resize(TOP, 512, shrink=True),
@@ -674,6 +686,7 @@ LIMITED: dict[str, Callable[[Path], object]] = {
     "commit": lambda path: addcow_mp.commit(path, jobs=0, time_limit=0),
     "commit, keep": lambda path: addcow_mp.commit(path, keep=True, jobs=0, time_limit=0),
     "commit, verify": lambda path: addcow_mp.commit(path, verify=True, jobs=0, time_limit=0),
+    "commit, base": lambda path: addcow_mp.commit(path, base="base.img", jobs=0, time_limit=0),
     "flatten": lambda path: addcow_mp.flatten(path, jobs=0, time_limit=0),
     "convert": lambda path: addcow_mp.convert(path, path.with_name("new"), jobs=0, time_limit=0),
     "compare": lambda path: addcow_mp.compare(path, path, jobs=0, time_limit=0),
@@ -730,6 +743,9 @@ def test_stopped_convert_leaves_no_file(tmp_path: Path) -> None:
 WATCHED: dict[str, Callable[[Path, Watch], object]] = {
     "commit": lambda path, it: addcow_mp.commit(path, jobs=0, progress=it.progress),
     "commit, processes": lambda path, it: addcow_mp.commit(path, jobs=2, progress=it.progress),
+    "commit, base": lambda path, it: addcow_mp.commit(
+        path, base="top-base.img", jobs=0, progress=it.progress
+    ),
     "commit, verify": lambda path, it: addcow_mp.commit(
         path, verify=True, jobs=0, progress=it.progress
     ),

@@ -31,7 +31,7 @@ FUNCTIONS = {
 
 #: The groups of keywords, the smallest first.
 GROUPS = (
-    *("Stoppable", "Planning", "Working", "Reading", "Copying"),
+    *("Stoppable", "Planning", "Working", "Reading", "Copying", "Changing"),
     *("FarmReading", "FarmChanging", "FarmCopying"),
 )
 

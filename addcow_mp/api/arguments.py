@@ -39,6 +39,8 @@ The keywords are:
 ``sparse``
     Aligned blocks of so many zero bytes become holes; 0 = do not look for zeros, None = as the
     command does.
+``manifest``
+    Make new manifests in place of those that the job removes, as far as it knows all that they say.
 ``access``
     Which files may be opened and how; None = only beneath the directory of the image itself.
 """
@@ -110,6 +112,14 @@ class Copying(Reading, total=False):
     sparse: int | None
 
 
+class _Following(TypedDict, total=False):
+    manifest: bool
+
+
+class Changing(Copying, _Following, total=False):
+    """Those of calls that copy into an image."""
+
+
 class _Counting(TypedDict, total=False):
     counted: Callable[[int, int], None] | None
 
@@ -118,16 +128,16 @@ class FarmReading(Reading, _Counting, total=False):
     """Those of calls that read all images of a farm."""
 
 
-class _Changing(_Counting, total=False):
+class _FarmJob(_Counting, _Following, total=False):
     on_error: OnError
     log: Callable[[Event], None] | None
 
 
-class FarmChanging(Working, _Changing, total=False):
+class FarmChanging(Working, _FarmJob, total=False):
     """Those of calls that change all images of a farm."""
 
 
-class FarmCopying(Copying, _Changing, total=False):
+class FarmCopying(Copying, _FarmJob, total=False):
     """Those of calls that copy in all images of a farm."""
 
 
@@ -146,6 +156,7 @@ DEFAULTS: FarmCopying = {
     "copy": "auto",
     "direct": False,
     "sparse": None,
+    "manifest": True,
     "access": None,
 }
 
@@ -205,7 +216,8 @@ def running(given: Mapping[str, object], *, usual: int = 0) -> Iterator[Run]:
     check_number("time_limit", limit, (int, float))
     is_late = late_after(limit)
     check_number("jobs", found["jobs"])
-    options = RunOptions(found["jobs"], allowed(found["access"]), _copy_options(found, usual))
+    access, copy_options = allowed(found["access"]), _copy_options(found, usual)
+    options = RunOptions(found["jobs"], access, copy_options, manifests=found["manifest"])
     calls = _Calls(found)
     run = Run(options, calls.hooks(), is_late, calls.function("log"))
     with idle_priority(wanted=found["idle"]):

@@ -141,7 +141,6 @@ def farm_commit(
     places: Places,
     *,
     verify: bool = False,
-    manifest: bool = True,
     **keywords: Unpack[FarmCopying],
 ) -> FarmResult:
     """Commit every overlay into its backing file, the deepest chains first.
@@ -149,7 +148,7 @@ def farm_commit(
     ``verify`` reads each image back. ``progress`` counts bytes and ``counted`` images. The same
     call again does only what is left.
     """
-    return _farm_job(places, "commit", keywords, verify=verify, manifest=manifest)
+    return _farm_job(places, "commit", keywords, verify=verify)
 
 
 @public
@@ -158,7 +157,6 @@ def farm_flatten(
     *,
     discard: bool = False,
     verify: bool = False,
-    manifest: bool = True,
     **keywords: Unpack[FarmCopying],
 ) -> FarmResult:
     """Copy the missing clusters of every overlay into its image file, the deepest chains first.
@@ -166,7 +164,7 @@ def farm_flatten(
     ``discard`` then removes the ``.add-cow`` files. ``verify`` reads each image back. ``progress``
     counts bytes and ``counted`` images. The same call again does only what is left.
     """
-    return _farm_job(places, "flatten", keywords, discard=discard, verify=verify, manifest=manifest)
+    return _farm_job(places, "flatten", keywords, discard=discard, verify=verify)
 
 
 @public
@@ -179,7 +177,6 @@ def farm_rebase(
     unsafe: bool = False,
     trust_manifests: bool = False,
     verify: bool = False,
-    manifest: bool = True,
     dry_run: bool = False,
     **keywords: Unpack[FarmCopying],
 ) -> FarmResult:
@@ -202,20 +199,17 @@ def farm_rebase(
         backing=new,
         base=old,
         is_dry_run=dry_run,
-        manifest=manifest,
     )
 
 
 @public
-def farm_reset(
-    places: Places, *, manifest: bool = True, **keywords: Unpack[FarmChanging]
-) -> FarmResult:
+def farm_reset(places: Places, **keywords: Unpack[FarmChanging]) -> FarmResult:
     """Let every overlay show its backing file again; what guests have written is given up.
 
     An overlay that another one stands on is refused. ``counted`` counts images. The same call again
     does only what is left.
     """
-    return _farm_job(places, "reset", keywords, manifest=manifest)
+    return _farm_job(places, "reset", keywords)
 
 
 def _farm_job(
@@ -228,9 +222,7 @@ def _farm_job(
     backing: NewBacking | None = None,
     base: str | None = None,
     is_dry_run: bool = False,
-    manifest: bool = True,
 ) -> FarmResult:
-    """Run a job; ``manifest``: new manifests are made in place of those that it removes."""
     from addcow_mp.engine.stop_flag import never
     from addcow_mp.farm.farm_job import FarmJob, run_farm_job
     from addcow_mp.farm.image_job import JobSpec, Operation
@@ -245,8 +237,7 @@ def _farm_job(
         job = FarmJob(spec, is_dry_run, run.is_late)
         # A job finishes its plan, which says what is left; a plan alone ends at the time limit.
         with limited(run.hooks, run.is_late if is_dry_run else never) as hooks:
-            options = replace(run.options, manifests=manifest)
-            result = run_farm_job(listed, job, options, hooks, run.log)
+            result = run_farm_job(listed, job, run.options, hooks, run.log)
     _raise_problem(result.problem, result)
     return result
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from addcow_mp.api.arguments import (
     AnyPath,
+    Changing,
     Copying,
     Reading,
     Working,
@@ -262,8 +262,7 @@ def commit(
     keep: bool = False,
     base: AnyPath | None = None,
     verify: bool = False,
-    manifest: bool = True,
-    **keywords: Unpack[Copying],
+    **keywords: Unpack[Changing],
 ) -> Report:
     """Move all allocated clusters into the backing file, clear their bits, free their space.
 
@@ -273,19 +272,18 @@ def commit(
     what was written, and raises :class:`ReadBackError` if the guest would see anything else. Data
     is durable before bits are cleared, and cleared bits are durable before space is freed. After a
     stop the same call continues; with ``keep`` or ``base`` it starts again. Where both have
-    manifests, new ones are made from these, unless ``manifest`` is false or ``base`` is given.
+    manifests, new ones are made from these, unless ``base`` is given.
     """
     path = text(path, "path")
     into = None if base is None else text(base, "base")
     with working(keywords) as (options, hooks):
-        chosen = replace(options, manifests=manifest)
         if into is not None:
             from addcow_mp.jobs.commit_base import commit_into
 
-            return commit_into(path, into, verifies=verify, options=chosen, hooks=hooks)
+            return commit_into(path, into, verifies=verify, options=options, hooks=hooks)
         from addcow_mp.jobs.commit import commit as job
 
-        return job(path, keep=keep, verifies=verify, options=chosen, hooks=hooks)
+        return job(path, keep=keep, verifies=verify, options=options, hooks=hooks)
 
 
 @public
@@ -294,21 +292,19 @@ def flatten(
     *,
     discard: bool = False,
     verify: bool = False,
-    manifest: bool = True,
-    **keywords: Unpack[Copying],
+    **keywords: Unpack[Changing],
 ) -> Report:
     """Allocate every cluster, set ALL_ALLOCATED last; ``discard`` removes the overlay file.
 
     ``verify`` reads back from the disk what was written, before anything is removed, and raises
     :class:`ReadBackError` if the guest would see anything else. After a stop the same call
-    continues. Where there is a manifest, a new one is made from it, unless ``manifest`` is false.
+    continues. Where there is a manifest, a new one is made from it.
     """
     from addcow_mp.jobs.flatten import flatten as job
 
     path = text(path, "path")
     with working(keywords) as (options, hooks):
-        chosen = replace(options, manifests=manifest)
-        return job(path, discard=discard, verifies=verify, options=chosen, hooks=hooks)
+        return job(path, discard=discard, verifies=verify, options=options, hooks=hooks)
 
 
 @public
@@ -320,8 +316,7 @@ def rebase(
     unsafe: bool = False,
     trust_manifests: bool = False,
     verify: bool = False,
-    manifest: bool = True,
-    **keywords: Unpack[Copying],
+    **keywords: Unpack[Changing],
 ) -> Report:
     """Give the overlay another backing file; its guest sees the same disk.
 
@@ -330,15 +325,14 @@ def rebase(
     ``unsafe``: only the name changes, and the guest sees what the new file holds.
     ``trust_manifests``: manifests say where the files differ, and neither is read. ``verify`` reads
     back from the disk what the guest sees. After a stop the same call continues. Where there is a
-    manifest, a new one is made from it, unless ``manifest`` is false.
+    manifest, a new one is made from it.
     """
     from addcow_mp.jobs.rebase import rebase as job
 
     path = text(path, "path")
     new = new_backing(backing, backing_format, unsafe=unsafe, trust_manifests=trust_manifests)
     with working(keywords) as (options, hooks):
-        chosen = replace(options, manifests=manifest)
-        return job(path, new, verifies=verify, options=chosen, hooks=hooks)
+        return job(path, new, verifies=verify, options=options, hooks=hooks)
 
 
 def resize(
