@@ -207,6 +207,8 @@ def test_power_cut_during_rebase_leaves_the_same_disk(
 def test_power_cuts_catch_a_wrong_order_of_rebase(
     disk: Disk, rng: random.Random, tmp_path: Path, order: str
 ) -> None:
+    if (disk.kind, order) == ("xfs", "never:new.raw"):
+        pytest.skip("on XFS the search for shared blocks writes both files to the disk")
     for number in range(PATIENT_CUTS):
         with disk.directory() as place:
             promise = to_be_rebased(place, rng)
