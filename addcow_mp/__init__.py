@@ -3,8 +3,8 @@
 This is the public interface: a function for each command of the command line, with the name of the
 command (``farm_check`` is ``addcow farm check``). Some have names of their own: ``extents`` is
 ``addcow map``, ``chain_info`` is ``addcow info --backing-chain``, ``repair`` is
-``addcow check -r``, ``create_raw`` is ``addcow create -f raw``, and ``open`` does what
-``addcow io`` does.
+``addcow check -r``, ``create_raw`` is ``addcow create -f raw``, ``commit_estimate`` and the like
+are ``--dry-run``, and ``open`` does what ``addcow io`` does.
 
 Paths are ``str``, ``bytes`` or path objects. Offsets, lengths and sizes are in bytes, times in
 seconds, ranges are half-open. ``access`` says where names inside images may lead and how files are
@@ -39,6 +39,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from addcow_mp.api.arguments import (
         AnyPath as AnyPath,
+    )
+    from addcow_mp.api.estimates import (
+        commit_estimate as commit_estimate,
+        flatten_estimate as flatten_estimate,
+        rebase_estimate as rebase_estimate,
+        reset_estimate as reset_estimate,
     )
     from addcow_mp.api.farm import (
         farm_check as farm_check,
@@ -208,7 +214,11 @@ if TYPE_CHECKING:
     from addcow_mp.jobs.qemu_stream import (
         Streamed as Streamed,
     )
+    from addcow_mp.engine.space import (
+        SpaceNeeded as SpaceNeeded,
+    )
     from addcow_mp.jobs.report import (
+        Estimate as Estimate,
         Outcome as Outcome,
         Report as Report,
     )
@@ -221,6 +231,7 @@ if TYPE_CHECKING:
 #: The public names, by the module that defines them.
 _NAMES = {
     "api.arguments": "AnyPath",
+    "api.estimates": "commit_estimate flatten_estimate rebase_estimate reset_estimate",
     "api.farm": (
         "farm_check farm_commit farm_flatten farm_graph farm_ls farm_manifest_create "
         "farm_plan farm_rebase farm_reset farm_scrub_run farm_scrub_status farm_verify"
@@ -235,6 +246,7 @@ _NAMES = {
     "device.overlay": "Overlay",
     "engine.done_map": "Totals",
     "engine.fd_passing": "UnstartedError",
+    "engine.space": "SpaceNeeded",
     "errors": (
         "AddcowError CleanupError CpuLimitJobError DependantsError FileError FormatError "
         "GuestRunsError HangupJobError HardLinksError HeldError ImageError "
@@ -263,7 +275,7 @@ _NAMES = {
     "jobs.qemu_export": "Exported",
     "jobs.qemu_status": "LendingStatus",
     "jobs.qemu_stream": "Streamed",
-    "jobs.report": "Outcome Report",
+    "jobs.report": "Estimate Outcome Report",
     "jobs.verify": "VerifyReport",
 }
 

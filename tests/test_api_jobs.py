@@ -217,6 +217,14 @@ def timeless(report: dict[str, Any]) -> dict[str, Any]:
 
 # ---- looking ----
 
+
+def numbers(call: Callable[[], addcow_mp.Estimate | None]) -> list[int]:
+    """The bytes and the space of an estimate."""
+    one = call()
+    assert one is not None
+    return [one.weight, one.space.peak, one.space.kept, one.space.freed]
+
+
 LOOKS: dict[str, tuple[Callable[[], Any], str, Callable[[Any], Any]]] = {
     "info": (
         lambda: [addcow_mp.info(LEAF).virtual_size, addcow_mp.info(LEAF).allocated_clusters],
@@ -281,6 +289,32 @@ LOOKS: dict[str, tuple[Callable[[], Any], str, Callable[[Any], Any]]] = {
         ],
         "farm plan commit --output json .",
         lambda it: [(one["filename"], one["state"]) for one in it["images"]],
+    ),
+    **{
+        f"{job}_estimate": (
+            partial(numbers, call),
+            f"{words} --dry-run --output json {LEAF}",
+            lambda it: [it[key] for key in ("bytes", "space-needed", "space-kept", "space-freed")],
+        )
+        for job, call, words in (
+            ("commit", lambda: addcow_mp.commit_estimate(LEAF), "commit"),
+            (
+                "commit, base",
+                lambda: addcow_mp.commit_estimate(LEAF, base="base.img"),
+                "commit -b base.img",
+            ),
+            (
+                "rebase",
+                lambda: addcow_mp.rebase_estimate(LEAF, "second.img", backing_format="raw", jobs=0),
+                "rebase -b second.img -F raw --jobs 0",
+            ),
+            ("reset", lambda: addcow_mp.reset_estimate(LEAF), "reset"),
+        )
+    },
+    "flatten_estimate": (
+        lambda: [getattr(addcow_mp.flatten_estimate(LEAF, discard=True), "weight", None)],
+        f"farm plan flatten --discard --output json {LEAF}",
+        lambda it: [it["images"][0]["bytes"]],
     ),
     "farm_verify": (
         lambda: sorted((one.path, one.exit_code) for one in addcow_mp.farm_verify(".").all),
@@ -368,6 +402,10 @@ MISSING: dict[str, Callable[[], object]] = {
     "qemu_args": lambda: addcow_mp.qemu_args("none.add-cow"),
     "qemu_status": lambda: addcow_mp.qemu_status("none.add-cow"),
     "qemu_stream": lambda: addcow_mp.qemu_stream("none.add-cow", "none.qmp"),
+    "commit_estimate": lambda: addcow_mp.commit_estimate("none.add-cow"),
+    "flatten_estimate": lambda: addcow_mp.flatten_estimate("none.add-cow"),
+    "rebase_estimate": lambda: addcow_mp.rebase_estimate("none.add-cow", None),
+    "reset_estimate": lambda: addcow_mp.reset_estimate("none.add-cow"),
     "farm_ls": lambda: addcow_mp.farm_ls("none"),
     "farm_graph": lambda: addcow_mp.farm_graph("none"),
     "farm_check": lambda: addcow_mp.farm_check("none"),
@@ -389,6 +427,10 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception]]] = {
     "farm_commit, missing": (MISSING["farm_commit"], addcow_mp.ImageError),
     "info, no overlay": (lambda: addcow_mp.info("base.img"), addcow_mp.NotAddcowError),
     "commit, dependants": (lambda: addcow_mp.commit("other.add-cow"), addcow_mp.DependantsError),
+    "commit_estimate, dependants": (
+        lambda: addcow_mp.commit_estimate("other.add-cow"),
+        addcow_mp.DependantsError,
+    ),
     "commit, base that is no layer": (
         lambda: addcow_mp.commit(LEAF, base="second.img"),
         addcow_mp.AddcowError,
@@ -562,6 +604,7 @@ def test_file_of_any_kind_is_refused_by_an_error_of_the_package(
         "compare": lambda: addcow_mp.compare(name, name),
         "resize": lambda: addcow_mp.resize(name, 512),
         "rebase": lambda: addcow_mp.rebase(name, None),
+        "rebase_estimate": lambda: addcow_mp.rebase_estimate(name, None),
         "qemu_stream": lambda: addcow_mp.qemu_stream(name, name),
         "extents": lambda: list(addcow_mp.extents(name)),
     }

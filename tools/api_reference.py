@@ -24,6 +24,7 @@ FILE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 #: The headings, and the modules whose public functions stand below them.
 FUNCTIONS = {
     "Images": "addcow_mp.api.images",
+    "Estimates": "addcow_mp.api.estimates",
     "QEMU": "addcow_mp.api.qemu",
     "Farms": "addcow_mp.api.farm",
     "Names in a header": "addcow_mp.format.names",

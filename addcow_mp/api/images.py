@@ -354,8 +354,8 @@ def resize(
 def reset(path: AnyPath, *, manifest: bool = True, access: Access | None = None) -> Report:
     """Let the overlay show its backing file again; what its guest has written is given up.
 
-    An overlay that another one stands on is refused. ``farm_plan(path, "reset")`` says before what
-    would be done. Where there is a manifest, a new one is made, unless ``manifest`` is false.
+    An overlay that another one stands on is refused. ``reset_estimate`` says before what would be
+    done. Where there is a manifest, a new one is made, unless ``manifest`` is false.
     """
     from addcow_mp.jobs.options import RunOptions
     from addcow_mp.jobs.reset import reset as job
