@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -446,6 +447,11 @@ def test_workers_take_over_digests_and_read_what_is_unknown(tmp_path: Path, job:
     (tmp_path / TOP).write_bytes(content)
     options = RunOptions(jobs=2)
     create(str(tmp_path / TOP), options)
+    for name in ("same.raw", "other.raw") if job.startswith("rebase") else ():
+        subprocess.run(["cp", "--sparse=always", "base.img", name], cwd=tmp_path, check=True)
+        if name == "other.raw":
+            put(tmp_path / name, 512 * MiB + 5, b"other")
+        create(str(tmp_path / name), options, format_="raw")
     if job == "flatten":
         (tmp_path / "base.img.manifest").unlink()
     if job == "commit":
