@@ -324,6 +324,69 @@ def test_damage_before_a_job_is_found_at_its_place_afterwards(
     assert places == {4, 6}
 
 
+def is_refused(here: Path, *words: str) -> None:
+    """Assert that the job is done, and that damage keeps it from making a manifest."""
+    told = addcow(*words, TOP, cwd=here)
+    assert told.status == 0
+    (line,) = (one for one in told.stderr.splitlines() if "manifest" in one)
+    assert line.startswith(f"addcow: warning: {TOP}: no new manifest is made: ")
+    assert line.endswith("differ from what its manifest says")
+    assert f"{TOP}.manifest" not in manifests(here)
+
+
+def test_damage_in_a_leaf_that_mixes_layers_is_not_hidden(tmp_path: Path) -> None:
+    """What an overlay with small clusters receives, and what it flattens over no manifest."""
+    draw_raw(tmp_path / "base.img", "ABCDEFGHABCDEFGH" * 2, cluster=4 * KiB)
+    draw(tmp_path / "mid.add-cow", "-M--M---" + "-" * 24, cluster=4 * KiB)
+    draw(tmp_path / TOP, "X-0bY---" * 4, "mid.add-cow", backing_format="add-cow", cluster=4 * KiB)
+    succeed("manifest", "create", TOP, cwd=tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "flat")
+    for here in (tmp_path, tmp_path / "flat"):
+        flip(str(here / "top.raw"), 4 * 4 * KiB + 3)
+        for name, image in (
+            (TOP, "top.raw"),
+            ("mid.add-cow", "mid.raw"),
+            ("base.img", "base.img"),
+        ):
+            reseal(Files(str(here / name), str(here / image)))
+    is_refused(tmp_path, "commit")
+    assert list(manifests(tmp_path)) == ["base.img.manifest"]
+    (tmp_path / "flat" / "base.img.manifest").unlink()
+    is_refused(tmp_path / "flat", "flatten")
+
+
+def test_damage_of_a_base_beside_what_it_receives_is_not_hidden(tmp_path: Path) -> None:
+    """Nothing is known of an overlay without manifest; the rest of its leaves is compared."""
+    two(tmp_path)
+    (tmp_path / f"{TOP}.manifest").unlink()
+    flip(str(tmp_path / "base.img"), 4 * KiB + 9)
+    reseal(Files(str(tmp_path / "base.img"), str(tmp_path / "base.img")))
+    is_refused(tmp_path, "commit")
+    assert manifests(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "at"),
+    [
+        (("commit",), "base.img", 200 * KiB),
+        (("commit",), "top.raw", 195 * KiB),
+        (("reset",), "base.img", 193 * KiB),
+        (("reset",), "base.img", 200 * KiB),
+    ],
+)
+def test_damage_in_the_leaf_where_an_overlay_ends_is_not_hidden(
+    tmp_path: Path, words: tuple[str, ...], file: str, at: int
+) -> None:
+    draw_raw(tmp_path / "base.img", "ABCDEFGH")
+    draw(tmp_path / TOP, "X--Y")
+    os.truncate(tmp_path / "top.raw", 196 * KiB)
+    succeed("manifest", "create", TOP, cwd=tmp_path)
+    flip(str(tmp_path / file), at)
+    reseal(Files(str(tmp_path / TOP), str(tmp_path / "top.raw")))
+    reseal(Files(str(tmp_path / "base.img"), str(tmp_path / "base.img")))
+    is_refused(tmp_path, *words)
+
+
 def test_lost_data_is_found_where_a_hole_is(tmp_path: Path) -> None:
     """A group of leaves of which the disk has lost everything, so that nothing is there to read."""
     size = 48 * MiB

@@ -457,7 +457,7 @@ MUTATIONS = (
         "addcow_mp/engine/known_digest.py",
         "        if found[at] != view.digests[at]:\n",
         "        if False:\n",
-        _in("manifest_follows", "damage_is_never_hidden_and_good_data_never_accused"),
+        _in("manifest_follows", "damage_in_a_leaf_that_mixes_layers_is_not_hidden"),
     ),
     Mutation(
         "manifests follow: a mixed leaf that changes keeps its digest",
