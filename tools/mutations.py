@@ -547,10 +547,10 @@ MUTATIONS = (
     Mutation(
         "flatten: ALL_ALLOCATED is set before the bits",
         "addcow_mp/jobs/flatten.py",
-        "                move(plan, report, options, job_hooks, shared.pool, follower)\n"
+        "                move([plan], report, options, job_hooks, shared.pool, follower)\n"
         "                _set_flag(overlay)\n",
         "                _set_flag(overlay)\n"
-        "                move(plan, report, options, job_hooks, shared.pool, follower)\n",
+        "                move([plan], report, options, job_hooks, shared.pool, follower)\n",
         _in("write_order", "flatten_sets_the_flag_last"),
     ),
     Mutation(

@@ -10,16 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from addcow_mp.device.extent import Extent
 from addcow_mp.device.files import File
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.overlay import Overlay, refuse_short
 from addcow_mp.device.raw import RawLayer
-from addcow_mp.engine.compare import Views
-from addcow_mp.engine.differences import KnownDifferences
 from addcow_mp.format.bits import Run, merged
 from addcow_mp.format.geometry import Geometry
+
+if TYPE_CHECKING:
+    from addcow_mp.engine.differences import KnownDifferences
 
 
 class Selection(ABC):
@@ -126,6 +128,9 @@ class DifferingClusters(MissingClusters):
         self._new = new
         self._known = known
         self._shares = shares
+        # Only a rebase compares: other jobs start without it.
+        from addcow_mp.engine.compare import Views
+
         self._views = Views(overlay.backing, new, shares=shares, maps=maps)
 
     def __reduce__(self) -> tuple[object, ...]:
