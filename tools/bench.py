@@ -189,7 +189,8 @@ def _timings(case: Case, here: Path, setting: Setting) -> list[Timing]:
     contenders = case.contenders(here, setting.data)
     timings = [Timing(one.name, one.shown, one.counted) for one in contenders]
     warm_only(here, case.hot)
-    for turn in range(1 + setting.runs * case.often):
+    counted = min(setting.runs, case.most_runs or setting.runs) * case.often
+    for turn in range(1 + counted):
         for number in _order(len(contenders), turn):
             seconds = _run_once(contenders[number], check=turn == 0, synced=case.synced)
             if turn:
