@@ -728,6 +728,13 @@ MUTATIONS = (
         _in("farm_order", "images_of_a_farm_wait_for_the_disk_at_the_same_time"),
     ),
     Mutation(
+        "farm: an image is synced again when it is closed",
+        _OVERLAY,
+        "            if self._has_changed and self.cow.fd >= 0 ",
+        "            if self.cow.fd >= 0 ",
+        _in("farm_order", "each_image_of_a_farm_commit_keeps_its_order"),
+    ),
+    Mutation(
         "farm: a group whose process died fails as a whole",
         "addcow_mp/engine/pool.py",
         "        if len(parts) > 1:\n",
