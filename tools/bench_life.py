@@ -4,7 +4,7 @@ A rebase compares two backing files of equal size of which one in a hundred clus
 copies those. qemu-img does the same with a qcow2 overlay. *Cold*, both have been dropped from the
 page cache. Where all is equal, blocks that two files share on the disk (XFS) or manifests say so,
 and nothing is read: the peer reads both. A reset of many overlays is compared with making as many
-qcow2 overlays anew, which is what is done without it.
+new qcow2 overlays, which is what is done without it.
 """
 
 from __future__ import annotations
