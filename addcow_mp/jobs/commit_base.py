@@ -55,7 +55,7 @@ from addcow_mp.engine.space import SpaceNeeded, refuse_without_space
 from addcow_mp.engine.targets import RawTarget
 from addcow_mp.engine.tasks import Task, cut
 from addcow_mp.engine.transfer_plan import TransferPlan
-from addcow_mp.errors import AddcowError, ImageError
+from addcow_mp.errors import ImageError
 from addcow_mp.jobs import commit as commit_job
 from addcow_mp.jobs.dependants import refuse_dependants
 from addcow_mp.jobs.flatten import refuse_no_room_for_bits
@@ -139,14 +139,12 @@ def _find(path: str, base: str, access: Access) -> Below:
         problem = f"it is the overlay '{path}' itself; name a layer below it"
         raise ImageError(path=base, problem=problem)
     found: list[Below] = []
-    try:
-        for layer in layers_below(path, access):
-            if layer.name == base or (wanted is not None and layer.identity == wanted):
-                found.append(layer)  # noqa: PERF401 - the first counts, whatever fails below it
-    except AddcowError:
-        # What lies below the layer that was found may be missing, and is not needed then.
-        if not found:
-            raise
+    for layer in layers_below(path, access):
+        is_file = wanted is not None and layer.identity == wanted
+        if is_file or layer.name == base:
+            found.append(layer)
+        if is_file:
+            break  # what lies below may be missing, and is not needed then
     if not found:
         problem = f"it is no layer below '{path}'; 'addcow info --backing-chain' lists them"
         raise ImageError(path=base, problem=problem)
