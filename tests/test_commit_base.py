@@ -110,6 +110,7 @@ def test_base_shows_what_the_guest_sees_and_every_other_view_stays(here: Path) -
     assert (look(here / BASE), views(here), bits(here / LOW)) == (COMMITTED, VIEWS, "1.11.1..")
 
 
+@pytest.mark.long
 def test_backing_file_itself_is_what_commit_d_changes(here: Path) -> None:
     before = snapshot(here)
     succeed("commit", "-b", MID, TOP, cwd=here)
@@ -145,7 +146,7 @@ def random_chain(seed: int) -> tuple[model.Overlay, random.Random]:
 
 
 @given(EXAMPLES)
-@tried(150)
+@tried(100)
 def test_random_chains_keep_every_view_but_that_of_the_base(
     warm: Warm, example: tuple[int, int]
 ) -> None:
@@ -220,6 +221,7 @@ def test_shorter_raw_base_grows(here: Path) -> None:
     assert content[3 * CLUSTER :][: CLUSTER // 2] == b"M" * (CLUSTER // 2)
 
 
+@pytest.mark.long
 def test_longer_raw_base_keeps_its_end(here: Path) -> None:
     with (here / BASE).open("ab") as file:
         file.write(b"tail of the base")
@@ -284,6 +286,7 @@ def test_layer_with_all_allocated_covers_everything(here: Path, name: str) -> No
     assert bits(here / LOW) == ("....1.1." if name == LOW else "11111111")
 
 
+@pytest.mark.long
 def test_base_with_all_allocated_does_not_need_its_backing_file(here: Path) -> None:
     with_flag(here, LOW, "x-y-X-Y-")
     (here / BASE).unlink()
@@ -293,6 +296,7 @@ def test_base_with_all_allocated_does_not_need_its_backing_file(here: Path) -> N
     assert bits(here / LOW) == "....1.1."
 
 
+@pytest.mark.long
 def test_nothing_to_commit_changes_nothing(here: Path) -> None:
     laid(here, low="-l------", mid="------n-", top="---t----")
     succeed("manifest", "create", TOP, cwd=here)
@@ -321,6 +325,7 @@ def test_base_is_named_by_any_path_or_as_the_chain_names_it(here: Path, tmp_path
         assert (look(here / BASE), views(here)) == (COMMITTED, VIEWS)
 
 
+@pytest.mark.long
 def test_name_in_the_chain_counts_beside_a_file_that_is_not_in_it(
     here: Path, tmp_path: Path
 ) -> None:
@@ -329,6 +334,7 @@ def test_name_in_the_chain_counts_beside_a_file_that_is_not_in_it(
     assert (look(here / BASE), look(tmp_path / BASE)) == (COMMITTED, "zzz")
 
 
+@pytest.mark.long
 def test_name_of_two_layers_is_refused(here: Path, tmp_path: Path) -> None:
     """In the working directory it is one layer, and in the chain the name of another."""
     (here / "deep").mkdir()
@@ -420,7 +426,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str, str, bool]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", REFUSALS)
 def test_commit_b_is_refused_and_changes_nothing(here: Path, name: str) -> None:
     arrange, base, words, yields = REFUSALS[name]
@@ -444,6 +450,7 @@ def test_other_overlays_above_the_base_may_stand_and_keep_what_they_show(here: P
     assert (look(here / BASE), views(here)) == (COMMITTED, VIEWS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", ["", "-"])
 def test_empty_name_of_a_base_is_an_invalid_command_line(here: Path, base: str) -> None:
     refused("commit", "-b", base, TOP, cwd=here, status=64)
@@ -465,6 +472,7 @@ def test_dry_run_says_what_it_moves_and_changes_nothing(here: Path) -> None:
     assert snapshot(here) == before
 
 
+@pytest.mark.long
 def test_verify_reads_back_the_base_and_the_layer_above_it(here: Path) -> None:
     told = succeed(*INTO, "--verify", "--output", "json", TOP, cwd=here).json
     succeed("manifest", "create", "-f", "raw", BASE, cwd=here)
@@ -472,6 +480,7 @@ def test_verify_reads_back_the_base_and_the_layer_above_it(here: Path) -> None:
     assert (look(here / BASE), views(here)) == (COMMITTED, VIEWS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [BASE, "low.raw"])
 def test_verify_finds_a_byte_that_the_disk_lost(here: Path, name: str) -> None:
     rules = rules_for(here, rule("read_back", "stop", once="on"))
@@ -484,12 +493,14 @@ def test_verify_finds_a_byte_that_the_disk_lost(here: Path, name: str) -> None:
     assert f"{name}: what was read back differs" in ended.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [("-t", "none"), ("-t", "unsafe"), ("-S", "4k"), ("-r", "9M")])
 def test_options_of_copying_do_not_change_the_result(here: Path, options: tuple[str, ...]) -> None:
     succeed(*INTO, *options, "-q", TOP, cwd=here)
     assert (look(here / BASE), views(here)) == (COMMITTED, VIEWS)
 
 
+@pytest.mark.long
 def test_manifests_of_changed_layers_are_removed_and_others_stay_true(here: Path) -> None:
     succeed("manifest", "create", TOP, cwd=here)
     succeed(*INTO, TOP, cwd=here)
@@ -499,6 +510,7 @@ def test_manifests_of_changed_layers_are_removed_and_others_stay_true(here: Path
     succeed("verify", TOP, cwd=here)
 
 
+@pytest.mark.long
 def test_copied_up_data_is_readable_by_no_more_users(here: Path) -> None:
     os.chmod(here / BASE, 0o600)
     os.chmod(here / "low.raw", 0o644)
@@ -538,6 +550,7 @@ def test_space_of_what_is_copied_up_is_counted_before(disk: Path, leave: int) ->
     assert (command.look(disk / BASE), big_views(disk)) == (COMMITTED, VIEWS)
 
 
+@pytest.mark.long
 def test_space_of_both_layers_is_counted_together(disk: Path) -> None:
     """The base lacks as much as the layer above it: neither alone is too much."""
     spread(disk, "-" * 8, "-" * 8, "TT------UUUU")
@@ -606,6 +619,7 @@ def test_bits_that_an_interrupted_run_left_in_memory_are_made_durable(
     assert words.index(("synced", "low.raw")) < words.index(("sync", LOW))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["low.raw", LOW])
 def test_failed_sync_above_leaves_the_base_alone(here: Path, trace: Trace, name: str) -> None:
     before = (here / BASE).read_bytes()
@@ -644,8 +658,8 @@ KILLED_AT = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("event", "after"), KILLED_AT)
-@pytest.mark.sample(2)
 def test_killed_parent_leaves_every_view_and_the_same_command_finishes(
     here: Path, event: str, after: int
 ) -> None:
@@ -664,6 +678,7 @@ def test_killed_parent_leaves_every_view_and_the_same_command_finishes(
     assert ((here / BASE).read_bytes(), seen(here)) == (before[-1], before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [3, 60])
 def test_killed_worker_is_replaced(here: Path, after: int) -> None:
     before = large(here)
