@@ -619,6 +619,23 @@ def test_bits_that_an_interrupted_run_left_in_memory_are_made_durable(
     assert words.index(("synced", "low.raw")) < words.index(("sync", LOW))
 
 
+@pytest.mark.parametrize("end", [8 * CLUSTER, 6 * CLUSTER + 512], ids=["whole", "cut"])
+def test_only_what_is_covered_is_written_into_the_base(here: Path, trace: Trace, end: int) -> None:
+    """What falls through is never written to the file that it is read from."""
+    laid(here, low="---M----", mid="--------", top="--------")
+    os.truncate(here / "mid.raw", end)
+    draw(here / TOP, "-", MID, backing_format="add-cow", cluster=8 * CLUSTER)
+    commit_into(str(here / TOP), str(here / BASE), options=RunOptions(0))
+    written = [
+        (call.start, call.stop)
+        for call in trace.calls
+        if call.file == BASE and call.word in ("data", "free")
+    ]
+    # The layer above has a cluster of its own by then where the middle one ends.
+    behind = [] if end == 8 * CLUSTER else [(6 * CLUSTER, end), (end, 8 * CLUSTER)]
+    assert written == [(3 * CLUSTER, 4 * CLUSTER), *behind]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["low.raw", LOW])
 def test_failed_sync_above_leaves_the_base_alone(here: Path, trace: Trace, name: str) -> None:

@@ -672,7 +672,7 @@ MUTATIONS = (
         _COVERED,
         "    return min(*(overlay.cluster_size for overlay in overlays), *units)\n",
         "    return max(*(overlay.cluster_size for overlay in overlays), *units)\n",
-        _in("commit_base", "random_chains_keep_every_view_but_that_of_the_base"),
+        _in("commit_base", "only_what_is_covered_is_written_into_the_base"),
     ),
     # Reset
     Mutation(

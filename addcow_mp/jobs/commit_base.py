@@ -23,8 +23,9 @@ gets what BASE holds there. The order is:
 
 So no view but that of BASE depends on a byte that step 4 writes, and step 4 reads nothing from
 BASE. The same command finishes what was interrupted. Step 2 goes on where it was. Step 4 starts
-again, since nothing records what it has copied. Where layers differ in cluster size, the second
-run also covers the rest of OVER's new clusters, and writes there what BASE holds already.
+again, since nothing records what it has copied. By then OVER's new clusters are covered as a whole.
+Where another layer has smaller clusters, or ends within one, step 4 writes into the rest of them
+what BASE holds already.
 
 No space is given back. OVER takes up to the size of what is covered, in its own clusters.
 
