@@ -503,7 +503,11 @@ def test_options_of_copying_do_not_change_the_result(here: Path, options: tuple[
 @pytest.mark.long
 def test_manifests_of_changed_layers_are_removed_and_others_stay_true(here: Path) -> None:
     succeed("manifest", "create", TOP, cwd=here)
-    succeed(*INTO, TOP, cwd=here)
+    told = succeed(*INTO, "--output", "json", TOP, cwd=here).json
+    assert {Path(one).name for one in told["manifests-removed"]} == {
+        f"{BASE}.manifest",
+        f"{LOW}.manifest",
+    }
     left = {path.name for path in here.glob("*.manifest")}
     assert left == {f"{MID}.manifest", f"{TOP}.manifest"}
     succeed("manifest", "create", TOP, cwd=here)

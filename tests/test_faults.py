@@ -380,7 +380,7 @@ OPERATIONS = {
         renamed,
         {"top.add-cow": ".11....1.."},
         frozenset({"top.add-cow"}),
-        frozenset(OPENING | {"header_write", "bitmap_sync", "backing_read", "data_sync"}),
+        frozenset(OPENING | {"header_write", "bitmap_sync", "backing_read"}),
         at_once=True,
     ),
     "commit-verify": Operation(
