@@ -188,6 +188,7 @@ def attempt(job: str, files: Files, options: RunOptions = FORCING) -> Report | N
     return None
 
 
+@pytest.mark.sample(3)
 @EACH
 @tried(120)
 @given(seed=st.integers(0, 1 << 32))
@@ -257,6 +258,7 @@ def views(place: Path) -> dict[str, bytes]:
     return {os.path.basename(path): read_view(path, format_of(path)) for path in [*overlays, *raws]}
 
 
+@pytest.mark.sample(3)
 @EACH
 @tried(200)
 @given(seed=st.integers(0, 1 << 32))
@@ -298,6 +300,7 @@ def two(here: Path, *, cluster: int = 4 * KiB) -> None:
     succeed("manifest", "create", TOP, cwd=here)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("words", "top"),
     [
@@ -365,6 +368,7 @@ def test_damage_of_a_base_beside_what_it_receives_is_not_hidden(tmp_path: Path) 
     assert manifests(tmp_path) == {}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("words", "file", "at"),
     [
@@ -441,6 +445,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
+@pytest.mark.sample(3)
 @EACH
 def test_no_byte_of_a_disk_is_read_for_a_new_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
@@ -551,6 +556,7 @@ def test_commit_of_an_overlay_without_manifest_keeps_that_of_the_base(tmp_path: 
     assert list(manifests(tmp_path)) == ["base.img.manifest"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["top.raw", "base.img"])
 @pytest.mark.parametrize("words", [("commit",), ("flatten",)])
 def test_manifest_of_another_state_is_not_used(
@@ -581,6 +587,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("words", COMMANDS)
 def test_no_manifest_leaves_them_removed_and_says_so(
     tmp_path: Path, words: tuple[str, ...]
@@ -593,6 +600,7 @@ def test_no_manifest_leaves_them_removed_and_says_so(
     assert f"{TOP}.manifest" not in manifests(tmp_path)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("words", COMMANDS)
 def test_report_names_new_manifests(tmp_path: Path, words: tuple[str, ...]) -> None:
     two(tmp_path)
@@ -618,6 +626,7 @@ def test_snapshot_gets_a_manifest_if_the_disk_has_one(tmp_path: Path) -> None:
     succeed("verify", "new.add-cow", cwd=tmp_path)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("words", "removed"),
     [
@@ -669,6 +678,7 @@ def test_jobs_without_manifests_say_nothing_of_them(tmp_path: Path) -> None:
 # ---- farms ----
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("job", ["commit", "flatten", "reset"])
 @pytest.mark.parametrize("jobs", ["0", "2"])
 def test_scrub_after_a_farm_job_is_clean(tmp_path: Path, job: str, jobs: str) -> None:
@@ -707,7 +717,7 @@ EVENTS = (
 )
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("action", ["error", "kill"])
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("job", WALKS)
