@@ -39,9 +39,6 @@ COMMITTED, FLATTENED = 512 * KiB, 4 * MiB
 #: The processor's time that the plan of 10,000 overlays may take, in seconds.
 PLANNING = 2.0
 
-#: A run of a farm job writes up to 4 GiB, and what it wrote is brought back before the next one.
-MOST_RUNS = 3
-
 UNSAFE, WRITEBACK = ("-t", "unsafe"), ("-t", "writeback")
 
 #: Why a job of a farm cannot reach its target, as measured against a bare loop of the same calls,
@@ -244,7 +241,6 @@ def _cases(
             hot=("farm", "peer"),
             target=target,
             limit=limit,
-            most_runs=MOST_RUNS,
         )
         for way, told, ours, theirs in ways
     )

@@ -134,7 +134,7 @@ class Setting:
             f"{human_size(self.data)} of guest data (scale {self.scale}); the directory of the "
             f"files is on {self.filesystem}, the xfs cases are on a loop device there.",
             f"One warm-up and {self.runs} counted runs each, the contenders taking turns; short "
-            "commands are run more often. The figures are medians.",
+            "commands are run more often, and long ones three times. The figures are medians.",
             "Whole processes, timed from outside, start-up included, output discarded; where "
             "start-up is excluded, the table says so.",
             "The page cache is hot: what a case reads has been read just before.",

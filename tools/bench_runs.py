@@ -92,10 +92,9 @@ class Case:
     """A job, those who do it, and the ratio to be reached; None if there is none.
 
     ``contenders`` are made for a directory and the bytes of guest data; ``hot`` are the files
-    that they read. Short commands run ``often`` times as many times; of long ones ``most_runs`` are
-    counted, so that all cases together take half an hour. ``synced``: whether everything is synced
-    before each run. ``limit``: what keeps the target from being reached, as measured; it is printed
-    where the target is missed.
+    that they read. Short commands run ``often`` times as many times. ``synced``: whether everything
+    is synced before each run. ``limit``: what keeps the target from being reached, as measured; it
+    is printed where the target is missed.
     """
 
     name: str
@@ -105,7 +104,6 @@ class Case:
     target: float | None = None
     measure: Measure = Measure.SPEED
     often: int = 1
-    most_runs: int | None = None
     synced: bool = True
     limit: str = ""
 
