@@ -8,14 +8,11 @@ order of the files, in which an error is an object with ``error`` and ``exit``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from addcow_mp.cli.jsontext import failure_json, print_document
 from addcow_mp.cli.messages import report_failure
 from addcow_mp.cli.options import JobChangeOptions, Printing, ProgressOptions, Workers
 from addcow_mp.errors import AddcowError, StoppedError, UsageError
-from addcow_mp.findings import worst
 
 if TYPE_CHECKING:
     from addcow_mp.farm.shared_search import SharedSearch
@@ -27,8 +24,7 @@ T = TypeVar("T")
 _ENDING = (StoppedError, UsageError)
 
 
-@dataclass(frozen=True)
-class Result(Generic[T]):
+class Result(NamedTuple, Generic[T]):
     """What the work on a file has returned, or the error that ended it."""
 
     value: T | None
@@ -98,12 +94,23 @@ def print_results(
         statuses.append(code)
         documents.append(document)
     if printing.as_json:
+        from addcow_mp.cli.jsontext import print_document
+
         print_document(documents if is_list else documents[0])
+    return statuses[0] if len(statuses) == 1 else _worst(statuses)
+
+
+def _worst(statuses: list[int]) -> int:
+    # The module of findings takes a twentieth of the time of `info`, which needs it here alone.
+    from addcow_mp.findings import worst
+
     return worst(statuses)
 
 
 def _failed(error: AddcowError | None) -> tuple[int, object]:
     """Print an error; returns its status, and itself as JSON."""
+    from addcow_mp.cli.jsontext import failure_json
+
     assert error is not None  # noqa: S101 - there is a value or an error
     path = error.fields.get("path")
     return report_failure(str(error), error.exit_code), failure_json(
