@@ -6,13 +6,20 @@ from typing import Annotated
 
 import typer
 
-from addcow_mp.cli.options import Discard, File, JobChangeOptions, Printing
+from addcow_mp.cli.options import File, JobChangeOptions, Printing
 
 
 def command(
     *,
     file: File,
-    discard: Discard = False,
+    discard: Annotated[
+        bool,
+        typer.Option(
+            "--discard",
+            help="then remove the .add-cow file, if every cluster is allocated: the image file "
+            "alone is the disk",
+        ),
+    ] = False,
     adopt: Annotated[
         bool,
         typer.Option("--adopt", help="take a copy of FILE or of its qcow2 file for the original"),
