@@ -684,3 +684,28 @@ def test_rebase_on_a_full_disk_changes_no_view(tmp_path: Path) -> None:
             (here / "fill").unlink()
             succeed("rebase", "-b", "new.img", TOP, cwd=here)
             assert oracle.guest_bytes(str(here / TOP)) == before
+
+
+def test_farm_rebase_of_named_files_alone(tmp_path: Path) -> None:
+    clones(tmp_path, 3)
+    draw_raw(tmp_path / "other.img", "AB")
+    draw(tmp_path / "else.add-cow", "-X", "other.img")
+    words = ("-b", "new.img", "--from", "base.img", "vm00.add-cow", "else.add-cow")
+    told = farm_rebase(tmp_path, *words)
+    assert (told["summary"]["images"], told["summary"]["done"]) == (1, 1)
+    again = addcow("farm", "rebase", *words, cwd=tmp_path)
+    assert (again.status, again.stderr) == (0, "")
+    assert "1 nothing to do" in again.stdout
+    none = addcow("farm", "rebase", "-b", "new.img", "--from", "base.img", "else.add-cow",
+                  cwd=tmp_path)  # fmt: skip
+    assert none.stderr == (
+        "addcow: no overlay in these places stands on the backing file to be replaced\n"
+    )
+
+
+def test_farm_rebase_reads_every_image_back(tmp_path: Path) -> None:
+    clones(tmp_path, 3)
+    before = views(tmp_path)
+    told = farm_rebase(tmp_path, "--verify", "-b", "new.img", ".")
+    assert all(len(one["guest-digest"]) == 64 for one in told["images"])
+    assert views(tmp_path) == before

@@ -12,7 +12,7 @@ from addcow_mp.cli import signals
 from addcow_mp.cli.farm_results import print_result
 from addcow_mp.cli.listing import explain
 from addcow_mp.cli.log import FarmLog
-from addcow_mp.cli.messages import warn
+from addcow_mp.cli.messages import say, warn
 from addcow_mp.cli.options import (
     ChangeOptions,
     CopyingOptions,
@@ -112,7 +112,11 @@ class FarmJobOptions(FarmRunOptions):
 def finish(result: FarmResult, printing: ListPrinting) -> None:
     """Print ``result`` and exit."""
     print_result(result, printing)
-    explain(result.plan.places, [image.path for image in result.images], quiet=printing.quiet)
+    plan, images = result.plan, [image.path for image in result.images]
+    overlays = [one.path for one in plan.dependency_index.farm]
+    explain(plan.places, [*images, *overlays], quiet=printing.quiet)
+    if plan.rebasing is not None and overlays and not images:
+        say("no overlay in these places stands on the backing file to be replaced")
     if type(result.problem) is StoppedError:
         raise signals.by_signal(result.problem)
     if result.problem is not None:

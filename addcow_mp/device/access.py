@@ -63,6 +63,10 @@ class Access(NamedTuple):
         others = (root for root in self.roots if root != directory)
         return self._replace(roots=(directory, *others))
 
+    def naming(self, path: str) -> Access:
+        """This access with ``path`` as one more file that the user named."""
+        return self if self.files is None else self._replace(files=self.files | {path})
+
     def open_named(self, path: str, *, writable: bool = False) -> File:
         """Open a file that the user named: any regular file or allowed device."""
         if self.files is not None and path not in self.files:

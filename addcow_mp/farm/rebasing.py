@@ -94,11 +94,11 @@ def _overlays_of(farm: list[Named], base: str | None, backing: NewBacking) -> li
     """The overlays that stand on ``base``, or on the one base that there is."""
     new = _chain_of(backing.name) if backing.name else set()
     found = [one for one in farm if one.backing_name is not None and one.identity not in new]
-    if base is not None:
-        identity = identity_at(base)
-        wanted: Identity | str = plain(os.path.abspath(base)) if identity is None else identity
-        return [one for one in found if _base_of(one)[0] == wanted]
     target = identity_at(backing.name) if backing.name else None
+    if base is not None:
+        old = identity_at(base) or plain(os.path.abspath(base))
+        # Those that an earlier run has moved have nothing to do.
+        return [one for one in found if _base_of(one)[0] in (old, target)]
     bases = {key: one for one in found if (key := _base_of(one)[0]) != target}
     if len(bases) > 1:
         names = sorted(str(one.backing_path) for one in bases.values())

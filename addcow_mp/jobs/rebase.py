@@ -236,7 +236,8 @@ def _opened(
             return
         if format_ == RAW and not access.force:
             refuse_image_as_backing(located.path)
-        with closing(open_below(overlay, located.path, format_, access)) as new:
+        named = access.naming(located.path)
+        with closing(open_below(overlay, located.path, format_, named)) as new:
             yield _Change(overlay, backing, located, format_, new)
 
 
