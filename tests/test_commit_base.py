@@ -1,7 +1,7 @@
-"""Tests of `addcow commit -b`: a layer further down shows what the guest sees.
+"""Tests of `addcow commit -b`: a layer further down gets what the guest sees.
 
-No view of a layer above it changes, whatever interrupts the job, and the same command finishes it.
-test_faults walks through every fault point, and test_powercut cuts the power.
+No view of a layer above it changes, also after an interruption, and the same command finishes the
+job. test_faults walks through every fault point, and test_powercut cuts the power.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from support.warm import Warm
 
 pytestmark = pytest.mark.sample(1)
 
-#: Small ones: bitmaps are read byte by byte.
+#: Small clusters, since the tests read bitmaps byte by byte.
 CLUSTER = 4 * KiB
 BIG = command.CLUSTER
 draw = partial(command.draw, cluster=CLUSTER)
@@ -65,7 +65,7 @@ INTO = ("commit", "-b", BASE)
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """Three overlays over a raw file; each holds something that the one above hides."""
+    """Three overlays over a raw file; the upper ones hide some clusters of the lower ones."""
     (tmp_path / "here").mkdir()
     return laid(tmp_path / "here")
 
@@ -171,7 +171,7 @@ OVERLAYS = ("low", "mid", "top")
 
 
 def as_qcow2(here: Path, base: str, overlays: list[str]) -> None:
-    """The same chain in qcow2, over a raw file."""
+    """Make the same chain in qcow2, over a raw file."""
     shutil.copy(here / base, here / "base-q.img")
     below, kind = "base-q.img", "raw"
     for name, picture in zip(OVERLAYS, overlays, strict=True):
@@ -276,7 +276,7 @@ def with_flag(here: Path, name: str, picture: str) -> None:
 
 @pytest.mark.parametrize("name", [LOW, MID, TOP])
 def test_layer_with_all_allocated_covers_everything(here: Path, name: str) -> None:
-    """Its bits are out of date, and nothing below it is seen through it."""
+    """Its bits are not consulted, and the layers below it are not visible through it."""
     with_flag(here, name, "x-y-X-Y-")
     before = views(here)
     succeed(*INTO, TOP, cwd=here)
@@ -336,7 +336,7 @@ def test_name_in_the_chain_counts_beside_a_file_that_is_not_in_it(
 
 @pytest.mark.long
 def test_name_of_two_layers_is_refused(here: Path, tmp_path: Path) -> None:
-    """In the working directory it is one layer, and in the chain the name of another."""
+    """The name leads to one layer in the working directory, and names another one in the chain."""
     (here / "deep").mkdir()
     draw_raw(here / "deep" / LOW, "ABCDEFGH")
     draw(here / LOW, "-l-M----", f"deep/{LOW}")
@@ -394,7 +394,7 @@ def disguised(here: Path) -> None:
 def nothing(_: Path) -> None: ...
 
 
-#: What is arranged, the base, words of the refusal, and whether --force overrides it.
+#: What prepares the files, the base, words of the refusal, and whether --force overrides it.
 REFUSALS: dict[str, tuple[Callable[[Path], object], str, str, bool]] = {
     "not in the chain": (
         lambda here: draw_raw(here / "x.img", "A"),
@@ -440,7 +440,7 @@ def test_commit_b_is_refused_and_changes_nothing(here: Path, name: str) -> None:
 
 
 def test_other_overlays_above_the_base_may_stand_and_keep_what_they_show(here: Path) -> None:
-    """They look at the base through the layer directly above it."""
+    """They read the base through the layer directly above it."""
     for name, backing in (("one", LOW), ("two", MID)):
         draw(here / f"{name}.add-cow", "-------W", backing, backing_format="add-cow")
     others = [here / "one.add-cow", here / "two.add-cow"]
@@ -527,7 +527,7 @@ def test_copied_up_data_is_readable_by_no_more_users(here: Path) -> None:
 
 
 def spread(here: Path, *pictures: str) -> None:
-    """The same chain in clusters that are large beside what a file system takes for itself."""
+    """The same chain with clusters that are large compared with the metadata of a file system."""
     command.draw_raw(here / BASE, "ABCDEFGH")
     below, kind = BASE, "raw"
     for name, picture in zip((LOW, MID, TOP), pictures or PICTURES, strict=True):
@@ -556,7 +556,7 @@ def test_space_of_what_is_copied_up_is_counted_before(disk: Path, leave: int) ->
 
 @pytest.mark.long
 def test_space_of_both_layers_is_counted_together(disk: Path) -> None:
-    """The base lacks as much as the layer above it: neither alone is too much."""
+    """Both layers need equal space. There is room for either of them, but not for both."""
     spread(disk, "-" * 8, "-" * 8, "TT------UUUU")
     fill(disk, leave=5 * BIG)
     before = snapshot(disk)
@@ -612,7 +612,7 @@ def test_bits_of_an_add_cow_base_come_last(here: Path, trace: Trace) -> None:
 def test_bits_that_an_interrupted_run_left_in_memory_are_made_durable(
     here: Path, trace: Trace
 ) -> None:
-    """They are in the file already, so nothing is copied up. The base relies on them."""
+    """The bits are in the file, so nothing is copied up. The bits must be durable before BASE."""
     laid(here, low="ALCM-F--")
     commit_into(str(here / TOP), str(here / BASE), options=RunOptions(0))
     words = [(call.word, call.file) for call in trace.calls]
@@ -625,7 +625,7 @@ def test_bits_that_an_interrupted_run_left_in_memory_are_made_durable(
 
 @pytest.mark.parametrize("end", [8 * CLUSTER, 6 * CLUSTER + 512], ids=["whole", "cut"])
 def test_only_what_is_covered_is_written_into_the_base(here: Path, trace: Trace, end: int) -> None:
-    """What falls through is never written to the file that it is read from."""
+    """Bytes that fall through are never written to the file from which they are read."""
     laid(here, low="---M----", mid="--------", top="--------")
     os.truncate(here / "mid.raw", end)
     draw(here / TOP, "-", MID, backing_format="add-cow", cluster=8 * CLUSTER)
@@ -635,7 +635,7 @@ def test_only_what_is_covered_is_written_into_the_base(here: Path, trace: Trace,
         for call in trace.calls
         if call.file == BASE and call.word in ("data", "free")
     ]
-    # The layer above has a cluster of its own by then where the middle one ends.
+    # Where the middle layer ends, the layer above the base has an allocated cluster by then.
     behind = [] if end == 8 * CLUSTER else [(6 * CLUSTER, end), (end, 8 * CLUSTER)]
     assert written == [(3 * CLUSTER, 4 * CLUSTER), *behind]
 
@@ -661,7 +661,7 @@ def seen(here: Path) -> list[bytes]:
 
 
 def large(here: Path) -> list[bytes]:
-    """The same chain over and over: several steps for each of several processes."""
+    """Make the chain 30 times as long, so that each of several processes has several steps."""
     laid(here, *(30 * part for part in PICTURES))
     draw_raw(here / BASE, 30 * "ABCDEFGH")
     return seen(here)

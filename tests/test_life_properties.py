@@ -1,7 +1,7 @@
-"""Property test of an image's life: random jobs, one after the other, on a small farm.
+"""Property test of the life of images: random jobs, one after the other, on a small farm.
 
-The model is what each guest sees, and which file stands on which. After every job each view is read
-by an independent reader. A job that the model calls impossible is refused, and changes nothing.
+The model holds what each guest sees, and which file stands on which. After every job an independent
+reader reads each view. A job that the model calls impossible must be refused and change nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.sample(1)
 
 CLUSTERS = [4 * KiB, 8 * KiB, 64 * KiB]
 
-#: Of all raw bases, in sectors and odd bytes.
+#: The largest size of a raw base, in sectors.
 MOST = 200
 
 
@@ -80,7 +80,7 @@ class Life(RuleBasedStateMachine):
         return self.here / name
 
     def does(self, job: Callable[[], object], *, possible: bool) -> bool:
-        """Do a job if it is possible, else see that it is refused."""
+        """Do a job if it is possible, else assert that it is refused; returns ``possible``."""
         if possible:
             job()
             return True
@@ -100,7 +100,7 @@ class Life(RuleBasedStateMachine):
         clusters=st.lists(st.sampled_from(CLUSTERS), min_size=3, max_size=3),
     )
     def begin(self, lengths: list[int], clusters: list[int]) -> object:
-        """Two bases that are equal in part, and three overlays."""
+        """Make two bases that are equal in part, and three overlays."""
         for number, length in enumerate(lengths):
             name = f"base-{number}.img"
             content = b"".join(b"%7d\n" % at for at in range(0, length, 8))[:length]
@@ -124,12 +124,12 @@ class Life(RuleBasedStateMachine):
 
     @rule(target=overlays, base=st.sampled_from([0, 1]), cluster=st.sampled_from(CLUSTERS))
     def create(self, base: int, cluster: int) -> str:
-        """One more overlay of a base."""
+        """Create one more overlay of a base."""
         return self._create(f"base-{base}.img", cluster)
 
     @rule(target=overlays, name=overlays)
     def snapshot(self, name: str) -> str:
-        """A new overlay over another one."""
+        """Create a new overlay over another one."""
         new = self.new_name()
         addcow_mp.snapshot(self.path(name), self.path(new))
         self.seen[new], self.below[new] = bytearray(self.seen[name]), name
@@ -141,7 +141,7 @@ class Life(RuleBasedStateMachine):
         name=overlays, at=st.integers(0, MOST), count=st.integers(1, 90), fill=st.integers(0, 255)
     )
     def write(self, name: str, at: int, count: int, fill: int) -> None:
-        """A guest writes; not below other overlays."""
+        """Write as a guest; refused if other overlays stand on the overlay."""
         size = len(self.seen[name])
         start = min(at * SECTOR, size)
         data = bytes([fill]) * min(count * SECTOR, size - start)
@@ -155,13 +155,13 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=overlays, jobs=st.sampled_from([0, 0, 0, 1]))
     def flatten(self, name: str, jobs: int) -> None:
-        """Every cluster becomes allocated."""
+        """Allocate every cluster."""
         addcow_mp.flatten(self.path(name), jobs=jobs)
         self.whole.add(name)
 
     @rule(name=overlays, jobs=st.sampled_from([0, 0, 0, 1]))
     def commit(self, name: str, jobs: int) -> None:
-        """The overlay goes into its backing file, which no other one may need."""
+        """Commit into the backing file; refused if another overlay stands on that file."""
         below = self.below[name]
         possible = below is not None and self.users(below) == {name}
         if possible and below in self.below:
@@ -173,7 +173,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=overlays, depth=st.integers(1, 3), jobs=st.sampled_from([0, 0, 0, 1]))
     def commit_into(self, name: str, depth: int, jobs: int) -> None:
-        """The overlay goes into a layer further down; every other view stays."""
+        """Commit into a layer further down; every other view stays."""
         layers = [name, *self.chain(name)]
         looks_below = [one not in self.whole for one in layers[:depth]]
         if depth >= len(layers) or not all(looks_below):
@@ -191,7 +191,7 @@ class Life(RuleBasedStateMachine):
     @rule(name=overlays, other=overlays | st.sampled_from(["base-0.img", "base-1.img"]),
           jobs=st.sampled_from([0, 0, 0, 1]))  # fmt: skip
     def rebase(self, name: str, other: str, jobs: int) -> None:
-        """Another backing file, unless that stands on the overlay."""
+        """Change the backing file; refused if the new one stands on the overlay."""
         is_circle = other == name or (other in self.below and name in self.chain(other))
         format_ = "add-cow" if other in self.below else "raw"
 
@@ -203,14 +203,14 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=overlays)
     def rebase_to_nothing(self, name: str) -> None:
-        """No backing file."""
+        """Remove the backing file from the header."""
         addcow_mp.rebase(self.path(name), None)
         self.below[name] = None
         self.whole.add(name)
 
     @rule(name=overlays, sectors=st.integers(1, 2 * MOST))
     def resize(self, name: str, sectors: int) -> None:
-        """Another size; none is cut off below other overlays."""
+        """Change the size; a smaller one is refused if other overlays stand on the overlay."""
         size = sectors * SECTOR
         possible = size >= len(self.seen[name]) or not self.users(name)
         if self.does(
@@ -220,7 +220,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=overlays)
     def reset(self, name: str) -> None:
-        """Back to the backing file; not below other overlays."""
+        """Reset to the backing file; refused if other overlays stand on the overlay."""
         below = self.below[name]
         possible = below is not None and not self.users(name) and name not in self.whole
         if self.does(lambda: addcow_mp.reset(self.path(name)), possible=possible):
@@ -229,7 +229,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def every_guest_sees_its_disk(self) -> None:
-        """Every view is that of the model."""
+        """Every view equals that of the model."""
         for name, content in self.seen.items():
             if name in self.below:
                 assert oracle.guest_bytes(str(self.path(name))) == content, name

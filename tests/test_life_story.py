@@ -1,8 +1,8 @@
-"""A story: what an administrator does with a farm between `create` and `flatten`.
+"""Test of the life of a farm: what an administrator does with it after `create`.
 
-Sixty machines of one golden base are used, snapshotted, reset, brought to a new version of the base
-and resized, and one is committed two layers down. After every step each guest sees what it should,
-by an independent reader, and in the end all is checked and verified.
+Sixty machines of one golden base are used, snapshotted, reset, rebased to a new version of the base
+and resized. One is committed two layers down. After every step an independent reader proves that
+each guest sees its disk. At the end the farm is checked and verified.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIZE = 16 * CLUSTER
 
 
 class Farm:
-    """The machines, and what each guest should see."""
+    """The machines, and what each guest must see."""
 
     def __init__(self, here: Path, rng: random.Random) -> None:
         self.here, self.rng = here, rng
@@ -34,12 +34,12 @@ class Farm:
             assert oracle.guest_bytes(str(self.here / name)) == content, name
 
     def create(self, name: str, base: str) -> None:
-        """A new machine over a raw base."""
+        """Create a new machine over a raw base."""
         succeed("create", "-q", "-b", base, "-F", "raw", name, cwd=self.here)
         self.seen[name] = bytearray((self.here / base).read_bytes())
 
     def use(self, name: str) -> None:
-        """Let the guest write somewhere."""
+        """Write as the guest, at a random place."""
         at = self.rng.randrange(len(self.seen[name]) // 512) * 512
         length = min(self.rng.choice([512, 4096, CLUSTER]), len(self.seen[name]) - at)
         pattern = self.rng.randrange(1, 256)
@@ -47,12 +47,12 @@ class Farm:
         self.seen[name][at : at + length] = bytes([pattern]) * length
 
     def snapshot(self, name: str, new: str) -> None:
-        """What the guest writes from now on goes to ``new``."""
+        """Take a snapshot: the overlay ``new`` gets the later writes of the guest."""
         succeed("snapshot", "-q", name, new, cwd=self.here)
         self.seen[new] = bytearray(self.seen[name])
 
     def resize(self, name: str, change: int) -> None:
-        """Another size: the new part is zeros."""
+        """Change the size by ``change`` bytes; a new part is zeros."""
         succeed("resize", "-q", "--shrink", name, f"{change:+}", cwd=self.here)
         size = len(self.seen[name]) + change
         self.seen[name] = bytearray(bytes(self.seen[name][:size]).ljust(size, b"\0"))

@@ -1,8 +1,8 @@
-"""Tests of manifests that jobs make: commit, flatten, reset and snapshot.
+"""Tests of manifests that jobs make: commit, flatten, rebase, reset and snapshot.
 
-The judge of a new manifest is the one that `manifest create` makes afterwards, byte for byte, and
-that one is judged by the oracle elsewhere. Damage is planted as a disk does it: the bytes change,
-and no time stamp. The same job on undamaged files says what the guests should see.
+A new manifest must equal, byte for byte, the one that `manifest create` makes afterwards. Other
+tests compare that one with the oracle. Damage is planted as a disk does it: bytes change, and time
+stamps do not. The same job on undamaged files says what the guests must see.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from addcow_mp.device.access import Access
 from addcow_mp.errors import AddcowError
 from addcow_mp.jobs.commit import commit
 from addcow_mp.jobs.create import snapshot
@@ -54,7 +55,7 @@ from support.warm import Warm
 TOP = "top.add-cow"
 BASE = "top-base.add-cow"
 
-#: Sizes of the random chains: several leaves, and seldom more than a group.
+#: The largest size of the random chains: several leaves, and rarely more than a group.
 MOST = 1 * MiB
 
 
@@ -117,9 +118,8 @@ JOBS: dict[str, Callable[[str, RunOptions], Report]] = {
 }
 EACH = pytest.mark.parametrize("job", JOBS)
 
-#: Small chains are done in this process, whatever is asked for: workers are tried below.
-FORCING = RunOptions(jobs=0)
-FORCING = RunOptions(jobs=0, access=FORCING.access._replace(force=True))
+#: --force, and no worker processes: other tests below use workers.
+FORCING = RunOptions(jobs=0, access=Access(force=True))
 
 
 def drawn(seed: int, place: Path) -> Files:
@@ -166,7 +166,7 @@ def fresh(place: Path, top: str) -> dict[str, bytes]:
 
 
 def record(files: Files) -> None:
-    """Make a manifest of every layer, also where the top does not need the layers below it."""
+    """Make a manifest of every layer, also of layers that the top does not need."""
     for layer in reversed(layers_of(files)):
         create(layer.path, FORCING, format_=format_of(layer.path))
     for name in ("same.raw", "other.raw"):
@@ -180,7 +180,7 @@ def status(top: str) -> int:
 
 
 def attempt(job: str, files: Files, options: RunOptions = FORCING) -> Report | None:
-    """Run a job; None where it is refused: no backing file, or a shorter one."""
+    """Run a job; None if it is refused, as without a backing file or with a shorter one."""
     if files.backing is None and job in ("rebase", "rebase -u"):
         return None  # there is nothing that a new backing file could resemble
     with suppress(AddcowError):
@@ -209,7 +209,7 @@ def test_new_manifests_are_those_that_manifest_create_makes(
     assert report.manifests_gone == [f"{files.path}.manifest"] * (job == "discard")
     assert [one for one in report.warnings if "manifest" in one] == []
     wanted = fresh(place, top)
-    # Layers that the guest of the top does not see any more keep theirs.
+    # Layers that the guest of the top no longer sees keep their manifests.
     assert {name: after[name] for name in wanted} == wanted
     gained = {f"{top}.manifest"} if job in ("discard", "snapshot") else set()
     lost = {f"{TOP}.manifest"} if job == "discard" else set()
@@ -221,7 +221,7 @@ def test_new_manifests_are_those_that_manifest_create_makes(
 
 
 def reseal(layer: Files) -> None:
-    """Let a manifest describe the files as they are but for their data, as after a disk's fault."""
+    """Write the present sizes and times of the files into a manifest: only data may differ."""
     path = Path(f"{layer.path}.manifest")
     if not path.exists():
         return
@@ -328,7 +328,7 @@ def test_damage_before_a_job_is_found_at_its_place_afterwards(
 
 
 def is_refused(here: Path, *words: str) -> None:
-    """Assert that the job is done, and that damage keeps it from making a manifest."""
+    """Assert that the job succeeds, and makes no new manifest because of the damage."""
     told = addcow(*words, TOP, cwd=here)
     assert told.status == 0
     (line,) = (one for one in told.stderr.splitlines() if "manifest" in one)
@@ -338,7 +338,7 @@ def is_refused(here: Path, *words: str) -> None:
 
 
 def test_damage_in_a_leaf_that_mixes_layers_is_not_hidden(tmp_path: Path) -> None:
-    """What an overlay with small clusters receives, and what it flattens over no manifest."""
+    """In a commit into an overlay with small clusters, and in a flatten over a base without one."""
     draw_raw(tmp_path / "base.img", "ABCDEFGHABCDEFGH" * 2, cluster=4 * KiB)
     draw(tmp_path / "mid.add-cow", "-M--M---" + "-" * 24, cluster=4 * KiB)
     draw(tmp_path / TOP, "X-0bY---" * 4, "mid.add-cow", backing_format="add-cow", cluster=4 * KiB)
@@ -359,7 +359,7 @@ def test_damage_in_a_leaf_that_mixes_layers_is_not_hidden(tmp_path: Path) -> Non
 
 
 def test_damage_of_a_base_beside_what_it_receives_is_not_hidden(tmp_path: Path) -> None:
-    """Nothing is known of an overlay without manifest; the rest of its leaves is compared."""
+    """The overlay has no manifest; the rest of the leaves that it changes is compared."""
     two(tmp_path)
     (tmp_path / f"{TOP}.manifest").unlink()
     flip(str(tmp_path / "base.img"), 4 * KiB + 9)
@@ -392,7 +392,7 @@ def test_damage_in_the_leaf_where_an_overlay_ends_is_not_hidden(
 
 
 def test_lost_data_is_found_where_a_hole_is(tmp_path: Path) -> None:
-    """A group of leaves of which the disk has lost everything, so that nothing is there to read."""
+    """The disk has lost a whole group of leaves: the file has a hole there."""
     size = 48 * MiB
     with (tmp_path / "base.img").open("wb") as file:
         file.write(b"x" * size)
@@ -426,7 +426,7 @@ def test_failed_job_says_which_manifests_are_gone(warm: Warm, tmp_path: Path) ->
 
 
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """The bytes that this process reads of each file from now on."""
+    """Count the bytes that this process reads of each file from now on."""
     counted: Counter[str] = Counter()
     preadv, pread = os.preadv, os.pread
 
@@ -450,7 +450,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_no_byte_of_a_disk_is_read_for_a_new_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
-    """The same job reads the same bytes of disks with manifests and without new ones."""
+    """A job reads the same bytes of the disks with and without new manifests."""
     told = []
     for manifest in (True, False):
         here = tmp_path / f"{manifest}"
@@ -499,7 +499,7 @@ def test_rebase_that_trusts_manifests_reads_no_base_for_the_new_one(
 @pytest.mark.long
 @EACH
 def test_workers_take_over_digests_and_read_what_is_unknown(tmp_path: Path, job: str) -> None:
-    """A base of 1.5 GiB in holes; the manifests of a large chain do not fit the first buffer."""
+    """A sparse base of 1.5 GiB: the manifests of a large chain do not fit the first buffer."""
     rng = random.Random(job)
     size = 1536 * MiB
     for name in ("base.img", "top.raw"):
@@ -533,14 +533,14 @@ def test_workers_take_over_digests_and_read_what_is_unknown(tmp_path: Path, job:
     assert {one: after[one] for one in names} == {one: wanted[one] for one in names}
 
 
-# ---- whoever has none gets none ----
+# ---- layers without a manifest get none ----
 
 
 def test_only_layers_that_had_a_manifest_get_one(tmp_path: Path) -> None:
     two(tmp_path)
     (tmp_path / "base.img.manifest").unlink()
     told = succeed("commit", "--output", "json", TOP, cwd=tmp_path)
-    # Without one of the base there is nothing that an overlay over it could refer to.
+    # The manifest of an overlay refers to that of its base, which does not exist.
     assert told.json["manifests-removed"] == [f"{TOP}.manifest"]
     assert "manifests-made" not in told.json
     assert manifests(tmp_path) == {}
@@ -703,7 +703,7 @@ def test_scrub_after_a_farm_job_is_clean(tmp_path: Path, job: str, jobs: str) ->
 
 # ---- faults and kills ----
 
-#: The commands of the walks, and how often the image is looked at for damage.
+#: The commands that meet a fault at each event.
 WALKS: dict[str, tuple[str, ...]] = {
     "commit": ("commit", "--jobs", "0", TOP),
     "flatten": ("flatten", "--jobs", "0", TOP),

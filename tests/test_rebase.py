@@ -1,7 +1,7 @@
 """Tests of `addcow rebase` and `addcow farm rebase`: overlays get another backing file.
 
-A guest sees the same disk before and after, and at any moment in between. Only what differs between
-the old and the new backing file is copied.
+A guest sees the same disk before, during and after the job. Only clusters in which the old and the
+new backing file differ are copied.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ TOP = "top.add-cow"
 
 
 def content_of(path: Path) -> bytes:
-    """What a guest sees of a file, and of a raw file all of its bytes."""
+    """What the guest of an overlay sees; of a raw file all of its bytes."""
     return oracle.guest_bytes(str(path)) if path.suffix == ".add-cow" else path.read_bytes()
 
 
 def changed(rng: random.Random, content: bytes) -> bytes:
-    """A new version of a disk: some sectors are different, some are zeros, and its end is moved."""
+    """A new version of a disk: some bytes are changed or zeros, and its length may differ."""
     new = bytearray(content)
     for _ in range(rng.randint(0, 6)):
         at = rng.randrange(max(1, len(new)))
@@ -89,7 +89,7 @@ def sparse(path: Path, content: bytes) -> None:
 
 
 def new_version(rng: random.Random, here: Path, old: bytes) -> tuple[str, str]:
-    """Make the new backing file, which is a raw file or an overlay; its name and its format."""
+    """Make the new backing file, a raw file or an overlay; returns its name and its format."""
     content = changed(rng, old)
     if rng.random() < 0.5:
         sparse(here / "new.img", content)
@@ -99,10 +99,10 @@ def new_version(rng: random.Random, here: Path, old: bytes) -> tuple[str, str]:
     clusters = -(-len(content) // (4 * KiB))
     size = clusters * 4 * KiB
     sparse(here / "over.raw", content.ljust(size, b"\0"))
-    local = [one for one in range(clusters) if rng.random() < 0.9]
+    allocated = [one for one in range(clusters) if rng.random() < 0.9]
     (here / "new.add-cow").write_bytes(
         overlay_bytes(
-            image="over.raw", size=size, backing="below.raw", cluster=4 * KiB, local=local
+            image="over.raw", size=size, backing="below.raw", cluster=4 * KiB, local=allocated
         )
     )
     return "new.add-cow", "add-cow"
@@ -145,7 +145,7 @@ def test_rebase_shows_the_same_disk_and_copies_only_what_differs(
     assert read_header(Path(files.path)).backing == name
     now = snapshot(tmp_path)
     assert {path: now[path] for path in others} == others
-    # A job that publishes no bits leaves stray ones to the check.
+    # A job that publishes no bits leaves stray bits in place, and the check reports them.
     assert addcow("check", TOP, cwd=tmp_path).status in ((0, 2, 3) if after == before else (0, 3))
     before_again = snapshot(tmp_path)
     succeed("rebase", "-b", name, "-F", format_, TOP, cwd=tmp_path)
@@ -168,7 +168,7 @@ def test_rebase_to_nothing_makes_the_overlay_stand_alone(
     header = read_header(Path(files.path))
     assert (header.backing, header.backing_format) == ("", "")
     assert header.compatible & ALL_ALLOCATED
-    # With ALL_ALLOCATED no bits are published, and stray ones stay.
+    # With ALL_ALLOCATED no bits are published, so stray bits stay.
     expected = 2 if chain.all_allocated and chain.stray and chain.clusters else 0
     assert addcow("check", TOP, cwd=tmp_path).status == expected
 
@@ -319,7 +319,7 @@ def test_name_that_does_not_fit_is_refused_first(tmp_path: Path) -> None:
     draw_raw(tmp_path / "new.img", "AB", cluster=4 * KiB)
     draw_raw(tmp_path / "top.raw", "XY", cluster=4 * KiB)
     free = 4 * KiB - 76 - len("base.img") - len("top.raw")
-    image = "./" * (free // 2) + "top.raw"  # leaves a byte at the most
+    image = "./" * (free // 2) + "top.raw"  # leaves at most one free byte
     (tmp_path / TOP).write_bytes(
         overlay_bytes(image=image, size=8 * KiB, backing="base.img", cluster=4 * KiB, local=[0])
     )
@@ -370,7 +370,7 @@ def short_bitmap(here: Path) -> None:
 
 
 def nothing(_: Path) -> None:
-    """Leave all as it is."""
+    """Change nothing."""
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str, bool]] = {
@@ -504,7 +504,7 @@ def test_write_into_a_clone_is_seen_while_it_is_only_in_memory(xfs: Disk) -> Non
 def test_flags_of_extents_decide_whether_blocks_are_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: int, is_shared: bool
 ) -> None:
-    """What the kernel would say of an extent that is unwritten, compressed or not placed yet."""
+    """The kernel marks an extent that is unwritten, compressed or not placed yet with a flag."""
 
     def answer(fd: int, request: int, room: bytearray) -> int:
         struct.pack_into("QQIIII", room, 0, 0, 1 << 20, 1, 1, 1024, 0)
@@ -550,7 +550,7 @@ def test_rebase_to_nothing_keeps_the_order(tmp_path: Path, trace: Trace) -> None
 
 
 def farm_rebase(here: Path, *words: str, status: int = 0) -> dict[str, Any]:
-    """What `farm rebase` reports."""
+    """Run `farm rebase`; returns its report."""
     result = addcow("farm", "rebase", "--output", "json", *words, cwd=here)
     assert result.status == status, result
     report: dict[str, Any] = result.json
@@ -558,7 +558,7 @@ def farm_rebase(here: Path, *words: str, status: int = 0) -> dict[str, Any]:
 
 
 def clones(here: Path, count: int) -> None:
-    """Overlays of one base, each with a cluster of its own, and a new version of the base."""
+    """Make overlays of one base, each with one allocated cluster, and a new version of the base."""
     draw_raw(here / "base.img", "ABCDEFGH")
     draw_raw(here / "new.img", "ABCXEFYH")
     for number in range(count):

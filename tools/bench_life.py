@@ -1,10 +1,10 @@
-"""The cases of an image's life: another backing file, and back to the old one.
+"""The bench cases of rebase and reset.
 
-A rebase compares two backing files of equal size of which one in a hundred clusters differs, and
-copies those. qemu-img does the same with a qcow2 overlay. *Cold*, both have been dropped from the
-page cache. Where all is equal, blocks that two files share on the disk (XFS) or manifests say so,
-and nothing is read: the peer reads both. A reset of many overlays is compared with making as many
-new qcow2 overlays, which is what is done without it.
+A rebase compares two backing files of equal size, in which one of a hundred clusters differs, and
+copies these clusters. qemu-img does the same with a qcow2 overlay. In *cold* cases both files are
+dropped from the page cache first. In cases where all is equal, shared blocks on the disk (XFS) or
+manifests prove it: addcow reads nothing, and qemu-img reads both files. A reset of many overlays is
+compared with the creation of as many new qcow2 overlays, which gives the same result.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from bench_runs import ADDCOW, PROCESSES, Around, Case, Contender, Disk, Stage, 
 
 FULL = 4 * GiB
 
-#: One cluster in so many differs.
+#: One of this many clusters differs.
 DIFFERING = 100
 
-#: Overlays that are reset at full scale, and what each of them holds.
+#: The number of overlays that are reset at full scale, and the bytes that each of them holds.
 OVERLAYS, HELD = 1000, 1 * MiB
 
 BASES = ("old.raw", "new.raw")
 
 
 def _two_versions(here: Path, total: int) -> None:
-    """A base, and a new version of it in which some clusters differ."""
+    """Write a base, and a new version of it in which some clusters differ."""
     write_raw(here / "old.raw", total, [(0, total)], OLD)
     shutil.copyfile(here / "old.raw", here / "new.raw")
     with (here / "new.raw").open("r+b", buffering=0) as file:
@@ -54,7 +54,7 @@ def _two_versions(here: Path, total: int) -> None:
 
 
 def _two_names(here: Path, total: int) -> None:
-    """A base, and a clone of it; both have manifests."""
+    """Write a base and a clone of it, each with a manifest."""
     write_raw(here / "old.raw", total, [(0, total)], OLD)
     tool("cp", "--reflink=auto", "old.raw", "new.raw", cwd=here)
     for name in BASES:
@@ -130,7 +130,7 @@ def _count(total: int) -> int:
 
 
 def _used_overlays(here: Path, total: int) -> None:
-    """Overlays of one base, and the names of as many qcow2 overlays."""
+    """Write overlays of one base, and a list of names for as many qcow2 overlays."""
     (here / "farm").mkdir()
     (here / "peer").mkdir()
     size = 4 * HELD

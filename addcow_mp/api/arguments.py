@@ -2,47 +2,51 @@
 
 The keywords come in groups (:class:`Stoppable` and those that extend it). A function that takes
 ``**keywords: Unpack[Copying]`` accepts each keyword of that group: a type checker knows them, and
-:func:`public` makes the function refuse all others and show these in its signature. What they are
-by default stands in :data:`DEFAULTS`. :func:`working` turns them into the settings and hooks of a
-job.
+:func:`public` makes the function refuse all others and show these in its signature.
+:data:`DEFAULTS` holds their default values. :func:`working` turns them into the settings and hooks
+of a job.
 
-What a function of the caller raises stops the job in the same way, and is raised in the end.
+An exception in a function of the caller stops the job like ``stopping``, and is raised when the job
+has ended.
 
 The keywords are:
 
 ``progress``
-    Called with the bytes done and all bytes, now and then.
+    Called from time to time with the number of bytes done and the number of all bytes.
 ``counted``
-    Called with the images (or layers) done and all of them, after ``progress``.
+    Called after ``progress`` with the number of images (or layers) done and the number of all.
 ``stopping``
-    Asked again and again, perhaps by other threads of this process. Once it returns true, no more
+    Called again and again, perhaps by other threads of this process. Once it returns true, no more
     work begins, finished work is published, and the call raises :class:`StoppedError`.
 ``time_limit``
-    Seconds after which the same happens, with :class:`TimeLimitError`; None = no limit.
+    Seconds after which the job stops in the same way, with :class:`TimeLimitError`; None = no
+    limit.
 ``note``
-    Called with a line about what the job waits for.
+    Called with a line of text that says what the job waits for.
 ``log``
-    Called with each event: the plan, a step that begins, the result of an image, that of all.
+    Called with each event: the plan, the start of a step, the result of an image, the final result.
 ``on_error``
-    ``skip``: after an image was refused or failed, the others go on; ``stop``: no other begins.
+    ``skip``: if an image is refused or fails, the job continues with the others. ``stop``: no
+    further image begins.
 ``jobs``
-    The number of worker processes: None = as many as there are usable processors, 0 = none, the
-    work is done in the calling process.
+    The number of worker processes: None = one for each usable processor, 0 = none: the calling
+    process does the work.
 ``idle``
     Use the disk only when no other program does, where the system can.
 ``rate``
     Bytes per second for all processes together; None or 0 = no limit.
 ``copy``
-    The one method of copying: ``clone``, ``range``, ``buffer`` or ``map``; ``auto`` = choose.
+    The only method of copying: ``clone``, ``range``, ``buffer`` or ``map``. ``auto``: the job
+    chooses.
 ``direct``
-    Copy past the page cache.
+    Copy without the page cache.
 ``sparse``
-    Aligned blocks of so many zero bytes become holes; 0 = do not look for zeros, None = as the
-    command does.
+    Aligned blocks of this many zero bytes become holes; 0 = do not look for zeros, None = the
+    default of the command.
 ``manifest``
-    Make new manifests in place of those that the job removes, as far as it knows all that they say.
+    Make new manifests for those that the job removes, where it knows the new content.
 ``access``
-    Which files may be opened and how; None = only beneath the directory of the image itself.
+    Says which files may be opened and how; None = only files beneath the directory of the image.
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ if TYPE_CHECKING:
     from addcow_mp.jobs.rebase import NewBacking
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-"""The name of a file, in every form that Python knows."""
+"""The name of a file, in every form that Python accepts."""
 
 CopyChoice = Literal["auto", "clone", "range", "buffer", "map"]
 OnError = Literal["skip", "stop"]
@@ -77,7 +81,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Stoppable(TypedDict, total=False):
-    """The keywords of every call that takes a while."""
+    """The keywords of calls that may take long."""
 
     access: Access | None
     stopping: Callable[[], bool] | None
@@ -86,7 +90,7 @@ class Stoppable(TypedDict, total=False):
 
 
 class Planning(Stoppable, total=False):
-    """Those of calls that other processes help with."""
+    """Those of calls that use worker processes."""
 
     jobs: int | None
     idle: bool
@@ -99,7 +103,7 @@ class Working(Planning, total=False):
 
 
 class Reading(Working, total=False):
-    """Those of calls that read as fast as they may."""
+    """Those of calls that read at a limited rate."""
 
     rate: int | None
 
@@ -141,7 +145,7 @@ class FarmCopying(Copying, _FarmJob, total=False):
     """Those of calls that copy in all images of a farm."""
 
 
-#: What each keyword is by default, in the order in which signatures show them.
+#: The default value of each keyword, in the order in which signatures show them.
 DEFAULTS: FarmCopying = {
     "progress": None,
     "counted": None,
@@ -162,7 +166,7 @@ DEFAULTS: FarmCopying = {
 
 
 def public(function: F) -> F:
-    """``function``, which refuses keywords that are not in its group, and shows those that are."""
+    """Return ``function`` with the keywords of its group in its signature; others are refused."""
     group = globals()[function.__annotations__["keywords"].removeprefix("Unpack[")[:-1]]
     hints = group.__annotations__
     own = [one for name, one in signature(function).parameters.items() if name != "keywords"]
@@ -194,7 +198,10 @@ def _as_text(hint: Any) -> str:
 
 
 class Run(NamedTuple):
-    """The settings and hooks of a call, whether its time limit is over, and the log of a farm."""
+    """The settings and hooks of a call; ``is_late``: whether its time limit is over.
+
+    ``log``: called with the events of a farm job.
+    """
 
     options: RunOptions
     hooks: Hooks
@@ -204,9 +211,10 @@ class Run(NamedTuple):
 
 @contextmanager
 def running(given: Mapping[str, object], *, usual: int = 0) -> Iterator[Run]:
-    """A block with the settings that the keywords ``given`` say. The time limit begins now.
+    """Run a block with the settings from the keywords ``given``. The time limit begins now.
 
-    ``usual``: what ``sparse`` is by default.
+    ``usual``: the default of ``sparse``, in bytes. Raises :class:`TypeError` or
+    :class:`UsageError` for an invalid keyword, and at the end what a function of the caller raised.
     """
     from addcow_mp.engine.throttle import idle_priority
     from addcow_mp.jobs.options import RunOptions, late_after
@@ -232,7 +240,7 @@ def running(given: Mapping[str, object], *, usual: int = 0) -> Iterator[Run]:
 
 @contextmanager
 def working(given: Mapping[str, object], *, usual: int = 0) -> Iterator[tuple[RunOptions, Hooks]]:
-    """The same, with hooks that also stop the job at its time limit."""
+    """The same as :func:`running`, with hooks that also stop the job at its time limit."""
     from addcow_mp.jobs.options import limited
 
     with running(given, usual=usual) as run, limited(run.hooks, run.is_late) as hooks:
@@ -242,8 +250,8 @@ def working(given: Mapping[str, object], *, usual: int = 0) -> Iterator[tuple[Ru
 class _Calls:
     """The functions of the caller among the keywords ``found``.
 
-    What one of them raises is kept as ``error`` and stops the job: tasks would report it as a fault
-    of theirs, and finished work would not be published.
+    An exception in one of them is kept as ``error`` and stops the job. If it left the function, a
+    task would report it as its own failure, and finished work would not be published.
     """
 
     def __init__(self, found: FarmCopying) -> None:
@@ -276,7 +284,7 @@ class _Calls:
         return call
 
     def _stopping(self) -> Callable[[], bool]:
-        """Whether the job must stop; once it must, it always must."""
+        """A function that says whether the job must stop. Once true, it stays true."""
         asked = self.function("stopping")
 
         def stopping() -> bool:
@@ -309,7 +317,7 @@ def text(path: AnyPath, argument: str) -> str:
 
 
 def texts(places: AnyPath | Iterable[AnyPath], argument: str) -> list[str]:
-    """Return one path, or several, as text. Raises :class:`UsageError` for none."""
+    """Return one path, or several, as text. Raises :class:`UsageError` for an empty list."""
     if isinstance(places, str | bytes | os.PathLike) or not isinstance(places, Iterable):
         return [text(places, argument)]
     listed = [text(one, argument) for one in places]
@@ -319,7 +327,7 @@ def texts(places: AnyPath | Iterable[AnyPath], argument: str) -> list[str]:
 
 
 def allowed(access: Access | None) -> Access:
-    """Return ``access`` with its roots and patterns as text."""
+    """Return ``access`` with its roots and patterns as text. Raises :class:`TypeError`."""
     access = Access() if access is None else access
     if isinstance(access.roots, str | bytes | os.PathLike):
         raise TypeError("roots: give a sequence of directories, not one name")
@@ -340,7 +348,7 @@ def one_of(argument: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_format(argument: str, value: object) -> None:
-    """Raise :class:`UsageError` unless ``value`` is a format that is opened here."""
+    """Raise :class:`UsageError` unless ``value`` is ``add-cow`` or ``raw``."""
     one_of(argument, value, (ADD_COW, RAW))
 
 
@@ -352,7 +360,10 @@ def new_backing(
     trust_manifests: bool,
     by_path: bool = False,
 ) -> NewBacking:
-    """The backing file of a rebase. ``by_path``: named from the working directory."""
+    """Return the new backing file of a rebase; ``backing`` None = none.
+
+    ``by_path``: a relative name begins in the working directory. Raises :class:`UsageError`.
+    """
     from addcow_mp.jobs.rebase import NewBacking
 
     name = "" if backing is None else text(backing, "backing")
@@ -366,7 +377,10 @@ def new_backing(
 def check_number(
     argument: str, value: object, kinds: tuple[type, ...] = (int,), least: int = 0
 ) -> None:
-    """Raise unless ``value`` is None, or a number of one of the ``kinds``, not below ``least``."""
+    """Accept None, or a number of one of the ``kinds`` that is not below ``least``.
+
+    Raises :class:`TypeError` for another type, :class:`UsageError` for a smaller number.
+    """
     if value is None:
         return
     if not isinstance(value, kinds):

@@ -1,7 +1,8 @@
-"""Functions that say what a job on one image would do: the commands' ``--dry-run``.
+"""Functions that say what a job on one image would do, like ``--dry-run`` of the commands.
 
-Each returns the bytes to move and the space that they need, or None when there is nothing to do,
-and raises what the job would be refused for. Nothing is changed. ``farm_plan`` says it of a farm.
+Each returns the bytes to move and the space that they need, or None when there is nothing to do. It
+raises the error with which the job would be refused. Nothing is changed. ``farm_plan`` does this
+for a farm.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def rebase_estimate(
 
 
 def reset_estimate(path: AnyPath, *, access: Access | None = None) -> Estimate | None:
-    """Say what ``reset`` would do; ``space.freed`` is what it frees."""
+    """Say what ``reset`` would do; ``space.freed``: the bytes that it frees."""
     from addcow_mp.jobs.reset import estimate as job
 
     return job(text(path, "path"), _options(access))

@@ -1,11 +1,11 @@
 """Functions on a farm: all overlays in the given places, found by content.
 
-A place is a directory, a file or a pattern; one alone need not be in a list. Names inside images
-may also lead beneath the directories among the places. What cannot be examined is part of every
-result, with the reason. An image that is refused or fails does not stop the others, and raises
-nothing: the result has its problem.
+A place is a directory, a file or a pattern; a single place need not be in a list. Names inside
+images may also lead beneath the directories among the places. Every result lists the files that
+cannot be examined, with the reason. An image that is refused or fails does not stop the others, and
+no error is raised for it: the result holds its problem.
 
-A farm job that ends early raises what ended it; ``report`` of that error is the result so far.
+A farm job that ends early raises the error that ended it; its ``report`` is the result so far.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Places = AnyPath | Iterable[AnyPath]
 Job = Literal["commit", "flatten", "reset"]
 
 
-# Looking
+# Reading
 
 
 def farm_ls(places: Places, *, access: Access | None = None) -> Members:
@@ -65,7 +65,7 @@ def farm_ls(places: Places, *, access: Access | None = None) -> Members:
 
 
 def farm_graph(places: Places, *, access: Access | None = None) -> FileGraph:
-    """Say which file backs which, what is missing, and what no overlay names."""
+    """Say which file backs which, which files are missing, and which files no overlay names."""
     from addcow_mp.farm.file_graph import file_graph as job
 
     return job(texts(places, "places"), allowed(access))
@@ -75,7 +75,7 @@ def farm_graph(places: Places, *, access: Access | None = None) -> FileGraph:
 def farm_check(places: Places, **keywords: Unpack[Working]) -> FarmReport:
     """Check every overlay, and the farm as a whole; damage is reported, not raised.
 
-    ``progress`` counts images, and is estimated until all files were examined.
+    ``progress`` counts images; the number of all is an estimate until all files are examined.
     """
     from addcow_mp.farm.check import farm_check as job
 
@@ -101,9 +101,9 @@ def farm_verify(places: Places, **keywords: Unpack[FarmReading]) -> FarmLayerRep
 def farm_manifest_create(
     places: Places, *, replace: bool = False, **keywords: Unpack[Working]
 ) -> FarmManifests:
-    """Write a manifest beside each layer of every overlay that has none; a shared base once.
+    """Write a manifest beside each layer without one, of every overlay; a shared base once.
 
-    ``replace`` existing manifests that do not match. ``progress`` counts images.
+    ``replace``: existing manifests that do not match are replaced. ``progress`` counts images.
     """
     from addcow_mp.farm.manifest import farm_manifest as job
 
@@ -113,7 +113,7 @@ def farm_manifest_create(
 
 
 def _counting_images(hooks: Hooks) -> Hooks:
-    """Hooks whose ``progress`` counts images: the bytes of this job are not known before."""
+    """Hooks whose ``progress`` counts images, since the bytes of the job are not known before."""
     from addcow_mp.engine.transfer_run import no_progress
 
     return replace(hooks, progress=no_progress, counted=hooks.progress)
@@ -126,9 +126,9 @@ def _counting_images(hooks: Hooks) -> Hooks:
 def farm_plan(
     places: Places, operation: Job, *, discard: bool = False, **keywords: Unpack[Planning]
 ) -> FarmResult:
-    """Say what a job on every overlay would do, in which order, what it needs, what is refused.
+    """Say what a job on every overlay would do: its order, the space needed, what is refused.
 
-    Nothing is changed. ``discard``: of a flatten.
+    Nothing is changed. ``discard``: plan a flatten that removes the ``.add-cow`` files.
     """
     one_of("operation", operation, get_args(Job))
     if discard and operation != "flatten":
@@ -180,12 +180,13 @@ def farm_rebase(
     dry_run: bool = False,
     **keywords: Unpack[FarmCopying],
 ) -> FarmResult:
-    """Give every overlay of a base another backing file; their guests see the same disks.
+    """Give every overlay of a base another backing file; the guests see the same disks.
 
-    ``base``: only overlays that stand on this file; None = on the one that all of them have.
-    ``backing`` is named from the working directory; it and the files below it are left out.
-    ``dry_run``: only say what would be done. The other arguments are those of ``rebase``.
-    ``progress`` counts bytes and ``counted`` images. The same call again does only what is left.
+    ``backing``: the path of the new backing file; None = none. A relative path begins in the
+    working directory. The new backing file and the files below it are left out. ``base``: the old
+    backing file of the overlays; None = all overlays have the same one. ``dry_run``: only say what
+    would be done. The other arguments are those of ``rebase``. ``progress`` counts bytes and
+    ``counted`` images. The same call again does only what is left.
     """
     new = new_backing(
         backing, backing_format, unsafe=unsafe, trust_manifests=trust_manifests, by_path=True
@@ -204,10 +205,10 @@ def farm_rebase(
 
 @public
 def farm_reset(places: Places, **keywords: Unpack[FarmChanging]) -> FarmResult:
-    """Let every overlay show its backing file again; what guests have written is given up.
+    """Let every overlay show its backing file again; what guests have written is lost.
 
-    An overlay that another one stands on is refused. ``counted`` counts images. The same call again
-    does only what is left.
+    An overlay on which another one stands is refused. ``counted`` counts images. The same call
+    again does only what is left.
     """
     return _farm_job(places, "reset", keywords)
 
@@ -235,7 +236,7 @@ def _farm_job(
     spec = JobSpec(Operation(operation), discard, verify, stops, backing, base)
     with running(keywords) as run:
         job = FarmJob(spec, is_dry_run, run.is_late)
-        # A job finishes its plan, which says what is left; a plan alone ends at the time limit.
+        # A job finishes its plan, since the result says what is left. A dry run ends at the limit.
         with limited(run.hooks, run.is_late if is_dry_run else never) as hooks:
             result = run_farm_job(listed, job, run.options, hooks, run.log)
     _raise_problem(result.problem, result)
@@ -243,7 +244,7 @@ def _farm_job(
 
 
 def _raise_problem(problem: AddcowError | None, result: object) -> None:
-    """Raise what ended a job early; its report is the ``result`` so far."""
+    """Raise the error that ended a job early; its report is the ``result`` so far."""
     if problem is not None:
         problem.report = result
         raise problem
@@ -260,12 +261,13 @@ def farm_scrub_run(
     sample: float | None = None,
     **keywords: Unpack[FarmReading],
 ) -> Scrubbed:
-    """Compare layers with their manifests, the longest-unverified first.
+    """Compare layers with their manifests, the least recently verified layer first.
 
-    ``state``: an SQLite database with the results, from which the next call continues. ``sample``:
-    the share of each layer that is read, at random; None = all of it. ``progress`` counts bytes and
-    ``counted`` layers. A stop or a time limit raises, unless a layer differs: then ``problem`` of
-    the result is that error.
+    ``state``: an SQLite database with the results; the next call continues from it. ``sample``: the
+    share of each layer that is read at random, above 0 and up to 1; None = the whole layer.
+    ``progress`` counts bytes and ``counted`` layers. After a stop or at the time limit
+    :class:`StoppedError` or :class:`TimeLimitError` is raised. If a layer differs, it is not
+    raised, and is ``problem`` of the result.
     """
     from addcow_mp.farm.scrub import scrub as job
 
@@ -281,7 +283,7 @@ def farm_scrub_run(
 
 
 def farm_scrub_status(state: AnyPath, *, locking: bool = True) -> ScrubStatus:
-    """Say what was verified, when, and with what result; also during a run."""
+    """Say which layers were verified, when, and with which result; also during a run."""
     from addcow_mp.farm.scrub_state import read
 
     return read(text(state, "state"), locking=locking)

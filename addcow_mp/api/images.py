@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 def open(path: AnyPath, *, writable: bool = False, access: Access | None = None) -> Overlay:  # noqa: A001
     """Open the overlay at ``path`` as the guest's disk: read, write, flush, extents.
 
-    A cluster is read from the image file when its bit is set, else from the backing file, else as
-    zeros. A context manager: leaving it flushes and closes.
+    A cluster is read from the image file if its bit is set, else from the backing file; without a
+    backing file it reads as zeros. The result is a context manager: its end flushes and closes.
 
     The first write raises :class:`DependantsError` when other overlays depend on this one and
-    :class:`HardLinksError` when its files have several names, with nothing changed.
-    ``Access(force=True)`` allows it, except to an image file that two overlays name.
+    :class:`HardLinksError` when its files have several hard links. Nothing is changed then.
+    ``Access(force=True)`` allows the write, except to an image file that two overlays name.
     """
     if not writable:
         return open_chain(text(path, "path"), READ, allowed(access))
@@ -91,7 +91,7 @@ def create(
 
 
 def create_raw(path: AnyPath, size: int) -> int:
-    """Create a new sparse raw file of ``size`` bytes, rounded up to whole sectors; returns that."""
+    """Create a new sparse raw file; returns its size: ``size`` bytes, rounded up to 512."""
     from addcow_mp.jobs.create import create_raw as job
 
     check_number("size", size)
@@ -109,8 +109,8 @@ def snapshot(
     """Create the overlay ``new`` over the disk at ``path``, which stays as it is.
 
     ``new`` has the same virtual size and cluster size. Its image file is new as well.
-    ``backing_format``: what ``path`` is. ``new`` gets a manifest if the disk has one, unless
-    ``manifest`` is false.
+    ``backing_format``: the format of ``path``, ``raw`` or ``add-cow``. ``manifest``: ``new`` gets a
+    manifest if the disk has one.
     """
     from addcow_mp.jobs.create import snapshot as job
 
@@ -138,7 +138,7 @@ def convert(
         return job(source, destination, source_format=source_format, options=options, hooks=hooks)
 
 
-# Looking
+# Reading
 
 
 def info(path: AnyPath, *, access: Access | None = None) -> Info:
@@ -151,7 +151,7 @@ def info(path: AnyPath, *, access: Access | None = None) -> Info:
 def chain_info(path: AnyPath, *, access: Access | None = None) -> ChainInfo:
     """Describe every layer of the overlay's chain, and say which other overlays stand on each.
 
-    Those are looked for beside the files of the chain and beneath the roots of ``access``.
+    Other overlays are searched beside the files of the chain and beneath the roots of ``access``.
     """
     from addcow_mp.jobs.info import chain_with_users as job
 
@@ -159,9 +159,9 @@ def chain_info(path: AnyPath, *, access: Access | None = None) -> ChainInfo:
 
 
 def extents(path: AnyPath, *, access: Access | None = None) -> Iterator[Extent]:
-    """Yield the extents of the guest's view: which file of the chain holds what.
+    """Yield the extents of the guest's view: the ranges of bytes, and the files that hold them.
 
-    The chain stays open, and locked for reading, until the last one was taken.
+    The chain stays open, and locked for reading, until the last extent is yielded.
     """
     return _extents(text(path, "path"), allowed(access))
 
@@ -183,9 +183,9 @@ def repair(
 ) -> CheckReport:
     """Check, repair what can be repaired without guessing, and check again.
 
-    ``leaks`` are freed: data in clusters that are not allocated. ``all``: also stray bits, a file
-    that ends inside its bitmap, and header bytes that no name uses; the old header and bitmap are
-    copied to the file ``backup`` of the report first.
+    ``leaks``: data in clusters that are not allocated is freed, and header bytes that no name uses
+    are cleared. ``all``: stray bits, and a file that ends inside its bitmap, are repaired too; the
+    old header and bitmap are copied to the file ``backup`` of the report first.
     """
     from addcow_mp.jobs.repair import repair as job
 
@@ -204,10 +204,10 @@ def compare(
     every: bool = False,
     **keywords: Unpack[Working],
 ) -> Compared:
-    """Compare what the guests of two images see; what one has beyond the other must be zeros.
+    """Compare what the guests of two images see. The rest of a longer one must be zeros.
 
-    ``strict``: sizes and the places of data must be equal too. ``every``: look for all differences,
-    not only for the first. Raises :class:`CompareError` when an image cannot be read.
+    ``strict``: sizes and the places of data must be equal too. ``every``: find all differences, not
+    only the first. Raises :class:`CompareError` when an image cannot be read.
     """
     from addcow_mp.jobs.compare import compare as job
 
@@ -241,8 +241,8 @@ def manifest_create(
 ) -> list[Made]:
     """Write a manifest beside each layer of the image that has none; the deepest comes first.
 
-    ``replace`` existing manifests that do not describe these files, instead of raising
-    :class:`ManifestError`.
+    ``replace``: existing manifests that do not describe these files are replaced. Without it they
+    raise :class:`ManifestError`.
     """
     from addcow_mp.jobs.manifest import create as job
 
@@ -266,13 +266,14 @@ def commit(
 ) -> Report:
     """Move all allocated clusters into the backing file, clear their bits, free their space.
 
-    ``keep`` leaves overlay and image as they were. ``base`` is a layer further down the chain, by
-    its path or as the chain names it: it gets what the guest sees. Then overlay and image stay too,
-    and so does what every other overlay above ``base`` shows. ``verify`` reads back from the disk
-    what was written, and raises :class:`ReadBackError` if the guest would see anything else. Data
-    is durable before bits are cleared, and cleared bits are durable before space is freed. After a
-    stop the same call continues; with ``keep`` or ``base`` it starts again. Where both have
-    manifests, new ones are made from these, unless ``base`` is given.
+    ``keep``: the overlay and its image file stay as they were. ``base``: a layer further down the
+    chain gets what the guest sees; give its path, or its name in the chain. Then the overlay and
+    its image file stay as well, and so do the views of all other overlays above ``base``.
+    ``verify`` reads back from the disk what was written, and raises :class:`ReadBackError` if the
+    guest would see anything else. Data is durable before bits are cleared, and cleared bits are
+    durable before space is freed. After a stop the same call continues; with ``keep`` or ``base``
+    it starts again. If the changed layers have manifests, new ones are made from them, unless
+    ``base`` is given.
     """
     path = text(path, "path")
     into = None if base is None else text(base, "base")
@@ -298,7 +299,7 @@ def flatten(
 
     ``verify`` reads back from the disk what was written, before anything is removed, and raises
     :class:`ReadBackError` if the guest would see anything else. After a stop the same call
-    continues. Where there is a manifest, a new one is made from it.
+    continues. If the overlay has a manifest, a new one is made from it.
     """
     from addcow_mp.jobs.flatten import flatten as job
 
@@ -320,12 +321,13 @@ def rebase(
 ) -> Report:
     """Give the overlay another backing file; its guest sees the same disk.
 
-    Clusters in which the old and the new backing file differ are copied first. ``backing`` None:
-    it has none any more, and stands alone. ``backing_format`` None: that of the old one.
-    ``unsafe``: only the name changes, and the guest sees what the new file holds.
-    ``trust_manifests``: manifests say where the files differ, and neither is read. ``verify`` reads
-    back from the disk what the guest sees. After a stop the same call continues. Where there is a
-    manifest, a new one is made from it.
+    Clusters in which the old and the new backing file differ are copied first. ``backing``: the
+    path of the new backing file; None = none, so every cluster is copied. ``backing_format``:
+    ``raw`` or ``add-cow``; None = the format of the old backing file. ``unsafe``: only the name
+    changes, and the guest sees what the new file holds. ``trust_manifests``: manifests say where
+    the files differ, and their data is not compared. ``verify`` reads back from the disk what the
+    guest sees. After a stop the same call continues. If the overlay has a manifest, a new one is
+    made from it.
     """
     from addcow_mp.jobs.rebase import rebase as job
 
@@ -338,9 +340,10 @@ def rebase(
 def resize(
     path: AnyPath, size: int | str, *, shrink: bool = False, access: Access | None = None
 ) -> Report:
-    """Give the overlay another virtual size: bytes, or text as ``10G``, ``+1G`` or ``-1G``.
+    """Give the overlay another virtual size: bytes, or text like ``10G``, ``+1G`` or ``-1G``.
 
-    A new part reads as zeros. A smaller size needs ``shrink``, and no overlay may depend on it.
+    A new part reads as zeros. A smaller size needs ``shrink``, and is refused while other overlays
+    depend on the disk.
     """
     from addcow_mp.jobs.resize import resize as job
     from addcow_mp.units import SizeChange, parse_size_change
@@ -352,10 +355,10 @@ def resize(
 
 
 def reset(path: AnyPath, *, manifest: bool = True, access: Access | None = None) -> Report:
-    """Let the overlay show its backing file again; what its guest has written is given up.
+    """Let the overlay show its backing file again; what its guest has written is lost.
 
-    An overlay that another one stands on is refused. ``reset_estimate`` says before what would be
-    done. Where there is a manifest, a new one is made, unless ``manifest`` is false.
+    An overlay on which another one stands is refused. ``reset_estimate`` says what would be done.
+    ``manifest``: if the overlay has a manifest, a new one is made.
     """
     from addcow_mp.jobs.options import RunOptions
     from addcow_mp.jobs.reset import reset as job
@@ -367,7 +370,7 @@ def reset(path: AnyPath, *, manifest: bool = True, access: Access | None = None)
 def drop(path: AnyPath, *, access: Access | None = None) -> Report:
     """Remove the ``.add-cow`` file of an overlay whose image file is the whole disk.
 
-    That every cluster is allocated, and that no other overlay needs the file, is proved first.
+    It is refused unless every cluster is allocated and no other overlay needs the file.
     """
     from addcow_mp.jobs.drop import drop as job
     from addcow_mp.jobs.options import RunOptions

@@ -34,10 +34,11 @@ def qemu_export(
 ) -> Exported:
     """Lend the overlay to QEMU, which uses it through the new file ``qcow2`` beside it.
 
-    Nothing is copied. ``qcow2`` None: ``path`` with the suffix ``.qcow2``. ``crash``: with
-    ``strict`` a power cut of the host costs what it costs with a plain disk; with ``relaxed``,
-    which is faster, what a guest wrote without a flush may read as zeros. ``absolute_data_file``:
-    the file names the image file by its absolute path, so a copy of it writes into the original.
+    Nothing is copied. ``qcow2``: None = ``path`` with the suffix ``.qcow2``. ``crash``: with
+    ``strict``, a power cut of the host does the same harm as with a plain disk; ``relaxed`` is
+    faster, but after a power cut, data that the guest wrote without a flush may read as zeros.
+    ``absolute_data_file``: the qcow2 file names the image file by its absolute path, so a copy of
+    the qcow2 file writes into the original image file.
     """
     from addcow_mp.jobs.qemu_export import export as job
 
@@ -59,11 +60,11 @@ def qemu_import(
     abandon: bool = False,
     access: Access | None = None,
 ) -> Report:
-    """Take the overlay back from QEMU; also finish what was interrupted.
+    """Take the overlay back from QEMU; also finish an interrupted export or import.
 
-    ``discard``: remove the ``.add-cow`` file when every cluster is allocated. ``adopt``: take a
-    copy of the ``.add-cow`` or qcow2 file for the original. ``abandon``: give up what the guest has
-    written, where the qcow2 file is lost; it needs ``Access(force=True)``. Raises
+    ``discard``: remove the ``.add-cow`` file if every cluster is allocated. ``adopt``: accept a
+    copy of the ``.add-cow`` or qcow2 file as the original. ``abandon``: give up what the guest has
+    written, if the qcow2 file is lost; it needs ``Access(force=True)``. Raises
     :class:`GuestRunsError` while a program has the disk open.
     """
     from addcow_mp.jobs.qemu_import import ImportOptions, take_back
@@ -73,14 +74,14 @@ def qemu_import(
 
 
 def qemu_args(path: AnyPath, *, access: Access | None = None) -> QemuArgs:
-    """What to give to QEMU, its monitor or libvirt for an overlay that is lent."""
+    """Return the arguments for QEMU, its monitor or libvirt that open a lent overlay."""
     from addcow_mp.jobs.qemu_args import qemu_args as job
 
     return job(text(path, "path"), allowed(access))
 
 
 def qemu_status(path: AnyPath, *, access: Access | None = None) -> LendingStatus:
-    """Say whose the overlay is: the user's own, or lent to QEMU, and which program has it open."""
+    """Say whether the overlay is lent to QEMU, and which program has it open."""
     from addcow_mp.jobs.qemu_status import status as job
 
     return job(text(path, "path"), allowed(access))
@@ -98,9 +99,9 @@ def qemu_stream(
     """Make every cluster of a lent overlay allocated while its guest runs; QEMU copies.
 
     ``qmp``: the Unix socket of QEMU's monitor. ``rate``: bytes per second. ``progress``: called
-    with the bytes done and all bytes. A stop loses nothing, and the same call continues. Needs the
-    package ``qemu.qmp``: ``pip install 'addcow-mp[qemu]'``. It runs an event loop of asyncio: a
-    coroutine calls it by ``asyncio.to_thread``.
+    with the bytes done and all bytes. A stop loses nothing, and the same call continues. It needs
+    the package ``qemu.qmp``: ``pip install 'addcow-mp[qemu]'``. It runs an event loop of asyncio,
+    so a coroutine must call it with ``asyncio.to_thread``.
     """
     from addcow_mp.jobs.qemu_stream import stream as job
 

@@ -1,4 +1,4 @@
-"""The options of the commands that move the data of one overlay, and their one run."""
+"""The options of the commands that move the data of one overlay, and how these commands run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ImageJobOptions(OptionGroup):
         self.printing.report(report, sentence)
 
     def plan(self, operation: str, estimate: Callable[..., Estimate | None]) -> None:
-        """Print what ``operation`` would do with the overlay, by ``estimate``."""
+        """Call ``estimate``, and print what ``operation`` would do with the overlay."""
         from addcow_mp.cli.jsontext import print_document
         from addcow_mp.cli.planned import Planned
 

@@ -1,4 +1,4 @@
-"""What a job on one overlay would do: the answer to ``--dry-run``."""
+"""The output of ``--dry-run``: what a job on one overlay would do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Planned(NamedTuple):
     estimate: Estimate | None
 
     def as_json(self) -> dict[str, object]:
-        """The public keys of a plan."""
+        """The plan as a JSON object; sizes in bytes."""
         known = {"filename": self.path, "operation": self.operation}
         if self.estimate is None:
             return {**known, "state": "nothing-to-do"}
@@ -35,7 +35,7 @@ class Planned(NamedTuple):
 
     @property
     def line(self) -> str:
-        """One line for people."""
+        """The plan as one line of text."""
         if self.estimate is None:
             return one_line(f"{self.path}: nothing to do")
         moved, space = self.estimate.weight, self.estimate.space

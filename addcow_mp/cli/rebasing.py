@@ -34,7 +34,10 @@ class NewBackingOptions(OptionGroup):
     ] = False
 
     def new_backing(self, *, by_path: bool = False) -> NewBacking:
-        """The backing file that is asked for; ``by_path``: named from the working directory."""
+        """The new backing file; ``by_path``: a relative name begins in the working directory.
+
+        Raises :class:`UsageError`.
+        """
         from addcow_mp.jobs.rebase import NewBacking
 
         if self.backing == "-":

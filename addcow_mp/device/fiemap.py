@@ -1,14 +1,14 @@
 """The extents of a file, many with one system call (FIEMAP).
 
-``SEEK_DATA`` and ``SEEK_HOLE`` cost two calls for each run of data. FIEMAP lists the extents of a
-file, and says more and less than they do:
+``SEEK_DATA`` and ``SEEK_HOLE`` cost two calls for each run of data. FIEMAP lists many extents with
+one call, but its list differs from theirs:
 
-- An *unwritten* extent has blocks that were allocated and not written, which read as zeros; but a
-  page in memory may already hold data for it, and no flag says so. Within such an extent, SEEK
-  decides.
-- A hole in the list is only a hole if the file system looks at pages in memory for the list as it
-  does for SEEK. ext4 answers both with the same code. XFS does not: data in memory that is to be
-  written to a copy of shared blocks is missing in the list. So FIEMAP is used on ext4 only.
+- An *unwritten* extent has blocks that were allocated and not written. They read as zeros, unless a
+  page in memory already holds data for them, and no flag tells this. So SEEK is asked within such
+  an extent.
+- A gap in the list is a hole only if the file system considers pages in memory for the list as it
+  does for SEEK. ext4 answers both with the same code. XFS does not: data in memory that will be
+  written to a copy of shared blocks is missing in the list. So FIEMAP finds holes on ext4 only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from addcow_mp.format.bits import Run
 
 # _IOWR('f', 11, struct fiemap)
 _FS_IOC_FIEMAP = 0xC020660B
-#: start, length, flags, extents that were listed, room for extents, nothing
+#: Of a request: start, length, flags, number of listed extents, room for extents, reserved.
 _REQUEST = struct.Struct("QQIIII")
 #: Of an extent: offset in the file, place on the disk, length, flags.
 _EXTENT = struct.Struct("QQQ16xI12x")
@@ -34,7 +34,7 @@ _LAST, _MERGED, _SHARED = 0x1, 0x1000, 0x2000
 #: Of a request: what is in memory is written first, so that the list is complete.
 _SYNC = 0x1
 
-#: Extents in one call: their list has 56 KiB.
+#: Extents in one call; their list takes 56 KiB.
 BATCH = 1024
 
 SeekRuns = Callable[[int, int, int], Iterator[Run]]
@@ -70,9 +70,10 @@ def data_runs(fd: int, start: int, stop: int, seek_runs: SeekRuns) -> Iterator[R
 
 
 class Place(NamedTuple):
-    """The bytes ``[start, stop)`` of a file in one piece of the disk; ``shift``: how far away.
+    """The bytes ``[start, stop)`` of a file, which lie in one range of the disk.
 
-    ``is_shared``: other files may have the same piece, and its bytes are those of the file.
+    ``shift``: the offset on the disk minus the offset in the file. ``is_shared``: other files may
+    use the same range, and the range holds exactly the bytes of the file.
     """
 
     start: int
@@ -82,9 +83,9 @@ class Place(NamedTuple):
 
 
 def places(fd: int, start: int, stop: int) -> Iterator[Place]:
-    """Where the bytes ``[start, stop)`` lie on the disk, after all of them were written there.
+    """Where the bytes ``[start, stop)`` lie on the disk. The system writes them there first.
 
-    Extents are not cut at the borders of the range. Raises :class:`OSError`.
+    Extents are not cut at the ends of the range. Raises :class:`OSError`.
     """
     for listed in _lists(fd, start, stop, _SYNC):
         for offset, place, length, flags in listed:

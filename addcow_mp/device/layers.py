@@ -1,9 +1,9 @@
-"""The layers below an overlay: found by their headers alone, or by depth in an open chain.
+"""Finds the layers below an overlay: by their headers alone, or by depth in an open chain.
 
 Depth 0 is the overlay itself, 1 its backing file, and so on. A job that changes a layer further
-down has to find that layer before it opens the chain, since each file is locked for its use when it
-is opened. So the headers are read first, without locks. Once the chain is open and locked, the job
-compares what it has with what was found.
+down must find that layer before it opens the chain, because a file is locked for its use when it is
+opened. So the headers are read first, without locks. When the chain is open and locked, the job
+compares its layers with those that were found.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from addcow_mp.format.header import ADD_COW
 class Below(NamedTuple):
     """A layer below an overlay.
 
-    ``name``: as the header above it stores it. ``identity``: of its file, None if there is none.
+    ``name``: as the header of the layer above stores it. ``identity``: device and inode of its
+    file; None if the file does not exist.
     """
 
     depth: int
@@ -33,9 +34,9 @@ class Below(NamedTuple):
 
 
 def layers_below(path: str, access: Access) -> Iterator[Below]:
-    """The layers below the overlay at ``path``, from the top down, whatever their format.
+    """The layers below the overlay at ``path``, from the top down, of any format.
 
-    What lies below an overlay with ALL_ALLOCATED counts as well. Raises :class:`AddcowError`.
+    The layers below an overlay with ALL_ALLOCATED are included. Raises :class:`AddcowError`.
     """
     with closing(access.open_named(path)) as cow:
         yield from _below(cow, access.beside(cow.base), 0)
@@ -61,7 +62,7 @@ def overlays_above(top: Overlay, depth: int) -> list[Overlay]:
 
 
 def layer_at(top: Overlay, depth: int) -> Layer | None:
-    """The layer at ``depth`` of an open chain; None if it ends before."""
+    """The layer at ``depth`` of an open chain; None if the chain is shorter."""
     layer: Layer | None = top
     for _ in range(depth):
         layer = layer.backing if isinstance(layer, Overlay) else None

@@ -1,13 +1,13 @@
-"""The backing file in a header: how an overlay gets another one.
+"""Replaces the name of the backing file in a header.
 
-Whatever interrupts it, the header names the old backing file or the new one, with its format:
+After any interruption the header names the old or the new backing file, with its format:
 
-1. The new name is written to the first unused bytes of the header region that it fits into. Synced.
-2. The fixed header is written, in one write. Synced.
-3. The bytes of the old name become zeros. Synced.
+1. The new name is written to the first unused range of the header region that has room; sync.
+2. The fixed header is written, in one write; sync.
+3. The bytes of the old name become zeros; sync.
 
-What an interrupted run leaves in unused bytes harms no reader. Check reports it as a leak, and the
-next run clears it.
+An interrupted run may leave bytes that no name uses. No reader looks at them. ``check`` reports
+them as a leak, and the next run clears them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def refuse_no_room(overlay: Overlay, name: bytes) -> None:
 
 
 def has_leftovers(overlay: Overlay) -> bool:
-    """Whether bytes of the header region that nothing uses are not zeros."""
+    """Whether an unused byte of the header region is not zero."""
     return any(any(held) for _, held in _unused(overlay))
 
 
@@ -64,7 +64,7 @@ def _replace(overlay: Overlay, header: Header) -> None:
 
 
 def clear_unused(overlay: Overlay) -> bool:
-    """Let the bytes of the header region that nothing uses be zeros; whether some were not."""
+    """Set the unused bytes of the header region to zeros; returns whether some were not."""
     changed = False
     for start, held in _unused(overlay):
         if any(held):
@@ -74,7 +74,7 @@ def clear_unused(overlay: Overlay) -> bool:
 
 
 def _unused(overlay: Overlay) -> Iterator[tuple[int, bytes]]:
-    """Where each unused range of the header region begins, and what it holds."""
+    """Each unused range of the header region: its offset and its bytes."""
     for start, stop in overlay.header.unused_ranges():
         held = bytearray(stop - start)
         overlay.cow.read_into(memoryview(held), start)
@@ -82,7 +82,7 @@ def _unused(overlay: Overlay) -> Iterator[tuple[int, bytes]]:
 
 
 def _place_for(overlay: Overlay, name: bytes) -> int:
-    """Where a new backing name goes: the old one must stay until the header is written."""
+    """The offset of a new backing name; the old one must stay until the header is written."""
     unused = overlay.header.unused_ranges()
     places = [start for start, stop in unused if stop - start >= len(name)]
     if not places:

@@ -1,15 +1,15 @@
-"""Blocks that two files share on the disk: equal bytes of which none is read.
+"""Finds blocks that two files share on the disk: their bytes are equal, and need not be read.
 
-A copy made by cloning (``cp --reflink``) shares its blocks with the original until one of the two
-is written. The list of extents (FIEMAP) gives the place of each one on the disk. Two equal places
-are proof of equal bytes only under these conditions:
+A cloned copy (``cp --reflink``) shares its blocks with the original until one of the two is
+written. The list of extents (FIEMAP) gives the place of each extent on the disk. Equal places prove
+equal bytes only under these conditions:
 
-- Both lists are made with FIEMAP_FLAG_SYNC. Bytes in memory that are to be written elsewhere would
-  else be missing: one place and two contents.
-- No program writes either file: the caller holds locks on both.
+- Both lists are made with FIEMAP_FLAG_SYNC. Otherwise bytes in memory that will be written to
+  another place would be missing, and two files with one place could have different contents.
+- No program writes the files: the caller holds locks on both.
 - Both files are on one file system, whose files can share blocks.
-- Both extents are said to be shared, and nothing else is said of them: not unwritten, not
-  compressed, not inline, not without a place yet.
+- Both extents have the flag *shared*, and no other flag: they are not unwritten, compressed,
+  inline, or without a place yet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def unshared_runs(one: File, other: File, start: int, stop: int) -> Iterator[Run
         return
     try:
         here, there = (list(places(file.fd, start, stop)) for file in (one, other))
-    except OSError:  # a file system without such lists
+    except OSError:  # the file system has no such lists
         yield start, stop
         return
     shared = ((max(first, start), min(last, stop)) for first, last in _shared(here, there))
@@ -37,7 +37,7 @@ def unshared_runs(one: File, other: File, start: int, stop: int) -> Iterator[Run
 
 
 def _shared(here: list[Place], there: list[Place]) -> Iterator[Run]:
-    """The bytes at which both lists have the same place."""
+    """The bytes that have the same place on the disk in both lists."""
     at = other = 0
     while at < len(here) and other < len(there):
         one, two = here[at], there[other]

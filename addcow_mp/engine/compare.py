@@ -1,13 +1,13 @@
-"""Compares two views: where their guests see different bytes.
+"""Compares two views: finds the bytes that their guests see differently.
 
-For each extent that both sides agree on, the cheapest way is taken. Nothing is read when both sides
-use the same bytes of the same file, share their blocks on the disk, or are zeros. When one side is
-zeros, only the other is read. Else both are mapped, window by window, and compared at the speed of
-memory. Differences are narrowed down to what the caller distinguishes: sectors, or clusters.
+The views are compared extent by extent. Nothing is read when both sides use the same bytes of the
+same file, share their blocks on the disk, or are zeros. When one side is zeros, only the other is
+read. Otherwise both are mapped, window by window, and compared at the speed of memory. Differences
+are reported in the unit of the caller: sectors or clusters.
 
-A sector that cannot be read ends a process that meets it in a mapping. So only workers map files,
-and the pages are read before they are looked at: what fails then is read again without a mapping,
-and the error has a name. A side that is shorter reads as zeros behind its end.
+A process that touches an unreadable sector in a mapping dies. So only workers map files, and they
+populate the pages first. If that fails, the bytes are read without a mapping, and the error names
+the file. A shorter side reads as zeros behind its end.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ FINE = 64 * KiB
 #: Where a window differs, parts of these sizes are compared, each within a differing larger one.
 SECTORS = (FINE, SECTOR)
 
-#: Differing extents that one task reports; after them it only reports that there are more.
+#: The most differing extents that one task reports; then it reports only that there are more.
 MOST = 1000
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The differing bytes of one task, as runs; not ``complete`` if there were too many."""
+    """The differing bytes of one task, as runs ``[start, stop)``.
+
+    Not ``complete``: the task has more differences.
+    """
 
     runs: tuple[Run, ...] = ()
     complete: bool = True
@@ -55,7 +58,7 @@ class Differences:
 class Comparison:
     """Compares two views, task by task. Picklable to a worker, which maps the files.
 
-    ``first_only``: one difference per task is enough.
+    ``first_only``: only the first difference of each task is reported.
     """
 
     def __init__(
@@ -89,10 +92,10 @@ class Comparison:
 
 
 class Views:
-    """Two views of the same range; None shows zeros.
+    """Two views of the same range; None = zeros.
 
-    ``shares``: blocks that two files share on the disk count as equal. The caller holds locks on
-    both files, so that nothing is written to them. ``maps``: files are mapped, not read.
+    ``shares``: blocks that two files share on the disk count as equal. The caller must hold locks
+    on both files, so that no program writes them. ``maps``: files are mapped, not read.
     """
 
     def __init__(
@@ -106,9 +109,10 @@ class Views:
     def differing(
         self, start: int, stop: int, parts: tuple[int, ...], check: Callable[[], None]
     ) -> Iterator[Run]:
-        """The bytes of ``[start, stop)`` that differ, in order, as whole parts of the last size.
+        """The bytes of ``[start, stop)`` that differ, in order, in parts of the last size.
 
-        ``parts``: sizes, each a multiple of the next. ``check`` is called between two extents.
+        ``parts``: sizes in bytes, each a multiple of the next; a part is compared in smaller parts
+        only if it differs. ``check`` is called between two extents.
         """
         for one, other in overlapping(*(_padded(side, start, stop) for side in self._sides)):
             check()
@@ -118,7 +122,7 @@ class Views:
                     yield from self._compared(one, other, window, end, parts)
 
     def _to_read(self, one: Extent, other: Extent) -> Iterator[Run]:
-        """What of two extents has to be read: they are neither zeros nor the same blocks."""
+        """The bytes of two extents that must be read: not both zeros, and not the same blocks."""
         if one.data and other.data:
             here, there = self._files[0][one.depth], self._files[1][other.depth]
             if here.identity == there.identity:
@@ -142,7 +146,7 @@ class Views:
 
 
 def _padded(side: Layer | None, start: int, stop: int) -> Iterator[Extent]:
-    """The extents of ``[start, stop)``; behind the end of ``side`` they are absent."""
+    """The extents of ``[start, stop)``; those behind the end of ``side`` are absent."""
     held = start if side is None else max(start, min(stop, side.size))
     if side is not None and start < held:
         yield from joined(side.walk(start, held))
@@ -163,7 +167,7 @@ def overlapping(
 
 
 class _Mapped:
-    """Shows files through mappings, and reads what cannot be mapped."""
+    """Maps windows of files, and reads what cannot be mapped."""
 
     size = WINDOW
 
@@ -182,14 +186,14 @@ class _Mapped:
             window.madvise(mmap.MADV_SEQUENTIAL)
             populate(window)
         except (OSError, ValueError):
-            # A file system without mappings, a file that was cut short, or a bad sector: reading
-            # tells which.
+            # The file system has no mappings, the file was cut short, or a sector is bad: the error
+            # of a read says which.
             return self._reading.view(side, file, start, stop)
         return memoryview(window)[start - base :]
 
 
 class _Read:
-    """Reads files into a buffer for each side, which the next bytes of that side overwrite."""
+    """Reads files into one buffer for each side. The next read of that side overwrites it."""
 
     size = BUFFER_SIZE
 
@@ -214,7 +218,7 @@ class _Pair:
     base: int
 
     def differing(self, start: int, stop: int, parts: tuple[int, ...]) -> Iterator[Run]:
-        """The parts of ``[start, stop)`` that differ; they begin at multiples of their size."""
+        """The differing parts of ``[start, stop)``; each begins at a multiple of its size."""
         if self._same(start - self.base, stop - self.base):
             return
         if not parts:
@@ -226,7 +230,7 @@ class _Pair:
             start = end
 
     def _same(self, start: int, stop: int) -> bool:
-        """Whether both are equal there; compared at the speed of memcmp."""
+        """Whether both have the same bytes there; compared at the speed of memcmp."""
         if self.one is None or self.other is None:
             view = self.other if self.one is None else self.one
             return view is None or not bitarray(buffer=view[start:stop]).any()

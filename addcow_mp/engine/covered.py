@@ -1,18 +1,19 @@
-"""Clusters of a commit through several layers: what a view covers of a layer further down.
+"""Selects the clusters of a commit through several layers.
 
 Each byte of the view of ``top`` comes from the layer at some depth. The view *covers* a byte of the
-layer at ``depth`` if it comes from above: from a cluster that is allocated in a layer above, or as
-zeros because a layer above has ended. All other bytes fall through to ``depth``.
+layer at ``depth`` if the byte comes from a layer above: from an allocated cluster, or as a zero
+because a layer above has ended. All other bytes *fall through*: they come from the layer at
+``depth`` or from below it.
 
 - :class:`ViewAbove` selects the covered bytes of the view: a commit writes them into the layer at
   ``depth``, which then shows what ``top`` shows.
 - :class:`CoveredClusters` selects the missing clusters of the layer at ``depth`` with a covered
-  byte. The view of ``top`` does not need them, but other views may: the commit is about to change
-  what they fall through to.
+  byte. The view of ``top`` does not need them. Other views may need them, because the commit will
+  change the layers below.
 
 Layers may differ in cluster size and in virtual size. The clusters of :class:`ViewAbove` are so
-small that each is covered as a whole or not at all. So nothing that falls through is written to the
-file that it is read from.
+small that each is covered as a whole or not at all. So no byte that falls through is written to
+the file from which it is read.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from addcow_mp.units import round_down
 
 
 def covered(top: Overlay, depth: int, start: int, stop: int) -> Iterator[Run]:
-    """The bytes of ``[start, stop)`` that the view of ``top`` does not take from ``depth`` on."""
+    """The bytes of ``[start, stop)`` that the view of ``top`` covers of the layer at ``depth``."""
     return merged(_covered(top, depth, start, min(stop, top.size)))
 
 
@@ -51,7 +52,7 @@ def _covered(layer: Layer | None, depth: int, start: int, stop: int) -> Iterator
 
 
 class ViewAbove(Selection):
-    """What the view of ``top`` does not take from the layer at ``depth``, or from below it."""
+    """What the view of ``top`` covers of the layer at ``depth``."""
 
     def __init__(self, top: Overlay, depth: int) -> None:
         self._overlays = overlays_above(top, depth)
@@ -117,7 +118,7 @@ class CoveredClusters(Selection):
         return self._overlay.walk_below(start, stop)
 
     def stretches(self, aligned: int) -> Iterator[Stretch]:
-        """Yield stretches of clusters with data below them, weighed by what is covered at most."""
+        """Yield stretches of clusters with data below; a weight is the most that is moved."""
         size, below = self.geometry.cluster_size, self._overlay.backing
         files = [] if below is None else list(below.files())
         for stretch in data_stretches(files, self.geometry, aligned):
@@ -130,7 +131,7 @@ class CoveredClusters(Selection):
                 yield Stretch(stretch.first, stretch.stop, weight)
 
     def _ended_bytes(self, start: int, stop: int) -> int:
-        """The bytes in clusters in which the view reads as zeros because a layer has ended."""
+        """The most bytes in clusters that are covered because a layer above has ended."""
         end = min(overlay.size for overlay in self._above)
         return max(
             0, min(stop, self._top.size) - round_down(max(start, end), self._overlay.cluster_size)
@@ -140,13 +141,13 @@ class CoveredClusters(Selection):
 def _unit(overlays: list[Overlay]) -> int:
     """The largest size of clusters that are covered as a whole or not at all."""
     ends = (overlay.size for overlay in overlays if 0 < overlay.size < overlays[0].size)
-    # The largest power of two that divides a number is its lowest bit.
+    # ``end & -end`` is the lowest bit of a number: the largest power of two that divides it.
     units = (end & -end for end in ends)
     return min(*(overlay.cluster_size for overlay in overlays), *units)
 
 
 def _allocated_bytes(overlays: list[Overlay], start: int, stop: int, unit: int = 0) -> int:
-    """The bytes in allocated clusters of all ``overlays``; each counts for ``unit`` or more."""
+    """The bytes in allocated clusters of all ``overlays``; a cluster counts ``unit`` or more."""
     total = 0
     for overlay in overlays:
         first, last = overlay.geometry.touched(start, min(stop, overlay.size))
@@ -160,6 +161,6 @@ def _allocated(overlay: Overlay, first: int, stop: int) -> int:
 
 
 def _refuse_short(overlays: list[Overlay]) -> None:
-    # A bitmap that is cut short meanwhile reads as if clusters were missing.
+    # In a bitmap that was cut short since it was opened, clusters would seem to be missing.
     for overlay in overlays:
         refuse_short(overlay)

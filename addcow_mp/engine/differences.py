@@ -1,8 +1,8 @@
-"""Where two backing files differ, found before anything is moved.
+"""Finds where two backing files differ, before a job moves anything.
 
-A base's new version comes to many overlays: what differs is the same for all of them, and is looked
-for once. Differences are kept as one bit for each unit of the view, in memory that only differing
-parts take.
+When many overlays of a base get its new version, the differences are the same for all of them, and
+are found once. They are kept as one bit for each unit of the view, in sparse memory: only parts
+with differences take space.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from addcow_mp.format.geometry import Geometry
 
 @dataclass(frozen=True)
 class KnownDifferences:
-    """The units of ``unit`` bytes in which two views differ, as bits."""
+    """The differences of two views: one bit for each ``unit`` bytes, set where they differ."""
 
     unit: int
     bits: SparseBits
@@ -76,9 +76,10 @@ def find_differences(
     *,
     shares: bool,
 ) -> KnownDifferences:
-    """Compare two views, in the clusters of ``geometry``. None shows zeros.
+    """Compare two views, in the clusters of ``geometry``. None = a view of zeros.
 
-    Raises what ``hooks`` raise, and :class:`RestartsError` when they stop it.
+    ``shares``: as in :class:`~addcow_mp.engine.compare.Views`. Raises what ``hooks`` raise, and
+    :class:`RestartsError` when they stop the search.
     """
     files = [file for side in (old, new) if side is not None for file in side.files()]
     tasks = cut(data_stretches(files, geometry, 1), geometry.clusters)
@@ -90,6 +91,6 @@ def find_differences(
 
 
 def cannot_compare(name: str, failure: Failed) -> WorkerError:
-    """The error for a task of a comparison that has failed."""
+    """The error for a failed task of a comparison; ``name``: the image that it names."""
     task, cause = failure.task, str(failure.error)
     return WorkerError(path=name, first=task.first, last=task.stop - 1, cause=cause)

@@ -1,9 +1,9 @@
-"""One task of making a manifest after a job: known digests are taken over, other leaves are read.
+"""Makes the records of a new manifest after a job: takes over known digests, reads other leaves.
 
-Which leaves a layer covers, and which are mixed, is found as for any manifest. A leaf is read
-where its digest is not known: from the layer's own image file, and what the guest sees of mixed
-leaves through the chain. Where a leaf has to be read of which a manifest says what the guest saw,
-both must agree: otherwise the data is damaged, and a new manifest would hide that.
+The covered and the mixed leaves of a layer are found as for any manifest. A leaf whose digest is
+not known is read from the layer's own image file. What the guest sees of a mixed leaf is read
+through the chain. If a manifest says what the guest saw in a leaf that is read, both must agree.
+Otherwise the data is damaged, and a new manifest would hide it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from addcow_mp.format.leaves import (
 
 
 class KnownLeafHasher(LeafHasher):
-    """Makes the records of a task from what is ``known``. Picklable to a worker process."""
+    """Makes the records of a task, with the digests in ``known``. Picklable to a worker process."""
 
     def __init__(self, layer: Layer, known: KnownLeaves) -> None:
         super().__init__(layer)
@@ -53,7 +53,7 @@ class KnownLeafHasher(LeafHasher):
         found = super()._groups(first, stop)
         if not is_fully_allocated(self.layer):
             return found
-        # A hole where data should be has lost it.
+        # A group with a record and no data is hashed too: a hole may be lost data.
         groups = -(-self.layer.size // GROUP)
         return iter(sorted({*found, *self.known.groups(first, min(stop, groups))}))
 
@@ -75,7 +75,7 @@ class KnownLeafHasher(LeafHasher):
             group.seen = self._seen_or_known(number, view, mixed, changed)
 
     def _seen_or_known(self, number: int, view: View, mixed: bitarray, changed: bitarray) -> bytes:
-        """What the guest sees in the ``mixed`` leaves; ``changed`` ones are compared with it."""
+        """The digests of what the guest sees in ``mixed`` leaves; ``changed`` leaves are read."""
         wanted = mixed & (~view.certain | changed)
         seen = ZERO_BLOCK
         if wanted.any():
@@ -85,7 +85,7 @@ class KnownLeafHasher(LeafHasher):
         return replaced(seen, view.digests, mixed & view.certain)
 
     def _check_cut(self, number: int, wanted: bitarray) -> None:
-        """Compare the whole leaf below where the view ends within it, before a part is hashed."""
+        """If the view ends within a leaf, compare the whole leaf of the layers below first."""
         layer, leaf = self.layer, self.layer.size // LEAF
         below = layer.backing if isinstance(layer, Overlay) else None
         if below is None or self.known.below is None or leaf // FAN != number:
@@ -98,7 +98,10 @@ class KnownLeafHasher(LeafHasher):
 def check_view(
     layer: Layer, known: KnownView, number: int, leaves: bitarray, buffer: memoryview
 ) -> None:
-    """Raise where some ``leaves`` of a group, read through ``layer``, are not as they should be."""
+    """Read some ``leaves`` of a group through ``layer`` and compare them with what is ``known``.
+
+    Raises :class:`ImageError` for the first leaf that differs.
+    """
     view = known.group(number)
     leaves = leaves & (view.certain | view.expected) & covered_by(layer.size, number)
     if leaves.any():
@@ -108,7 +111,10 @@ def check_view(
 
 
 def refuse_other(layer: Layer, number: int, found: bytes, view: View, leaves: bitarray) -> None:
-    """Raise where the digests ``found`` of some ``leaves`` of a group are not those of ``view``."""
+    """Raise :class:`ImageError` for the first of ``leaves`` whose digest is not that of ``view``.
+
+    ``found``: the digests of the leaves of a group, as they were read.
+    """
     for leaf in leaves.search(1):
         at = slice(leaf * DIGEST, (leaf + 1) * DIGEST)
         if found[at] != view.digests[at]:
@@ -123,8 +129,8 @@ def refuse_other(layer: Layer, number: int, found: bytes, view: View, leaves: bi
 class ChangeFinder(LeafHasher):
     """Finds the leaves that the allocated clusters of ``layer`` touch. Picklable to a worker.
 
-    Leaves that they cover in part are read from the backing file, and must be what ``known`` says:
-    nothing tells what the rest of such a leaf was once it is changed.
+    Leaves that they cover in part are read from the backing file and compared with what is
+    ``known``: after the job, damage in the rest of such a leaf cannot be found any more.
     """
 
     def __init__(self, layer: Overlay, known: KnownView) -> None:
@@ -136,7 +142,7 @@ class ChangeFinder(LeafHasher):
         return (ChangeFinder, (self.overlay, self.known))
 
     def __call__(self, task: Task, worker: WorkerContext) -> list[Run]:  # type: ignore[override]
-        """The runs of touched leaves in the groups ``[first, stop)``."""
+        """The runs of touched leaves in the groups of ``task``."""
         backing, found = self.overlay.backing, list[Run]()
         assert backing is not None  # noqa: S101 - there is something to change
         for number in self._groups(task.first, task.stop):

@@ -1,12 +1,12 @@
-"""What is known of the leaves of a layer before it is read: the digests of other manifests.
+"""The digests of leaves that are known before a layer is read: those in old manifests.
 
-A job moves data between layers whose manifests say what the data is. Afterwards the digests of what
-was moved are those of the old manifests, so a new manifest needs nearly no reading. A digest that
-is taken over says what *should* have been moved: if the data was damaged before, it differs from
-the new manifest as it did from the old one.
+A job moves data between layers whose manifests hold the digests of this data. Moving does not
+change the digests, so a new manifest takes them over and needs nearly no reading. A digest that is
+taken over says what *should* have been moved: data that was damaged before the job differs from the
+new manifest as it differed from the old one.
 
-A leaf is *certain* if its digest is known; *expected* if a manifest says what the guest saw there,
-but nothing says that the layers below are still those of that time. All others are read.
+A leaf is *certain* if its digest is known. It is *expected* if a manifest says what the guest saw
+there, but the layers below may have changed since. All leaves that are not certain are read.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from addcow_mp.format.manifest import Manifest
 
 
 class KnownLayer(NamedTuple):
-    """A layer of ``size`` bytes, and its manifest, if it has one that describes it."""
+    """A layer of ``size`` bytes, and its manifest; None = it has none."""
 
     size: int
     manifest: Manifest | None
 
 
 class View(NamedTuple):
-    """A group of a view: its digests, and for which leaves they are certain or expected."""
+    """A group of a view: its 256 digests, and the leaves for which they are certain or expected."""
 
     digests: bytes
     certain: bitarray
@@ -47,7 +47,7 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class KnownView:
-    """What the guest of a chain sees, as its manifests say; ``layers`` from the top down."""
+    """What the guest of a chain sees, by its manifests; ``layers`` from the top down."""
 
     layers: tuple[KnownLayer, ...]
 
@@ -92,9 +92,9 @@ UNKNOWN = View(ZERO_BLOCK, no_leaves(), no_leaves())
 
 
 class Cut(NamedTuple):
-    """The ``leaf`` in which an upper layer ends and the layer below it does not.
+    """The ``leaf`` in which an upper layer ends, while the layer below continues.
 
-    ``digest``: of the leaf after the change; None = it does not change.
+    ``digest``: of the leaf after the job; None = the job does not change it.
     """
 
     leaf: int
@@ -105,8 +105,8 @@ class Cut(NamedTuple):
 class ChangedLeaves:
     """The leaves of a layer that a job changes, and what they show afterwards.
 
-    They are those that the manifest of an upper layer says it covers, or else ``leaves``. ``view``:
-    what they show; None = unknown.
+    ``manifest``: that of the upper layer; the leaves that it covers are changed. ``leaves``: the
+    changed leaves, if the upper layer has no manifest. ``view``: what they show; None = unknown.
     """
 
     manifest: Manifest | None = None
@@ -139,9 +139,9 @@ class ChangedLeaves:
 class KnownLeaves:
     """What is known of a layer after a job.
 
-    ``view``: what the guest saw before, and sees afterwards in all but the ``changed`` leaves.
-    ``held``: the old manifest of the layer, whose mixed leaves hold what they held unless they are
-    among those. ``below``: what the layers below show.
+    ``view``: what the guest saw before the job; it sees the same afterwards, except in the
+    ``changed`` leaves. ``held``: the old manifest of the layer; its mixed leaves hold the same,
+    except the ``changed`` ones. ``below``: what the layers below show.
     """
 
     view: KnownView
@@ -157,7 +157,7 @@ class KnownLeaves:
         return view.with_leaves(self.changed.group(number), self.changed.bits(number))
 
     def held_mixed(self, number: int) -> tuple[bytes, bitarray]:
-        """The digests of what mixed leaves of a group hold, and the leaves of which they are."""
+        """What unchanged mixed leaves of a group hold: the digests, and which leaves have one."""
         if self.held is None:
             return ZERO_BLOCK, no_leaves()
         group = self.held.group(number)

@@ -1,8 +1,8 @@
 """Selects the clusters that a job moves, and says where their bytes are read from.
 
-Commit moves the allocated clusters, flatten the missing ones, convert the whole view, rebase those
-in which two backing files differ. A job that moves others adds a class. A selection is picklable to
-a worker process.
+Commit moves the allocated clusters, flatten the missing ones, and convert the whole view. Rebase
+moves the missing clusters in which two backing files differ. A job that moves other clusters adds a
+class. A selection is picklable to a worker process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class Selection(ABC):
     """Clusters of ``layer``, in units of ``geometry``. ``source``: the layer that is read.
 
-    ``leaves_some``: the bits of clusters that are not selected stay as they are, so what is moved
-    is marked cluster by cluster. ``depths``: how many layers the bytes of a selected cluster may
-    come from, ``layer`` included.
+    ``leaves_some``: a task may leave out clusters, whose bits stay as they are, so moved clusters
+    are marked one by one. ``depths``: how many layers the bytes of a selected cluster may come
+    from, ``layer`` included.
     """
 
     leaves_some = False
@@ -45,7 +45,7 @@ class Selection(ABC):
         """Yield the runs of selected clusters in ``[first, stop)``."""
 
     def searched(self, first: int, stop: int, check: Callable[[], None]) -> Iterator[Run]:  # noqa: ARG002
-        """Yield the same runs; ``check`` is called while it takes time to find them."""
+        """Yield the same runs as :meth:`runs`; ``check`` is called during a long search."""
         return self.runs(first, stop)
 
     @abstractmethod
@@ -109,8 +109,8 @@ class MissingClusters(_ClustersByBit):
 class DifferingClusters(MissingClusters):
     """The clusters that are not allocated and differ between the backing file and ``new``.
 
-    ``known``: where the two differ, if that was found before; else they are compared. ``new``: None
-    shows zeros. ``shares`` and ``maps``: as in :class:`~addcow_mp.engine.compare.Views`.
+    ``known``: where the two differ; None = they are compared. ``new``: None = zeros. ``shares`` and
+    ``maps``: as in :class:`~addcow_mp.engine.compare.Views`.
     """
 
     leaves_some = True
@@ -128,7 +128,7 @@ class DifferingClusters(MissingClusters):
         self._new = new
         self._known = known
         self._shares = shares
-        # Only a rebase compares: other jobs start without it.
+        # Only a rebase compares: other jobs start faster without this import.
         from addcow_mp.engine.compare import Views
 
         self._views = Views(overlay.backing, new, shares=shares, maps=maps)
@@ -149,7 +149,7 @@ class DifferingClusters(MissingClusters):
 
     def _known_to_differ(self, known: KnownDifferences, first: int, stop: int) -> Iterator[Run]:
         geometry = self.geometry
-        # A unit may be larger than a cluster, and reach behind the end.
+        # A unit may be larger than a cluster, and may reach behind the last cluster.
         units = (geometry.touched(*one) for one in known.runs(*geometry.span(first, stop)))
         for start, end in merged((max(first, one[0]), min(stop, one[1])) for one in units):
             yield from super().runs(start, end)
@@ -169,7 +169,7 @@ class DifferingClusters(MissingClusters):
 
 
 class WholeView(Selection):
-    """Every cluster of the guest's view, whichever file holds it."""
+    """Every cluster of the guest's view, in whatever file it lies."""
 
     def __init__(self, layer: Layer, geometry: Geometry) -> None:
         super().__init__(layer, geometry, layer)
@@ -184,5 +184,5 @@ class WholeView(Selection):
 
     @property
     def plain_source(self) -> None:
-        """None: a raw disk is read extent by extent, so that its holes are found."""
+        """None: a raw disk is read extent by extent, to find its holes."""
         return

@@ -1,11 +1,10 @@
-"""Which overlays of a farm get another backing file, and where it differs from the old one.
+"""Selects the overlays of a farm that get another backing file, and compares both bases once.
 
-A base's new version comes to all overlays of the old one. What differs is the same for all of them:
-both bases are compared once, in units as small as the smallest cluster. They stay open and locked
-until the last overlay is done, so that nothing that was compared changes meanwhile. The new base is
-made durable once.
+All overlays of a base get its new version. The differences are the same for all of them, so both
+bases are compared once, in units of the smallest cluster size. The bases stay open and locked until
+the last overlay is done, so that no program changes what was compared. The new base is synced once.
 
-The new base and the files below it are no overlays of the old one, even if they stand on it.
+The new base and the files below it are left out, even if they stand on the old base.
 """
 
 from __future__ import annotations
@@ -26,15 +25,18 @@ from addcow_mp.jobs.naming import plain
 from addcow_mp.jobs.options import Hooks, RunOptions
 from addcow_mp.jobs.rebase import Bases, NewBacking, open_bases
 
-#: Bases that are named in a message.
+#: The most bases that a message names.
 MOST_NAMED = 3
 
 Base = tuple[Identity | str, str | None]
-"""The backing file of an overlay, by inode or by resolved name, and its format."""
+"""The backing file of an overlay, by inode, or by resolved name if it is missing; its format."""
 
 
 class Rebasing:
-    """The overlays in ``farm`` that ``spec`` is about; :meth:`close` closes the bases."""
+    """The overlays in ``farm`` that the rebase of ``spec`` changes, and the open bases.
+
+    :meth:`close` closes the bases. Raises :class:`AddcowError`.
+    """
 
     def __init__(self, farm: list[Named], spec: JobSpec, options: RunOptions, hooks: Hooks) -> None:
         assert spec.backing is not None  # noqa: S101 - the spec of a rebase
@@ -42,7 +44,7 @@ class Rebasing:
         self._backing = spec.backing
         self._opened = ExitStack()
         self._bases: Bases | None = None
-        #: The base that was compared: overlays of another one compare for themselves.
+        #: The old base that was compared. A job on an overlay of another base compares by itself.
         self._base: Base | None = None
         self.overlays = _overlays_of(farm, spec.base, self._backing)
         try:
@@ -52,12 +54,12 @@ class Rebasing:
             raise
 
     def spec_for(self, named: Named) -> JobSpec:
-        """What is done with an overlay."""
+        """The job for an overlay; it holds the differences if the bases were compared for it."""
         is_known = self._base is not None and _base_of(named) == self._base
         return self._spec if is_known else replace(self._spec, backing=self._backing)
 
     def make_durable(self) -> None:
-        """Make the new base durable, before the first overlay relies on it."""
+        """Sync the new base and its chain, before the first overlay relies on them."""
         if self._bases is not None and self._bases.new is not None:
             sync_chain(self._bases.new)
 
@@ -81,7 +83,7 @@ class Rebasing:
                 return
 
     def _open(self, named: Named, options: RunOptions) -> Bases | None:
-        """The bases of an overlay; None when it cannot be opened: its own job says why."""
+        """The bases of an overlay; None when it cannot be opened, which its own job reports."""
         try:
             return self._opened.enter_context(open_bases(named.path, self._backing, options.access))
         except StoppedError:
@@ -91,24 +93,32 @@ class Rebasing:
 
 
 def _overlays_of(farm: list[Named], base: str | None, backing: NewBacking) -> list[Named]:
-    """The overlays that stand on ``base``, or on the one base that there is."""
+    """The overlays that stand on ``base``; None = on the only base of the farm.
+
+    Raises :class:`UsageError` if ``base`` is None and the overlays have several bases.
+    """
     new = _chain_of(backing.name) if backing.name else set()
     found = [one for one in farm if one.backing_name is not None and one.identity not in new]
     target = identity_at(backing.name) if backing.name else None
     if base is not None:
         old = identity_at(base) or plain(os.path.abspath(base))
-        # Those that an earlier run has moved have nothing to do.
+        # Overlays that an earlier run has moved are kept: they count as "nothing to do".
         return [one for one in found if _base_of(one)[0] in (old, target)]
-    bases = {key: one for one in found if (key := _base_of(one)[0]) != target}
-    if len(bases) > 1:
-        names = sorted(str(one.backing_path) for one in bases.values())
-        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        listed = ", ".join(names[:MOST_NAMED])
-        raise UsageError(
-            message=f"the overlays have {len(names)} backing files ({listed}{more}); "
-            "choose one with --from"
-        )
+    _refuse_several({key: one for one in found if (key := _base_of(one)[0]) != target})
     return found
+
+
+def _refuse_several(bases: dict[Identity | str, Named]) -> None:
+    """Raise :class:`UsageError` for more than one of ``bases``, each with one of its overlays."""
+    if len(bases) <= 1:
+        return
+    names = sorted(str(one.backing_path) for one in bases.values())
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    listed = ", ".join(names[:MOST_NAMED])
+    raise UsageError(
+        message=f"the overlays have {len(names)} backing files ({listed}{more}); "
+        "choose one with --from"
+    )
 
 
 def _base_of(named: Named) -> Base:
@@ -120,7 +130,7 @@ def _base_of(named: Named) -> Base:
 
 
 def _chain_of(path: str) -> set[Identity]:
-    """The files of the chain of ``path``, as far as they can be examined."""
+    """The identities of the files of the chain of ``path`` that can be examined."""
     return {identity for one in _files_below(path) if (identity := identity_at(one)) is not None}
 
 

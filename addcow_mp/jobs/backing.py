@@ -1,8 +1,8 @@
-"""What a file must be that becomes a backing file.
+"""Rules for a file that becomes a backing file.
 
-A raw file of which the first bytes are those of another format is most likely that format. The
-image file of an overlay is no disk: what it holds in clusters that are not allocated is undefined.
-Both are refused, unless forced.
+A raw file that begins with the first bytes of another format most likely has that format. The image
+file of an overlay is not a disk: in clusters that are not allocated its content is undefined. Both
+are refused without ``--force``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from addcow_mp.jobs.naming import home_of
 
 
 def refuse_disguised(layer: Layer) -> None:
-    """Refuse a chain with a raw file that begins as another format does."""
+    """Raise :class:`ImageError` if a raw file of the chain begins like another format."""
     for file in layer.files():
         refuse_as_raw(file)
 
 
 def refuse_image_as_backing(backing: str) -> None:
-    """Refuse a raw backing file that is the image file of an overlay, unless it is a whole disk.
+    """Raise :class:`ImageError` if ``backing`` is the image file of an overlay and no whole disk.
 
-    Only the overlay is examined whose image file has this name by default. A search would read all
-    headers of a directory for each new overlay; ``farm check`` finds the others.
+    Only one overlay is examined: the one whose image file has this name by default. A search would
+    read all headers of a directory for each new overlay; ``farm check`` finds the others.
     """
     owner = named_by(os.path.splitext(backing)[0] + ".add-cow")
     if owner is None or owner.image is None or owner.image != identity_at(backing):
@@ -41,7 +41,7 @@ def refuse_image_as_backing(backing: str) -> None:
 
 
 def roots_needed(path: str, image: str, backing: str | None) -> list[str]:
-    """Return a warning about directories that users of the overlay at ``path`` must allow."""
+    """Return a warning if users of the overlay at ``path`` must allow more directories."""
     own = home_of(path)
     named = (os.path.realpath(one) for one in (image, backing) if one is not None)
     outside = [os.path.dirname(one) for one in named if not one.startswith(own.rstrip("/") + "/")]

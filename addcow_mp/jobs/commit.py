@@ -85,7 +85,7 @@ def estimate(
     """Return what a commit of ``path`` would do; None when there is nothing to do.
 
     ``receives``: other overlays are committed into this one before, so there will be something to
-    do. Raises what the commit would be refused for.
+    do. Raises the error with which the commit would be refused.
     """
     with open_chain(path, ESTIMATING, options.access) as overlay:
         if overlay.backing is None or (overlay.is_empty and not receives):

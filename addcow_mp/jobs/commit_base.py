@@ -1,36 +1,36 @@
-"""Commit into a layer further down: it shows what the overlay shows, and every other view stays.
+"""Commit into a layer further down: BASE then shows what FILE shows, and other views stay.
 
 ::
 
     FILE -> layers between -> OVER -> BASE -> layers below
 
 FILE, the layers between and the layers below stay as they are, as with ``commit -d``. Only OVER,
-which stands directly on BASE, gets clusters. If OVER is FILE, this is ``commit -d``.
+the layer directly above BASE, gets clusters. If OVER is FILE, the job is ``commit -d``.
 
 *Covered* are the bytes of FILE's view that do not come from BASE: those of a cluster that is
 allocated in a layer above BASE, and zeros where a layer above BASE has ended
-(:mod:`addcow_mp.engine.covered`). The commit changes BASE in these bytes alone. OVER shows them
-where it has no cluster of its own, and all layers above look at OVER, not at BASE. So OVER first
-gets what BASE holds there. The order is:
+(:mod:`addcow_mp.engine.covered`). The commit changes only these bytes of BASE. OVER shows them
+where it has no cluster of its own, and all layers above read from OVER, not from BASE. So OVER
+first gets what BASE holds there. The order is:
 
 1. The manifests of BASE and OVER are removed, and their directories are synced.
-2. Each missing cluster of OVER with a covered byte is copied up as a whole. Per checkpoint: data,
-   sync, bits, sync. BASE is not changed before all of them are allocated.
-3. OVER's image file and its ``.add-cow`` file are synced once more. A run that was killed may have
-   left bits that are in memory and not on the disk, and step 2 takes these clusters as done.
-4. A shorter raw BASE grows. The covered bytes go into BASE. Per checkpoint: data, sync; then the
-   bits of an add-cow BASE, sync.
+2. Each missing cluster of OVER with a covered byte is copied up as a whole. At each checkpoint:
+   data, sync, bits, sync. BASE is not changed before all of these clusters are allocated.
+3. OVER's image file and its ``.add-cow`` file are synced once more. A killed run may have left
+   bits that are in memory and not on the disk, and step 2 skips the clusters of these bits.
+4. A shorter raw BASE grows. The covered bytes are written into BASE. At each checkpoint: data,
+   sync; then the bits of an add-cow BASE, sync.
 
-So no view but that of BASE depends on a byte that step 4 writes, and step 4 reads nothing from
-BASE. The same command finishes what was interrupted. Step 2 goes on where it was. Step 4 starts
-again, since nothing records what it has copied. By then OVER's new clusters are covered as a whole.
-Where another layer has smaller clusters, or ends within one, step 4 writes into the rest of them
-what BASE holds already.
+So only the view of BASE depends on the bytes that step 4 writes, and step 4 reads nothing from
+BASE. After an interruption the same command finishes the job. Step 2 continues where it stopped.
+Step 4 starts again, since nothing records what it has copied. By then OVER's new clusters are
+covered as a whole. Where another layer has smaller clusters, or ends within one, step 4 writes into
+the rest of them what BASE holds already.
 
-No space is given back. OVER takes up to the size of what is covered, in its own clusters.
+No space is freed. OVER takes at most the size of what is covered, in its own clusters.
 
-Other overlays that stand on BASE would change, so they are refused. Those that stand on OVER or on
-a layer between keep what they show.
+The job is refused if other overlays stand on BASE, because their views would change. Overlays that
+stand on OVER or on a layer between keep their views.
 """
 
 from __future__ import annotations
@@ -87,9 +87,8 @@ def commit_into(
 ) -> Report:
     """Commit the overlay at ``path`` into ``base``, a layer of its chain; the overlay stays.
 
-    ``base`` is a path, or a name as the chain stores it. If it ``verifies``, ``base`` and the layer
-    above it are read back from the disk. Raises :class:`AddcowError`; refusals come before the
-    first byte.
+    ``base``: a path, or a name as the chain stores it. ``verifies``: ``base`` and the layer above
+    it are read back from the disk. Raises :class:`AddcowError`. A refused commit changes nothing.
     """
     with reporting("commit", path) as report:
         found = _find(path, base, options.access)
@@ -105,7 +104,7 @@ def commit_into(
 def estimate(path: str, base: str, options: RunOptions, shared: Shared = ALONE) -> Estimate | None:
     """Return what a commit into ``base`` would do; None when there is nothing to do.
 
-    Raises what the commit would be refused for.
+    Raises the error with which the commit would be refused.
     """
     found = _find(path, base, options.access)
     if found.depth == 1:
@@ -157,7 +156,7 @@ def _find(path: str, base: str, access: Access) -> Below:
 
 
 def _uses(depth: int) -> Uses:
-    """The uses of the layers: the one at ``depth`` and the one above it are written."""
+    """The uses of the layers: the layer at ``depth`` and the one above it are written."""
     reading = {number: Use(READING, READING) for number in range(1, depth - 1)}
     return {**reading, depth - 1: Use(WRITING, WRITING), depth: Use(RESIZING, RESIZING)}
 
@@ -183,7 +182,7 @@ def _plans(
 ) -> list[TransferPlan]:
     """Return what is moved: up into ``over`` first, then down into ``base``.
 
-    Raises what forbids it.
+    Raises :class:`AddcowError` if the commit must not be done.
     """
     _refuse(levels, options.access, shared)
     top, _, base, depth = levels
@@ -204,12 +203,15 @@ def _plans(
 
 def _changed(levels: _Levels) -> tuple[Layer, ...]:
     """Return the layers whose manifests become invalid."""
-    # That of ``over`` also describes what lies below it, unless nothing of it is visible.
+    # The manifest of ``over`` also describes the layers below, unless all clusters are allocated.
     return (levels.base,) if levels.over.all_allocated else (levels.base, levels.over)
 
 
 def _copying_up(levels: _Levels, report: Report) -> TransferPlan | None:
-    """Return what ``over`` gets, if it lacks anything. Raises where the bits do not fit."""
+    """Return what is copied up into ``over``; None if nothing is missing.
+
+    Raises :class:`SpaceError` if the whole bitmap does not fit on its file system.
+    """
     top, over, _, depth = levels
     clusters = CoveredClusters(top, depth - 1)
     if next(clusters.runs(0, over.geometry.clusters), None) is None:
@@ -237,10 +239,10 @@ def _refuse(levels: _Levels, access: Access, shared: Shared) -> None:
     commit_job.accepted_base(top, base)
     if not access.force:
         commit_job.refuse_overlay_as_raw(base)
-    # What stands on ``over`` keeps its view: only its image file is changed for others.
+    # Overlays on ``over`` keep their views. Other users of its image file do not.
     changed = [*own_files(base), over.image.file]
     refuse_dependants(top, changed, access, around=shared.nearby, can_force_lent=False)
-    # The names of a raw backing file have no meaning.
+    # Hard links of a raw backing file are allowed: no rule depends on its name.
     written = [over.cow, over.image.file, *(own_files(base) if isinstance(base, Overlay) else [])]
     refuse_linked(written, force=access.force)
 
@@ -262,7 +264,7 @@ def _commit(
         move(plans, report, options, job_hooks, shared.pool)
         report.outcome = Outcome.DONE
         if isinstance(levels.base, RawLayer):
-            # Overlays elsewhere may need a file with several names.
+            # With several hard links, overlays in other directories may depend on it.
             report.warnings += link_warnings([levels.base.file])
 
 
@@ -270,7 +272,7 @@ def _commit(
 def _reading_back(
     levels: _Levels, options: RunOptions, hooks: Hooks, report: Report, *, verifies: bool
 ) -> Iterator[Hooks]:
-    """Around the work: ``base`` must show what the overlay shows, and ``over`` what it showed."""
+    """Read back after the work: ``base`` shows what ``top`` shows, and ``over`` what it showed."""
     top, over, base, _ = levels
     committed = Proof(base, base, (base,)) if verifies else None
     kept = Proof(over, over, (over,)) if verifies else None
@@ -282,7 +284,7 @@ def _reading_back(
 
 
 def _prepare(levels: _Levels) -> None:
-    """Make what ``over`` has durable, and let ``base`` grow, before its first byte changes."""
+    """Sync ``over`` and let ``base`` grow, before the first byte of ``base`` is written."""
     levels.over.image.file.sync()
     levels.over.cow.sync()
     if isinstance(levels.base, RawLayer):

@@ -73,7 +73,7 @@ def estimate(
 ) -> Estimate | None:
     """Return what a flatten of ``path`` would do; None when there is nothing to do.
 
-    Raises what the flatten would be refused for.
+    Raises the error with which the flatten would be refused.
     """
     with open_chain(path, READ, options.access) as overlay:
         image = overlay.image.file

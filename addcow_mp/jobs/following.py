@@ -1,18 +1,18 @@
 """Manifests follow: what a job does to the manifests of the layers that it changes.
 
-Before the first change they are removed, durably. A job that knows what its layers hold afterwards
-makes new ones from that after its last publication: the digests of what was moved are those of the
-old manifests (:mod:`addcow_mp.engine.known_leaves`). So no backing file is read again, but for
-leaves of which only a part changes. A job that knows nothing only removes manifests. Its report
-names them either way.
+Before the first change the manifests are removed, and their directory is synced. A job that knows
+what its layers hold afterwards makes new manifests after its last publication. It takes over the
+digests of the moved data from the old manifests (:mod:`addcow_mp.engine.known_leaves`). So it reads
+no backing file again, except leaves of which only a part changes. A job that does not know this
+only removes manifests. The report names both, the new manifests and the removed ones.
 
-Only manifests that describe the layers as they are when the job begins are used. If one does not,
-no new one is made: it would say of damaged data that it is as it should be. For the same reason
-digests are taken over rather than computed: damage is found later as it would have been before.
+An old manifest is used only if it describes its layer at the beginning of the job. Otherwise no new
+manifest is made, because it could describe damaged data as good data. For the same reason digests
+are taken over and not computed: a later verification still finds damage from before the job.
 
-A new manifest is written as any other: a draft, synced, renamed, directory synced. The files that
-it describes are synced first, with their times. What goes wrong here never fails the job, which is
-done: it is a warning, and the layer has no manifest. A job that was interrupted leaves none either.
+A new manifest is written like any other: draft, sync, rename, sync of the directory. The files that
+it describes are synced first, with their times. The job is done by then, so an error here is only a
+warning, and the layer has no manifest. An interrupted job leaves no manifest either.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from addcow_mp.jobs.report import Report
 
 
 def known_chain(layer: Layer) -> KnownView:
-    """The layers that the guest of ``layer`` sees, with their manifests.
+    """Return the layers that the guest of ``layer`` sees, with their manifests.
 
     Raises :class:`ManifestError` for a manifest that does not describe its layer.
     """
@@ -74,14 +74,14 @@ def known_chain(layer: Layer) -> KnownView:
 
 
 def _manifest(layer: Layer, below: list[KnownLayer]) -> Manifest | None:
-    """The manifest of a layer; None if it has none."""
+    """The manifest of ``layer``; None if it has none. ``below``: the layers below, from the top."""
     path = manifest_of(layer.path)
     if not is_manifest(path):
         return None
     manifests = [one.manifest for one in below if one.manifest is not None]
     if len(manifests) == len(below):
         return load_matching(layer, head_of(layer, manifests))
-    # Whether the layers below are those of that time is unknown: leaves that mix layers are read.
+    # The layers below may have changed since the manifest was made, so mixed leaves will be read.
     with errors_naming(path, "read it"):
         found = read_head(path)
     head = replace(
@@ -94,9 +94,9 @@ def _manifest(layer: Layer, below: list[KnownLayer]) -> Manifest | None:
 
 
 class Follower:
-    """Removes the manifests of layers that a job changes; a job that only does that uses it as is.
+    """Removes the manifests of the layers that a job changes. Subclasses also make new ones.
 
-    :meth:`remove` comes before the first change, :meth:`renew` after the last publication.
+    A job calls :meth:`remove` before its first change and :meth:`renew` after its last publication.
     """
 
     def __init__(self, report: Report, options: RunOptions, hooks: Hooks) -> None:
@@ -106,7 +106,10 @@ class Follower:
         self._knows = False
 
     def remove(self, layers: Sequence[Layer], *, durable: bool) -> None:
-        """Remove the manifests of ``layers``, after learning from them what new ones will say."""
+        """Load what new manifests need, and remove the manifests of ``layers``.
+
+        ``durable``: the directories are synced.
+        """
         found = {layer.path: list(manifests_of(layer)) for layer in layers}
         own = {path for path, each in found.items() if each and manifest_of(path) in each}
         if own and self._options.manifests:
@@ -123,7 +126,7 @@ class Follower:
                 self._renew()
 
     def _learn(self, own: set[str]) -> None:
-        """Load what is needed of old manifests; ``own``: the paths of the layers that have one."""
+        """Load the old manifests. ``own``: the paths of the changed layers that have one."""
 
     def _renew(self) -> None:
         """Make each new manifest with :meth:`_make`."""
@@ -137,7 +140,7 @@ class Follower:
 
     @contextmanager
     def _warning(self) -> Iterator[None]:
-        """Turn an error into a warning: the job goes on, or is done."""
+        """Turn an error into a warning: it must not fail the job."""
         try:
             yield
         except AddcowError as error:
@@ -157,7 +160,10 @@ def _files_of(layer: Layer) -> list[File]:
 
 
 class FlattenFollower(Follower):
-    """A flatten: the overlay then holds what its guest saw. ``discard``: the raw file does."""
+    """A flatten: the overlay then holds what its guest saw.
+
+    ``discard``: the overlay is removed, and the raw file gets the manifest.
+    """
 
     def __init__(
         self, overlay: Overlay, report: Report, options: RunOptions, hooks: Hooks, *, discard: bool
@@ -187,7 +193,7 @@ class EmptyFollower(Follower):
         self._below = KnownView(())
 
     def learn(self) -> None:
-        """Load the manifests below, without any to remove."""
+        """Load the manifests of the layers below a new overlay, which has none to remove."""
         with self._warning():
             self._learn({self._overlay.path})
             self._knows = True
@@ -228,7 +234,7 @@ class CommitFollower(Follower):
         self._view: KnownView | None = None
 
     def _learn(self, own: set[str]) -> None:
-        """Learn the digests of both; without a manifest of the backing file there is no use."""
+        """Load the manifests of both layers; no new one is made if the backing file has none."""
         if self._backing.path not in own:
             return
         below = known_chain(self._backing)
@@ -255,7 +261,7 @@ class CommitFollower(Follower):
         return ChangedLeaves(leaves=self._touched(below), cut=cut_leaf)
 
     def _touched(self, below: KnownView) -> SparseBits:
-        """The leaves that the overlay changes, as its bits say; nothing else is known of them."""
+        """The leaves that the overlay changes, by its bits: it has no manifest."""
         overlay, touched = self._overlay, SparseBits()
         if overlay.all_allocated:
             touched.set(0, -(-overlay.size // LEAF))
@@ -274,7 +280,7 @@ class CommitFollower(Follower):
         return touched
 
     def _cut(self, below: KnownView) -> Cut | None:
-        """The leaf in which the overlay ends and a longer backing file goes on, put together."""
+        """The last leaf of the overlay, if it ends within it and the backing file is longer."""
         overlay, backing = self._overlay, self._backing
         leaf, rest = divmod(overlay.size, LEAF)
         if not rest or backing.size <= overlay.size:
@@ -298,13 +304,16 @@ class CommitFollower(Follower):
         if view is not None:
             overlay = self._overlay
             held = view.layers[0].manifest if self._keep else None
-            # A fully allocated overlay that is kept does not look at its backing file.
+            # A fully allocated overlay that is kept shows nothing of its backing file.
             chain = [] if is_fully_allocated(overlay) else [made, *deeper.manifests]
             self._make(overlay, chain, KnownLeaves(view, held))
 
 
 def _leaf_of(layer: Layer, leaf: int, known: KnownView | None) -> bytes:
-    """The bytes of a leaf of ``layer``. Raises if a manifest says that they should be others."""
+    """The bytes of a leaf of ``layer``, padded with zeros.
+
+    Raises :class:`ImageError` if they differ from a certain digest in ``known``.
+    """
     start, content = leaf * LEAF, bytearray(LEAF)
     length = min(LEAF, layer.size - start)
     layer.read_into(memoryview(content)[:length], start)
@@ -316,10 +325,10 @@ def _leaf_of(layer: Layer, leaf: int, known: KnownView | None) -> bytes:
 
 
 class RebaseFollower(Follower):
-    """A rebase of ``overlay``, whose guest sees over ``new`` what it saw; None shows zeros.
+    """A rebase of ``overlay`` to the backing file ``new``; None = no backing file.
 
-    ``unsafe``: only the name changes. The old manifest stays true if the new backing file has the
-    content that it was made over, and is not used otherwise.
+    The guest sees what it saw. ``unsafe``: only the name changes, and the old manifest is used only
+    if the new backing file has the content of the old one.
     """
 
     def __init__(
@@ -354,7 +363,10 @@ class RebaseFollower(Follower):
             self._clusters.set(*run)
 
     def _over(self, below: KnownView) -> KnownView:
-        """The overlay over its new backing file, if that has the content of the old one."""
+        """The view of the overlay over its new backing file.
+
+        Raises :class:`ManifestError` if the new backing file has not the content of the old one.
+        """
         overlay = self._overlay
         layers = () if overlay.all_allocated else below.layers
         manifests = [] if overlay.all_allocated else below.manifests

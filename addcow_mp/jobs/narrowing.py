@@ -1,4 +1,4 @@
-"""Who may read the image file: only users who may read the backing files that it gets data of."""
+"""Restricts the mode of an image file: copied data stays readable by the same users only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.permissions import narrow, narrowed_mode
 from addcow_mp.jobs.report import Report
 
-_NARROWING = "let no more users read it than may read its backing file"
+_NARROWING = "restrict its readers to those of its backing file"
 
 
 def refuse_unnarrowable(overlay: Overlay) -> None:
-    """Raise when :func:`narrow_image` would have to change the mode of another user's file."""
+    """Raise :class:`FileError` if :func:`narrow_image` must change another user's file."""
     image = overlay.image.file
     with image.doing(_NARROWING):
         wanted = narrowed_mode(image.fd, readers_of_chain(overlay.backing))
@@ -24,13 +24,13 @@ def refuse_unnarrowable(overlay: Overlay) -> None:
 
 
 def narrow_image(overlay: Overlay, report: Report) -> None:
-    """Let no more users read the image file than may read what is copied into it."""
+    """Restrict the readers of the image file to those of the backing files; add a warning."""
     image = overlay.image.file
     with image.doing(_NARROWING):
         if not narrow(image.fd, readers_of_chain(overlay.backing)):
             return
         if image.durable:
-            os.fsync(image.fd)  # the mode as well, before any data
+            os.fsync(image.fd)  # the mode is on the disk before any data
     mode = stat.S_IMODE(image.status.st_mode)
     report.warnings.append(
         f"{image.path}: more users could read it than its backing file; its mode is now {mode:04o}"

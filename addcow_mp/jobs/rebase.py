@@ -1,20 +1,21 @@
 """Rebase: an overlay gets another backing file, and its guest sees the same disk.
 
 Only clusters that are not allocated can look different over the new backing file. Those in which
-the old one and the new one differ are copied up from the old one; all others stay where they are.
-The order is such that the guest sees the same disk at any moment, whatever interrupts this, and
-that the same command continues:
+the old and the new backing file differ are copied up from the old one. All others stay unallocated.
+The guest sees the same disk at any moment. After an interruption the same command continues. The
+order is:
 
-1. The new backing file and its chain are made durable, with their names: equal in memory is not on
-   the disk, and a cluster stays unallocated because the new file holds the same.
-2. Per checkpoint: differing clusters, sync, their bits, sync. The old backing file still counts.
+1. The new backing file and its chain are synced, with their directories. Clusters stay unallocated
+   because the new file holds the same data. So this data must be on the disk, not only in memory.
+2. At each checkpoint: differing clusters, sync, their bits, sync. The header still names the old
+   backing file.
 3. The header names the new backing file (:mod:`addcow_mp.device.renaming`).
 
-Without a new backing file, every cluster is allocated, as by flatten, and then one write of the
-header removes the name and sets ALL_ALLOCATED.
+Without a new backing file every cluster is allocated, as by flatten. Then one write of the header
+removes the name and sets ALL_ALLOCATED.
 
-*Unsafe*, only the name changes, and so the guest may see another disk. That is for a backing file
-that was renamed or moved: the old one need not exist.
+An *unsafe* rebase changes only the name, so the guest may see another disk. It is for a backing
+file that was renamed or moved. The old backing file need not exist.
 """
 
 from __future__ import annotations
@@ -77,11 +78,12 @@ from addcow_mp.jobs.transfer_job import estimated, move, refuse_unwritable
 class NewBacking:
     """The backing file that overlays get.
 
-    ``name``: as typed; empty = none. ``format_``: None = that of the old one. ``by_path``: a
-    relative name is one of the working directory, and is stored relative to each overlay.
-    ``unsafe``: only the name changes. ``trusts_manifests``: manifests, and not bytes, say where the
-    backing files differ. ``known``: where they do, if that was found before. ``is_durable``: the
-    new backing file was made durable before.
+    ``name``: the path as typed; empty = no backing file. ``format_``: ``raw`` or ``add-cow``; None
+    = the format of the old backing file. ``by_path``: a relative name begins in the working
+    directory, and is stored relative to each overlay. ``unsafe``: only the name changes.
+    ``trusts_manifests``: manifests say where the backing files differ, and their data is not
+    compared. ``known``: where they differ; None = the job finds it. ``is_durable``: the new backing
+    file is synced already.
     """
 
     name: str
@@ -93,7 +95,7 @@ class NewBacking:
     is_durable: bool = False
 
     def __post_init__(self) -> None:
-        """Raise :class:`UsageError` for wishes that contradict each other."""
+        """Raise :class:`UsageError` for options that contradict each other."""
         if not self.name and self.format_ is not None:
             problem = f'-b "" names no backing file: leave -F {self.format_} out'
             raise UsageError(message=problem)
@@ -101,7 +103,7 @@ class NewBacking:
             raise UsageError(message="-u compares nothing: leave --trust-manifests out")
 
     def located(self, overlay: str) -> Located | None:
-        """The file, and the name that the overlay at that path stores."""
+        """The file, and the name that the overlay at the path ``overlay`` stores."""
         if not self.name:
             return None
         if self.by_path and not self.name.startswith("/"):
@@ -120,8 +122,8 @@ def rebase(
 ) -> Report:
     """Give the overlay at ``path`` another backing file.
 
-    If it ``verifies``, the guest's view is read back from the disk. Raises :class:`AddcowError`;
-    refusals come before the first byte.
+    ``verifies``: the guest's view is read back from the disk. Raises :class:`AddcowError`. A
+    refused rebase changes nothing.
     """
     with reporting("rebase", path) as report, _opened(path, backing, options.access) as change:
         change.refuse(options, shared)
@@ -149,7 +151,7 @@ def estimate(
 ) -> Estimate | None:
     """Return what a rebase of ``path`` would do; None when there is nothing to do.
 
-    Raises what the rebase would be refused for.
+    Raises the error with which the rebase would be refused.
     """
     with _opened(path, backing, options.access, writes=False) as change:
         overlay, access = change.overlay, options.access
@@ -170,7 +172,10 @@ def estimate(
 def compared_estimate(
     path: str, backing: NewBacking, options: RunOptions = DEFAULTS, hooks: Hooks = NO_HOOKS
 ) -> Estimate | None:
-    """The same, with the backing files compared first, so that only what differs counts."""
+    """Return the estimate of :func:`estimate`, counting only what differs.
+
+    The backing files are compared for it. Raises what :func:`estimate` raises.
+    """
     with open_bases(path, backing, options.access) as bases:
         known = bases.differences(backing, options, hooks)
     return estimate(path, replace(backing, known=known), options)
@@ -178,9 +183,9 @@ def compared_estimate(
 
 @dataclass(frozen=True)
 class Bases:
-    """The old and the new backing file of overlays; None shows zeros.
+    """The old and the new backing file of overlays; None = no backing file, which reads as zeros.
 
-    ``unit``: bytes of a cluster; ``path``: an overlay, for errors.
+    ``unit``: bytes of a cluster of the overlay at ``path``, which errors name.
     """
 
     old: Layer | None
@@ -191,9 +196,9 @@ class Bases:
     def differences(
         self, backing: NewBacking, options: RunOptions, hooks: Hooks, unit: int | None = None
     ) -> KnownDifferences | None:
-        """Where they differ, in units of ``unit`` bytes; None when a job compares nothing.
+        """Where they differ, in units of ``unit`` bytes; None when the rebase compares nothing.
 
-        Raises :class:`AddcowError`.
+        ``unit``: None = a cluster. Raises :class:`AddcowError`.
         """
         if backing.unsafe or not backing.name or _is_same_file(self.old, self.new):
             return None
@@ -211,7 +216,7 @@ class Bases:
 
 @contextmanager
 def open_bases(path: str, backing: NewBacking, access: Access) -> Iterator[Bases]:
-    """Open the backing file of the overlay at ``path`` and its new one; the overlay is closed.
+    """Open the old and the new backing file of the overlay at ``path``; the overlay is closed.
 
     Raises :class:`AddcowError`.
     """
@@ -242,7 +247,7 @@ def _opened(
 
 
 def _opened_overlay(path: str, uses: Uses, access: Access, backing: NewBacking) -> Overlay:
-    """Open the overlay; where a file of its chain is missing, say what helps."""
+    """Open the overlay. If its backing file is missing, the error suggests ``-u``."""
     try:
         return open_chain(path, uses, access, alone=backing.unsafe)
     except FileError as error:
@@ -253,7 +258,7 @@ def _opened_overlay(path: str, uses: Uses, access: Access, backing: NewBacking) 
 
 
 def _format(overlay: Overlay, backing: NewBacking) -> str:
-    """The format of the new backing file: as given, else as that of the old one."""
+    """The format of the new backing file: the given one, else that of the old backing file."""
     if backing.format_ is not None or not backing.name:
         return backing.format_ or ""
     if not overlay.header.has_backing:
@@ -263,7 +268,10 @@ def _format(overlay: Overlay, backing: NewBacking) -> str:
 
 
 class _Change:
-    """An open overlay, and the backing file that it gets: ``new``, None where there is none."""
+    """An open overlay and its new backing file.
+
+    ``new``: None if there is none, or if an unsafe rebase names a file that does not exist.
+    """
 
     def __init__(
         self,
@@ -282,10 +290,10 @@ class _Change:
             b"" if located is None else located.stored(overlay.path, "backing", BACKING_NAME_LIMIT)
         )
 
-    # Before
+    # Refusals
 
     def refuse(self, options: RunOptions, shared: Shared) -> None:
-        """Raise what forbids the rebase."""
+        """Raise :class:`AddcowError` if the rebase must not be done."""
         overlay, access = self.overlay, options.access
         if self._name:
             refuse_no_room(overlay, self._name)
@@ -303,7 +311,7 @@ class _Change:
         refuse_linked(files, force=access.force)
 
     def _refuse_other_disk(self) -> None:
-        """Raise when manifests say that the new backing file is another disk than the old one."""
+        """Raise :class:`ImageError` when manifests say that the two backing files differ."""
         expected = _digest_in(self.overlay.path, "backing_digest")
         found = None if self._located is None else _digest_in(self._located.path, "guest_digest")
         if expected is not None and found is not None and expected != found:
@@ -362,20 +370,20 @@ class _Change:
     # The change
 
     def make_durable(self) -> None:
-        """Make what stays unallocated durable in the new backing file."""
+        """Sync the new backing file: unallocated clusters will be read from it."""
         backing = self._backing
         if self.new is not None and not (backing.unsafe or backing.is_durable):
             sync_chain(self.new)
 
     def follower(self, report: Report, options: RunOptions, hooks: Hooks) -> Follower:
-        """What becomes of the manifest; nothing is known of a backing file that is missing."""
+        """The follower of the manifest; it makes no new one if the new backing file is missing."""
         if self.new is None and self._name:
             return Follower(report, options, hooks)
         unsafe = self._backing.unsafe
         return RebaseFollower(self.overlay, self.new, report, options, hooks, unsafe=unsafe)
 
     def carry_out(self, follower: Follower) -> None:
-        """Let the header name the new backing file, once the bits are durable."""
+        """Let the header name the new backing file. The bits must be durable before."""
         follower.remove([self.overlay], durable=self.overlay.cow.durable)
         if not self._name:
             drop_backing(self.overlay, whole=not self._backing.unsafe)
@@ -384,11 +392,14 @@ class _Change:
 
     @property
     def proof(self) -> Proof:
-        """Where the guest's view is read back."""
+        """What is read back: the guest's view."""
         return Proof(self.overlay, self.overlay, (self.overlay,))
 
     def reopening(self, options: RunOptions) -> RunOptions:
-        """The options with which the chain can be opened again: the user has named the new file."""
+        """The options for opening the chain again.
+
+        The user has named the new backing file, so its directory is a root.
+        """
         if self._located is None:
             return options
         beneath = os.path.dirname(os.path.realpath(self._located.path))
@@ -397,7 +408,7 @@ class _Change:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know of the new backing file."""
+        """The warnings about the new backing file."""
         if self._located is None:
             return []
         overlay, path = self.overlay, self._located.path
@@ -408,7 +419,7 @@ class _Change:
 
 
 def _is_same_file(old: Layer | None, new: Layer | None) -> bool:
-    """Whether the new backing file is the old one, under whatever name."""
+    """Whether both backing files are the same file, also under different names."""
     if old is None or new is None or isinstance(old, Overlay) != isinstance(new, Overlay):
         return False
     one, other = (
@@ -418,7 +429,7 @@ def _is_same_file(old: Layer | None, new: Layer | None) -> bool:
 
 
 def _by_manifests(old: Layer | None, new: Layer | None, options: RunOptions) -> KnownDifferences:
-    """Where the manifests of all layers say that two backing files differ."""
+    """Where two backing files differ, as the manifests of all their layers say."""
     chains = [[] if side is None else manifest.existing(side, options) for side in (old, new)]
     known = KnownDifferences(LEAF, SparseBits())
     for leaf in differing_leaves(*chains):
@@ -427,7 +438,7 @@ def _by_manifests(old: Layer | None, new: Layer | None, options: RunOptions) -> 
 
 
 def _shares(access: Access) -> bool:
-    """Whether locks keep other programs from writing the files that are compared."""
+    """Whether blocks that files share count as equal: locks keep other programs from writing."""
     return access.locking and not access.share
 
 
@@ -436,7 +447,7 @@ def _raise_failure(path: str, failure: Failed) -> NoReturn:
 
 
 def _digest_in(path: str, key: str) -> str | None:
-    """A digest in the manifest of the layer at ``path``; None where there is none."""
+    """The digest ``key`` in the manifest of the layer at ``path``; None without one."""
     name = manifest_of(path)
     try:
         head = read_head(name) if is_manifest(name) else None

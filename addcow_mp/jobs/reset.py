@@ -1,4 +1,4 @@
-"""Reset: an overlay goes back to its backing file, and what its guest has written is given up.
+"""Reset: an overlay shows its backing file again, and what its guest has written is lost.
 
 Afterwards no cluster is allocated, ALL_ALLOCATED is clear, and the image file takes no space. The
 guest sees the backing file: of a leaf of a chain its parent, which keeps what it holds.
@@ -52,7 +52,7 @@ def reset(path: str, *, options: RunOptions = DEFAULTS, shared: Shared = ALONE) 
 def estimate(path: str, options: RunOptions, shared: Shared = ALONE) -> Estimate | None:
     """What a reset of ``path`` would do; None when there is nothing to do.
 
-    Raises what the reset would be refused for.
+    Raises the error with which the reset would be refused.
     """
     with open_chain(path, ESTIMATING, options.access) as overlay:
         _refuse(overlay, options, shared)

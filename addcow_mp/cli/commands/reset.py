@@ -27,7 +27,7 @@ def command(
     changing: JobChangeOptions,
     no_manifest: NoManifest = False,
 ) -> None:
-    """Let overlays show their backing files again; what their guests have written is given up.
+    """Let overlays show their backing files again; what their guests have written is lost.
 
     An overlay that another one stands on is refused, also with --force. A file that is refused is
     one line, and the others go on. Exit status: 0 all done, 1 some file was refused or failed.

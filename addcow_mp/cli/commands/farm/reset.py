@@ -7,7 +7,7 @@ from addcow_mp.farm.image_job import JobSpec, Operation
 
 
 def command(*, options: FarmRunOptions) -> None:
-    """Let every overlay show its backing file again; what guests have written is given up.
+    """Let every overlay show its backing file again; what guests have written is lost.
 
     An overlay that another one stands on is refused, also with --force. Exit status: 0 all done, 1
     some image was refused or failed, 75 the time limit was reached.
