@@ -184,9 +184,10 @@ def farm_rebase(
 
     ``backing``: the path of the new backing file; None = none. A relative path begins in the
     working directory. The new backing file and the files below it are left out. ``base``: the old
-    backing file of the overlays; None = all overlays have the same one. ``dry_run``: only say what
-    would be done. The other arguments are those of ``rebase``. ``progress`` counts bytes and
-    ``counted`` images. The same call again does only what is left.
+    backing file of the overlays; None = all overlays have the same one, otherwise
+    :class:`UsageError` is raised. ``dry_run``: only say what would be done. The other arguments are
+    those of ``rebase``. ``progress`` counts bytes and ``counted`` images. The same call again does
+    only what is left.
     """
     new = new_backing(
         backing, backing_format, unsafe=unsafe, trust_manifests=trust_manifests, by_path=True

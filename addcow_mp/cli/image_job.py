@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from addcow_mp.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from addcow_mp.device.access import Access
+    from addcow_mp.jobs.options import Hooks, RunOptions
     from addcow_mp.jobs.report import Estimate, Report
 
 
@@ -36,12 +39,7 @@ class ImageJobOptions(OptionGroup):
 
     def run(self, job: Callable[..., Report], sentence: str) -> None:
         """Run ``job`` on the overlay, and print ``sentence`` or the report."""
-        access, copy_options = self.changing.access_for(self.copying), self.copying.copy_options()
-        quiet = self.printing.quiet
-        with self.workers.working(access, copy_options, self.progress, quiet=quiet) as (
-            options,
-            hooks,
-        ):
+        with self._working(self.changing.access_for(self.copying)) as (options, hooks):
             all_options = replace(options, manifests=not self.no_manifest)
             report = job(self.overlay.file, verifies=self.verify, options=all_options, hooks=hooks)
         self.printing.report(report, sentence)
@@ -52,14 +50,14 @@ class ImageJobOptions(OptionGroup):
         from addcow_mp.cli.planned import Planned
 
         access = self.changing.access_for(self.copying, writes=False)
-        copy_options, quiet = self.copying.copy_options(), self.printing.quiet
-        with self.workers.working(access, copy_options, self.progress, quiet=quiet) as (
-            options,
-            hooks,
-        ):
+        with self._working(access) as (options, hooks):
             found = estimate(self.overlay.file, options=options, hooks=hooks)
         planned = Planned(self.overlay.file, operation, found)
         if self.printing.as_json:
             print_document(planned.as_json())
-        elif not quiet:
+        elif not self.printing.quiet:
             print(planned.line)
+
+    def _working(self, access: Access) -> AbstractContextManager[tuple[RunOptions, Hooks]]:
+        copy_options, quiet = self.copying.copy_options(), self.printing.quiet
+        return self.workers.working(access, copy_options, self.progress, quiet=quiet)

@@ -119,8 +119,13 @@ def refuse_other(layer: Layer, number: int, found: bytes, view: View, leaves: bi
         at = slice(leaf * DIGEST, (leaf + 1) * DIGEST)
         if found[at] != view.digests[at]:
             start = (number * FAN + leaf) * LEAF
-            problem = f"{LEAF} bytes at {start} differ from what its manifest says"
-            raise ImageError(path=layer.path, problem=problem)
+            raise unlike_manifest(layer, start, LEAF)
+
+
+def unlike_manifest(layer: Layer, start: int, length: int) -> ImageError:
+    """The error for ``length`` bytes at ``start`` that differ from the manifest of ``layer``."""
+    problem = f"{length} bytes at {start} differ from what its manifest says"
+    return ImageError(path=layer.path, problem=problem)
 
 
 # Before a job

@@ -33,7 +33,7 @@ from addcow_mp.device.manifest_file import (
 from addcow_mp.device.overlay import Overlay
 from addcow_mp.device.raw import RawLayer
 from addcow_mp.engine.allocation import data_stretches
-from addcow_mp.engine.known_digest import ChangeFinder
+from addcow_mp.engine.known_digest import ChangeFinder, unlike_manifest
 from addcow_mp.engine.known_leaves import (
     ChangedLeaves,
     Cut,
@@ -45,7 +45,7 @@ from addcow_mp.engine.layer_digest import file_of, is_fully_allocated
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.worker import Failed
-from addcow_mp.errors import AddcowError, ImageError, StoppedError
+from addcow_mp.errors import AddcowError, StoppedError
 from addcow_mp.format.bitmap import SparseBits
 from addcow_mp.format.bits import Run
 from addcow_mp.format.geometry import Geometry
@@ -319,8 +319,7 @@ def _leaf_of(layer: Layer, leaf: int, known: KnownView | None) -> bytes:
     layer.read_into(memoryview(content)[:length], start)
     wanted = None if known is None else known.leaf(leaf)
     if wanted not in (None, digest(content)):
-        problem = f"{length} bytes at {start} differ from what its manifest says"
-        raise ImageError(path=layer.path, problem=problem)
+        raise unlike_manifest(layer, start, length)
     return bytes(content)
 
 

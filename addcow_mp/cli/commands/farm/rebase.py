@@ -20,7 +20,7 @@ def command(
         typer.Option("--from", metavar="OLD", help="only overlays that stand on this backing file"),
     ] = None,
 ) -> None:
-    """Give every overlay of a base another backing file; their guests see the same disks.
+    """Give every overlay of a base another backing file; the guests see the same disks.
 
     Both backing files are compared once. NEW and the files below it are left out. The same command
     run again does only what is left. Exit status: 0 all done, 1 some image was refused or failed,
