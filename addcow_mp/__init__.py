@@ -17,7 +17,7 @@ time limit :class:`TimeLimitError`; the same call continues.
 
 Nothing is printed, and no signal handler is installed. Functions may be called by any thread, and
 by several at a time: two that use the same image refuse each other, as two commands do. A script
-that lets a job start processes guards its main part with ``if __name__ == "__main__":``, as
+with a job that starts processes must guard its main part with ``if __name__ == "__main__":``, as
 :mod:`multiprocessing` requires.
 
 A module is imported when one of its names is first used, so ``import addcow_mp`` is cheap.
