@@ -69,7 +69,9 @@ class FormatError(ImageError):
 class ManifestError(ImageError):
     """A manifest cannot be used."""
 
-    template = "{path}: {problem}; it cannot be used, replace it with --replace"
+    template = (
+        "{path}: {problem}; it cannot be used, replace it with 'addcow manifest create --replace'"
+    )
 
 
 class UnsupportedError(ImageError):

@@ -268,7 +268,7 @@ def test_verify_rejects_a_sealed_manifest_with_nonsense(
 def test_truncated_manifest_is_rejected(here: Path, length: int) -> None:
     os.truncate(here / "top.add-cow.manifest", min(length, 4200))
     assert "manifest" in {one["name"] for one in verified(here, status=2)["findings"]}
-    assert "replace it with --replace" in refused("manifest", "create", "top.add-cow", cwd=here)
+    assert "create --replace" in refused("manifest", "create", "top.add-cow", cwd=here)
     assert made(here, "--replace")["top.add-cow.manifest"]["written"]
     verified(here)
 

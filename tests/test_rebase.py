@@ -281,6 +281,51 @@ def test_unsafe_rebase_under_another_overlay_needs_force(tmp_path: Path) -> None
     assert guest_picture(tmp_path / "up.add-cow") == "XUGH"
 
 
+def test_unsafe_rebase_that_shows_the_same_needs_no_force(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCD", "X---")
+    draw(tmp_path / "up.add-cow", "-U--", TOP, backing_format="add-cow")
+    (tmp_path / "link.img").symlink_to("base.img")
+    for name in ("base.img", "link.img", "link.img"):
+        succeed("rebase", "-u", "-b", name, TOP, cwd=tmp_path)
+        assert read_header(tmp_path / TOP).backing == name
+    draw_raw(tmp_path / "new.img", "EFGH")
+    succeed("flatten", TOP, cwd=tmp_path)
+    succeed("rebase", "-u", "-b", "new.img", TOP, cwd=tmp_path)
+    assert guest_picture(tmp_path / "up.add-cow") == "XUCD"
+
+
+def test_unsafe_rebase_refuses_a_short_bitmap(tmp_path: Path) -> None:
+    pair(tmp_path, "AB", "X-")
+    short_bitmap(tmp_path)
+    draw_raw(tmp_path / "new.img", "AB")
+    before = snapshot(tmp_path)
+    assert "'addcow check -r all'" in refused("rebase", "-u", "-b", "new.img", TOP, cwd=tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_rebase_to_a_base_without_a_manifest_says_what_to_do(tmp_path: Path) -> None:
+    pair(tmp_path, "ABCD", "X---")
+    draw_raw(tmp_path / "new.img", "ABCE")
+    succeed("manifest", "create", "-q", TOP, cwd=tmp_path)
+    told = succeed("rebase", "-b", "new.img", TOP, cwd=tmp_path)
+    assert "no new manifest is made" in told.stderr
+    assert "new.img: it, or a layer below it, has no manifest" in told.stderr
+
+
+@pytest.mark.long
+def test_dry_run_reports_missing_space(tmp_path: Path) -> None:
+    for disk in made_disk("ext4", tmp_path):
+        with disk.directory() as here:
+            draw_raw(here / "base.img", "A" * 400)
+            draw_raw(here / "new.img", "B" * 400)
+            draw(here / TOP, "X" + "-" * 399)
+            with (here / "fill").open("wb") as file, suppress(OSError):
+                for size in range(MiB, 1024 * MiB, MiB):
+                    os.posix_fallocate(file.fileno(), size - MiB, MiB)
+            said = refused("rebase", "--dry-run", "-b", "new.img", TOP, cwd=here)
+            assert "space" in said
+
+
 def test_unsafe_rebase_over_a_manifest_of_another_disk_needs_force(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X---")
     draw_raw(tmp_path / "new.img", "ABCE")
@@ -385,7 +430,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str, bool]]
     "image": (image_of_an_overlay, ("-b", "other.raw"), "not a whole disk", True),
     "lent": (lent, ("-b", "new.img"), "'addcow qemu import' takes it back", False),
     "short bitmap": (short_bitmap, ("-b", "new.img"), "ends inside its bitmap", False),
-    "no manifest": (nothing, ("--trust-manifests", "-b", "new.img"), "has none; make one", False),
+    "no manifest": (
+        nothing,
+        ("--trust-manifests", "-b", "new.img"),
+        "it has no manifest; make one",
+        False,
+    ),
 }
 
 
@@ -409,6 +459,7 @@ MISUSES = [
     ("-b", "", "-F", "raw"),
     ("-b", "-"),
     ("-u", "--trust-manifests", "-b", "new.img"),
+    ("-u", "--verify", "-b", "new.img"),
     (),
 ]
 
@@ -709,3 +760,39 @@ def test_farm_rebase_reads_every_image_back(tmp_path: Path) -> None:
     told = farm_rebase(tmp_path, "--verify", "-b", "new.img", ".")
     assert all(len(one["guest-digest"]) == 64 for one in told["images"])
     assert views(tmp_path) == before
+
+
+def test_farm_rebase_reports_a_damaged_overlay(tmp_path: Path) -> None:
+    clones(tmp_path, 2)
+    (tmp_path / "broken.add-cow").write_bytes(b"ACOW and nothing else")
+    for words in (("--from", "base.img"), ()):
+        told = farm_rebase(tmp_path, "-b", "new.img", *words, ".", status=1)
+        assert told["summary"]["refused"] == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-b", "new.img", "--from", "typo.img"),
+        ("-b", "typo.img"),
+        ("-b", "typo.img", "--from", "base.img"),
+    ],
+)
+def test_farm_rebase_refuses_names_of_nothing(tmp_path: Path, words: tuple[str, ...]) -> None:
+    clones(tmp_path, 2)
+    before = snapshot(tmp_path)
+    assert "typo.img: it does not exist" in refused("farm", "rebase", *words, ".", cwd=tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_farm_rebase_warns_of_names_outside_once_they_are_new(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    draw_raw(tmp_path / "base.img", "ABCD")
+    draw_raw(tmp_path / "new.img", "ABCE")
+    draw(tmp_path / "a" / TOP, "X---", "../base.img")
+    words = ("farm", "rebase", "--root", ".", "-b")
+    assert succeed(*words, "new.img", ".", cwd=tmp_path).stderr == ""
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "new.img", tmp_path / "b")
+    told = succeed(*words, "b/new.img", ".", cwd=tmp_path)
+    assert "its users will need --root" in told.stderr

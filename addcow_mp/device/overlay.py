@@ -440,6 +440,6 @@ def refuse_short(overlay: Overlay) -> None:
     if overlay.bitmap.short:
         raise ImageError(
             path=overlay.path,
-            problem="the file ends inside its bitmap; it can be read, not written, "
-            "until the bitmap is repaired",
+            problem="the file ends inside its bitmap; it can be read, and written again after "
+            "'addcow check -r all' has repaired the bitmap",
         )

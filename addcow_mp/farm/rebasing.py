@@ -18,12 +18,12 @@ from addcow_mp.device.chain import sync_chain
 from addcow_mp.device.discovery import Identity, Named, named_by
 from addcow_mp.device.files import identity_at
 from addcow_mp.device.headers import MAX_DEPTH
-from addcow_mp.errors import AddcowError, StoppedError, UsageError
+from addcow_mp.errors import AddcowError, ImageError, StoppedError, UsageError
 from addcow_mp.farm.image_job import JobSpec
 from addcow_mp.format.header import MIN_CLUSTER_BITS
 from addcow_mp.jobs.naming import plain
 from addcow_mp.jobs.options import Hooks, RunOptions
-from addcow_mp.jobs.rebase import Bases, NewBacking, open_bases
+from addcow_mp.jobs.rebase import Bases, NewBacking, open_bases, refuse_nothing_to_verify
 
 #: The most bases that a message names.
 MOST_NAMED = 3
@@ -46,6 +46,9 @@ class Rebasing:
         self._bases: Bases | None = None
         #: The old base that was compared. A job on an overlay of another base compares by itself.
         self._base: Base | None = None
+        if spec.verifies:
+            refuse_nothing_to_verify(self._backing)
+        _refuse_missing(self._backing)
         self.overlays = _overlays_of(farm, spec.base, self._backing)
         try:
             self._compare(options, hooks)
@@ -98,14 +101,31 @@ def _overlays_of(farm: list[Named], base: str | None, backing: NewBacking) -> li
     Raises :class:`UsageError` if ``base`` is None and the overlays have several bases.
     """
     new = _chain_of(backing.name) if backing.name else set()
-    found = [one for one in farm if one.backing_name is not None and one.identity not in new]
+    others = [one for one in farm if one.identity not in new]
+    # A damaged overlay may stand on the base: its own job refuses it.
+    damaged = [one for one in others if one.image_name is None]
+    found = [one for one in others if one.backing_name is not None and one.image_name is not None]
     target = identity_at(backing.name) if backing.name else None
-    if base is not None:
-        old = identity_at(base) or plain(os.path.abspath(base))
-        # Overlays that an earlier run has moved are kept: they count as "nothing to do".
-        return [one for one in found if _base_of(one)[0] in (old, target)]
-    _refuse_several({key: one for one in found if (key := _base_of(one)[0]) != target})
-    return found
+    if base is None:
+        _refuse_several({key: one for one in found if (key := _base_of(one)[0]) != target})
+        return [*found, *damaged]
+    old = identity_at(base) or plain(os.path.abspath(base))
+    _refuse_unknown(base, old, found)
+    # Overlays that an earlier run has moved are kept: they count as "nothing to do".
+    return [one for one in found if _base_of(one)[0] in (old, target)] + damaged
+
+
+def _refuse_unknown(base: str, old: Identity | str, found: list[Named]) -> None:
+    """Raise :class:`ImageError` for a base that does not exist, and that no overlay names."""
+    if isinstance(old, str) and all(_base_of(one)[0] != old for one in found):
+        problem = "it does not exist, and no overlay in these places stands on it"
+        raise ImageError(path=base, problem=problem)
+
+
+def _refuse_missing(backing: NewBacking) -> None:
+    """Raise :class:`ImageError` for a new base that does not exist, unless only names change."""
+    if backing.name and not backing.unsafe and identity_at(backing.name) is None:
+        raise ImageError(path=backing.name, problem="it does not exist; name the new backing file")
 
 
 def _refuse_several(bases: dict[Identity | str, Named]) -> None:

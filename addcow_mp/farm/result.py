@@ -71,6 +71,11 @@ class FarmResult:
     is_carried_out: bool = True
     problem: AddcowError | None = None
 
+    @property
+    def _has_overlays(self) -> bool:
+        """Whether the places hold overlays, also if none of them stands on the base of a rebase."""
+        return bool(self.images or self.plan.dependency_index.farm)
+
     def count(self, state: State) -> int:
         """How many images are in ``state``."""
         return sum(image.state is state for image in self.images)
@@ -83,7 +88,7 @@ class FarmResult:
         """
         if self.problem is not None:
             return self.problem.exit_code
-        if self.plan.unexamined or (self.plan.places.named and not self.images):
+        if self.plan.unexamined or (self.plan.places.named and not self._has_overlays):
             return 1
         if self.is_carried_out:
             return int(any(image.has_failed for image in self.images))

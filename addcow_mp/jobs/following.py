@@ -45,7 +45,7 @@ from addcow_mp.engine.layer_digest import file_of, is_fully_allocated
 from addcow_mp.engine.scan import ScanHooks, scan
 from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.worker import Failed
-from addcow_mp.errors import AddcowError, StoppedError
+from addcow_mp.errors import AddcowError, ImageError, StoppedError
 from addcow_mp.format.bitmap import SparseBits
 from addcow_mp.format.bits import Run
 from addcow_mp.format.geometry import Geometry
@@ -354,8 +354,9 @@ class RebaseFollower(Follower):
         if overlay.path not in own:
             return
         below = KnownView(()) if self._new is None else known_chain(self._new)
-        if not (below.is_complete or overlay.all_allocated):
-            return
+        if self._new is not None and not (below.is_complete or overlay.all_allocated):
+            problem = "it, or a layer below it, has no manifest; make it with 'manifest create'"
+            raise ImageError(path=self._new.path, problem=problem)
         self._view = self._over(below) if self._unsafe else known_chain(overlay)
         self._below = below
         for run in self._mixed_runs():

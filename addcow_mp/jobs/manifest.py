@@ -103,8 +103,9 @@ def existing(top: Layer, options: RunOptions) -> list[Manifest]:
     for layer in reversed(layers):
         manifest = Making(layer, below, options, NO_HOOKS).existing()
         if manifest is None:
-            problem = f"{layer.path} has none; make one with 'addcow manifest create'"
-            raise ManifestError(path=manifest_of(layer.path), problem=problem)
+            kind = " -f raw" if isinstance(layer, RawLayer) else ""
+            problem = f"it has no manifest; make one with 'addcow manifest create{kind}'"
+            raise ImageError(path=layer.path, problem=problem)
         below.insert(0, manifest)
     return below
 

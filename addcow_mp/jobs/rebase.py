@@ -30,7 +30,7 @@ from typing import NoReturn
 
 from addcow_mp.device.access import Access
 from addcow_mp.device.chain import READ, REBASE, Uses, open_below, open_chain, sync_chain
-from addcow_mp.device.files import File, identity_at
+from addcow_mp.device.files import File, free_bytes, identity_at
 from addcow_mp.device.hardlinks import refuse_linked
 from addcow_mp.device.layer import Layer
 from addcow_mp.device.manifest_file import (
@@ -55,12 +55,13 @@ from addcow_mp.engine.targets import RawTarget
 from addcow_mp.engine.tasks import cut
 from addcow_mp.engine.transfer_plan import TransferPlan
 from addcow_mp.engine.worker import Failed
-from addcow_mp.errors import FileError, ImageError, ManifestError, UsageError
+from addcow_mp.errors import FileError, ImageError, ManifestError, SpaceError, UsageError
 from addcow_mp.format.bitmap import SparseBits
 from addcow_mp.format.geometry import Geometry
 from addcow_mp.format.header import BACKING_NAME_LIMIT, RAW, format_name
 from addcow_mp.format.leaves import LEAF
 from addcow_mp.format.manifest import differing_leaves, read_head
+from addcow_mp.format.names import path_combine
 from addcow_mp.jobs import manifest
 from addcow_mp.jobs.backing import refuse_disguised, refuse_image_as_backing, roots_needed
 from addcow_mp.jobs.dependants import refuse_dependants
@@ -125,9 +126,11 @@ def rebase(
     ``verifies``: the guest's view is read back from the disk. Raises :class:`AddcowError`. A
     refused rebase changes nothing.
     """
+    if verifies:
+        refuse_nothing_to_verify(backing)
     with reporting("rebase", path) as report, _opened(path, backing, options.access) as change:
-        change.refuse(options, shared)
         if not change.is_done:
+            change.refuse(options, shared)
             plan = change.plan(options, partial(narrow_image, change.overlay, report))
             proof = change.proof if verifies else None
             again = change.reopening(options)
@@ -146,6 +149,12 @@ def rebase(
     return report
 
 
+def refuse_nothing_to_verify(backing: NewBacking) -> None:
+    """Raise :class:`UsageError` for a rebase that writes no data to be read back."""
+    if backing.unsafe:
+        raise UsageError(message="-u writes no data that could be read back: leave --verify out")
+
+
 def estimate(
     path: str, backing: NewBacking, options: RunOptions, shared: Shared = ALONE
 ) -> Estimate | None:
@@ -155,9 +164,9 @@ def estimate(
     """
     with _opened(path, backing, options.access, writes=False) as change:
         overlay, access = change.overlay, options.access
-        change.refuse(options, shared)
         if change.is_done:
             return None
+        change.refuse(options, shared)
         plan, image = change.plan(options), overlay.image.file
         for file in (overlay.cow, image):
             access.refuse_unwritable(file)
@@ -178,7 +187,12 @@ def compared_estimate(
     """
     with open_bases(path, backing, options.access) as bases:
         known = bases.differences(backing, options, hooks)
-    return estimate(path, replace(backing, known=known), options)
+    found = estimate(path, replace(backing, known=known), options)
+    if found is not None:
+        free = free_bytes(os.statvfs(found.target))
+        if found.space.peak > free:
+            raise SpaceError(path=found.target, needed=found.space.peak, free=free)
+    return found
 
 
 @dataclass(frozen=True)
@@ -263,7 +277,7 @@ def _format(overlay: Overlay, backing: NewBacking) -> str:
         return backing.format_ or ""
     if not overlay.header.has_backing:
         needs = f"backing file '{backing.name}' needs its format, which is never guessed"
-        raise UsageError(message=f"{needs}: -F raw or -F add-cow")
+        raise UsageError(message=f"{overlay.path}: {needs}: -F raw or -F add-cow")
     return format_name(overlay.header.backing_format)
 
 
@@ -286,6 +300,8 @@ class _Change:
         self._located = located
         self._format = format_
         self.new = new
+        #: The warning that the old backing file was worth.
+        self._told_before = roots_needed(overlay.path, overlay.image.file.path, self._old_path)
         self._name = (
             b"" if located is None else located.stored(overlay.path, "backing", BACKING_NAME_LIMIT)
         )
@@ -300,24 +316,47 @@ class _Change:
         if self.new is not None and not access.force:
             refuse_disguised(self.new)
         files = [overlay.cow, overlay.image.file]
+        refuse_short(overlay)
         if self._backing.unsafe:
             if not access.force:
                 self._refuse_other_disk()
-            remedy = "their guests would see another disk; rebase without -u, or use --force"
-            refuse_dependants(overlay, files, access, remedy, shared.nearby)
+            if not self._shows_the_same:
+                remedy = "their guests would see another disk; rebase without -u, or use --force"
+                refuse_dependants(overlay, files, access, remedy, shared.nearby)
         elif not overlay.all_allocated:
-            refuse_short(overlay)
             refuse_dependants(overlay, files[1:], access, around=shared.nearby)
         refuse_linked(files, force=access.force)
 
+    @property
+    def _shows_the_same(self) -> bool:
+        """Whether the guest sees the same disk although only the name changes."""
+        overlay = self.overlay
+        if overlay.all_allocated:
+            return True
+        if self._located is None or format_name(overlay.header.backing_format) != self._format:
+            return False
+        old = self._old_path
+        identity = None if old is None else identity_at(old)
+        return identity is not None and identity == identity_at(self._located.path)
+
+    @property
+    def _old_path(self) -> str | None:
+        """The path of the old backing file; None if there is none."""
+        name = os.fsdecode(name_of_backing(self.overlay))
+        return path_combine(self.overlay.cow.base, name) if name else None
+
     def _refuse_other_disk(self) -> None:
         """Raise :class:`ImageError` when manifests say that the two backing files differ."""
-        expected = _digest_in(self.overlay.path, "backing_digest")
-        found = None if self._located is None else _digest_in(self._located.path, "guest_digest")
-        if expected is not None and found is not None and expected != found:
+        if self._located is not None and self._is_other_disk(self._located):
             problem = "its manifest says that this is another disk than the present backing file"
             remedy = "rebase without -u, or use --force to show the guest another disk"
-            raise ImageError(path=self._located.path, problem=f"{problem}; {remedy}")  # type: ignore[union-attr]
+            raise ImageError(path=self._located.path, problem=f"{problem}; {remedy}")
+
+    def _is_other_disk(self, located: Located) -> bool:
+        """Whether manifests say that the two backing files differ."""
+        expected = _digest_in(self.overlay.path, "backing_digest")
+        found = _digest_in(located.path, "guest_digest")
+        return expected is not None and found is not None and expected != found
 
     @property
     def is_done(self) -> bool:
@@ -377,9 +416,10 @@ class _Change:
 
     def follower(self, report: Report, options: RunOptions, hooks: Hooks) -> Follower:
         """The follower of the manifest; it makes no new one if the new backing file is missing."""
-        if self.new is None and self._name:
+        unsafe, located = self._backing.unsafe, self._located
+        is_other = unsafe and (located is None or self._is_other_disk(located))
+        if is_other or (self.new is None and self._name):
             return Follower(report, options, hooks)
-        unsafe = self._backing.unsafe
         return RebaseFollower(self.overlay, self.new, report, options, hooks, unsafe=unsafe)
 
     def carry_out(self, follower: Follower) -> None:
@@ -412,7 +452,10 @@ class _Change:
         if self._located is None:
             return []
         overlay, path = self.overlay, self._located.path
-        told = roots_needed(overlay.path, overlay.image.file.path, path)
+        image = overlay.image.file.path
+        told = roots_needed(overlay.path, image, path)
+        if told == self._told_before:
+            told = []
         if self.new is None:
             told.append(f"{overlay.path}: its backing file '{path}' does not exist yet")
         return told

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from addcow_mp.cli.farm_job import FarmJobOptions
+from addcow_mp.cli.options import name_of_file
 from addcow_mp.cli.rebasing import NewBackingOptions
 from addcow_mp.farm.image_job import Operation
 
@@ -17,7 +18,12 @@ def command(
     backing: NewBackingOptions,
     base: Annotated[
         str | None,
-        typer.Option("--from", metavar="OLD", help="only overlays that stand on this backing file"),
+        typer.Option(
+            "--from",
+            metavar="OLD",
+            callback=name_of_file,
+            help="only overlays that stand on this backing file",
+        ),
     ] = None,
 ) -> None:
     """Give every overlay of a base another backing file; the guests see the same disks.
