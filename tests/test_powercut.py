@@ -38,7 +38,6 @@ from support.promises import (
     Rebase,
     Reset,
     Resize,
-    new_version,
     promise_of,
 )
 from support.victim import PATIENCE, Victim
@@ -177,7 +176,12 @@ def to_be_rebased(place: Path, rng: random.Random) -> Rebase:
     """A durable chain, and a new backing file that was not synced."""
     files = build(even_chain(rng, SIZE, overlays=1), str(place))
     make_durable(place)
-    return Rebase(files, new_version(rng, files))
+    assert files.backing is not None
+    new = bytearray(Path(files.backing.image).read_bytes())
+    for at in range(0, len(new), 3 * CLUSTER):
+        part = new[at : at + CLUSTER]
+        new[at : at + len(part)] = rng.choice([b"N", b"N", b"\0"]) * len(part)
+    return Rebase(files, bytes(new))
 
 
 @pytest.mark.parametrize("by_event", [True, False], ids=["event", "clock"])

@@ -23,7 +23,8 @@ from support.file_systems import made_disk
 from support.golden import ROOT
 from support.seed import SEED
 
-SPECS = {one.value: JobSpec(one) for one in Operation}
+#: Those of which there are quick estimates.
+SPECS = {one.value: JobSpec(one) for one in Operation if one is not Operation.REBASE}
 EACH = pytest.mark.parametrize("operation", SPECS)
 
 
