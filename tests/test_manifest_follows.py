@@ -391,6 +391,7 @@ def test_damage_in_the_leaf_where_an_overlay_ends_is_not_hidden(
     is_refused(tmp_path, *words)
 
 
+@pytest.mark.long
 def test_lost_data_is_found_where_a_hole_is(tmp_path: Path) -> None:
     """The disk has lost a whole group of leaves: the file has a hole there."""
     size = 48 * MiB
@@ -600,6 +601,7 @@ def test_no_manifest_leaves_them_removed_and_says_so(
     assert f"{TOP}.manifest" not in manifests(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("words", COMMANDS)
 def test_report_names_new_manifests(tmp_path: Path, words: tuple[str, ...]) -> None:
@@ -615,6 +617,7 @@ def test_report_names_new_manifests(tmp_path: Path, words: tuple[str, ...]) -> N
     succeed("verify", *form, top, cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_snapshot_gets_a_manifest_if_the_disk_has_one(tmp_path: Path) -> None:
     two(tmp_path)
     before = manifests(tmp_path)
@@ -665,6 +668,7 @@ def test_io_that_writes_says_that_it_removed_the_manifest(tmp_path: Path) -> Non
     assert f"{TOP}.manifest: it was removed" in told.stderr
 
 
+@pytest.mark.long
 def test_jobs_without_manifests_say_nothing_of_them(tmp_path: Path) -> None:
     two(tmp_path)
     for one in tmp_path.glob("*.manifest"):

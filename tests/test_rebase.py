@@ -191,6 +191,7 @@ def test_rebase_does_what_qemu_img_does(tmp_path: Path, new: str) -> None:
     assert guest_picture(top) == "AX0DEFGH"
 
 
+@pytest.mark.long
 def test_rebase_moves_an_overlay_over_its_own_grandparent(tmp_path: Path) -> None:
     draw_raw(tmp_path / "base.img", "ABCD")
     draw(tmp_path / "mid.add-cow", "-M--")
@@ -201,6 +202,7 @@ def test_rebase_moves_an_overlay_over_its_own_grandparent(tmp_path: Path) -> Non
     assert (bits(tmp_path / TOP), guest_picture(tmp_path / TOP)) == ("11..", "TMCD")
 
 
+@pytest.mark.long
 def test_rebase_keeps_the_view_of_overlays_above(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X---")
     draw(tmp_path / "up.add-cow", "-U--", TOP, backing_format="add-cow")
@@ -224,6 +226,7 @@ def test_all_allocated_overlay_is_renamed_without_its_old_backing_file(tmp_path:
     assert read_header(tmp_path / TOP).backing == "new.img"
 
 
+@pytest.mark.long
 def test_verify_reads_the_disk_back(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X---")
     (tmp_path / "elsewhere").mkdir()
@@ -269,6 +272,7 @@ def test_unsafe_rebase_to_a_file_that_is_not_there_yet_warns(tmp_path: Path) -> 
     assert read_header(tmp_path / TOP).backing == "later.img"
 
 
+@pytest.mark.long
 def test_unsafe_rebase_under_another_overlay_needs_force(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X---")
     draw(tmp_path / "up.add-cow", "-U--", TOP, backing_format="add-cow")
@@ -281,6 +285,7 @@ def test_unsafe_rebase_under_another_overlay_needs_force(tmp_path: Path) -> None
     assert guest_picture(tmp_path / "up.add-cow") == "XUGH"
 
 
+@pytest.mark.long
 def test_unsafe_rebase_that_shows_the_same_needs_no_force(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X---")
     draw(tmp_path / "up.add-cow", "-U--", TOP, backing_format="add-cow")
@@ -326,6 +331,7 @@ def test_dry_run_reports_missing_space(tmp_path: Path) -> None:
             assert "space" in said
 
 
+@pytest.mark.long
 def test_unsafe_rebase_over_a_manifest_of_another_disk_needs_force(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X---")
     draw_raw(tmp_path / "new.img", "ABCE")
@@ -347,6 +353,7 @@ def test_unsafe_rebase_over_a_manifest_of_another_disk_needs_force(tmp_path: Pat
 # Names
 
 
+@pytest.mark.long
 def test_new_name_goes_where_the_old_one_is_not_and_the_old_one_is_cleared(tmp_path: Path) -> None:
     top = pair(tmp_path, "AB", "X-")
     for number in range(20):
@@ -479,6 +486,7 @@ def test_overlay_without_a_backing_file_needs_the_format(tmp_path: Path) -> None
     assert guest_picture(tmp_path / TOP) == "XY"
 
 
+@pytest.mark.long
 def test_dry_run_counts_what_differs_and_changes_nothing(tmp_path: Path) -> None:
     pair(tmp_path, "ABCD", "X---")
     draw_raw(tmp_path / "new.img", "ZZZD")
@@ -622,6 +630,7 @@ def views(here: Path) -> dict[str, bytes]:
     return {one.name: oracle.guest_bytes(str(one)) for one in here.glob("*.add-cow")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jobs", ["0", "2"])
 def test_farm_rebase_brings_a_new_version_to_every_clone(tmp_path: Path, jobs: str) -> None:
     clones(tmp_path, 40)
@@ -639,6 +648,7 @@ def test_farm_rebase_brings_a_new_version_to_every_clone(tmp_path: Path, jobs: s
     assert again["summary"]["nothing-to-do"] == 40
 
 
+@pytest.mark.long
 def test_farm_rebase_of_several_bases_needs_from(tmp_path: Path) -> None:
     clones(tmp_path, 3)
     draw_raw(tmp_path / "other.img", "AB")
@@ -652,6 +662,7 @@ def test_farm_rebase_of_several_bases_needs_from(tmp_path: Path) -> None:
     assert read_header(tmp_path / "else.add-cow").backing == "other.img"
 
 
+@pytest.mark.long
 def test_farm_rebase_leaves_the_new_base_and_its_chain_out(tmp_path: Path) -> None:
     clones(tmp_path, 3)
     draw(tmp_path / "below.add-cow", "---B----")
@@ -675,6 +686,7 @@ def test_farm_rebase_by_name_where_the_old_base_is_gone(tmp_path: Path) -> None:
     assert views(tmp_path) == before
 
 
+@pytest.mark.long
 def test_farm_rebase_refuses_one_image_and_does_the_others(tmp_path: Path) -> None:
     clones(tmp_path, 4)
     os.link(tmp_path / "vm02.raw", tmp_path / "x")
@@ -682,6 +694,7 @@ def test_farm_rebase_refuses_one_image_and_does_the_others(tmp_path: Path) -> No
     assert (told["summary"]["done"], told["summary"]["refused"]) == (3, 1)
 
 
+@pytest.mark.long
 def test_farm_rebase_names_the_new_base_from_each_directory(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -737,6 +750,7 @@ def test_rebase_on_a_full_disk_changes_no_view(tmp_path: Path) -> None:
             assert oracle.guest_bytes(str(here / TOP)) == before
 
 
+@pytest.mark.long
 def test_farm_rebase_of_named_files_alone(tmp_path: Path) -> None:
     clones(tmp_path, 3)
     draw_raw(tmp_path / "other.img", "AB")
@@ -762,6 +776,7 @@ def test_farm_rebase_reads_every_image_back(tmp_path: Path) -> None:
     assert views(tmp_path) == before
 
 
+@pytest.mark.long
 def test_farm_rebase_reports_a_damaged_overlay(tmp_path: Path) -> None:
     clones(tmp_path, 2)
     (tmp_path / "broken.add-cow").write_bytes(b"ACOW and nothing else")
@@ -770,6 +785,7 @@ def test_farm_rebase_reports_a_damaged_overlay(tmp_path: Path) -> None:
         assert told["summary"]["refused"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words",
     [
@@ -785,6 +801,7 @@ def test_farm_rebase_refuses_names_of_nothing(tmp_path: Path, words: tuple[str, 
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.long
 def test_farm_rebase_warns_of_names_outside_once_they_are_new(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     draw_raw(tmp_path / "base.img", "ABCD")

@@ -356,5 +356,6 @@ def test_interrupted_reset_shows_all_or_the_base_and_is_finished(
         succeed("check", TOP, cwd=here)
 
 
+@pytest.mark.long
 def test_walk_of_reset_covers_every_event(warm: Warm, tmp_path: Path) -> None:
     assert set(met(warm, tmp_path, ALL_ALLOCATED)) == set(WALKED)

@@ -337,6 +337,7 @@ def test_overlay_with_a_shared_image_or_a_raw_user_is_refused(
     assert "share" in refused("resize", "--force", TOP, *words, cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_linked_short_and_lent_overlays_are_refused(tmp_path: Path) -> None:
     top = pair(tmp_path, "ABC", "-X-")
     os.link(top, tmp_path / "other")
